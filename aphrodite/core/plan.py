@@ -1,0 +1,71 @@
+"""What scheduler and runner say to each other: a plan before a step, a result after it.
+
+A request owns one row of the runner's persistent state from its first step to its end, preemptions
+included. A plan carries only what changed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from aphrodite.sampling.params import SamplingParams
+
+
+class RowStart(NamedTuple):
+    """A request takes a row."""
+
+    row: int
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    seed: int  # 64 bits, unsigned; drawn at random when the request named none
+
+
+class RowStep(NamedTuple):
+    """One row's share of a step: compute positions `start` to `start + count` (exclusive)."""
+
+    row: int
+    start: int
+    count: int
+    blocks: list[int]  # appended to the row's block table, or its whole new table if `reset_blocks`
+    reset_blocks: bool
+    samples: bool  # the last computed position is the last known one, so a new token comes out
+
+
+class StepPlan(NamedTuple):
+    """One step of the engine. Order of application: ends, starts, steps."""
+
+    step_id: int
+    ends: list[int]  # rows whose request is gone
+    starts: list[RowStart]
+    steps: list[RowStep]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(step.count for step in self.steps)
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural-log probability of one token and of the most likely ones at its position."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = most likely
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RowResult(NamedTuple):
+    """What a step brought for one row; in the order of `StepPlan.steps`."""
+
+    row: int
+    token_id: int | None = None  # None: the row did not sample, or `error` is set
+    logprobs: TokenLogprobs | None = None
+    # For prompt positions start + 1 .. start + count that lie inside the prompt, if asked for.
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None  # this request failed; the others are untouched
+
+
+class StepResult(NamedTuple):
+    step_id: int
+    rows: list[RowResult]

@@ -1,0 +1,44 @@
+"""What a generation gives back, piece by piece or whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aphrodite.core.plan import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of a request's `n` answers.
+
+    In a stream `text`, `token_ids` and `logprobs` hold what is new since the last piece; in a whole
+    result they hold everything. `stop_reason` is the stop string or stop token id that ended it.
+    Text may lag behind tokens while a stop string or a character is still incomplete.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None  # with finish_reason "error"
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request's answers so far, or the next piece of them.
+
+    `prompt_logprobs` has one entry a prompt token, the first None, and comes with the first piece.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
+    prompt: str | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

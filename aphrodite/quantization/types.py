@@ -1,0 +1,55 @@
+"""Storage types of checkpoint tensors and the tensor as it lies in the file.
+
+Block layouts are those of the GGUF specification (ggml); dense types are little-endian.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class QuantType(enum.Enum):
+    """A storage type: (GGUF type number, values per block, bytes per block)."""
+
+    F32 = (0, 1, 4)
+    F16 = (1, 1, 2)
+    Q4_0 = (2, 32, 18)
+    Q4_1 = (3, 32, 20)
+    Q5_0 = (6, 32, 22)
+    Q5_1 = (7, 32, 24)
+    Q8_0 = (8, 32, 34)
+    BF16 = (30, 1, 2)
+
+    def __init__(self, gguf_id: int, block_size: int, block_bytes: int) -> None:
+        self.gguf_id = gguf_id
+        self.block_size = block_size
+        self.block_bytes = block_bytes
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row of `columns` values; the caller has checked divisibility."""
+        return columns // self.block_size * self.block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A checkpoint tensor in its file's bytes, usually a view of a memory map.
+
+    `shape` is row-major and logical, `[out, in]` for a linear weight. `data` is uint8
+    `[product(shape[:-1]), row_bytes]`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: QuantType
+    data: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def take_rows(self, index: np.ndarray) -> RawTensor:
+        """The same tensor with its rows reordered; lossless, since blocks lie along the columns."""
+        return RawTensor(self.name, self.shape, self.qtype, self.data[index])
