@@ -1,0 +1,567 @@
+"""Every setting of the engine and the server, once: type, default, bounds and help.
+
+Command-line flags, `APHRODITE_*` variables, YAML keys, `config init` and the checks are all made from the
+fields below. Precedence: flag, environment, YAML file, default. This module imports no torch and no YAML
+parser, so that help stays fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from aphrodite.errors import ConfigError
+
+ENV_PREFIX = "APHRODITE_"
+CONFIG_ENV = "APHRODITE_CONFIG"
+
+Unit = Literal["plain", "tokens", "bytes", "seconds"]
+
+
+class _Meta(NamedTuple):
+    """What a field says of itself beyond its type and default."""
+
+    help: str
+    group: str
+    ge: float | None = None
+    le: float | None = None
+    choices: tuple[int, ...] = ()
+    unit: Unit = "plain"
+    example: str = ""
+    secret: bool = False
+
+
+def _setting(default: Any, help: str, group: str, **rest: Any) -> Any:
+    meta = _Meta(help, group, **rest)
+    return field(default=default, repr=not meta.secret, metadata={"setting": meta})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What is loaded and how it runs. Values are checked on construction (`ConfigError`).
+
+    None means automatic wherever a field allows it. Sizes are bytes, lengths are tokens.
+    """
+
+    model: str | None = _setting(
+        None, "GGUF file, safetensors directory, or nothing for the default model.", "Model", example="model.gguf"
+    )
+    served_model_name: tuple[str, ...] = _setting(
+        (), "Names under which the API offers the model; the first is the one it reports.", "Model", example="writer"
+    )
+    load_format: Literal["auto", "gguf", "safetensors", "dummy"] = _setting(
+        "auto", "Checkpoint format; `dummy` makes random weights from a config.json alone.", "Model"
+    )
+    tokenizer: str | None = _setting(
+        None, "tokenizer.json, or a directory with one, instead of the model's own.", "Model", example="tokenizer.json"
+    )
+    chat_template: str | None = _setting(
+        None, "Name of a built-in chat template or path of a Jinja file, instead of the model's own.", "Model",
+        example="chatml",
+    )  # fmt: skip
+    cache_dir: str | None = _setting(
+        None, "Where fetched models are kept; default is ~/.cache/aphrodite (or below XDG_CACHE_HOME).", "Model"
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where the model runs.", "Compute")
+    executor: Literal["auto", "native", "torch"] = _setting(
+        "auto", "Kernels: the native CPU library, or torch operations (portable and slower).", "Compute"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
+        "auto", "Arithmetic type of dequantized layers; float32 is the exact reference mode.", "Compute"
+    )
+    activations: Literal["int16", "int8", "float32"] = _setting(
+        "int16",
+        "Activations of the native CPU kernels: int16 is near exact (mean logit error about 0.002), "
+        "float32 exact and slower, int8 the fast mode (about 0.17).",
+        "Compute",
+    )
+    threads: int | None = _setting(
+        None, "CPU threads that compute; auto is one for each physical core.", "Compute", ge=1, le=1024
+    )
+
+    max_model_len: int | None = _setting(
+        None, "Longest prompt and answer together; auto is what the model and the memory allow.", "Memory", ge=1,
+        le=2**31 - 1, unit="tokens", example="32k (32,000) or 32K (32,768)",
+    )  # fmt: skip
+    kv_cache_memory: int | None = _setting(
+        None, "Memory for the KV cache; auto is a share of what is free.", "Memory", ge=1, le=2**63 - 1, unit="bytes",
+        example="4GiB",
+    )  # fmt: skip
+    kv_cache_dtype: Literal["auto", "float16", "float32"] = _setting("auto", "Type of the KV cache.", "Memory")
+    block_size: int = _setting(16, "Tokens in a block of the KV cache.", "Memory", choices=(8, 16, 32, 64))
+    enable_prefix_caching: bool = _setting(
+        True, "Keep the KV cache of earlier texts, so that a shared beginning is not computed again.", "Memory"
+    )
+
+    max_num_seqs: int = _setting(64, "Most sequences that run at the same time.", "Scheduling", ge=1, le=65536)
+    max_num_batched_tokens: int | None = _setting(
+        None, "Most tokens computed in one step; auto is 512 on a CPU.", "Scheduling", ge=1, le=2**20, unit="tokens"
+    )
+    scheduling_policy: Literal["fcfs", "priority"] = _setting(
+        "fcfs", "Order of waiting requests: first come first served, or by their priority field.", "Scheduling"
+    )
+    async_depth: int | None = _setting(
+        None, "Steps planned ahead of the device: 0 or 1; auto decides by device.", "Scheduling", ge=0, le=1
+    )
+    max_queued_requests: int = _setting(
+        256, "Waiting requests beyond which a new one is refused (HTTP 429).", "Scheduling", ge=1, le=10**7
+    )
+    max_logprobs: int = _setting(
+        20, "Most log-probabilities that a request may ask for at each token.", "Scheduling", ge=0, le=10**6
+    )
+    seed: int | None = _setting(
+        None, "Source of the seeds of requests that name none; auto is random.", "Scheduling", ge=0, le=2**63 - 1
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least serious log shown.", "Logging")
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """How the HTTP server listens and whom it lets in. Checked on construction (`ConfigError`)."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is every network of this machine.", "Server")
+    port: int = _setting(2242, "Port to listen on; 0 picks a free one.", "Server", ge=0, le=65535)
+    api_key: tuple[str, ...] = _setting(
+        (), "Keys that clients must send (Bearer or X-API-Key); none lets everyone in.", "Server", secret=True
+    )
+    allowed_hosts: tuple[str, ...] = _setting(
+        (), "Host headers accepted; none accepts all.", "Server", example="models.example.org"
+    )
+    cors_origins: tuple[str, ...] = _setting(
+        (),
+        "Web pages (origins) that may call the API from a browser; * is all.",
+        "Server",
+        example="http://localhost:8000",
+    )
+    root_path: str = _setting("", "Path prefix under which a proxy serves this server.", "Server", example="/llm")
+    max_body_bytes: int = _setting(
+        32 * 2**20, "Largest request body.", "Server", ge=1024, le=2**32, unit="bytes", example="32MiB"
+    )
+    shutdown_timeout: float = _setting(
+        30.0, "Seconds that running requests get to finish after SIGTERM.", "Server", ge=0, le=86400, unit="seconds"
+    )
+    trust_request_chat_template: bool = _setting(
+        False, "Accept a chat template inside a request (rendered in the sandbox).", "Server"
+    )
+    log_requests: bool = _setting(False, "Log a line for each request; never its text.", "Logging")
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+Kind = Literal["bool", "int", "float", "str", "choice", "list"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the settings table."""
+
+    name: str
+    owner: type[EngineConfig] | type[ServerSettings]
+    kind: Kind
+    optional: bool  # None is a value: automatic, or none
+    default: Any
+    choices: tuple[Any, ...]
+    meta: _Meta
+
+    @property
+    def help(self) -> str:
+        return self.meta.help
+
+    @property
+    def group(self) -> str:
+        return self.meta.group
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def default_text(self) -> str:
+        """The default as a person writes it in YAML."""
+        return format_value(self, self.default)
+
+
+@cache
+def settings_table() -> dict[str, Setting]:
+    """All settings by name, in the order in which help shows them: by group."""
+    rows = []
+    for owner in (EngineConfig, ServerSettings):
+        hints = typing.get_type_hints(owner)
+        for entry in fields(owner):
+            rows.append(_row(owner, entry.name, hints[entry.name], entry.default, entry.metadata["setting"]))
+    groups = list(dict.fromkeys(row.group for row in rows))
+    return {row.name: row for row in sorted(rows, key=lambda row: groups.index(row.group))}
+
+
+def _row(owner: Any, name: str, hint: Any, default: Any, meta: _Meta) -> Setting:
+    if default is MISSING:
+        raise TypeError(f"setting {name} has no default")
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    (base,) = (option for option in options if option is not type(None))
+    origin = typing.get_origin(base)
+    kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str", Literal: "choice", tuple: "list"}
+    choices = typing.get_args(base) if origin is Literal else meta.choices
+    return Setting(name, owner, kinds[origin or base], type(None) in options, default, choices, meta)
+
+
+# --- checking and reading values ---------------------------------------------------------------------------------
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence that names the closest known word, with a leading blank, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def parse_value(setting: Setting, value: object, origin: str) -> Any:
+    """Turn text or a YAML value into the setting's type and check its bounds.
+
+    Raises:
+        ConfigError: names `origin`, what is wrong and what is accepted.
+    """
+    if value is None or (setting.optional and setting.kind != "str" and value in ("auto", "none")):
+        if not setting.optional:
+            raise ConfigError(f"{origin}: needs a value; expected {_accepted(setting)}.")
+        return None
+    try:
+        parsed = _PARSERS[setting.kind](setting, value)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}; expected {_accepted(setting)}.") from None
+    problem = _problem(setting, parsed)
+    if problem:
+        raise ConfigError(f"{origin}: {problem}")
+    return parsed
+
+
+def format_value(setting: Setting, value: Any) -> str:
+    """`value` as text that `parse_value` and YAML read back."""
+    if value is None:
+        return "null" if setting.kind == "str" else "auto"
+    if setting.kind == "bool":
+        return "true" if value else "false"
+    if setting.kind == "list":
+        return "[" + ", ".join(_quoted(item) for item in value) + "]"
+    if setting.meta.unit == "bytes":
+        return format_bytes_exactly(value)
+    return _quoted(value) if setting.kind == "str" else str(value)
+
+
+def format_bytes_exactly(size: int) -> str:
+    """`size` with the largest binary suffix that loses nothing (`32MiB`, `1000`)."""
+    for suffix, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale and size % scale == 0:
+            return f"{size // scale}{suffix}"
+    return str(size)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _accepted(setting: Setting) -> str:
+    """What a value may be, for the end of an error message."""
+    meta = setting.meta
+    if setting.choices:
+        return "one of " + ", ".join(str(choice) for choice in setting.choices)
+    if setting.kind == "bool":
+        return "true or false"
+    if setting.kind == "list":
+        return "texts, separated by commas"
+    if setting.kind == "str":
+        return "text (quote it in YAML)"
+    bounds = ""
+    if meta.ge is not None and meta.le is not None:
+        bounds = f" from {meta.ge} to {meta.le}" if meta.le < 2**31 - 1 else f" of at least {meta.ge}"
+    what = _UNIT_TEXT[meta.unit]
+    return what + bounds + (", or auto" if setting.optional else "")
+
+
+_UNIT_TEXT: dict[Unit, str] = {
+    "plain": "a number",
+    "tokens": "a number of tokens such as 4096, 32k or 32K",
+    "bytes": "a size such as 4GiB",
+    "seconds": "a number of seconds",
+}
+
+
+def _problem(setting: Setting, value: Any) -> str | None:
+    """What is wrong with a value of the right type, as a whole sentence, or None."""
+    if setting.choices and value not in setting.choices:
+        guess = did_you_mean(str(value), [str(choice) for choice in setting.choices])
+        return f"{value!r} is not known; expected {_accepted(setting)}.{guess}"
+    meta = setting.meta
+    if (meta.ge is not None and value < meta.ge) or (meta.le is not None and value > meta.le):
+        return f"{value} is out of range; expected {_accepted(setting)}."
+    return None
+
+
+def _check_fields(config: EngineConfig | ServerSettings) -> None:
+    """Check values given in Python, where nothing was parsed."""
+    for setting in settings_table().values():
+        if setting.owner is not type(config):
+            continue
+        value = getattr(config, setting.name)
+        if value is None and setting.optional:
+            continue
+        expected = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": tuple}.get(
+            setting.kind, object
+        )
+        wrong_bool = isinstance(value, bool) and setting.kind != "bool"
+        if wrong_bool or not isinstance(value, expected):  # type: ignore[arg-type]
+            raise ConfigError(f"{setting.name}: {value!r} is not accepted; expected {_accepted(setting)}.")
+        if setting.kind == "list" and not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{setting.name}: {value!r} must hold texts only.")
+        problem = _problem(setting, value)
+        if problem:
+            raise ConfigError(f"{setting.name}: {problem}")
+
+
+def _parse_bool(setting: Setting, value: object) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
+def _parse_int(setting: Setting, value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a whole number")
+    return parse_scaled(value, _SCALES[setting.meta.unit])
+
+
+def _parse_float(setting: Setting, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"{value!r} is not a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not finite")
+    return number
+
+
+def _parse_str(setting: Setting, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value
+
+
+def _parse_list(setting: Setting, value: object) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"{value!r} is not a list of texts")
+    return tuple(item.strip() for item in items if item.strip())
+
+
+_PARSERS = {"bool": _parse_bool, "int": _parse_int, "float": _parse_float, "str": _parse_str, "choice": _parse_str,
+            "list": _parse_list}  # fmt: skip
+
+_SCALES: dict[str, dict[str, int]] = {
+    "plain": {},
+    "seconds": {},
+    "tokens": {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20},
+    "bytes": {
+        "B": 1,
+        "kB": 10**3,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KiB": 2**10,
+        "MiB": 2**20,
+        "GiB": 2**30,
+        "TiB": 2**40,
+    },
+}
+
+
+def parse_scaled(text: str, scales: Mapping[str, int]) -> int:
+    """A whole number with an optional suffix out of `scales`; fractions are fine where the result is whole."""
+    match = re.fullmatch(r"\s*([+-]?\d[\d_]*)(\.\d+)?\s*([A-Za-z]*)\s*", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a whole number")
+    whole, fraction, suffix = match[1], match[2] or "", match[3]
+    if suffix and suffix not in scales:
+        known = ", ".join(name for name in scales if name)
+        raise ValueError(f"{text!r} has an unknown suffix" + (f" (known: {known})" if known else ""))
+    digits = max(len(fraction) - 1, 0)
+    number, rest = divmod(int(whole.replace("_", "") + fraction[1:]) * scales.get(suffix, 1), int("1" + "0" * digits))
+    if rest:
+        raise ValueError(f"{text!r} is not a whole number")
+    return number
+
+
+# --- gathering them ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Resolved settings; `origins` says where each one that is not a default came from."""
+
+    engine: EngineConfig
+    server: ServerSettings
+    origins: Mapping[str, str]
+
+
+def resolve(
+    flags: Mapping[str, object] | None = None,
+    *,
+    config_file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Settings from flags, environment, YAML file and defaults, in this precedence.
+
+    Args:
+        flags: by setting name, text or typed; None is a flag that was not given.
+        config_file: YAML file; None takes `APHRODITE_CONFIG`, if set.
+        environ: None is `os.environ`. An empty variable counts as not set.
+
+    Raises:
+        ConfigError: an unknown or wrong name or value, with its origin.
+    """
+    environ = os.environ if environ is None else environ
+    config_file = config_file or environ.get(CONFIG_ENV) or None
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    sources: list[Iterable[tuple[str, object, str]]] = [_from_environment(environ), _from_flags(flags or {})]
+    if config_file is not None:
+        sources.insert(0, read_config_file(config_file))
+    for source in sources:
+        for name, value, origin in source:
+            values[name] = parse_value(settings_table()[name], value, origin)
+            origins[name] = origin
+    return _build(values, origins)
+
+
+def make_engine_config(settings: Mapping[str, object]) -> EngineConfig:
+    """An `EngineConfig` from keyword arguments of the Python API; texts such as "32k" are read as flags are.
+
+    Raises:
+        ConfigError: an unknown or wrong name or value.
+    """
+    known = [name for name, row in settings_table().items() if row.owner is EngineConfig]
+    values = {}
+    for name, value in settings.items():
+        if name not in known:
+            raise ConfigError(f"{name} is not an engine setting.{did_you_mean(name, known)}")
+        values[name] = parse_value(settings_table()[name], value, name)
+    return EngineConfig(**values)
+
+
+def _build(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings:
+    table = settings_table()
+    engine = {name: value for name, value in values.items() if table[name].owner is EngineConfig}
+    server = {name: value for name, value in values.items() if table[name].owner is ServerSettings}
+    return Settings(engine=EngineConfig(**engine), server=ServerSettings(**server), origins=dict(origins))
+
+
+def _from_flags(flags: Mapping[str, object]) -> Iterable[tuple[str, object, str]]:
+    for name, value in flags.items():
+        if value is not None:
+            yield name, value, settings_table()[name].flag
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterable[tuple[str, object, str]]:
+    known = {row.env: name for name, row in settings_table().items()}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_ENV or not value:
+            continue
+        if variable not in known:
+            guess = did_you_mean(variable, [*known, CONFIG_ENV])
+            raise ConfigError(f"environment variable {variable} is not a setting.{guess}{_orchestrator_hint(variable)}")
+        if value.startswith("tcp://"):
+            raise ConfigError(f"environment variable {variable} holds {value!r}.{_orchestrator_hint(variable)}")
+        yield known[variable], value, f"environment variable {variable}"
+
+
+def _orchestrator_hint(variable: str) -> str:
+    """Kubernetes sets APHRODITE_PORT and others for a Service named aphrodite; say so where it looks like that."""
+    if re.fullmatch(r"APHRODITE_(PORT|SERVICE_)\w*", variable):
+        return " Kubernetes sets it for a Service named aphrodite: rename the Service or set enableServiceLinks: false."
+    return ""
+
+
+def read_config_file(path: str | Path) -> list[tuple[str, object, str]]:
+    """Read a YAML file of settings: (name, raw value, origin with its line) in file order.
+
+    Raises:
+        ConfigError: unreadable, not a mapping, an unknown or repeated key.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot read the configuration file {path}: {reason}.") from None
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: must hold `name: value` lines; see `aphrodite config init`.")
+        entries = [(key.value, loader.construct_object(value, deep=True), key.start_mark.line + 1)
+                   for key, value in node.value]  # fmt: skip
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+    return _checked_keys(str(path), entries)
+
+
+def _checked_keys(path: str, entries: Iterable[tuple[object, object, int]]) -> list[tuple[str, object, str]]:
+    seen: dict[str, int] = {}
+    rows = []
+    for key, value, line in entries:
+        name = str(key).replace("-", "_")
+        if name not in settings_table():
+            raise ConfigError(f"{path}:{line}: {key} is not a setting.{did_you_mean(name, settings_table())}")
+        if name in seen:
+            raise ConfigError(f"{path}:{line}: {key} is already set in line {seen[name]}.")
+        seen[name] = line
+        rows.append((name, value, f"{path}:{line}: {key}"))
+    return rows
+
+
+def example_config() -> str:
+    """A YAML file of every setting, commented out, with its help and default."""
+    lines = ["# Settings of Aphrodite. Remove the # in front of a name to change it.",
+             "# Flags and APHRODITE_* variables of the same names take precedence over this file."]  # fmt: skip
+    group = ""
+    for setting in settings_table().values():
+        if setting.group != group:
+            group = setting.group
+            lines += ["", f"# ---- {group} " + "-" * (70 - len(group))]
+        lines += ["", *textwrap.wrap(setting.help, 98, initial_indent="# ", subsequent_indent="# ")]
+        if setting.choices:
+            lines.append("# One of: " + ", ".join(str(choice) for choice in setting.choices))
+        if setting.meta.example:
+            lines.append(f"# For example: {setting.meta.example}")
+        lines.append(f"#{setting.name}: {setting.default_text}")
+    return "\n".join(lines) + "\n"
