@@ -1,0 +1,284 @@
+"""The engine for asyncio programs: requests in, streams of text out, the model in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from aphrodite.chat.library import load_chat_template
+from aphrodite.chat.template import ChatTemplate
+from aphrodite.config import EngineConfig
+from aphrodite.engine.client import EngineProcess, ProgressCallback
+from aphrodite.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineInfo,
+    EngineStats,
+    Fatal,
+    Ping,
+    Pong,
+    ResetPrefixCache,
+    StepOutputs,
+)
+from aphrodite.engine.output import RequestStream
+from aphrodite.engine.preparation import answer_seeds, check_prompt, resolve_model
+from aphrodite.errors import EngineDeadError, QueueFullError
+from aphrodite.outputs import RequestOutput
+from aphrodite.sampling.params import SamplingParams, validate
+from aphrodite.tokenizer.loader import load_tokenizer
+from aphrodite.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT = 10.0  # seconds within which the engine loop has to answer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The served model as clients see it."""
+
+    name: str
+    aliases: tuple[str, ...]
+    root: str
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int
+    created: int  # Unix seconds
+
+
+class _Consumer:
+    """One request's queue of pieces and the signal that one has come."""
+
+    __slots__ = ("error", "event", "pieces", "stream")
+
+    def __init__(self, stream: RequestStream) -> None:
+        self.stream = stream
+        self.pieces: list[RequestOutput] = []
+        self.event = asyncio.Event()
+        self.error: Exception | None = None
+
+
+class AsyncEngine:
+    """Serves many requests at once. Make one with `await AsyncEngine.start(config)`.
+
+    Attributes:
+        model: what is served.
+        tokenizer, chat_template: the model's; `chat_template` is None where it has none.
+        info: what the engine process said of itself.
+        dead: set when the engine process is gone; every request then fails with `EngineDeadError`.
+    """
+
+    def __init__(
+        self, process: EngineProcess, info: EngineInfo, config: EngineConfig, path: Path, tokenizer: Tokenizer
+    ) -> None:
+        names = config.served_model_name or (info.model,)
+        self.info = info
+        self.tokenizer = tokenizer
+        self.chat_template: ChatTemplate | None = load_chat_template(config.chat_template, tokenizer)
+        self.model = ModelInfo(
+            name=names[0],
+            aliases=tuple(names[1:]),
+            root=path.name,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            max_logprobs=config.max_logprobs,
+            created=int(time.time()),
+        )
+        self.dead = asyncio.Event()
+        self._config = config
+        self._process = process
+        self._stats = EngineStats()
+        self._consumers: dict[str, _Consumer] = {}  # by answer id
+        self._answer_numbers = itertools.count()
+        self._ping_numbers = itertools.count()
+        self._pongs: dict[int, asyncio.Future[None]] = {}
+        self._closing = False
+        self._reader = asyncio.create_task(self._read(), name="engine-reader")
+
+    @classmethod
+    async def start(cls, config: EngineConfig, progress: ProgressCallback | None = None) -> AsyncEngine:
+        """Start the engine process and wait until the model is loaded.
+
+        Raises:
+            AphroditeError: the model cannot be found, read or fitted; the message says what to do.
+        """
+        config, path = await asyncio.to_thread(resolve_model, config)
+        process = EngineProcess(config)
+        try:
+            tokenizer_path = Path(config.tokenizer) if config.tokenizer else path
+            tokenizer = await asyncio.to_thread(load_tokenizer, tokenizer_path)
+            info = await process.wait_ready(progress)
+            return cls(process, info, config, path, tokenizer)
+        except BaseException:
+            process.kill()
+            raise
+
+    @property
+    def errored(self) -> bool:
+        return self.dead.is_set()
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream a request's answers piece by piece. Closing the iterator aborts the request.
+
+        `request_id` is a label that comes back in the pieces; it identifies nothing inside the engine.
+
+        Raises:
+            InvalidRequestError: a parameter or the prompt is out of bounds.
+            QueueFullError: too many requests wait already.
+            EngineDeadError: the engine process is gone.
+        """
+        consumer = self._submit(prompt_token_ids, params, request_id, priority, cache_salt)
+        stream = consumer.stream
+        try:
+            while True:
+                await consumer.event.wait()
+                consumer.event.clear()
+                pieces, consumer.pieces = consumer.pieces, []
+                for piece in pieces:
+                    yield piece
+                    if piece.finished:
+                        return
+                if consumer.error is not None:
+                    raise consumer.error
+        finally:
+            self._forget(stream)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of the engine's latest step."""
+        return self._stats
+
+    async def check_health(self) -> None:
+        """Go once through the engine loop.
+
+        Raises:
+            EngineDeadError: the engine is gone, or did not answer within HEALTH_TIMEOUT.
+        """
+        self._check_alive()
+        number = next(self._ping_numbers)
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pongs[number] = answered
+        self._process.send(Ping(number))
+        try:
+            await asyncio.wait_for(answered, HEALTH_TIMEOUT)
+        except TimeoutError:
+            raise EngineDeadError(f"the engine loop did not answer within {HEALTH_TIMEOUT:.0f} s") from None
+        finally:
+            self._pongs.pop(number, None)
+
+    async def reset_prefix_cache(self) -> None:
+        self._check_alive()
+        self._process.send(ResetPrefixCache())
+
+    async def close(self) -> None:
+        """End the engine process; requests that still run fail with EngineDeadError."""
+        self._closing = True
+        self._reader.cancel()
+        await self._process.close()
+        self._die(EngineDeadError("the engine was shut down"))
+
+    def kill(self) -> None:
+        """End the engine process at once."""
+        self._closing = True
+        self._process.kill()
+
+    def _submit(
+        self, prompt: list[int], params: SamplingParams, request_id: str, priority: int, cache_salt: str | None
+    ) -> _Consumer:
+        self._check_alive()
+        validate(
+            params,
+            vocab_size=self.info.vocab_size,
+            max_model_len=self.info.max_model_len,
+            max_logprobs=self._config.max_logprobs,
+        )
+        check_prompt(prompt, params, vocab_size=self.info.vocab_size, max_model_len=self.info.max_model_len)
+        self._check_queue(params.n)
+        answer_ids = [str(next(self._answer_numbers)) for _ in range(params.n)]
+        consumer = _Consumer(RequestStream(request_id, answer_ids, prompt, params, self.tokenizer))
+        for answer_id in answer_ids:
+            self._consumers[answer_id] = consumer
+        seeds = answer_seeds(params, secrets.randbits(64))
+        self._process.send(AddRequest(answer_ids, seeds, prompt, params, priority, cache_salt))
+        return consumer
+
+    def _check_queue(self, count: int) -> None:
+        waiting = len(self._consumers) + count - self.info.max_num_seqs
+        if waiting > self._config.max_queued_requests:
+            raise QueueFullError(
+                f"{len(self._consumers)} answers are running or waiting, and no more than"
+                f" {self._config.max_queued_requests} may wait; try again in a moment",
+                retry_after=1.0,
+            )
+
+    def _check_alive(self) -> None:
+        if self.dead.is_set():
+            raise EngineDeadError("the engine process has ended")
+
+    def _forget(self, stream: RequestStream) -> None:
+        """The consumer is gone: abort what still runs in the engine."""
+        running = [answer_id for answer_id in stream.answer_ids if self._consumers.pop(answer_id, None) is not None]
+        if running and not self.dead.is_set():
+            self._process.send(AbortRequests(running))
+
+    async def _read(self) -> None:
+        """Take the engine's messages for as long as it lives."""
+        try:
+            while True:
+                message = await self._process.receive()
+                match message:
+                    case StepOutputs():
+                        self._deliver(message)
+                    case Pong():
+                        if (answered := self._pongs.get(message.number)) and not answered.done():
+                            answered.set_result(None)
+                    case Fatal():
+                        raise EngineDeadError(message.message)
+        except EngineDeadError as error:
+            logger.error("%s", error)
+            self._die(error)
+        except Exception as error:
+            logger.exception("reading from the engine failed")
+            self._die(EngineDeadError(f"reading from the engine failed: {type(error).__name__}"))
+
+    def _deliver(self, outputs: StepOutputs) -> None:
+        self._stats = outputs.stats
+        for update in outputs.updates:
+            # Late news of an answer that was aborted meanwhile has no consumer any more.
+            consumer = self._consumers.get(update.request_id)
+            if consumer is None:
+                continue
+            if update.finish_reason is not None:
+                del self._consumers[update.request_id]
+            piece = consumer.stream.push(update)
+            if consumer.stream.aborts:
+                for answer_id in consumer.stream.aborts:
+                    self._consumers.pop(answer_id, None)
+                self._process.send(AbortRequests(consumer.stream.aborts))
+                consumer.stream.aborts = []
+            if piece is not None:
+                consumer.pieces.append(piece)
+                consumer.event.set()
+
+    def _die(self, error: EngineDeadError) -> None:
+        self.dead.set()
+        for consumer in set(self._consumers.values()):
+            consumer.error = error
+            consumer.event.set()
+        self._consumers.clear()
+        for answered in self._pongs.values():
+            if not answered.done():
+                answered.set_exception(error)

@@ -1,0 +1,113 @@
+"""The engine: scheduler and runner, and the loop that keeps the device one step behind the scheduler."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from aphrodite.core.plan import RowResult, StepPlan, StepResult
+from aphrodite.core.request import Request
+from aphrodite.core.scheduler import RequestUpdate, Scheduler
+from aphrodite.engine.messages import AddRequest, EngineStats
+from aphrodite.errors import InvalidRequestError, QueueFullError
+from aphrodite.runner.runner import DeviceStep, Runner
+
+logger = logging.getLogger(__name__)
+
+STEP_FAILED = "the engine could not compute this request's step; the server's log has the reason"
+
+
+class EngineCore:
+    """Takes requests, runs steps, returns what each step brought. Not thread-safe: one caller drives it."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._in_flight: deque[tuple[StepPlan, Future[DeviceStep]]] = deque()
+        self._refused: list[RequestUpdate] = []
+        self._num_steps = 0
+        self._host_seconds: deque[float] = deque(maxlen=64)
+        self._forward_seconds: deque[float] = deque(maxlen=64)
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request. One that cannot be taken is answered by an error update from the next step."""
+        group = [
+            Request(
+                request_id=request_id,
+                prompt_token_ids=message.prompt_token_ids,
+                params=message.params,
+                seed=seed,
+                priority=message.priority,
+                cache_salt=message.cache_salt.encode() if message.cache_salt is not None else None,
+            )
+            for request_id, seed in zip(message.request_ids, message.seeds, strict=True)
+        ]
+        try:
+            self.scheduler.add(group)
+        except (InvalidRequestError, QueueFullError) as error:
+            self._refused.extend(
+                RequestUpdate(request_id, finish_reason="error", error=str(error)) for request_id in message.request_ids
+            )
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests now; ids that are unknown or already over are ignored."""
+        self.scheduler.abort(request_ids)
+
+    def has_work(self) -> bool:
+        return bool(self._in_flight or self._refused) or self.scheduler.has_unfinished()
+
+    def step(self) -> list[RequestUpdate]:
+        """Launch as far ahead as the runner's depth allows, then collect and commit the oldest step."""
+        began = time.perf_counter()
+        updates, self._refused = self._refused, []
+        while len(self._in_flight) <= self.runner.async_depth:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                break
+            self._in_flight.append((plan, self.runner.launch(plan)))
+        if self._in_flight:
+            plan, pending = self._in_flight.popleft()
+            result, forward_seconds = self._collect(plan, pending)
+            updates.extend(self.scheduler.commit(plan, result))
+            self._num_steps += 1
+            self._forward_seconds.append(forward_seconds)
+            self._host_seconds.append(time.perf_counter() - began - forward_seconds)
+        return updates
+
+    def _collect(self, plan: StepPlan, pending: Future[DeviceStep]) -> tuple[StepResult, float]:
+        try:
+            return self.runner.collect(plan, pending)
+        except Exception:
+            # Which row is to blame cannot be known here, so the step's rows fail and the engine goes on.
+            logger.exception("step %d failed; its %d requests end with an error", plan.step_id, len(plan.steps))
+            return StepResult(plan.step_id, [RowResult(step.row, error=STEP_FAILED) for step in plan.steps]), 0.0
+
+    def reset_prefix_cache(self) -> None:
+        self.scheduler.reset_prefix_cache()
+
+    def stats(self) -> EngineStats:
+        stats = self.scheduler.stats()
+        return EngineStats(
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_usage=stats.kv_usage,
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
+            num_preemptions=stats.num_preemptions,
+            num_steps=self._num_steps,
+            host_ms=_median_ms(self._host_seconds),
+            forward_ms=_median_ms(self._forward_seconds),
+        )
+
+    def close(self) -> None:
+        while self._in_flight:
+            self._collect(*self._in_flight.popleft())
+        self.runner.close()
+
+
+def _median_ms(seconds: deque[float]) -> float:
+    return statistics.median(seconds) * 1e3 if seconds else 0.0
