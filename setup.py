@@ -1,0 +1,97 @@
+"""Builds the optional native CPU library; everything else about the package is in pyproject.toml.
+
+The library has a plain C ABI and is loaded with ctypes, so it needs a C++17 compiler but no Python or torch
+headers. Sources are compiled once each, in parallel; files named after an instruction set get its flags and are
+chosen between at run time. Without a compiler the package installs all the same and runs on torch operations.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("aphrodite/kernels/cpu/native")
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    # Rows must not change in a bit with the batch: every fused multiply-add is written out.
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-psabi",
+]
+ISA_FLAGS = {
+    "avx512": [
+        *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+        "-mprefer-vector-width=512",
+    ],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def flags_for(source: str) -> list[str]:
+    """Extra flags of one source file: `*_avx512.cpp` and `*_avx2.cpp` are compiled for that instruction set."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return []
+    isa = Path(source).stem.rpartition("_")[2]
+    return ISA_FLAGS.get(isa, [])
+
+
+class BuildNative(build_ext):
+    """Compiles the sources of the native library in parallel and never fails the installation."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The library is no Python module, so its file name carries no interpreter tag."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return ext.export_symbols
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext)
+        except Exception as error:
+            self.warn(
+                f"the native CPU library was not built ({error}); Aphrodite installs and works without it, "
+                "several times slower on CPUs. Install a C++17 compiler (g++ or clang++) and reinstall to get it."
+            )
+
+    def _build(self, ext: Extension) -> None:
+        compiler: Any = self.compiler
+        headers = [str(path) for path in sorted(NATIVE.glob("*.h"))]
+
+        def compile_one(source: str) -> list[str]:
+            return compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                extra_postargs=COMMON_FLAGS + flags_for(source),
+                depends=headers,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = [name for names in pool.map(compile_one, sorted(ext.sources)) for name in names]
+        compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
+        )
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "aphrodite.kernels.cpu._native",
+            sources=[str(path) for path in sorted(NATIVE.glob("*.cpp"))],
+            depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)
