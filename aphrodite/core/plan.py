@@ -26,7 +26,7 @@ class RowStep(NamedTuple):
 
     row: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # shadows tuple.count
     blocks: list[int]  # appended to the row's block table, or its whole new table if `reset_blocks`
     reset_blocks: bool
     samples: bool  # the last computed position is the last known one, so a new token comes out

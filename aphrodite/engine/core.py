@@ -50,7 +50,8 @@ class EngineCore:
             self.scheduler.add(group)
         except (InvalidRequestError, QueueFullError) as error:
             self._refused.extend(
-                RequestUpdate(request_id, finish_reason="error", error=str(error)) for request_id in message.request_ids
+                RequestUpdate(request_id, [], finish_reason="error", error=str(error))
+                for request_id in message.request_ids
             )
 
     def abort(self, request_ids: Sequence[str]) -> None:

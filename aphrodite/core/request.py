@@ -1,0 +1,127 @@
+"""A request as the scheduler sees it, and what the scheduler says about it after a step."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from aphrodite.core.plan import TokenLogprobs
+from aphrodite.outputs import FinishReason
+from aphrodite.sampling.params import SamplingParams
+
+
+class RequestStatus(Enum):
+    """Where a request stands."""
+
+    WAITING = auto()  # has neither row nor blocks
+    RUNNING = auto()  # has a row and blocks
+    PREEMPTED = auto()  # keeps its row, gave its blocks back, waits to compute again
+    ENDING = auto()  # keeps its row, gave its blocks back; its last token is in flight
+    FINISHED = auto()
+
+
+class RequestUpdate(NamedTuple):
+    """What became known of a request: new tokens, or its end, or both."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None  # one a new token, if asked for
+    # The next entries, in order, for prompt tokens 1, 2, ... (the first has no probability), if asked for.
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token id that ended it; None for an end-of-sequence token
+    num_cached_tokens: int = 0  # prompt tokens whose KV was already there
+    error: str | None = None  # with finish_reason "error"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence to extend: what was asked for, and how far it is.
+
+    Every position of `tokens` has to be *computed* (its KV written) before the next can be sampled. Counters
+    that a plan moves (`num_computed`, `num_pending`) include steps in flight; `num_committed` does not.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int  # 64 bits, unsigned
+    priority: int = 0  # lower runs sooner, under policy "priority"
+    cache_salt: bytes | None = None  # only requests with equal salts share blocks
+
+    # Set by the scheduler when the request is added.
+    tokens: array[int] = field(init=False)  # int32, known ones: prompt and output
+    max_total: int = field(init=False, default=0)  # prompt and output tokens at which it ends with "length"
+    key: tuple[int, int] = field(init=False, default=(0, 0))  # order of service: (priority, arrival)
+    group: ForkGroup | None = field(init=False, default=None)
+
+    status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
+    row: int | None = field(init=False, default=None)  # from the first step until the last one has come back
+    blocks: list[int] = field(init=False, default_factory=list)  # the block table
+    digests: list[bytes] = field(init=False, default_factory=list)  # of its full blocks with known tokens
+    num_registered: int = field(init=False, default=0)  # leading blocks of the table that the cache was told of
+    registers: bool = field(init=False, default=True)  # False: its KV is older than the last reset of the cache
+
+    num_computed: int = field(init=False, default=0)  # leading positions computed, by plans made so far
+    num_committed: int = field(init=False, default=0)  # the same, by plans whose results have arrived
+    num_pending: int = field(init=False, default=0)  # tokens being sampled by plans in flight
+    num_inflight: int = field(init=False, default=0)  # plans in flight that hold a step of this request
+
+    num_cached_tokens: int = field(init=False, default=0)
+    num_preemptions: int = field(init=False, default=0)
+    num_prompt_logprobs: int = field(init=False, default=0)  # handed out so far
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[len(self.prompt_token_ids) :].tolist()
+
+    @property
+    def samples(self) -> bool:
+        """False for a request that only computes its prompt (`max_tokens=0`)."""
+        return self.max_total > len(self.prompt_token_ids)
+
+    @property
+    def num_wanted(self) -> int:
+        """Leading positions that should be computed, given what is known or in flight.
+
+        The last token of all is sampled and never computed: once it is in flight, nothing is left to do.
+        """
+        known = len(self.tokens) + self.num_pending
+        return self.num_computed if known >= self.max_total and self.samples else known
+
+    @property
+    def awaits_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None and self.num_prompt_logprobs < len(self.prompt_token_ids) - 1
+
+
+@dataclass(slots=True, eq=False)
+class ForkGroup:
+    """Requests with one prompt (`n` > 1): one of them, the leader, computes it for all.
+
+    `held` members stay out of the waiting queue until the leader has computed the blocks that they will share.
+    """
+
+    leader: Request
+    members: list[Request]
+    held: list[Request]
+    num_shared_blocks: int  # full blocks of the prompt, leaving at least one token to compute
+
+    def source(self, block_size: int) -> Request | None:
+        """A member whose first blocks hold the prompt's KV.
+
+        Only what a result has confirmed counts: a step in flight may fail, and must not take the group with it.
+        """
+        for member in self.members:
+            if member.num_committed >= self.num_shared_blocks * block_size:
+                return member
+        return None

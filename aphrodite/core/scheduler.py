@@ -1,0 +1,582 @@
+"""Decides what each step computes, and turns a step's results into requests' progress.
+
+There are no phases. Every request has tokens that are known and positions that are computed, and a step spends
+a budget of tokens on letting the second chase the first: decoding is one position behind, a prompt many, a
+preempted request all of them. Requests are served in one order, `Request.key`; those that run go before those
+that wait because they came first, and under policy "priority" because they matter more.
+
+Plans may be made ahead of results. A token that a plan in flight samples counts as known: the next plan names
+its position, and the runner finds the token on the device. What ends a request may thus be learned after it was
+scheduled once more; that step's result is dropped.
+
+Progress: the first request in order takes blocks from the last until it has what it needs, and a request that
+could not fit alone is refused or ends at the pool's capacity. So the first one advances in every plan that is
+not waiting for its own tokens in flight, and every request becomes first or finishes.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import pairwise
+from operator import attrgetter
+from typing import NamedTuple
+
+import msgspec
+
+from aphrodite.core.block_pool import BlockPool
+from aphrodite.core.plan import RowResult, RowStart, RowStep, StepPlan, StepResult, TokenLogprobs
+from aphrodite.core.prefix_cache import BlockHasher
+from aphrodite.core.request import ForkGroup, Request, RequestStatus, RequestUpdate
+from aphrodite.core.scheduler_config import SchedulerConfig, SchedulerStats
+from aphrodite.core.waiting_queue import WaitingQueue
+from aphrodite.errors import InvalidRequestError, QueueFullError
+from aphrodite.outputs import FinishReason
+
+__all__ = ["RequestUpdate", "Scheduler", "SchedulerConfig", "SchedulerStats"]
+
+# The core has no clock; a second is many steps, after which a place in the queue may have come free.
+_RETRY_AFTER_SECONDS = 1.0
+_NO_BLOCKS: list[int] = []  # shared by the many steps that need no new block; never changed
+_by_key = attrgetter("key")
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making."""
+
+    step_id: int
+    budget: int
+    starts: list[RowStart] = field(default_factory=list)
+    steps: list[RowStep] = field(default_factory=list)
+    requests: list[tuple[Request, int]] = field(default_factory=list)  # beside `steps`; see `_InFlight`
+
+
+class _InFlight(NamedTuple):
+    """A plan whose result has not arrived. Requests are held here themselves, not by row: nothing else is needed
+    for a late result to find its own request, or to find that it has ended."""
+
+    plan: StepPlan
+    requests: list[tuple[Request, int]]  # beside `plan.steps`: whose it is, and its `num_preemptions` then
+
+
+class Scheduler:
+    """Admits requests to rows and blocks, plans steps, applies their results.
+
+    Call `schedule` for a plan, execute plans in order, and `commit` each with its result, in order; any number
+    of plans may be in flight. Not thread-safe.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self._pool = BlockPool(config.num_blocks)
+        self._hasher = BlockHasher(config.block_size)
+        self._requests: dict[str, Request] = {}  # all that have not finished
+        self._running: list[Request] = []  # in order of service
+        self._waiting = WaitingQueue()
+        self._preempted = WaitingQueue()
+        self._forming: dict[ForkGroup, None] = {}  # groups with held members whose leader has been admitted
+        self._num_held = 0
+        self._free_rows = list(range(config.max_num_seqs))  # a heap: low rows keep a batch dense
+        self._ended_rows: list[int] = []  # to be named in the next plan's `ends`
+        self._inflight: deque[_InFlight] = deque()
+        self._num_arrivals = 0
+        self._next_step_id = 0
+        self._num_preemptions = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+
+    # Requests come and go.
+
+    def add(self, requests: Request | Sequence[Request]) -> None:
+        """Queue one request, or several with the same prompt and salt that share the prompt's blocks (`n` > 1).
+
+        Log-probabilities of a shared prompt come with the first request only.
+
+        Raises:
+            InvalidRequestError: one could never run, for the reason given. None was added.
+            QueueFullError: too many are waiting already. None was added.
+        """
+        group = [requests] if isinstance(requests, Request) else list(requests)
+        first = group[0]
+        if any(r.prompt_token_ids != first.prompt_token_ids or r.cache_salt != first.cache_salt for r in group[1:]):
+            raise ValueError("requests added together must have the same prompt and cache salt")
+        self._refuse_duplicates(group)
+        prepared = [(request, *self.config.measure(request)) for request in group]
+        self._refuse_overflow(len(group))
+        for request, tokens, max_total in prepared:
+            request.tokens, request.max_total = tokens, max_total
+            request.key = (request.priority if self.config.policy == "priority" else 0, self._num_arrivals)
+            self._num_arrivals += 1
+            self._requests[request.request_id] = request
+        self._waiting.push(first)
+        for sibling in group[1:]:
+            if sibling.params.prompt_logprobs is not None:
+                sibling.params = msgspec.structs.replace(sibling.params, prompt_logprobs=None)
+        shared = (first.num_prompt_tokens - 1) // self.config.block_size
+        if shared:
+            self._form_group(group, shared)
+        else:
+            for sibling in group[1:]:
+                self._waiting.push(sibling)
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
+        """End requests now, whatever they are doing; ids that are not (or no longer) here are passed over."""
+        updates = []
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                updates.append(self._end(request, "abort"))
+        return updates
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running requests go on, and leave none of what they hold now."""
+        self._pool.forget_all()
+        for request in self._running:
+            request.registers = False
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without blocks: not yet begun, or preempted."""
+        return len(self._waiting) + len(self._preempted) + self._num_held
+
+    @property
+    def num_running(self) -> int:
+        return len(self._requests) - self.num_waiting
+
+    @property
+    def num_inflight(self) -> int:
+        """Plans made and not yet committed."""
+        return len(self._inflight)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
+            kv_usage=self._pool.num_used / self._pool.num_blocks,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            num_preemptions=self._num_preemptions,
+        )
+
+    # A plan.
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None if nothing can run before a result arrives or a request comes."""
+        draft = _Draft(self._next_step_id, self.config.max_num_batched_tokens)
+        if self._forming:
+            self._release_held()
+        running = self._running
+        candidate = self._next_waiting()
+        preemptions = self._num_preemptions
+        index = 0
+        while draft.budget > 0:
+            request = running[index] if index < len(running) else None
+            if candidate is not None and (request is None or candidate.key < request.key):
+                fits = self._admit(candidate, index, draft)
+                if candidate.status is RequestStatus.RUNNING:
+                    index += 1
+                candidate = self._next_waiting()
+            elif request is not None:
+                fits = self._advance(request, index, draft)
+                index += 1
+            else:
+                break
+            # Blocks that someone had to give up, or that someone still lacks, are not for newcomers.
+            if not fits or self._num_preemptions != preemptions:
+                candidate = None
+        if not draft.steps:
+            return None
+        plan = StepPlan(draft.step_id, self._ended_rows, draft.starts, draft.steps)
+        self._ended_rows = []
+        self._next_step_id += 1
+        self._inflight.append(_InFlight(plan, draft.requests))
+        return plan
+
+    def _next_waiting(self) -> Request | None:
+        """The first request in order that is not running and has, or could have, a row."""
+        resumed = self._preempted.peek()
+        fresh = self._waiting.peek() if self._free_rows else None
+        if resumed is None or (fresh is not None and fresh.key < resumed.key):
+            return fresh
+        return resumed
+
+    def _advance(self, request: Request, index: int, draft: _Draft) -> bool:
+        """Plan a share of the step for the running request at `index`; False if it lacks blocks."""
+        known = len(request.tokens) + request.num_pending
+        count = known - request.num_computed
+        if count == 0 or (known >= request.max_total and request.samples):
+            return True  # what ends it is in flight
+        if count > 1:
+            count = self._chunk(request, count, draft.budget, len(self._running) - index - 1)
+        size = self.config.block_size
+        room = len(request.blocks) * size - request.num_computed
+        if count <= room:
+            self._take(request, draft, count, _NO_BLOCKS, reset=False)
+            return True
+        missing = -(-(count - room) // size)
+        while self._pool.num_available < missing and len(self._running) > index + 1:
+            self._preempt(self._running.pop())
+        # The last in order does not preempt itself: it computes what fits and keeps what it has.
+        granted = min(missing, self._pool.num_available)
+        count = min(count, room + granted * size)
+        if count:
+            blocks = self._pool.allocate(granted)
+            request.blocks += blocks
+            self._take(request, draft, count, blocks, reset=False)
+        return granted == missing
+
+    def _admit(self, request: Request, index: int, draft: _Draft) -> bool:
+        """Give a waiting request blocks, and a row if it has none, and plan its share; False if it does not fit.
+
+        Those behind `index` give way. A member of a group whose prompt is being computed is held instead.
+        """
+        # Those ahead take a block every `block_size` steps: leave them a few steps' worth, so that the newcomer
+        # is not preempted at once.
+        reserve = (index + 3) // 4
+        if self._pool.num_available <= reserve and len(self._running) == index:
+            return False
+        found = self._find_computed(request)
+        if found is None:
+            self._hold(request)
+            return True
+        shared, source = found
+        size = self.config.block_size
+        self._pool.reference(shared)
+        computed = len(shared) * size
+        known = len(request.tokens) + request.num_pending
+        count = self._chunk(request, known - computed, draft.budget, len(self._running) - index)
+        missing = -(-(computed + count) // size) - len(shared)
+        while self._pool.num_available < missing + reserve and len(self._running) > index:
+            self._preempt(self._running.pop())
+        if self._pool.num_available < missing + reserve:
+            self._pool.release(shared)
+            return False
+        request.blocks = shared + self._pool.allocate(missing)
+        request.num_computed = request.num_committed = computed
+        request.registers = source is None or source.registers
+        request.num_registered = len(shared) if source is None else 0
+        if self.config.enable_prefix_caching and source is None and request.row is None:
+            self._prefix_queries += request.num_prompt_tokens
+            self._prefix_hits += computed
+        self._start(request, draft)
+        self._take(request, draft, count, list(request.blocks), reset=True)
+        return True
+
+    def _find_computed(self, request: Request) -> tuple[list[int], Request | None] | None:
+        """Blocks that hold the request's first tokens already, and the request they are borrowed from, if so.
+
+        At least one token is left to compute: a step has to bring logits. None: better to wait, another member
+        of its group is computing the prompt.
+        """
+        size = self.config.block_size
+        limit = (len(request.tokens) + request.num_pending - 1) // size
+        if request.awaits_prompt_logprobs:
+            limit = min(limit, request.num_prompt_logprobs // size)
+        found: list[int] = []
+        if self.config.enable_prefix_caching:
+            limit = min(limit, len(request.tokens) // size)
+            self._hasher.extend(request.digests, request.tokens, limit, request.cache_salt)
+            for digest in request.digests[:limit]:
+                block = self._pool.lookup(digest)
+                if block is None:
+                    break
+                found.append(block)
+        group = request.group
+        if group is None or len(found) >= group.num_shared_blocks or request.awaits_prompt_logprobs:
+            return found, None
+        source = group.source(size)
+        if source is not None:
+            return source.blocks[: group.num_shared_blocks], source
+        if request.status is RequestStatus.WAITING:
+            if any(member.status is RequestStatus.RUNNING for member in group.members):
+                return None
+            group.leader = request
+        return found, None
+
+    def _start(self, request: Request, draft: _Draft) -> None:
+        """Move an admitted request among the running ones."""
+        if request.status is RequestStatus.PREEMPTED:
+            self._preempted.pop()
+        else:
+            self._waiting.pop()
+            request.row = heappop(self._free_rows)
+            draft.starts.append(
+                RowStart(request.row, request.request_id, request.prompt_token_ids, request.params, request.seed)
+            )
+            request.num_cached_tokens = request.num_computed
+            if request.group is not None and request.group.held:
+                self._forming[request.group] = None
+        request.status = RequestStatus.RUNNING
+        insort(self._running, request, key=_by_key)
+
+    def _chunk(self, request: Request, count: int, budget: int, num_behind: int) -> int:
+        """How many of `count` positions to compute now, leaving a token to each of those behind."""
+        if request.awaits_prompt_logprobs:
+            budget = min(budget, self.config.prompt_logprobs_chunk)
+        return min(count, max(1, budget - num_behind))
+
+    def _take(self, request: Request, draft: _Draft, count: int, blocks: list[int], *, reset: bool) -> None:
+        """Put `count` positions of a running request into the plan."""
+        start = request.num_computed
+        end = start + count
+        samples = end == len(request.tokens) + request.num_pending and request.samples
+        assert request.row is not None
+        draft.steps.append(RowStep(request.row, start, count, blocks, reset, samples))
+        draft.requests.append((request, request.num_preemptions))
+        draft.budget -= count
+        request.num_computed = end
+        request.num_pending += samples
+        request.num_inflight += 1
+
+    def _preempt(self, request: Request) -> None:
+        """Take the blocks of a request that was removed from `_running`; it computes again later.
+
+        Its full blocks stay findable until someone needs them. Its row stays: the sampler's state lives there.
+        """
+        ending = request.num_wanted == request.num_computed
+        self._pool.release(request.blocks)
+        request.blocks = []
+        request.num_computed = request.num_committed = request.num_registered = 0
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        if ending:
+            request.status = RequestStatus.ENDING
+        else:
+            request.status = RequestStatus.PREEMPTED
+            self._preempted.push(request)
+
+    # A result.
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
+        """Apply the result of the oldest plan in flight; returns what became known, by request."""
+        if not self._inflight or self._inflight[0].plan.step_id != plan.step_id or result.step_id != plan.step_id:
+            raise RuntimeError(f"step {result.step_id} committed as {plan.step_id} out of order")
+        steps, requests = plan.steps, self._inflight.popleft().requests
+        if len(result.rows) != len(steps):
+            raise RuntimeError(f"step {plan.step_id}: {len(result.rows)} results for {len(steps)} rows")
+        updates: list[RequestUpdate] = []
+        for step, (request, generation), row in zip(steps, requests, result.rows, strict=True):
+            if row.row != step.row:
+                raise RuntimeError(f"step {plan.step_id}: result for row {row.row} in place of row {step.row}")
+            request.num_inflight -= 1
+            request.num_pending -= step.samples
+            if request.status is RequestStatus.FINISHED:
+                if request.num_inflight == 0:
+                    self._release_row(request)
+            elif row.error is not None:
+                updates.append(self._end(request, "error", error=row.error))
+            else:
+                update = self._apply(request, generation, step, row)
+                if update is not None:
+                    updates.append(update)
+        return updates
+
+    def _apply(self, request: Request, generation: int, step: RowStep, row: RowResult) -> RequestUpdate | None:
+        """One row's result, for a request that goes on so far."""
+        prompt_logprobs = self._take_prompt_logprobs(request, step, row) if row.prompt_logprobs else None
+        # A preempted request's tokens count, its computed positions are gone.
+        if generation == request.num_preemptions:
+            request.num_committed = step.start + step.count
+            if request.num_committed - request.num_registered * self.config.block_size >= self.config.block_size:
+                self._register(request)
+        if not step.samples:
+            if not request.samples and step.start + step.count == request.num_prompt_tokens:
+                return self._end(request, "length", prompt_logprobs=prompt_logprobs)
+            if prompt_logprobs is None:
+                return None
+            return RequestUpdate(
+                request.request_id, [], None, prompt_logprobs, num_cached_tokens=request.num_cached_tokens
+            )
+        token = row.token_id
+        if token is None:
+            raise RuntimeError(f"row {step.row} of request {request.request_id} brought no token")
+        request.tokens.append(token)
+        logprobs = None if row.logprobs is None else [row.logprobs]
+        finish_reason, stop_reason = self._finish_reason(request, token)
+        if finish_reason is not None:
+            return self._end(request, finish_reason, [token], logprobs, prompt_logprobs, stop_reason)
+        return RequestUpdate(
+            request.request_id, [token], logprobs, prompt_logprobs, None, None, request.num_cached_tokens
+        )
+
+    def _finish_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+        """Whether the token just appended ends the request, and the stop token id that did."""
+        params = request.params
+        # The sampler masks these tokens until `min_tokens` others are out.
+        if request.num_output_tokens > params.min_tokens:
+            if token in self.config.eos_token_ids and not params.ignore_eos:
+                return "stop", None
+            if token in params.stop_token_ids:
+                return "stop", token
+        return ("length" if len(request.tokens) >= request.max_total else None), None
+
+    def _take_prompt_logprobs(self, request: Request, step: RowStep, row: RowResult) -> list[TokenLogprobs] | None:
+        """The entries of a result that were not handed out before a preemption."""
+        if request.params.prompt_logprobs is None or row.prompt_logprobs is None:
+            return None
+        fresh = row.prompt_logprobs[request.num_prompt_logprobs - step.start :]
+        request.num_prompt_logprobs += len(fresh)
+        return fresh or None
+
+    def _register(self, request: Request) -> None:
+        """Make the request's full blocks findable, now that their content is known and written."""
+        if not self.config.enable_prefix_caching or not request.registers:
+            return
+        full = request.num_committed // self.config.block_size
+        self._hasher.extend(request.digests, request.tokens, full, request.cache_salt)
+        for index in range(request.num_registered, full):
+            self._pool.register(request.blocks[index], request.digests[index])
+        request.num_registered = full
+
+    def _end(
+        self,
+        request: Request,
+        finish_reason: FinishReason,
+        token_ids: list[int] | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
+        prompt_logprobs: list[TokenLogprobs] | None = None,
+        stop_reason: int | None = None,
+        error: str | None = None,
+    ) -> RequestUpdate:
+        """Finish a request wherever it stands.
+
+        Its blocks are free at once, although a plan in flight may still write to them. That is harmless: the
+        device runs plans in order, so whoever gets such a block writes it later and reads it after that; and
+        the wasted writes go to positions at or behind `num_committed`, so never to a block that the cache knows.
+        Its row is released only when nothing of it is in flight, so no late result meets the row's next owner.
+        """
+        del self._requests[request.request_id]
+        group = request.group
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+        elif request.status is RequestStatus.PREEMPTED:
+            self._preempted.discard(request)
+        elif request.status is RequestStatus.WAITING:
+            if group is not None and request in group.held:
+                group.held.remove(request)
+                self._num_held -= 1
+            else:
+                self._waiting.discard(request)
+        request.status = RequestStatus.FINISHED
+        self._pool.release(request.blocks)
+        request.blocks = []
+        request.num_committed = 0
+        if group is not None and group.held:
+            self._forming[group] = None
+        if request.num_inflight == 0:
+            self._release_row(request)
+        return RequestUpdate(
+            request.request_id,
+            token_ids or [],
+            logprobs,
+            prompt_logprobs,
+            finish_reason,
+            stop_reason,
+            request.num_cached_tokens,
+            error,
+        )
+
+    def _release_row(self, request: Request) -> None:
+        if request.row is not None:
+            heappush(self._free_rows, request.row)
+            self._ended_rows.append(request.row)
+            request.row = None
+
+    # Groups.
+
+    def _form_group(self, group: list[Request], num_shared_blocks: int) -> None:
+        if len(group) == 1:
+            return
+        fork = ForkGroup(leader=group[0], members=group, held=group[1:], num_shared_blocks=num_shared_blocks)
+        for request in group:
+            request.group = fork
+        self._num_held += len(fork.held)
+
+    def _hold(self, request: Request) -> None:
+        """Take the first waiting request out of the queue until its group's prompt is computed."""
+        group = request.group
+        assert group is not None
+        self._waiting.pop()
+        group.held.append(request)
+        self._num_held += 1
+        self._forming[group] = None
+
+    def _release_held(self) -> None:
+        """Queue the held members of groups whose prompt is computed, or one to compute it if the leader is gone."""
+        for group in list(self._forming):
+            leader = group.leader
+            if group.source(self.config.block_size) is not None:
+                released = len(group.held)
+            elif leader.status in (RequestStatus.FINISHED, RequestStatus.ENDING):
+                # It may have ended with the very step that computed the prompt; then the cache has it.
+                last = leader.digests[group.num_shared_blocks - 1 : group.num_shared_blocks]
+                cached = bool(last) and self._pool.lookup(last[0]) is not None
+                released = len(group.held) if cached else min(1, len(group.held))
+                group.leader = group.held[0] if group.held else leader
+            else:
+                continue
+            del self._forming[group]
+            for request in group.held[:released]:
+                self._waiting.push(request)
+            del group.held[:released]
+            self._num_held -= released
+
+    # Refusals.
+
+    def _refuse_duplicates(self, group: list[Request]) -> None:
+        ids = [request.request_id for request in group]
+        for request_id in ids:
+            if request_id in self._requests or ids.count(request_id) > 1:
+                raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
+
+    def _refuse_overflow(self, count: int) -> None:
+        limit = self.config.max_queued_requests
+        if limit is None:
+            return
+        queued = len(self._waiting) + self._num_held
+        if queued + count - len(self._free_rows) > limit:
+            raise QueueFullError(
+                f"{queued} requests are waiting and at most {limit} may wait for a free place; try again later",
+                retry_after=_RETRY_AFTER_SECONDS,
+            )
+
+    # Self-check.
+
+    def check(self) -> None:
+        """Verify that blocks, references, rows and queues add up. O(everything); for tests and idle moments.
+
+        Raises:
+            RuntimeError: an invariant is broken.
+        """
+        running, waiting = self._running, self._waiting.requests()
+        preempted = self._preempted.requests()
+        self._pool.check(request.blocks for request in running)
+        if any(a.key >= b.key for a, b in pairwise(running)):
+            raise RuntimeError("running requests are out of order")
+        held = [r for r in self._requests.values() if r.group is not None and r in r.group.held]
+        ending = [r for r in self._requests.values() if r.status is RequestStatus.ENDING]
+        places = [*running, *waiting, *preempted, *held, *ending]
+        if len(places) != len(self._requests) or {r.request_id for r in places} != self._requests.keys():
+            raise RuntimeError("a request stands in two places, or in none")
+        if (len(waiting), len(preempted), len(held)) != (len(self._waiting), len(self._preempted), self._num_held):
+            raise RuntimeError("queues have lost count")
+        inflight = {id(r): r for entry in self._inflight for r, _ in entry.requests}
+        owners = {id(r): r for r in (*running, *preempted, *ending)} | inflight
+        rows = [r.row for r in owners.values()] + self._free_rows
+        if sorted(r for r in rows if r is not None) != list(range(self.config.max_num_seqs)):
+            raise RuntimeError(f"rows are lost or owned twice: {rows}")
+        if any(r.row is not None for r in (*waiting, *held)):
+            raise RuntimeError("a request that has not begun has a row")
+        for request in (*running, *preempted, *ending):
+            flights = sum(r is request for entry in self._inflight for r, _ in entry.requests)
+            if flights != request.num_inflight or not 0 <= request.num_pending <= flights:
+                raise RuntimeError(f"request {request.request_id}: steps in flight miscounted")
+            if request.num_committed > len(request.tokens) or request.num_committed > request.num_computed:
+                raise RuntimeError(f"request {request.request_id}: progress is inconsistent")
