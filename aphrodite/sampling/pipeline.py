@@ -1,0 +1,258 @@
+"""The sampler: rows of logits in, one token a row out, everything on the device.
+
+Rows are grouped by stage, so a row without a stage pays nothing for it and no row's values touch
+another row. A stage that may leave nothing of a row is undone where it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from aphrodite.core.plan import TokenLogprobs
+from aphrodite.errors import RequestFailedError
+from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.plan import SamplingPlan, compile_plan
+from aphrodite.sampling.random import Use, gumbel, signed_seed, uniforms
+from aphrodite.sampling.stages.base import RowInfo, RowState, SamplerInfo, Stage, StageContext
+from aphrodite.sampling.stages.registry import all_stages
+
+
+class Sampled(NamedTuple):
+    """What `Sampler.sample` chose for L rows.
+
+    Attributes:
+        token_ids: [L] int32. Where `ok` is False it is 0: safe to feed on, never to be shown.
+        ok: [L] bool. False: the row's logits held NaN or +inf, or nothing that may be chosen.
+        logprobs: for the entries that want them, in the order of `wanted`.
+        wanted: entries that want log-probabilities, with the number of top tokens.
+    """
+
+    token_ids: torch.Tensor
+    ok: torch.Tensor
+    logprobs: LogprobTensors | None
+    wanted: dict[int, int]
+
+    def logprobs_of(self, entry: int) -> TokenLogprobs | None:
+        """Plain data of one entry; waits for the device. Of no meaning where `ok` is False."""
+        if self.logprobs is None or entry not in self.wanted:
+            return None
+        return self.logprobs.entry(list(self.wanted).index(entry), self.wanted[entry])
+
+
+class Sampler:
+    """Chooses tokens for up to `num_rows` requests, each of which owns one row.
+
+    Args:
+        token_ids: [num_rows, max_model_len] int32, the runner's history of every row, prompt first. The
+            runner writes chosen tokens there before the next `sample`.
+        num_prompt: [num_rows], the runner's prompt lengths.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        token_ids: torch.Tensor,
+        num_prompt: torch.Tensor,
+        device: torch.device,
+    ) -> None:
+        self._info = SamplerInfo(num_rows, vocab_size, device, token_ids, num_prompt)
+        self._eos_token_ids = eos_token_ids
+        self._plans: dict[int, SamplingPlan] = {}
+        self._states: dict[str, RowState | None] = {}
+        self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._columns = _columns(all_stages())
+        width = max(columns.stop for columns in self._columns.values())
+        self._values = torch.zeros(num_rows, width, dtype=torch.float32, device=device)
+
+    @torch.inference_mode()
+    def start(self, row: int, params: SamplingParams, seed: int, prompt_token_ids: Sequence[int]) -> None:
+        """A request with valid `params` takes a free row; `seed` is an unsigned 64-bit number."""
+        if row in self._plans:
+            raise ValueError(f"row {row} is taken")
+        info = RowInfo(self._info.vocab_size, self._eos_token_ids, len(prompt_token_ids), self._info.device)
+        plan = self._plans[row] = compile_plan(params, info)
+        self._seeds[row] = signed_seed(seed)
+        for name, step in plan.steps.items():
+            if step.values:
+                self._values[row, self._columns[name]] = torch.tensor(step.values)
+            if name not in self._states:
+                self._states[name] = step.stage.new_state(self._info)
+            state = self._states[name]
+            if state is not None:
+                state.start(row, prompt_token_ids)
+
+    @torch.inference_mode()
+    def end(self, row: int) -> None:
+        """The row's request is gone and the row is free."""
+        for name in self._plans.pop(row).steps:
+            state = self._states[name]
+            if state is not None:
+                state.end(row)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
+        """Choose a token for each row.
+
+        Args:
+            logits: [L, vocab] float32; may be overwritten.
+            rows: L different rows that have started.
+            positions: where in its sequence each row's chosen token goes = tokens before it.
+        """
+        batch = _Batch([self._plans[row] for row in rows], rows, positions)
+        token_ids = torch.zeros(len(rows), dtype=torch.int32, device=logits.device)
+        ok = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
+        report = _LogprobReport(batch, logits)
+        for entries in batch.by_order():
+            part = batch if len(entries) == len(rows) else batch.take(entries)
+            index = self._index(entries)
+            left = logits if part is batch else logits[index]
+            finite = left.amax(-1).isfinite()
+            left = self._apply_stages(left, part)
+            finite &= left.amax(-1).isfinite()
+            token_ids[index] = torch.where(finite, self._choose(left, part), 0).to(torch.int32)
+            ok[index] = finite
+            report.processed(entries, left)
+        self._observe(batch, token_ids)
+        return Sampled(token_ids, ok, report.gather(token_ids), report.wanted)
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:
+        """Raw log-probabilities of given tokens.
+
+        Args:
+            logits: [P, vocab] float32, each row's speaking of the token in `target_ids` [P] (any integers).
+            k: most likely tokens to list beside each.
+
+        Raises:
+            RequestFailedError: the logits hold NaN or +inf, or only -inf.
+        """
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise RequestFailedError("the model's logits for this prompt are not finite numbers")
+        tensors = gather_logprobs(logits, target_ids.to(device=logits.device, dtype=torch.int64), k)
+        return [tensors.entry(entry, k) for entry in range(len(logits))]
+
+    def _apply_stages(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        """Run every stage, in the order that all rows of `batch` share, on the rows that have it."""
+        for name in batch.plans[0].order:
+            members = [entry for entry, plan in enumerate(batch.plans) if name in plan.steps]
+            if not members:
+                continue
+            stage = batch.plans[members[0]].steps[name].stage
+            if len(members) == len(batch.plans):
+                logits = self._apply_stage(stage, logits, batch)
+            else:
+                index = self._index(members)
+                logits[index] = self._apply_stage(stage, logits[index], batch.take(members))
+        return logits
+
+    def _apply_stage(self, stage: Stage, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        index = self._index(batch.rows)
+        context = StageContext(
+            rows=batch.rows,
+            index=index,
+            positions=batch.positions,
+            prepared=[plan.steps[stage.name].prepared for plan in batch.plans],
+            state=self._states[stage.name],
+            seeds=self._seeds[index],
+            token_ids=self._info.token_ids,
+            num_prompt=self._info.num_prompt,
+        )
+        values = self._values[index, self._columns[stage.name]]
+        if not stage.can_empty:
+            return stage.apply(logits, values, context)
+        before = logits.clone()
+        after = stage.apply(logits, values, context)
+        return torch.where(after.amax(-1, keepdim=True) == -torch.inf, before, after)
+
+    def _choose(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        """[R] int64: the Gumbel-max draw, or the argmax of greedy rows; ties go to the lowest token id."""
+        drawn = [entry for entry, plan in enumerate(batch.plans) if not plan.greedy]
+        if not drawn:
+            return logits.argmax(-1)
+        if len(drawn) < len(batch.plans):
+            chosen = logits.argmax(-1)
+            index = self._index(drawn)
+            chosen[index] = self._choose(logits[index], batch.take(drawn))
+            return chosen
+        index = self._index(batch.rows)
+        positions = self._index(batch.positions)
+        noise = gumbel(uniforms(self._seeds[index], positions, Use.DRAW, logits.shape[-1]))
+        # Relative to the maximum, so that large logits do not swallow the noise's digits.
+        return (logits - logits.amax(-1, keepdim=True) + noise).argmax(-1)
+
+    def _observe(self, batch: _Batch, token_ids: torch.Tensor) -> None:
+        for name, state in self._states.items():
+            if state is None:
+                continue
+            members = [entry for entry, plan in enumerate(batch.plans) if name in plan.steps]
+            if members:
+                rows = [batch.rows[entry] for entry in members]
+                state.observe(rows, self._index(rows), token_ids[self._index(members)])
+
+    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+        """[N] int64 on the device, without waiting for it."""
+        if self._info.device.type == "cuda":
+            return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(self._info.device, non_blocking=True)
+        return torch.tensor(numbers, dtype=torch.int64, device=self._info.device)
+
+
+class _Batch(NamedTuple):
+    """Rows of one call, or some of them."""
+
+    plans: Sequence[SamplingPlan]
+    rows: Sequence[int]
+    positions: Sequence[int]
+
+    def take(self, entries: Sequence[int]) -> _Batch:
+        return _Batch(
+            [self.plans[entry] for entry in entries],
+            [self.rows[entry] for entry in entries],
+            [self.positions[entry] for entry in entries],
+        )
+
+    def by_order(self) -> list[list[int]]:
+        """Entries grouped by their plans' order of stages."""
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for entry, plan in enumerate(self.plans):
+            groups.setdefault(plan.order, []).append(entry)
+        return list(groups.values())
+
+
+class _LogprobReport:
+    """Keeps the logits whose log-probabilities are wanted: raw ones before the stages, processed ones after."""
+
+    def __init__(self, batch: _Batch, logits: torch.Tensor) -> None:
+        self.wanted = {entry: plan.logprobs for entry, plan in enumerate(batch.plans) if plan.logprobs is not None}
+        self._processed = {entry for entry in self.wanted if batch.plans[entry].processed_logprobs}
+        self._logits = logits[list(self.wanted)] if self.wanted else None
+
+    def processed(self, entries: Sequence[int], logits: torch.Tensor) -> None:
+        """Take `logits` [len(entries), vocab] of the entries that want them as they are after the stages."""
+        if self._logits is None:
+            return
+        for row, entry in enumerate(entries):
+            if entry in self._processed:
+                self._logits[list(self.wanted).index(entry)] = logits[row]
+
+    def gather(self, token_ids: torch.Tensor) -> LogprobTensors | None:
+        """For the chosen `token_ids` [L]."""
+        if self._logits is None:
+            return None
+        return gather_logprobs(self._logits, token_ids[list(self.wanted)].long(), max(self.wanted.values()))
+
+
+def _columns(stages: Sequence[Stage]) -> dict[str, slice]:
+    """Where each stage's values stand in a row of the value table."""
+    columns: dict[str, slice] = {}
+    first = 0
+    for stage in stages:
+        count = len(stage.values(SamplingParams()))
+        columns[stage.name] = slice(first, first + count)
+        first += count
+    return columns

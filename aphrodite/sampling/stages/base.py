@@ -1,0 +1,116 @@
+"""What a sampling stage is.
+
+A stage is one small module in this package that ends in `STAGE = ...`: a stateless object that says
+which parameters it reads, when it is neutral, what it keeps per row, and what it does to logits. Its
+parameters are rows of the table in `sampling/params.py`. Adding a stage adds its file and those rows,
+and changes nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+
+from aphrodite.sampling.params import SamplingParams, parameter
+
+
+class RowInfo(NamedTuple):
+    """What a stage may know when a request takes its row."""
+
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    num_prompt: int  # prompt tokens
+    device: torch.device
+
+
+class SamplerInfo(NamedTuple):
+    """What a stage's state may know when it is created."""
+
+    num_rows: int
+    vocab_size: int
+    device: torch.device
+    token_ids: torch.Tensor  # [rows, max_model_len] int32, the runner's: history of every row, prompt first
+    num_prompt: torch.Tensor  # [rows], the runner's
+
+
+class RowState(Protocol):
+    """What a stage remembers about rows from token to token, on the device.
+
+    It is created when the first row needs it, and hears of no row that does not use its stage. It must
+    be a function of the row's history alone, so that phrase bans and speculation can take it back.
+    """
+
+    def start(self, row: int, prompt_token_ids: Sequence[int]) -> None:
+        """A request takes the row."""
+
+    def end(self, row: int) -> None:
+        """The row's request is gone."""
+
+    def observe(self, rows: Sequence[int], index: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Tokens were chosen, still on the device: `index` [R] int64 are `rows`, `token_ids` [R] int32."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """The rows that a stage is applied to, and what it may read beside their logits and values."""
+
+    rows: Sequence[int]
+    index: torch.Tensor  # [R] int64: the same on the device
+    positions: Sequence[int]  # of the tokens to be chosen = tokens before them
+    prepared: Sequence[Any]  # what `prepare` returned for each row
+    state: Any  # what `new_state` returned
+    seeds: torch.Tensor  # [R] int64, for `random.uniforms`
+    token_ids: torch.Tensor  # [num_rows, max_model_len] int32: all rows' history; take `index` of it
+    num_prompt: torch.Tensor  # [num_rows], likewise
+
+
+class Stage(ABC):
+    """One step of a sampling plan.
+
+    Attributes:
+        name: in plans, logs and `sampler_priority`.
+        rank: place in the default order; the table is in `sampling/pipeline.py`.
+        sampler_id: the number that stands for this step in a numeric `sampler_priority`.
+        parameters: the fields of SamplingParams it reads, all of them.
+        constraint: a hard rule (bias, bans, grammars): it runs before the others in every order, and
+            what it masks stays masked.
+        keeps_argmax: never masks or demotes the most likely token, so greedy rows skip it.
+        can_empty: might mask all that is left of a row; it is then undone for that row.
+    """
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+    parameters: ClassVar[tuple[str, ...]]
+    sampler_id: ClassVar[int | None] = None
+    constraint: ClassVar[bool] = False
+    keeps_argmax: ClassVar[bool] = False
+    can_empty: ClassVar[bool] = False
+
+    def is_neutral(self, params: SamplingParams) -> bool:
+        """Whether it would change nothing; then the plan leaves it out."""
+        return all(getattr(params, name) == parameter(name).neutral for name in self.parameters)
+
+    def values(self, params: SamplingParams) -> tuple[float, ...]:
+        """Numbers kept in the row's device-side columns; their count is the same for all requests."""
+        return tuple(float(getattr(params, name)) for name in self.parameters)
+
+    def prepare(self, params: SamplingParams, info: RowInfo) -> Any:
+        """Data of no fixed size, made once a request and kept with its plan."""
+        return None
+
+    def new_state(self, info: SamplerInfo) -> RowState | None:
+        """The memory shared by all rows of this stage, or None if it needs none."""
+        return None
+
+    @abstractmethod
+    def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
+        """The logits after this stage; it may change them in place. It does not wait for the device.
+
+        Args:
+            logits: [R, vocab] float32, finite or -inf, the rows of this stage only.
+            values: [R, len(self.values(...))] float32.
+        """
