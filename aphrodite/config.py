@@ -24,6 +24,11 @@ from aphrodite.errors import ConfigError
 
 ENV_PREFIX = "APHRODITE_"
 CONFIG_ENV = "APHRODITE_CONFIG"
+# Variables that are no settings of a flag or file.
+OTHER_ENV = {
+    CONFIG_ENV: "YAML file of settings, where --config names none",
+    "APHRODITE_CPU_ISA": "a lower instruction set for the native CPU library than the best: avx2 or portable",
+}
 
 Unit = Literal["plain", "tokens", "bytes", "seconds"]
 
@@ -120,9 +125,6 @@ class EngineConfig:
     max_logprobs: int = _setting(
         20, "Most log-probabilities that a request may ask for at each token.", "Scheduling", ge=0, le=10**6
     )
-    seed: int | None = _setting(
-        None, "Source of the seeds of requests that name none; auto is random.", "Scheduling", ge=0, le=2**63 - 1
-    )
 
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least serious log shown.", "Logging")
 
@@ -140,7 +142,7 @@ class ServerSettings:
         (), "Keys that clients must send (Bearer or X-API-Key); none lets everyone in.", "Server", secret=True
     )
     allowed_hosts: tuple[str, ...] = _setting(
-        (), "Host headers accepted; none accepts all.", "Server", example="models.example.org"
+        (), "Host names to answer to, beside loopback and --host; * is any.", "Server", example="models.example.org"
     )
     cors_origins: tuple[str, ...] = _setting(
         (),
@@ -489,10 +491,10 @@ def _from_flags(flags: Mapping[str, object]) -> Iterable[tuple[str, object, str]
 def _from_environment(environ: Mapping[str, str]) -> Iterable[tuple[str, object, str]]:
     known = {row.env: name for name, row in settings_table().items()}
     for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_ENV or not value:
+        if not variable.startswith(ENV_PREFIX) or variable in OTHER_ENV or not value:
             continue
         if variable not in known:
-            guess = did_you_mean(variable, [*known, CONFIG_ENV])
+            guess = did_you_mean(variable, [*known, *OTHER_ENV])
             raise ConfigError(f"environment variable {variable} is not a setting.{guess}{_orchestrator_hint(variable)}")
         if value.startswith("tcp://"):
             raise ConfigError(f"environment variable {variable} holds {value!r}.{_orchestrator_hint(variable)}")

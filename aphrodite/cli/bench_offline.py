@@ -1,0 +1,131 @@
+"""Measuring the engine in this process: latency of steps, throughput of a heap of prompts.
+
+Decode speed is taken as a difference: prompts whose KV cache is already there are answered with one token and
+with many, so that neither the prefill nor the call itself counts.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aphrodite.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from aphrodite.llm import LLM
+
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Medians over the repeats. Times are seconds, sizes are bytes, one step makes `batch_size` tokens."""
+
+    batch_size: int
+    input_len: int
+    output_len: int
+    repeats: int
+    ttft: float  # from the call to the first token of all prompts, nothing cached
+    step: float
+    host: float  # the engine's own share of a step: scheduling, sampling, bookkeeping
+    weight_bytes: int
+    kv_bytes: int  # read by one step, at the middle of the output
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.batch_size * self.input_len / self.ttft
+
+    @property
+    def decode_rate(self) -> float:
+        """Output tokens a second, of all sequences together."""
+        return self.batch_size / self.step
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Weights and KV cache that a decode step reads, over its time."""
+        return (self.weight_bytes + self.kv_bytes) / self.step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """A heap of prompts answered together. Seconds."""
+
+    num_prompts: int
+    input_tokens: int
+    output_tokens: int
+    elapsed: float
+
+
+def random_prompts(source: random.Random, vocab_size: int, lengths: list[int]) -> list[list[int]]:
+    """Prompts of random token ids, so that none shares a beginning with another."""
+    return [[source.randrange(vocab_size) for _ in range(length)] for length in lengths]
+
+
+def measure_latency(
+    llm: LLM, *, batch_size: int, input_len: int, output_len: int, repeats: int, seed: int = 0,
+    advance: Advance = lambda: None,
+) -> Latency:  # fmt: skip
+    """Time prefill and decode of `batch_size` equal sequences; one warm-up run is not counted.
+
+    Args:
+        advance: called after each of the `repeats + 1` runs.
+    """
+    source = random.Random(seed)
+    ttfts, steps, hosts = [], [], []
+    for repeat in range(repeats + 1):
+        prompts = random_prompts(source, llm.info.vocab_size, [input_len] * batch_size)
+        ttft = _time_generate(llm, prompts, 1)
+        short = _time_generate(llm, prompts, 1)
+        long = _time_generate(llm, prompts, output_len + 1)
+        if repeat > 0:
+            ttfts.append(ttft)
+            steps.append((long - short) / output_len)
+            hosts.append(llm.stats().host_ms / 1e3)
+        advance()
+    info = llm.info
+    context = input_len + output_len / 2
+    return Latency(
+        batch_size=batch_size,
+        input_len=input_len,
+        output_len=output_len,
+        repeats=repeats,
+        ttft=statistics.median(ttfts),
+        step=statistics.median(steps),
+        host=statistics.median(hosts),
+        weight_bytes=info.weight_bytes,
+        kv_bytes=int(batch_size * context * info.kv_bytes_per_block / info.block_size),
+    )
+
+
+def _time_generate(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    began = time.perf_counter()
+    llm.generate(prompts, params, progress=False)
+    return time.perf_counter() - began
+
+
+def measure_throughput(
+    llm: LLM, *, num_prompts: int, input_range: tuple[int, int], output_range: tuple[int, int], seed: int,
+    progress: bool,
+) -> Throughput:  # fmt: skip
+    """Answer `num_prompts` prompts of random lengths at once; ranges are inclusive, in tokens."""
+    source = random.Random(seed)
+    lengths = [source.randint(*input_range) for _ in range(num_prompts)]
+    prompts = random_prompts(source, llm.info.vocab_size, lengths)
+    params = [
+        SamplingParams(max_tokens=source.randint(*output_range), ignore_eos=True, seed=number)
+        for number in range(num_prompts)
+    ]
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, params, progress=progress)
+    return Throughput(
+        num_prompts=num_prompts,
+        input_tokens=sum(lengths),
+        output_tokens=sum(answer.num_tokens for output in outputs for answer in output.outputs),
+        elapsed=time.perf_counter() - began,
+    )

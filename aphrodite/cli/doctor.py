@@ -1,0 +1,122 @@
+"""`doctor`: what is installed, what this machine can do, which kernels would run and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from typing import Annotated, Any
+
+import typer
+
+from aphrodite.cli.console import format_bytes, stderr, stdout
+from aphrodite.cli.options import with_options
+from aphrodite.config import EngineConfig, Settings
+from aphrodite.errors import AphroditeError
+
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "msgspec", "pyzmq", "fastapi", "uvicorn", "jinja2")
+
+Report = dict[str, dict[str, Any]]
+
+
+@with_options(EngineConfig)
+def doctor(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    no_load: Annotated[bool, typer.Option("--no-load", help="Do not load the model to see its kernels.")] = False,
+    settings: Settings,
+) -> None:
+    """Report versions, devices, instruction sets, memory, and the kernels chosen and why."""
+    report: Report = {
+        "Software": _software(),
+        "Machine": _machine(),
+        "Devices": _devices(),
+        "Native CPU library": _native_library(),
+        "Settings": dict(settings.origins) or {"": "all have their defaults"},
+        "Model": _model(settings.engine, load=not no_load),
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    console = stdout()
+    for title, rows in report.items():
+        console.print(title, style="bold")
+        for name, value in rows.items():
+            console.print(f"  {name:<20} {value}" if name else f"  {value}", soft_wrap=True)
+
+
+def _software() -> dict[str, Any]:
+    from aphrodite import __version__
+
+    versions = {"aphrodite": __version__, "python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    import psutil
+
+    from aphrodite.cli.machine import cpu_model, instruction_sets, usable_cores
+
+    memory = psutil.virtual_memory()
+    return {
+        "processor": cpu_model(),
+        "architecture": platform.machine(),
+        "instruction sets": " ".join(instruction_sets()) or "not known on this system",
+        "cores": f"{usable_cores()} usable, {psutil.cpu_count(logical=False)} physical, {psutil.cpu_count()} logical",
+        "memory": f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free",
+    }
+
+
+def _devices() -> dict[str, Any]:
+    if importlib.util.find_spec("torch") is None:
+        return {"torch": "missing; install it with: pip install torch"}
+    with stderr().status("Asking torch for devices"):
+        import torch
+
+    devices: dict[str, Any] = {"cpu": "yes"}
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or getattr(torch.version, "hip", None)
+        devices["gpu"] = "none found" if built else "none: this torch is built for CPUs only"
+        return devices
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{properties.name}, {format_bytes(properties.total_memory)}"
+    return devices
+
+
+def _native_library() -> dict[str, Any]:
+    from aphrodite.kernels.cpu import library
+
+    loaded = library.load()
+    if loaded is None:
+        return {"state": f"not used: {library.unavailable_reason()}"}
+    return {"state": "loaded", "instruction set": loaded.isa}
+
+
+def _model(config: EngineConfig, *, load: bool) -> dict[str, Any]:
+    from aphrodite.cli.sources import load_llm
+    from aphrodite.loading.default_model import cache_directory, locate_default_model
+
+    rows: dict[str, Any] = {"cache directory": str(cache_directory())}
+    if config.model is None:
+        found = locate_default_model()
+        rows["default model"] = str(found) if found else "not here yet; `aphrodite run` fetches it"
+        load = load and found is not None
+    if not load:
+        return rows
+    try:
+        with stderr().status("Loading the model"):
+            llm = load_llm(config)
+    except AphroditeError as error:
+        return {**rows, "cannot be served": str(error)}
+    try:
+        kernels = {f"kernel: {name}": choice for name, choice in llm.describe().items()}
+        return {**rows, "model": llm.info.model, **kernels, "memory": "; ".join(llm.info.memory_plan)}
+    finally:
+        llm.close()
