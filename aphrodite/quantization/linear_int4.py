@@ -1,0 +1,84 @@
+"""Q4_0 and Q4_1 weights in the layout of torch's packed 4-bit matmul for the CPU.
+
+That kernel computes (q - 8) * scale + zero per group of 32 in bfloat16. Both file formats map onto it
+exactly but for the rounding of scale and zero to bfloat16 (the files have float16), which is why the
+path is lossy: mean |logit difference| about 0.1 on SmolLM2-135M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from aphrodite.kernels.dispatch import Declined
+from aphrodite.quantization.types import QuantType, RawTensor
+
+GROUP = 32
+_ROW_TILE = 16  # the kernel wants the number of output rows divisible by this
+_INNER_TILES = 1  # an argument for the GPU's packing that the CPU's one ignores
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """A packed 4-bit matrix `[out, in]`."""
+
+    packed: torch.Tensor  # [out, in / 2] uint8, in the kernel's own order
+    scales_and_zeros: torch.Tensor  # [in / 32, out, 2] bfloat16
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales_and_zeros.nbytes
+
+
+def decline_int4(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.device) -> Declined | None:
+    """Why `parts`, stacked along their rows, cannot be packed; None if they can."""
+    if any(part.qtype not in (QuantType.Q4_0, QuantType.Q4_1) for part in parts):
+        return Declined(f"needs Q4_0 or Q4_1, not {'/'.join(sorted({part.qtype.name for part in parts}))}")
+    if device.type != "cpu":
+        return Declined(f"only for the CPU, not {device.type}")
+    if dtype != torch.bfloat16:
+        return Declined(f"vectorised for bfloat16 only, not {dtype}")
+    rows = sum(part.shape[0] for part in parts)
+    if rows % _ROW_TILE:
+        return Declined(f"needs a multiple of {_ROW_TILE} output rows, not {rows}")
+    return None
+
+
+def pack_int4(parts: Sequence[RawTensor]) -> Int4Weight:
+    """Stack 4-bit matrices along their rows and pack them; `decline_int4` has been asked."""
+    codes, scales, minima = zip(*(_unpack(part) for part in parts), strict=True)
+    scale = np.concatenate(scales)
+    # The kernel's zero is the value of code 8.
+    zero = np.concatenate(minima) + 8.0 * scale
+    scales_and_zeros = torch.from_numpy(np.stack((scale.T, zero.T), axis=-1)).bfloat16()
+    packed = torch._convert_weight_to_int4pack_for_cpu(torch.from_numpy(np.concatenate(codes)), _INNER_TILES)
+    return Int4Weight(packed, scales_and_zeros)
+
+
+def matmul_int4(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+    """`x` `[T, in]` bfloat16 times the transposed weight: `[T, out]` bfloat16."""
+    return torch._weight_int4pack_mm_for_cpu(x, weight.packed, GROUP, weight.scales_and_zeros)
+
+
+def _unpack(raw: RawTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(codes int32 `[out, in]`, scale float32 `[out, in / 32]`, value of code 0 float32 `[out, in / 32]`).
+
+    A block holds a float16 scale, for Q4_1 a float16 minimum, and 16 bytes: the low nibbles are values
+    0 to 15, the high ones 16 to 31 (GGUF specification).
+    """
+    rows, columns = raw.shape
+    blocks = raw.data.reshape(rows, columns // GROUP, raw.qtype.block_bytes)
+    has_minimum = raw.qtype is QuantType.Q4_1
+    scale = np.ascontiguousarray(blocks[..., 0:2]).view("<f2")[..., 0].astype(np.float32)
+    if has_minimum:
+        minimum = np.ascontiguousarray(blocks[..., 2:4]).view("<f2")[..., 0].astype(np.float32)
+    else:
+        minimum = -8.0 * scale
+    nibbles = blocks[..., 4 if has_minimum else 2 :]
+    codes = np.empty((rows, columns // GROUP, GROUP), dtype=np.int32)
+    codes[..., :16] = nibbles & 0x0F
+    codes[..., 16:] = nibbles >> 4
+    return codes.reshape(rows, columns), scale, minimum
