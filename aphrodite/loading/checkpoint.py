@@ -1,0 +1,272 @@
+"""One way to open a model, whatever its format: description first, bytes only when asked for."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from aphrodite.errors import ModelFormatError
+from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.loading.dummy import dummy_weights
+from aphrodite.loading.generation import GenerationDefaults, generation_from_config, generation_from_gguf
+from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
+from aphrodite.loading.safetensors import INDEX_NAME, read_safetensors, read_sharded_safetensors
+from aphrodite.loading.weights import Weights, match_weights
+from aphrodite.models.registry import family_of_config, family_of_gguf
+from aphrodite.models.spec import ModelSpec
+from aphrodite.quantization.types import QuantType, RawTensor
+
+LoadFormat = Literal["auto", "gguf", "safetensors", "dummy"]
+
+_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_QUANT_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES = {
+    "float32": QuantType.F32,
+    "float16": QuantType.F16,
+    "bfloat16": QuantType.BF16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An open model.
+
+    Attributes:
+        path: the GGUF file, or the directory that holds config.json.
+        name: a short name to serve the model under.
+        weights: the parameters by canonical name (`loading/parameters.py`), views of the files.
+        gguf: metadata of a GGUF file (its tokenizer lives there), else None.
+    """
+
+    path: Path
+    name: str
+    format: Literal["gguf", "safetensors", "dummy"]
+    spec: ModelSpec
+    weights: Weights
+    gguf: Mapping[str, GGUFValue] | None
+    generation_defaults: GenerationDefaults
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, a tied head counted once."""
+        return sum(parameter.count for parameter in self.weights.parameters.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as they are stored."""
+        return sum(parameter.nbytes for parameter in self.weights.parameters.values())
+
+    @property
+    def tensors_by_type(self) -> dict[QuantType, int]:
+        """Tensors of each storage type, the type with most bytes first."""
+        parameters = self.weights.parameters.values()
+        count: Counter[QuantType] = Counter(parameter.qtype for parameter in parameters)
+        size: Counter[QuantType] = Counter()
+        for parameter in parameters:
+            size[parameter.qtype] += parameter.nbytes
+        return {qtype: count[qtype] for qtype, _ in size.most_common()}
+
+    @property
+    def quantization(self) -> str:
+        """For people: `Q4_1 (210 tensors), Q8_0 (1), F32 (61)`."""
+        (first, count), *rest = self.tensors_by_type.items()
+        return ", ".join([f"{first.name} ({count} tensors)", *(f"{qtype.name} ({n})" for qtype, n in rest)])
+
+
+def open_checkpoint(model: str | Path, *, load_format: LoadFormat = "auto") -> Checkpoint:
+    """Open a GGUF file, a directory with safetensors or with one GGUF model, or a bare config.json.
+
+    Only headers are read; missing, left-over and misshapen tensors are reported before memory is spent.
+
+    Args:
+        load_format: "dummy" makes random weights from config.json alone, in the type that it names.
+
+    Raises:
+        ModelFormatError: nothing there, ambiguous, damaged or not supported.
+    """
+    path = Path(model)
+    if not path.exists():
+        raise ModelFormatError(_not_found(str(model)))
+    if load_format == "dummy":
+        return _open_dummy(path)
+    if load_format == "auto":
+        load_format = _detect(path)
+    return _open_gguf(path) if load_format == "gguf" else _open_safetensors(path)
+
+
+def _not_found(model: str) -> str:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
+        return (
+            f"there is no file or folder {model}; if it is a model on the Hugging Face hub, "
+            f"download it first: hf download {model} --local-dir {model.rsplit('/', 1)[1]}"
+        )
+    return f"there is no file or folder {model}; name a GGUF file or a folder with safetensors files"
+
+
+def _detect(path: Path) -> Literal["gguf", "safetensors"]:
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return "safetensors"
+        if path.suffix in {pattern[1:] for pattern in _PICKLES}:
+            raise ModelFormatError(_pickle_refusal(path))
+        return "gguf"
+    has_gguf = any(path.glob("*.gguf"))
+    has_safetensors = any(path.glob("*.safetensors")) or (path / INDEX_NAME).exists()
+    if has_gguf and has_safetensors:
+        raise ModelFormatError(
+            f"{path} holds both GGUF and safetensors files; choose with --load-format gguf or safetensors"
+        )
+    if has_gguf:
+        return "gguf"
+    if not has_safetensors and any(file for pattern in _PICKLES for file in path.glob(pattern)):
+        raise ModelFormatError(_pickle_refusal(path))
+    if not has_safetensors:
+        raise ModelFormatError(
+            f"{path} holds neither GGUF nor safetensors files; name a model's file or folder, "
+            "or use --load-format dummy for random weights from a config.json"
+        )
+    return "safetensors"
+
+
+def _pickle_refusal(path: Path) -> str:
+    return (
+        f"{path}: .bin and .pt checkpoints are not loaded, because opening them can run any code they contain; "
+        "convert the model to safetensors offline (transformers: save_pretrained), or download that version of it"
+    )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    path = _gguf_in_directory(path) if path.is_dir() else path
+    file = read_gguf(path)
+    metadata = ConfigReader(path, file.metadata)
+    tensors = _with_splits(file, metadata)
+    family = family_of_gguf(metadata)
+    architecture = ConfigReader(path, file.metadata, prefix=f"{family.gguf_architecture}.")
+    spec = family.from_gguf(architecture, tensors)
+    weights = match_weights(
+        str(path),
+        spec,
+        tensors,
+        family.gguf_names,
+        harmless=lambda name: name == "rope_freqs.weight",  # already part of the spec
+        interleaved=family.gguf_interleaves,
+    )
+    split = _SPLIT_NAME.fullmatch(path.name)
+    return Checkpoint(
+        path=path,
+        name=_QUANT_SUFFIX.sub("", split[1] if split else path.stem),
+        format="gguf",
+        spec=spec,
+        weights=weights,
+        gguf=file.metadata,
+        generation_defaults=generation_from_gguf(metadata, spec.vocab_size),
+    )
+
+
+def _gguf_in_directory(path: Path) -> Path:
+    """The only GGUF model of a directory; of a model split over several files, the first."""
+    files = sorted(path.glob("*.gguf"))
+    splits = [match for file in files if (match := _SPLIT_NAME.fullmatch(file.name))]
+    if files and len(splits) == len(files) and len({(match[1], match[3]) for match in splits}) == 1:
+        files = files[:1]
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        raise ModelFormatError(f"{path} holds no .gguf file; name a GGUF file or a folder with one")
+    names = ", ".join(file.name for file in files[:20])
+    raise ModelFormatError(f"{path} holds {len(files)} GGUF files: name the one to load ({names})")
+
+
+def _with_splits(file: GGUFFile, metadata: ConfigReader) -> Mapping[str, RawTensor]:
+    """The tensors of a model that may continue in files named `…-00002-of-00003.gguf`."""
+    count = metadata.read("split.count", int, 0, low=0, high=99_999)
+    if count <= 1:
+        return file.tensors
+    match = _SPLIT_NAME.fullmatch(file.path.name)
+    if match is None or int(match[3]) != count or int(match[2]) != 1:
+        raise ModelFormatError(
+            f"{file.path} is a part of a model split over {count} files; "
+            f"name the first, which ends in -00001-of-{count:05}.gguf, with all of them beside it"
+        )
+    tensors = dict(file.tensors)
+    for number in range(2, count + 1):
+        part = read_gguf(file.path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf"))
+        twice = next((name for name in part.tensors if name in tensors), None)
+        if twice is not None:
+            raise ModelFormatError(f"{part.path}: tensor {twice!r} is also in another part; download the model again")
+        tensors.update(part.tensors)
+    return tensors
+
+
+def _open_safetensors(path: Path) -> Checkpoint:
+    directory = path.parent if path.is_file() else path
+    config = ConfigReader.from_file(directory / "config.json")
+    _refuse_quantized(config)
+    family = family_of_config(config)
+    spec = family.from_config(config)
+    head = family.hf_names.checkpoint_name("head.weight")
+
+    def harmless(name: str) -> bool:
+        """Precomputed rotary frequencies, and a copy of the embedding under the name of the head."""
+        return name.endswith("rotary_emb.inv_freq") or (spec.tied_head and name == head)
+
+    weights = match_weights(str(directory), spec, _read_tensors(path), family.hf_names, harmless=harmless)
+    return _described(directory, "safetensors", config, spec, weights)
+
+
+def _read_tensors(path: Path) -> dict[str, RawTensor]:
+    if path.is_file():
+        return read_safetensors(path)
+    single = path / "model.safetensors"
+    if single.exists():
+        return read_safetensors(single)
+    if (path / INDEX_NAME).exists():
+        return read_sharded_safetensors(path / INDEX_NAME)
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ModelFormatError(
+            f"{path} holds {len(files)} safetensors files and no {INDEX_NAME} that says which belong together; "
+            "download the model again"
+        )
+    return read_safetensors(files[0])
+
+
+def _refuse_quantized(config: ConfigReader) -> None:
+    section = config.section("quantization_config")
+    if section is not None:
+        method = section.read("quant_method", str, "an unnamed method")
+        raise ModelFormatError(
+            f"{config.source}: the weights are quantized with {method}, which is not supported yet; "
+            "use the original safetensors checkpoint or a GGUF file"
+        )
+
+
+def _open_dummy(path: Path) -> Checkpoint:
+    file = path if path.is_file() else path / "config.json"
+    if file.suffix == ".gguf":
+        raise ModelFormatError(f"{file}: dummy weights are made from a config.json, not from a GGUF file")
+    config = ConfigReader.from_file(file)
+    spec = family_of_config(config).from_config(config)
+    dtype = config.choice("dtype" if config.has("dtype") else "torch_dtype", _DTYPES, "bfloat16")
+    return _described(file.parent, "dummy", config, spec, dummy_weights(spec, dtype))
+
+
+def _described(
+    directory: Path, kind: Literal["safetensors", "dummy"], config: ConfigReader, spec: ModelSpec, weights: Weights
+) -> Checkpoint:
+    generation = directory / "generation_config.json"
+    reader = ConfigReader.from_file(generation) if generation.exists() else None
+    return Checkpoint(
+        path=directory,
+        name=directory.resolve().name,
+        format=kind,
+        spec=spec,
+        weights=weights,
+        gguf=None,
+        generation_defaults=generation_from_config(config, reader, spec.vocab_size),
+    )

@@ -1,0 +1,71 @@
+"""Random weights for a model of which only the configuration is at hand (benchmarks, tests).
+
+Never zeros: an idle multiplication is not what is to be measured, and uniform logits hide errors.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from functools import partial
+
+import numpy as np
+
+from aphrodite.loading.parameters import parameter_shapes
+from aphrodite.loading.weights import Parameter, Weights
+from aphrodite.models.spec import ModelSpec
+from aphrodite.quantization.types import QuantType, RawTensor
+
+STANDARD_DEVIATION = 0.02
+# Values are cut out of one pool of this prime length, so that large models are made at the speed of a
+# copy while no two rows of a matrix begin at the same place.
+_POOL_LENGTH = 1_048_573
+
+
+def dummy_weights(spec: ModelSpec, qtype: QuantType = QuantType.BF16, seed: int = 0) -> Weights:
+    """Parameters of `spec`, each made when it is asked for and always the same for one seed.
+
+    Matrices and biases are N(0, 0.02²), norms are 1.
+
+    Args:
+        qtype: F32, F16 or BF16.
+    """
+    if qtype.block_size > 1:
+        raise ValueError(f"dummy weights are dense, not {qtype.name}")
+    noise = np.random.default_rng(seed).standard_normal(_POOL_LENGTH, np.float32) * np.float32(STANDARD_DEVIATION)
+    pool = encode_dense(noise, qtype)
+    parameters: dict[str, Parameter] = {}
+    for name, shape in parameter_shapes(spec).items():
+        if name.endswith("norm.weight"):
+            load = partial(_ones, name, shape)
+            parameters[name] = Parameter(shape, QuantType.F32, load)
+        else:
+            start = zlib.crc32(f"{seed}:{name}".encode()) % _POOL_LENGTH
+            parameters[name] = Parameter(shape, qtype, partial(_cut, name, shape, qtype, pool, start))
+    return Weights(parameters)
+
+
+def encode_dense(values: np.ndarray, qtype: QuantType) -> np.ndarray:
+    """float32 values in the bytes of a dense type, uint8 `[..., itemsize]`; to nearest, ties to even."""
+    if qtype is QuantType.BF16:
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        encoded = (rounded >> np.uint32(16)).astype("<u2")
+    else:
+        encoded = values.astype("<f2" if qtype is QuantType.F16 else "<f4")
+    return encoded[..., None].view(np.uint8)
+
+
+def _ones(name: str, shape: tuple[int, ...]) -> RawTensor:
+    return RawTensor(name, shape, QuantType.F32, np.ones((1, *shape), "<f4").view(np.uint8))
+
+
+def _cut(name: str, shape: tuple[int, ...], qtype: QuantType, pool: np.ndarray, start: int) -> RawTensor:
+    count = math.prod(shape)
+    values = np.empty((count, qtype.block_bytes), np.uint8)
+    filled = 0
+    while filled < count:
+        piece = pool[start : start + count - filled]
+        values[filled : filled + len(piece)] = piece
+        filled, start = filled + len(piece), 0
+    return RawTensor(name, shape, qtype, values.reshape(math.prod(shape[:-1]), -1))

@@ -1,0 +1,86 @@
+"""What a checkpoint says about generation: special token ids and recommended sampling values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aphrodite.loading.config_reader import ConfigReader
+
+_MAX_ID = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """Token ids and sampling values that a checkpoint recommends; None: it says nothing.
+
+    `eos_token_ids` are all ids that end an answer, the main one first.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def generation_from_config(
+    config: ConfigReader, generation: ConfigReader | None, vocab_size: int
+) -> GenerationDefaults:
+    """From config.json and, where there is one, generation_config.json.
+
+    Every end-of-sequence id of either file counts: models ship with one of the two out of date.
+
+    Raises:
+        ModelFormatError: a value is mistyped or out of bounds.
+    """
+    sources = [generation, config] if generation is not None else [config]
+    eos = [token for source in sources for token in source.integers("eos_token_id", low=0, high=vocab_size - 1)]
+    values = generation or ConfigReader(config.source, {})
+    return GenerationDefaults(
+        eos_token_ids=tuple(dict.fromkeys(eos)),
+        bos_token_id=_first_id(sources, "bos_token_id", vocab_size),
+        pad_token_id=_first_id(sources, "pad_token_id", vocab_size),
+        temperature=values.read("temperature", float, None, low=0.0),
+        top_p=values.read("top_p", float, None, low=0.0, high=1.0),
+        top_k=values.read("top_k", int, None, low=-1),
+        min_p=values.read("min_p", float, None, low=0.0, high=1.0),
+        repetition_penalty=values.read("repetition_penalty", float, None, low=0.0),
+    )
+
+
+def generation_from_gguf(metadata: ConfigReader, vocab_size: int) -> GenerationDefaults:
+    """From GGUF's `tokenizer.ggml.*_token_id` and `general.sampling.*` keys.
+
+    End of turn and end of message end an answer as well.
+
+    Raises:
+        ModelFormatError: a value is mistyped or out of bounds.
+    """
+    eos: list[int] = []
+    for kind in ("eos", "eot", "eom"):
+        eos += metadata.integers(f"tokenizer.ggml.{kind}_token_id", low=0, high=vocab_size - 1)
+    return GenerationDefaults(
+        eos_token_ids=tuple(dict.fromkeys(eos)),
+        bos_token_id=_first_id([metadata], "tokenizer.ggml.bos_token_id", vocab_size),
+        pad_token_id=_first_id([metadata], "tokenizer.ggml.padding_token_id", vocab_size),
+        temperature=metadata.read("general.sampling.temp", float, None, low=0.0),
+        top_p=metadata.read("general.sampling.top_p", float, None, low=0.0, high=1.0),
+        top_k=metadata.read("general.sampling.top_k", int, None, low=-1),
+        min_p=metadata.read("general.sampling.min_p", float, None, low=0.0, high=1.0),
+        repetition_penalty=metadata.read("general.sampling.penalty_repeat", float, None, low=0.0),
+    )
+
+
+def _first_id(sources: list[ConfigReader], key: str, vocab_size: int) -> int | None:
+    """The first source's id that is inside the vocabulary.
+
+    Others are ignored: old checkpoints pad with -1, and none of these ids ends an answer.
+    """
+    for source in sources:
+        for token in source.integers(key, low=-1, high=_MAX_ID):
+            if 0 <= token < vocab_size:
+                return token
+    return None

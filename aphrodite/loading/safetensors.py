@@ -1,0 +1,134 @@
+"""Reading safetensors files through a memory map, without trusting any number in them.
+
+Format: https://github.com/huggingface/safetensors#format. Eight bytes of header length, a JSON header that
+gives every tensor's type, shape and byte range, then the bytes, without gaps or overlaps. Large
+checkpoints spread over several files that `model.safetensors.index.json` lists.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple, TypeGuard
+
+import numpy as np
+
+from aphrodite.errors import ModelFormatError
+from aphrodite.loading.config_reader import load_json_object, parse_json_object
+from aphrodite.loading.files import map_file
+from aphrodite.quantization.types import QuantType, RawTensor
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMS = 8
+INDEX_NAME = "model.safetensors.index.json"
+_DENSE = {"F32": QuantType.F32, "F16": QuantType.F16, "BF16": QuantType.BF16}
+_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64, "F4": 4, "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}  # fmt: skip
+
+
+class _Entry(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # relative to the end of the header
+    end: int
+
+
+def read_safetensors(path: Path) -> dict[str, RawTensor]:
+    """The tensors of one file, as views of its memory map. Reads only the header.
+
+    Raises:
+        ModelFormatError: damaged, truncated, or with a tensor of an unsupported type.
+    """
+    buffer = map_file(path)
+    if len(buffer) < 8:
+        raise _damaged(path, "it is shorter than 8 bytes")
+    header_bytes = int.from_bytes(buffer[:8], "little")
+    if header_bytes > min(MAX_HEADER_BYTES, len(buffer) - 8):
+        raise _damaged(path, f"it claims a header of {header_bytes} bytes in a file of {len(buffer)}")
+    header = parse_json_object(buffer[8 : 8 + header_bytes], f"the header of {path}")
+    data_start = 8 + header_bytes
+    entries = [_entry(path, name, value) for name, value in header.items() if name != "__metadata__"]
+    _check_layout(path, entries, len(buffer) - data_start)
+    data = np.frombuffer(buffer, np.uint8)
+    return {entry.name: _tensor(path, entry, data[data_start:]) for entry in entries}
+
+
+def read_sharded_safetensors(index: Path) -> dict[str, RawTensor]:
+    """The tensors of all files that an index lists.
+
+    Raises:
+        ModelFormatError: the index or a file is damaged or missing, or they disagree.
+    """
+    weight_map = load_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFormatError(f"{index}: weight_map should map tensor names to files; download the index again")
+    tensors: dict[str, RawTensor] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        # The index may have come from anywhere: it must not name files outside its folder.
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
+            raise ModelFormatError(f"{index}: {str(file)[:200]!r} is not the name of a safetensors file beside it")
+        shard = read_safetensors(index.parent / file)
+        twice = next((name for name in shard if name in tensors), None)
+        if twice is not None:
+            raise ModelFormatError(f"{index}: tensor {twice!r} is in more than one file; download the model again")
+        tensors.update(shard)
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise ModelFormatError(
+            f"{index}: {len(absent)} listed tensors are not in their files, {absent[0]!r} among them; "
+            "download the model again"
+        )
+    return tensors
+
+
+def _entry(path: Path, name: str, value: object) -> _Entry:
+    if not isinstance(value, dict):
+        raise _damaged(path, f"the header's entry for {name!r} is not an object")
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if dtype not in _BITS:
+        raise _damaged(path, f"tensor {name!r} has the unknown type {str(dtype)[:80]!r}")
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
+        raise _damaged(path, f"the shape of tensor {name!r} is not a list of up to {MAX_DIMS} whole numbers")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"data_offsets of tensor {name!r} is not a pair of whole numbers")
+    start, end = offsets
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != (end - start) * 8:
+        raise _damaged(path, f"tensor {name!r} needs {bits / 8:g} bytes, but its byte range is {start} to {end}")
+    return _Entry(name, dtype, tuple(shape), start, end)
+
+
+def _whole_numbers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+
+
+def _check_layout(path: Path, entries: list[_Entry], available: int) -> None:
+    """Byte ranges follow each other without gaps or overlaps and fill the file."""
+    position = 0
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
+        if entry.start != position:
+            problem = "overlaps another" if entry.start < position else "leaves a gap before it"
+            raise _damaged(path, f"tensor {entry.name!r} {problem}")
+        position = entry.end
+    if position != available:
+        raise _damaged(path, f"its tensors take {position} bytes, but {available} follow the header")
+
+
+def _tensor(path: Path, entry: _Entry, data: np.ndarray) -> RawTensor:
+    qtype = _DENSE.get(entry.dtype)
+    if qtype is None:
+        raise ModelFormatError(
+            f"{path}: tensor {entry.name!r} is stored as {entry.dtype}, which is not supported; "
+            f"use a checkpoint in {', '.join(_DENSE)}"
+        )
+    rows, columns = math.prod(entry.shape[:-1]), entry.shape[-1] if entry.shape else 1
+    values = data[entry.start : entry.end].reshape(rows, qtype.row_bytes(columns))
+    return RawTensor(entry.name, entry.shape, qtype, values)
+
+
+def _damaged(path: Path, problem: str) -> ModelFormatError:
+    return ModelFormatError(f"cannot read {path}: {problem}; the file is damaged or incomplete: download it again")

@@ -1,0 +1,35 @@
+"""Llama (arXiv 2302.13971) and what shares its decoder: SmolLM2, Yi, Vicuna and most fine-tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf
+from aphrodite.models.spec import ModelSpec
+from aphrodite.quantization.types import RawTensor
+
+
+def _from_config(config: ConfigReader) -> ModelSpec:
+    attention_bias = config.read("attention_bias", bool, False)
+    return decoder_from_config(
+        config,
+        family="llama",
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=config.read("mlp_bias", bool, False),
+    )
+
+
+def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
+    return decoder_from_gguf(config, tensors, family="llama")
+
+
+LLAMA = Family(
+    name="llama",
+    architectures=("LlamaForCausalLM",),
+    from_config=_from_config,
+    gguf_architecture="llama",
+    from_gguf=_from_gguf,
+    gguf_interleaves=True,
+)

@@ -1,0 +1,167 @@
+"""Rotary embedding and its long-context scaling, as checkpoints describe it.
+
+config.json holds `rope_theta` and `rope_scaling` (transformers up to 4) or `rope_parameters` with both
+(transformers 5); GGUF holds `{arch}.rope.*` keys and, for llama3 scaling, a `rope_freqs` tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.models.spec import RotaryScaling, RotarySpec
+from aphrodite.quantization.types import QuantType, RawTensor
+
+DEFAULT_THETA = 10_000.0
+MAX_POSITION = 1 << 27
+_MAX_FACTOR = 1e6
+_CONFIG_KINDS: dict[str, RotaryScaling] = {
+    "default": "none",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "yarn": "yarn",
+    "llama3": "llama3",
+}
+_GGUF_KINDS: dict[str, RotaryScaling] = {"none": "none", "linear": "linear", "yarn": "yarn"}
+
+
+class Rotary(NamedTuple):
+    """A rotary embedding and the longest context it is made for."""
+
+    spec: RotarySpec
+    max_position: int
+
+
+def rotary_from_config(config: ConfigReader, dim: int) -> Rotary:
+    """Rotary embedding of a config.json, and the context length with its scaling applied.
+
+    `max_position_embeddings` is the length before scaling for "linear" and "dynamic", the length after
+    it for "llama3"; for "yarn" checkpoints differ, so the longer reading counts.
+
+    Raises:
+        ModelFormatError: an unknown scaling, or a value that is missing, mistyped or out of bounds.
+    """
+    max_position = config.read("max_position_embeddings", int, 2048, low=1, high=MAX_POSITION)
+    # transformers reads the old name first where both are present.
+    section = config.section("rope_scaling") or config.section("rope_parameters")
+    theta = config.read("rope_theta", float, DEFAULT_THETA, low=1.0, high=1e15)
+    _refuse_partial(config)
+    if section is None:
+        return Rotary(RotarySpec(dim=dim, theta=theta), max_position)
+    _refuse_partial(section)
+    theta = section.read("rope_theta", float, theta, low=1.0, high=1e15)
+    kind = section.choice("rope_type" if section.has("rope_type") else "type", _CONFIG_KINDS, "default")
+    original = section.read("original_max_position_embeddings", int, max_position, low=1, high=MAX_POSITION)
+    if kind == "none":
+        return Rotary(RotarySpec(dim=dim, theta=theta), max_position)
+    if kind == "yarn":
+        return _yarn(section, dim=dim, theta=theta, original=original, max_position=max_position)
+    factor = section.read("factor", float, low=1.0, high=_MAX_FACTOR)
+    if kind == "llama3":
+        low = section.read("low_freq_factor", float, low=1e-6, high=_MAX_FACTOR)
+        return Rotary(
+            RotarySpec(
+                dim=dim,
+                theta=theta,
+                scaling="llama3",
+                factor=factor,
+                original_max_position=original,
+                low_freq_factor=low,
+                high_freq_factor=section.read("high_freq_factor", float, low=low + 1e-6, high=_MAX_FACTOR),
+            ),
+            max_position,
+        )
+    spec = RotarySpec(dim=dim, theta=theta, scaling=kind, factor=factor, original_max_position=max_position)
+    return Rotary(spec, _stretched(max_position, factor))
+
+
+def _yarn(section: ConfigReader, *, dim: int, theta: float, original: int, max_position: int) -> Rotary:
+    """YaRN (arXiv 2309.00071), with DeepSeek's `mscale` pair folded into the attention factor."""
+    factor = section.read("factor", float, None, low=1.0, high=_MAX_FACTOR) or max(1.0, max_position / original)
+    attention_factor = section.read("attention_factor", float, None, low=1e-3, high=1e3)
+    mscale = section.read("mscale", float, None, low=0.0, high=1e3)
+    mscale_all_dim = section.read("mscale_all_dim", float, None, low=0.0, high=1e3)
+    if attention_factor is None and mscale and mscale_all_dim:
+        attention_factor = (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
+    if not section.read("truncate", bool, True):
+        raise section.wrong("truncate", "true (correction ranges in fractions are not supported)", False)
+    spec = RotarySpec(
+        dim=dim,
+        theta=theta,
+        scaling="yarn",
+        factor=factor,
+        original_max_position=original,
+        beta_fast=section.read("beta_fast", float, 32.0, low=0.0, high=1e6) or 32.0,
+        beta_slow=section.read("beta_slow", float, 1.0, low=0.0, high=1e6) or 1.0,
+        attention_factor=attention_factor,
+    )
+    return Rotary(spec, max(max_position, _stretched(original, factor)))
+
+
+def _refuse_partial(config: ConfigReader) -> None:
+    fraction = config.read("partial_rotary_factor", float, 1.0)
+    if fraction != 1.0:
+        raise config.wrong("partial_rotary_factor", "1 (this family rotates whole heads)", fraction)
+
+
+def rotary_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor], dim: int) -> Rotary:
+    """Rotary embedding of GGUF metadata; `config` reads the architecture's own keys.
+
+    Raises:
+        ModelFormatError: an unknown scaling, or a value that is missing, mistyped or out of bounds.
+    """
+    context = config.read("context_length", int, low=1, high=MAX_POSITION)
+    rotated = config.read("rope.dimension_count", int, dim)
+    if rotated != dim:
+        raise config.wrong("rope.dimension_count", f"{dim} (this family rotates whole heads)", rotated)
+    kind = config.choice("rope.scaling.type", _GGUF_KINDS, "none")
+    factor = config.read("rope.scaling.factor", float, 0.0, low=0.0, high=_MAX_FACTOR)
+    old_factor = config.read("rope.scale_linear", float, 0.0, low=0.0, high=_MAX_FACTOR)
+    if old_factor and not config.has("rope.scaling.type"):
+        kind, factor = "linear", factor or old_factor
+    factor = factor or 1.0  # llama.cpp reads 0 as "not scaled"
+    if kind == "none":
+        factor = 1.0
+    original = config.read("rope.scaling.original_context_length", int, context, low=1, high=MAX_POSITION)
+    spec = RotarySpec(
+        dim=dim,
+        theta=config.read("rope.freq_base", float, DEFAULT_THETA, low=1.0, high=1e15),
+        scaling=kind,
+        factor=factor,
+        original_max_position=original if kind != "none" else 0,
+        beta_fast=config.read("rope.scaling.yarn_beta_fast", float, 32.0, low=1e-6, high=1e6),
+        beta_slow=config.read("rope.scaling.yarn_beta_slow", float, 1.0, low=1e-6, high=1e6),
+        attention_factor=_gguf_attention_factor(config, factor) if kind == "yarn" else None,
+        freq_divisors=_freq_divisors(config, tensors, dim),
+    )
+    return Rotary(spec, max(context, _stretched(original, factor)) if kind == "yarn" else context)
+
+
+def _gguf_attention_factor(config: ConfigReader, factor: float) -> float | None:
+    """llama.cpp multiplies the factor of the paper by the file's own."""
+    extrapolation = config.read("rope.scaling.yarn_ext_factor", float, 1.0)
+    if extrapolation != 1.0:
+        raise config.wrong("rope.scaling.yarn_ext_factor", "1", extrapolation)
+    own = config.read("rope.scaling.attn_factor", float, None, low=1e-3, high=1e3)
+    own = config.read("rope.scaling.yarn_attn_factor", float, own, low=1e-3, high=1e3)
+    return None if own is None else own * (0.1 * math.log(factor) + 1.0)
+
+
+def _freq_divisors(config: ConfigReader, tensors: Mapping[str, RawTensor], dim: int) -> tuple[float, ...]:
+    raw = tensors.get("rope_freqs.weight")
+    if raw is None:
+        return ()
+    if raw.qtype is not QuantType.F32 or raw.shape != (dim // 2,):
+        raise config.wrong("tensor rope_freqs.weight", f"F32 of {dim // 2}", f"{raw.qtype.name} {list(raw.shape)}")
+    divisors = np.ascontiguousarray(raw.data).view("<f4")[0]
+    if not np.all(np.isfinite(divisors) & (divisors > 0)):
+        raise config.wrong("tensor rope_freqs.weight", "positive and finite", "not")
+    return tuple(divisors.tolist())
+
+
+def _stretched(length: int, factor: float) -> int:
+    return min(int(length * factor), MAX_POSITION)

@@ -1,0 +1,59 @@
+"""Which family a checkpoint belongs to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from aphrodite.errors import ModelFormatError
+from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.models.families.common import Family
+from aphrodite.models.families.llama import LLAMA
+from aphrodite.models.families.mistral import MISTRAL
+from aphrodite.models.families.qwen2 import QWEN2
+
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2)
+
+
+def family_of_config(config: ConfigReader) -> Family:
+    """The family that a config.json's `architectures` names, or its `model_type` where there are none.
+
+    Raises:
+        ModelFormatError: none is supported; the message lists those that are.
+    """
+    found = config.strings("architectures")
+    for family in FAMILIES:
+        if any(name in family.architectures for name in found):
+            return family
+    if not found:
+        model_type = config.read("model_type", str, "")
+        for family in FAMILIES:
+            if family.name == model_type:
+                return family
+        found = [model_type]
+    known = [name for family in FAMILIES for name in family.architectures]
+    raise _unsupported(config.source, ", ".join(found), known)
+
+
+def family_of_gguf(metadata: ConfigReader) -> Family:
+    """The family that GGUF metadata's `general.architecture` names.
+
+    Raises:
+        ModelFormatError: it is not supported; the message lists those that are.
+    """
+    found = metadata.read("general.architecture", str)
+    for family in FAMILIES:
+        if family.gguf_architecture == found:
+            return family
+    known = [family.gguf_architecture for family in FAMILIES if family.gguf_architecture]
+    raise _unsupported(metadata.source, found, known)
+
+
+def _unsupported(source: str, found: str, known: Iterable[str]) -> ModelFormatError:
+    known = sorted(known)
+    shown = repr(found[:200]) if found else "not named"
+    close = difflib.get_close_matches(found, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return ModelFormatError(
+        f"{source}: the architecture is {shown}, which is not supported{hint}; supported: {', '.join(known)}"
+    )
