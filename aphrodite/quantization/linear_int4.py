@@ -53,7 +53,8 @@ def pack_int4(parts: Sequence[RawTensor]) -> Int4Weight:
     scale = np.concatenate(scales)
     # The kernel's zero is the value of code 8.
     zero = np.concatenate(minima) + 8.0 * scale
-    scales_and_zeros = torch.from_numpy(np.stack((scale.T, zero.T), axis=-1)).bfloat16()
+    # The kernel reads memory in order and ignores strides, so the transposition must be a copy.
+    scales_and_zeros = torch.from_numpy(np.stack((scale, zero), axis=-1)).transpose(0, 1).contiguous().bfloat16()
     packed = torch._convert_weight_to_int4pack_for_cpu(torch.from_numpy(np.concatenate(codes)), _INNER_TILES)
     return Int4Weight(packed, scales_and_zeros)
 

@@ -1,0 +1,198 @@
+"""Paged attention in torch ops: keys and values of a group are gathered into dense tensors, then attended.
+
+Two back ends share everything but the last step. `TiledAttention` is bitwise batch-invariant;
+`SdpaAttention` takes torch's fused attention, which is faster and is not.
+
+Cost per decode step: the cached K and V are read once and written and read once more as a dense copy.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from aphrodite.attention.backend import AttentionShape, KVCache, StepAttention
+from aphrodite.attention.step_plan import AttentionGroup, StepPlanner
+from aphrodite.kernels.dispatch import Declined
+from aphrodite.runner.inputs import ForwardInputs
+
+KEY_TILE = 256  # positions that the tiled back end multiplies at once
+ROW_MULTIPLE = 16  # rows of a matrix product from which on MKL treats each row alike
+
+
+class TiledAttention:
+    """Batch-invariant attention for float32 on the CPU.
+
+    A sequence's result must not depend on who else is in the batch or how its prompt was cut. So every
+    matrix product has the same inner shape (a key tile of fixed size at a fixed offset, rows padded to
+    a multiple of 16), and partial sums of the tiles are added in the order of the positions: tiles that
+    another sequence of the group needs and this one does not add exact zeros.
+    """
+
+    name = "torch tiled"
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self._shape = shape
+        self._tile = shape.block_size * max(1, KEY_TILE // shape.block_size)
+
+    @staticmethod
+    def decline(shape: AttentionShape) -> Declined | None:
+        if shape.device.type != "cpu":
+            return Declined(f"only for the CPU, not {shape.device.type}")
+        if shape.dtype != torch.float32:
+            return Declined(f"only for float32, not {shape.dtype}")
+        return None
+
+    def allocate(self, num_blocks: int) -> KVCache:
+        return _allocate(self._shape, num_blocks)
+
+    def begin_step(self, inputs: ForwardInputs, cache: KVCache) -> StepAttention:
+        planner = StepPlanner(
+            inputs,
+            block_size=self._shape.block_size,
+            tile=self._tile,
+            group=self._shape.group,
+            query_multiple=ROW_MULTIPLE,
+            row_multiple=ROW_MULTIPLE,
+        )
+        return _PagedStep(self._shape, inputs, cache, planner, self._attend)
+
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
+    ) -> torch.Tensor:
+        heads, batch, rows, dim = query.shape
+        tiles = group.num_keys // self._tile
+        tiled = (heads, batch, tiles, rows)
+        queries = query[:, :, None].expand(heads, batch, tiles, rows, dim).reshape(-1, rows, dim)
+        keys = keys.view(-1, self._tile, dim)
+        values = values.view(-1, self._tile, dim)
+
+        scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(self._shape.scale).view(*tiled, self._tile)
+        hidden = group.hidden.view(batch, rows, tiles, self._tile).transpose(1, 2)
+        scores.masked_fill_(hidden, float("-inf"))
+        weights = scores.sub_(scores.amax(dim=(2, 4), keepdim=True)).exp_()
+        sums = weights.sum(dim=-1, keepdim=True)
+        parts = torch.bmm(weights.view(-1, rows, self._tile), values).view(*tiled, dim)
+
+        total, out = sums[:, :, 0], parts[:, :, 0]
+        for tile in range(1, tiles):  # not sum(): its order of additions depends on the number of tiles
+            total = total + sums[:, :, tile]
+            out = out + parts[:, :, tile]
+        return out / total
+
+
+class SdpaAttention:
+    """Attention through `torch.nn.functional.scaled_dot_product_attention`, for any dtype and device.
+
+    Not batch-invariant: torch picks tile sizes by the shape of the batch.
+    """
+
+    name = "torch sdpa"
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self._shape = shape
+
+    def allocate(self, num_blocks: int) -> KVCache:
+        return _allocate(self._shape, num_blocks)
+
+    def begin_step(self, inputs: ForwardInputs, cache: KVCache) -> StepAttention:
+        block_size = self._shape.block_size
+        planner = StepPlanner(
+            inputs, block_size=block_size, tile=block_size, group=self._shape.group, query_multiple=1, row_multiple=1
+        )
+        return _PagedStep(self._shape, inputs, cache, planner, self._attend)
+
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
+    ) -> torch.Tensor:
+        seen = group.hidden.logical_not()[:, None]
+        out = F.scaled_dot_product_attention(
+            query.transpose(0, 1),
+            keys.transpose(0, 1),
+            values.transpose(0, 1),
+            attn_mask=seen,
+            scale=self._shape.scale,
+        )
+        return out.transpose(0, 1)
+
+
+class _GroupAttention(Protocol):
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
+    ) -> torch.Tensor:
+        """query `[kv_heads, B, M, head_dim]`, keys and values `[kv_heads, B, K, head_dim]`; returns as query."""
+
+
+class _PagedStep:
+    """One step over a cache laid out `[layers, kv_heads, blocks, block_size, head_dim]`.
+
+    KV heads are outermost, so the gathered blocks of a head already are a dense matrix.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        inputs: ForwardInputs,
+        cache: KVCache,
+        planner: StepPlanner,
+        attend: _GroupAttention,
+    ) -> None:
+        self._shape = shape
+        self._slots = inputs.slot_mapping
+        self._cache = cache
+        self._planner = planner
+        self._attend = attend
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        num_tokens = self._slots.shape[0]
+        keys.flatten(1, 2).index_copy_(1, self._slots, key[:num_tokens].transpose(0, 1))
+        values.flatten(1, 2).index_copy_(1, self._slots, value[:num_tokens].transpose(0, 1))
+        out = query.new_zeros(query.shape[0], self._shape.num_heads * self._shape.head_dim)
+        for group in self._planner.groups(window):
+            attended = self._attend(
+                self._fold(query, group), self._gather(keys, group), self._gather(values, group), group
+            )
+            out.index_copy_(0, group.query_rows[: group.num_queries], self._unfold(attended, group))
+        return out
+
+    def _gather(self, cache: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+        """`[kv_heads, B, K, head_dim]` of a layer's cache.
+
+        Positions beyond the context are zeroed: they can hold another request's old values, and a NaN
+        there would survive a weight of zero.
+        """
+        shape = self._shape
+        gathered = cache.index_select(1, group.blocks)
+        gathered = gathered.view(shape.num_kv_heads, group.batch, group.num_keys, shape.head_dim)
+        return gathered.masked_fill_(group.unwritten[:, :, None], 0.0)
+
+    def _fold(self, query: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+        """`[kv_heads, B, M, head_dim]`: queries of the heads that share a KV head become rows."""
+        shape = self._shape
+        picked = query.index_select(0, group.query_rows)
+        picked = picked.view(group.batch, -1, shape.num_kv_heads, shape.group, shape.head_dim)
+        folded = picked.permute(2, 0, 1, 3, 4).reshape(shape.num_kv_heads, group.batch, -1, shape.head_dim)
+        missing = group.hidden.shape[1] - folded.shape[2]
+        return F.pad(folded, (0, 0, 0, missing)) if missing else folded
+
+    def _unfold(self, attended: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+        """`[num_queries, heads * head_dim]`: the reverse of `_fold`, without padding."""
+        shape = self._shape
+        queries = group.query_rows.shape[0] // group.batch
+        rows = attended[:, :, : queries * shape.group]
+        rows = rows.reshape(shape.num_kv_heads, group.batch, queries, shape.group, shape.head_dim)
+        rows = rows.permute(1, 2, 0, 3, 4).reshape(group.batch * queries, -1)
+        return rows[: group.num_queries]
+
+
+def _allocate(shape: AttentionShape, num_blocks: int) -> KVCache:
+    size = (shape.num_layers, shape.num_kv_heads, num_blocks, shape.block_size, shape.head_dim)
+    return KVCache(
+        torch.zeros(size, dtype=shape.dtype, device=shape.device),
+        torch.zeros(size, dtype=shape.dtype, device=shape.device),
+    )

@@ -1,0 +1,126 @@
+"""Linear layers over the canonical weight layouts, and the choice between them.
+
+Several projections of the same input are one Linear whose rows are stacked at load (q, k, v; gate, up).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from aphrodite.kernels.dispatch import Choice, Declined, choose, log_once
+from aphrodite.layers.dense import stack_dense, to_dense
+from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
+from aphrodite.quantization.types import QuantType, RawTensor
+
+
+class Linear(Protocol):
+    """y = x W^T + b."""
+
+    choice: Choice
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, in]` -> `[T, out]`, both of the compute dtype."""
+
+
+class DenseLinear:
+    """A weight of the compute dtype, multiplied by the vendor's library."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, choice: Choice) -> None:
+        self.weight = weight  # [out, in]
+        self.bias = bias  # [out]
+        self.choice = choice
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Int4Linear:
+    """A packed 4-bit weight, multiplied by torch's CPU kernel."""
+
+    def __init__(self, weight: Int4Weight, bias: torch.Tensor | None, choice: Choice) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.choice = choice
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = matmul_int4(x, self.weight)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def build_linear(
+    parts: Sequence[RawTensor],
+    biases: Sequence[RawTensor | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Linear:
+    """A Linear of the stacked `parts` in the first layout that takes them.
+
+    Q8_0 is held dense: torch's 8-bit kernel has one scale per row where the file has one per 32 values,
+    which costs more precision than bfloat16 does.
+
+    Args:
+        parts: matrices `[out_i, in]`.
+        biases: one per part, `[out_i]`; None counts as zeros.
+        dtype: of inputs, outputs and dense weights.
+        device: where it computes.
+    """
+    bias = _stack_biases(parts, biases, dtype, device)
+
+    def int4() -> Int4Weight | Declined:
+        return decline_int4(parts, dtype, device) or pack_int4(parts)
+
+    def dense() -> torch.Tensor:
+        return stack_dense(parts, dtype, device)
+
+    types = "/".join(sorted({part.qtype.name for part in parts}))
+    candidates: list[tuple[str, Callable[[], torch.Tensor | Int4Weight | Declined]]]
+    candidates = [("packed 4-bit", int4), (f"dense {_short(dtype)}", dense)]
+    chosen: tuple[torch.Tensor | Int4Weight, Choice] = choose(f"linear layers of {types}", candidates)
+    weight, choice = chosen
+    _warn_of_loss(parts, weight, dtype)
+    if isinstance(weight, Int4Weight):
+        return Int4Linear(weight, bias, choice)
+    return DenseLinear(weight, bias, choice)
+
+
+def _stack_biases(
+    parts: Sequence[RawTensor], biases: Sequence[RawTensor | None], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [
+            torch.zeros(part.shape[0], dtype=dtype, device=device) if bias is None else to_dense(bias, dtype, device)
+            for part, bias in zip(parts, biases, strict=True)
+        ]
+    )
+
+
+def _warn_of_loss(parts: Sequence[RawTensor], weight: torch.Tensor | Int4Weight, dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        return
+    kept = {torch.bfloat16: QuantType.BF16, torch.float16: QuantType.F16}.get(dtype)
+    for qtype in sorted({part.qtype for part in parts} - {kept}, key=lambda qtype: qtype.gguf_id):
+        how = "scales rounded to bfloat16" if isinstance(weight, Int4Weight) else f"rounded to {_short(dtype)}"
+        log_once(logging.WARNING, f"{qtype.name} weights: {how}; --dtype float32 computes with their exact values")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,140 @@
+"""The portable executor: the decoder in torch ops, on any device.
+
+In float32 on the CPU it is the engine's reference mode: quantized weights are expanded exactly, and a
+token's logits are bitwise the same whatever else is in the batch and however its prompt was cut. Torch's
+matrix product (MKL) treats rows alike once there are enough of them, so rows are padded to a multiple
+that is verified on the model's own weights at load; `describe` tells what was found.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from aphrodite.attention.backend import AttentionShape, KVCache
+from aphrodite.attention.choice import choose_attention
+from aphrodite.attention.torch_paged import ROW_MULTIPLE, TiledAttention
+from aphrodite.kernels.dispatch import log_once
+from aphrodite.layers.linear import Linear
+from aphrodite.models.decoder import Decoder
+from aphrodite.models.spec import ModelSpec
+from aphrodite.models.weights import load_weights
+from aphrodite.quantization.types import RawTensor
+from aphrodite.runner.inputs import ForwardInputs
+
+_ROW_MULTIPLES = (ROW_MULTIPLE, 2 * ROW_MULTIPLE, 4 * ROW_MULTIPLE)
+_PROBE_ROWS = 256  # more than a step of decodes; a prefill's row counts behave like it
+
+
+class TorchExecutor:
+    """A ModelExecutor over `Decoder`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, RawTensor],
+        *,
+        block_size: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Load `weights` (canonical names) onto `device`.
+
+        Args:
+            spec: the model.
+            weights: tensors in their file's bytes; none is kept.
+            block_size: positions of a KV cache block.
+            max_model_len: positions beyond this are never asked for.
+            dtype: of dense weights, activations and KV cache.
+            device: where everything lies and runs.
+
+        Raises:
+            ModelFormatError: weights are missing, of the wrong shape or not representable in `dtype`.
+        """
+        self.spec = spec
+        self.block_size = block_size
+        self.device = device
+        self._dtype = dtype
+        self._shape = AttentionShape(
+            num_layers=spec.num_layers,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=block_size,
+            dtype=dtype,
+            device=device,
+        )
+        self._attention, self._attention_choice = choose_attention(self._shape)
+        self._decoder = Decoder(spec, load_weights(spec, weights, dtype, device), max_model_len)
+        self._cache: KVCache | None = None
+        self._row_multiple = 1
+        self._invariance = "no: kernels are picked by the shape of the batch"
+        if isinstance(self._attention, TiledAttention):
+            self._make_invariant()
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._decoder.weights.nbytes
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        return self._shape.bytes_per_block
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        self._cache = self._attention.allocate(num_blocks)
+
+    def forward(self, inputs: ForwardInputs) -> torch.Tensor:
+        if self._cache is None:
+            raise RuntimeError("allocate_kv_cache must be called before forward")
+        with torch.inference_mode():
+            step = self._attention.begin_step(inputs, self._cache)
+            hidden = self._decoder.forward(self._pad(inputs.token_ids), self._pad(inputs.positions), step)
+            wanted = inputs.logits_index.shape[0]
+            if wanted == 0:
+                return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.device)
+            return self._decoder.logits(hidden.index_select(0, self._pad(inputs.logits_index)))[:wanted]
+
+    def describe(self) -> dict[str, str]:
+        weights = self._decoder.weights
+        layouts = Counter(str(linear.choice) for layer in weights.layers for linear in layer.linears)
+        return {
+            "executor": f"torch {torch.__version__} on {self.device}, {str(self._dtype).removeprefix('torch.')}",
+            "attention": str(self._attention_choice),
+            "linear layers": "; ".join(f"{count} x {layout}" for layout, count in layouts.items()),
+            "head": str(weights.head.choice),
+            "batch invariance": self._invariance,
+        }
+
+    def _pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[N]` integers, with zeros up to the row multiple."""
+        missing = -rows.shape[0] % self._row_multiple
+        return F.pad(rows, (0, missing)) if missing else rows
+
+    def _make_invariant(self) -> None:
+        layer = self._decoder.weights.layers[0]
+        for multiple in _ROW_MULTIPLES:
+            if all(_rows_alike(linear, size, multiple) for linear, size in self._probes(layer.linears)):
+                self._row_multiple = multiple
+                self._invariance = f"yes: rows padded to a multiple of {multiple}, verified at load"
+                return
+        self._invariance = f"no: this machine's matrix product treats {_ROW_MULTIPLES[-1]} rows unlike {_PROBE_ROWS}"
+        log_once(logging.WARNING, f"batch invariance: {self._invariance}; seeded output may vary with the batch")
+
+    def _probes(self, linears: tuple[Linear, ...]) -> list[tuple[Linear, int]]:
+        spec = self.spec
+        sizes = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.hidden_size, spec.intermediate_size)
+        return list(zip(linears, sizes, strict=True))
+
+
+def _rows_alike(linear: Linear, size: int, multiple: int) -> bool:
+    """Whether rows computed `multiple` at a time equal the same rows among many, bit for bit."""
+    with torch.inference_mode():
+        x = torch.randn((_PROBE_ROWS, size), generator=torch.Generator().manual_seed(0))
+        together = linear(x)
+        apart = torch.cat([linear(x[at : at + multiple]) for at in range(0, _PROBE_ROWS, multiple)])
+        return torch.equal(together, apart)
