@@ -1,0 +1,155 @@
+"""Tokenizers from a checkpoint directory: tokenizer.json, else tokenizer.model, with the JSON files beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from aphrodite.errors import ModelFormatError
+from aphrodite.tokenizer.gguf import surround
+from aphrodite.tokenizer.sentencepiece import build, read_model_file
+from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def load_directory(path: Path, file: Path | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint directory.
+
+    Args:
+        file: the tokenizer.json or tokenizer.model to read; None: the one that the directory has.
+
+    Files read where there: tokenizer.json or tokenizer.model; tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json for special and added tokens; config.json and generation_config.json for token ids;
+    chat_template.jinja, chat_template.json and additional_chat_templates/ for templates.
+
+    Raises:
+        ModelFormatError: there is no tokenizer, or one of the files is damaged.
+    """
+    config = _read_json(path / "tokenizer_config.json")
+    names = _read_json(path / "special_tokens_map.json") | config
+    ids = _read_json(path / "config.json") | _read_json(path / "generation_config.json")
+    add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
+    backend, default_bos = _backend(file or _find(path))
+    _add_tokens(backend, path, config, names)
+    special = _special_tokens(backend, path, config, names, ids)
+    eos_id = special.eos_ids[0] if special.eos_ids else None
+    if default_bos or add_bos is not None or add_eos is not None:
+        with_bos = default_bos if add_bos is None else bool(add_bos)
+        surround(backend, special.bos_id if with_bos else None, eos_id if add_eos else None)
+    return Tokenizer(backend, special, str(path))
+
+
+def _find(path: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (file := path / name).is_file():
+            return file
+    raise ModelFormatError(
+        f"{path}: no tokenizer.json and no tokenizer.model here. Download the tokenizer files of the model, or "
+        "point to a directory that has them"
+    )
+
+
+def _backend(file: Path) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer itself, and whether it is of a kind that adds bos where the configuration does not say."""
+    if file.suffix == ".model":
+        return build(read_model_file(file)), True
+    try:
+        return tokenizers.Tokenizer.from_file(str(file)), False
+    except Exception as error:  # the library raises bare Exception for every fault in the file
+        raise ModelFormatError(f"{file}: not a tokenizer, or damaged ({error}); download it again") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ModelFormatError(f"{file}: not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ModelFormatError(f"{file}: a JSON object is expected here; download it again")
+    return value
+
+
+def _text(value: Any) -> str | None:
+    """A token that is given as its text or as an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Add what the configuration knows and the tokenizer does not: added tokens by id, then the named ones."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    listed = config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict):
+        raise ModelFormatError(f"{path / 'tokenizer_config.json'}: added_tokens_decoder must be an object")
+    for _, entry in sorted(listed.items(), key=lambda item: int(item[0]) if str(item[0]).isdigit() else -1):
+        if (content := _text(entry)) is not None and content not in known:
+            flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+            special = bool(entry.get("special", False))
+            token = AddedToken(content, special=special, **flags)
+            (backend.add_special_tokens if special else backend.add_tokens)([token])
+            known.add(content)
+    legacy = _read_json(path / "added_tokens.json")
+    for content in sorted(legacy.keys() - known, key=lambda content: str(legacy[content])):
+        backend.add_tokens([AddedToken(content, special=False, normalized=False)])
+    for name in _NAMED:
+        if (content := _text(names.get(name))) is not None:
+            backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+
+
+def _special_tokens(
+    backend: tokenizers.Tokenizer,
+    path: Path,
+    config: Mapping[str, Any],
+    names: Mapping[str, Any],
+    ids: Mapping[str, Any],
+) -> SpecialTokens:
+    def named(name: str) -> list[int]:
+        text = _text(names.get(name))
+        token_id = None if text is None else backend.token_to_id(text)
+        return [] if token_id is None else [token_id]
+
+    def listed(name: str) -> list[int]:
+        value = ids.get(name)
+        values = value if isinstance(value, list) else [value]
+        return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+
+    bos = named("bos_token") or listed("bos_token_id")
+    return SpecialTokens(
+        bos_id=bos[0] if bos else None,
+        eos_ids=tuple(named("eos_token") + listed("eos_token_id")),
+        templates=_templates(path, config.get("chat_template")),
+    )
+
+
+def _templates(path: Path, configured: Any) -> dict[str, str]:
+    """All chat templates by name; a file of its own wins over one in a JSON file."""
+    if configured is None:
+        configured = _read_json(path / "chat_template.json").get("chat_template")
+    templates: dict[str, str] = {}
+    if isinstance(configured, str):
+        templates["default"] = configured
+    elif isinstance(configured, list):
+        templates = {
+            str(entry["name"]): str(entry["template"])
+            for entry in configured
+            if isinstance(entry, dict) and "name" in entry and "template" in entry
+        }
+    files = {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
+    if (main := path / "chat_template.jinja").is_file():
+        files["default"] = main
+    for name, file in files.items():
+        try:
+            templates[name] = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ModelFormatError(f"{file}: not UTF-8 text; download it again") from None
+    return templates
