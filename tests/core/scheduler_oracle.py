@@ -1,0 +1,248 @@
+"""A runner in plain Python that knows what every KV slot must hold, and what every request must answer.
+
+A token is a pure function of everything before it, the salt and the seed, so a request's answer is known
+without any scheduler. A slot of the fake KV cache remembers which prefix was last written there; a step reads
+all slots before the positions it computes, as they were before the step, and each must hold exactly the
+request's own prefix.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+from aphrodite.core.plan import RowResult, RowStart, StepPlan, StepResult, TokenLogprobs
+from aphrodite.core.request import Request, RequestUpdate
+from aphrodite.core.scheduler import Scheduler, SchedulerConfig
+from aphrodite.sampling.params import SamplingParams
+
+VOCAB = 12
+EOS = 0
+
+
+def sampled(history: tuple[int, ...], seed: int) -> int:
+    """The token after `history`."""
+    return random.Random(f"{seed}:{history}").randrange(VOCAB)
+
+
+def expected_answer(request: Request, config: SchedulerConfig) -> tuple[list[int], str, int | None]:
+    """Output tokens, finish reason and stop reason, from the rules alone."""
+    params, history = request.params, tuple(request.prompt_token_ids)
+    limit = min(config.max_model_len, config.num_blocks * config.block_size)
+    if params.max_tokens is not None:
+        limit = min(limit, len(history) + params.max_tokens)
+    output: list[int] = []
+    while len(history) < limit:
+        token = sampled(history, request.seed)
+        may_stop = len(output) >= params.min_tokens
+        output.append(token)
+        history += (token,)
+        if may_stop and token in config.eos_token_ids and not params.ignore_eos:
+            return output, "stop", None
+        if may_stop and token in params.stop_token_ids:
+            return output, "stop", token
+    return output, "length", None
+
+
+class FakeRow:
+    def __init__(self, start: RowStart, salt: bytes | None) -> None:
+        self.start = start
+        self.salt = salt
+        self.tokens = list(start.prompt_token_ids)
+        self.table: list[int] = []
+        self.fresh = True
+
+
+class FakeRunner:
+    """Executes plans in order and checks them against the contract of `core/plan.py`."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.rows: dict[int, FakeRow] = {}
+        self.slots: dict[tuple[int, int], tuple[int, object]] = {}  # the era of its writing, and what was written
+        self.era = 0  # resets of the prefix cache so far
+        self.siblings: set[str] = set()  # these may borrow from each other, however old the blocks
+        self.salts: dict[str, bytes | None] = {}
+        self.started: set[str] = set()
+        self.failing: set[str] = set()
+        self.num_computed_tokens = 0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        assert plan.steps, "an empty step"
+        assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
+        for row in plan.ends:
+            del self.rows[row]
+        for start in plan.starts:
+            assert start.row not in self.rows, "row is taken"
+            assert 0 <= start.row < self.config.max_num_seqs
+            assert start.request_id not in self.started, "started twice"
+            self.started.add(start.request_id)
+            self.rows[start.row] = FakeRow(start, self.salts[start.request_id])
+        assert len({step.row for step in plan.steps}) == len(plan.steps)
+        for step in plan.steps:
+            self._bind(step)
+        written: set[tuple[int, int]] = set()
+        writes: dict[tuple[int, int], tuple[int, object]] = {}
+        for step in plan.steps:
+            self._compute(step, writes, written)
+        self.slots.update(writes)
+        self.num_computed_tokens += plan.num_tokens
+        return StepResult(plan.step_id, [self._result(step) for step in plan.steps])
+
+    def _bind(self, step) -> None:
+        row = self.rows[step.row]
+        if step.reset_blocks:
+            row.table = []
+        assert step.reset_blocks or not row.fresh, "a new row's first step carries its whole table"
+        row.fresh = False
+        row.table = row.table + step.blocks
+        assert len(set(row.table)) == len(row.table)
+        assert all(0 <= block < self.config.num_blocks for block in row.table)
+        assert step.count >= 1
+        assert len(row.table) == -(-(step.start + step.count) // self.config.block_size), "blocks != need"
+
+    def _compute(self, step, writes, written) -> None:
+        row, size = self.rows[step.row], self.config.block_size
+        end = step.start + step.count
+        assert end <= len(row.tokens), "computes a token that nobody has sampled"
+        name = row.start.request_id
+        failing = name in self.failing
+        for position in range(step.start):
+            era, content = self.slots.get((row.table[position // size], position % size), (-1, None))
+            assert failing or content == self._content(row, position), f"stale KV at {position}"
+            if step.reset_blocks and name not in self.siblings:
+                assert failing or era == self.era, "found a prefix that a reset had forgotten"
+        for position in range(step.start, end):
+            slot = (row.table[position // size], position % size)
+            assert slot not in written, "two rows write one slot"
+            written.add(slot)
+            # A failed step leaves nothing that anyone may use.
+            writes[slot] = (self.era, "poison" if failing else self._content(row, position))
+
+    @staticmethod
+    def _content(row: FakeRow, position: int) -> object:
+        return row.salt, tuple(row.tokens[: position + 1])
+
+    def _result(self, step) -> RowResult:
+        row = self.rows[step.row]
+        end = step.start + step.count
+        prompt = row.start.prompt_token_ids
+        prompt_logprobs = None
+        if row.start.sampling.prompt_logprobs is not None:
+            prompt_logprobs = [
+                TokenLogprobs(prompt[p], -float(p), 1, [], [])
+                for p in range(step.start + 1, min(end, len(prompt) - 1) + 1)
+            ]
+        token = None
+        if step.samples:
+            assert end == len(row.tokens), "samples from a position that is not the last"
+            token = sampled(tuple(row.tokens), row.start.seed)
+            row.tokens.append(token)
+        if row.start.request_id in self.failing:
+            return RowResult(step.row, error="injected")
+        return RowResult(step.row, token_id=token, prompt_logprobs=prompt_logprobs)
+
+
+class Harness:
+    """A scheduler with its fake runner, and everything that was said about each request."""
+
+    def __init__(self, depth: int = 0, **config) -> None:
+        sizes = {
+            "num_blocks": 16,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 32,
+            "max_model_len": 64,
+            "block_size": 4,
+        }
+        self.config = SchedulerConfig(**(sizes | {"eos_token_ids": frozenset({EOS})} | config))
+        self.scheduler = Scheduler(self.config)
+        self.runner = FakeRunner(self.config)
+        self.depth = depth
+        self.inflight: deque[tuple[StepPlan, StepResult]] = deque()
+        self.requests: dict[str, Request] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.ended: dict[str, RequestUpdate] = {}
+        self.plans: list[StepPlan] = []
+
+    def add(self, *prompts: list[int], salt: bytes | None = None, priority: int = 0, n: int = 1, **params) -> list[str]:
+        """Add each prompt as a group of `n`; returns the request ids."""
+        ids = []
+        for prompt in prompts:
+            group = []
+            for _ in range(n):
+                name = f"r{len(self.requests)}"
+                request = Request(name, list(prompt), SamplingParams(**params), len(self.requests), priority, salt)
+                self.requests[name] = request
+                self.runner.salts[name] = salt
+                group.append(request)
+                if n > 1:
+                    self.runner.siblings.add(name)
+            try:
+                self.scheduler.add(group)
+            except Exception:
+                for request in group:
+                    del self.requests[request.request_id]
+                raise
+            ids += [request.request_id for request in group]
+        return ids
+
+    def launch(self) -> StepPlan | None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.plans.append(plan)
+            self.inflight.append((plan, self.runner.run(plan)))
+        self.scheduler.check()
+        return plan
+
+    def collect(self) -> list[RequestUpdate]:
+        updates = self.scheduler.commit(*self.inflight.popleft())
+        self.take(updates)
+        self.scheduler.check()
+        return updates
+
+    def step(self) -> list[RequestUpdate]:
+        """Launch up to the depth, then commit the oldest plan."""
+        while len(self.inflight) <= self.depth and self.launch() is not None:
+            pass
+        assert self.inflight or not self.scheduler.has_unfinished(), "nothing can run and nothing is in flight"
+        return self.collect() if self.inflight else []
+
+    def abort(self, *ids: str) -> None:
+        self.take(self.scheduler.abort(ids))
+        self.scheduler.check()
+
+    def reset(self) -> None:
+        self.scheduler.reset_prefix_cache()
+        self.runner.era += 1
+        self.scheduler.check()
+
+    def take(self, updates: list[RequestUpdate]) -> None:
+        for update in updates:
+            name = update.request_id
+            assert name not in self.ended, "heard of after its end"
+            self.outputs.setdefault(name, []).extend(update.token_ids)
+            self.prompt_logprobs.setdefault(name, []).extend(update.prompt_logprobs or [])
+            if update.finish_reason is not None:
+                self.ended[name] = update
+                self.verify(name)
+
+    def verify(self, name: str) -> None:
+        request, update, output = self.requests[name], self.ended[name], self.outputs[name]
+        tokens, finish, stop = expected_answer(request, self.config)
+        if update.finish_reason in ("abort", "error"):
+            assert output == tokens[: len(output)]
+            return
+        assert (output, update.finish_reason, update.stop_reason) == (tokens, finish, stop)
+        if request.params.prompt_logprobs is not None:
+            prompt = request.prompt_token_ids
+            got = [(entry.token_id, -entry.logprob) for entry in self.prompt_logprobs[name]]
+            assert got == [(prompt[p], float(p)) for p in range(1, len(prompt))]
+
+    def run(self, limit: int = 10_000) -> None:
+        """Step until everything has ended."""
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished() and not self.inflight:
+                return
+            self.step()
+        raise AssertionError(f"not finished after {limit} steps")
