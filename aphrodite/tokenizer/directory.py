@@ -34,14 +34,16 @@ def load_directory(path: Path, file: Path | None = None) -> Tokenizer:
     config = _read_json(path / "tokenizer_config.json")
     names = _read_json(path / "special_tokens_map.json") | config
     ids = _read_json(path / "config.json") | _read_json(path / "generation_config.json")
-    add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
-    backend, default_bos = _backend(file or _find(path))
+    backend, own = _backend(file or _find(path))
     _add_tokens(backend, path, config, names)
-    special = _special_tokens(backend, path, config, names, ids)
-    eos_id = special.eos_ids[0] if special.eos_ids else None
-    if default_bos or add_bos is not None or add_eos is not None:
-        with_bos = default_bos if add_bos is None else bool(add_bos)
-        surround(backend, special.bos_id if with_bos else None, eos_id if add_eos else None)
+    special = _special_tokens(backend, path, config, names, ids if own is None else own | ids)
+    if own is not None:  # a tokenizer.json says itself what surrounds a text
+        eos_id = special.eos_ids[0] if special.eos_ids else None
+        surround(
+            backend,
+            special.bos_id if config.get("add_bos_token", True) else None,
+            eos_id if config.get("add_eos_token", False) else None,
+        )
     return Tokenizer(backend, special, str(path))
 
 
@@ -55,12 +57,13 @@ def _find(path: Path) -> Path:
     )
 
 
-def _backend(file: Path) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer itself, and whether it is of a kind that adds bos where the configuration does not say."""
+def _backend(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None] | None]:
+    """The tokenizer itself, and the token ids that a .model file names, as config.json would."""
     if file.suffix == ".model":
-        return build(read_model_file(file)), True
+        vocabulary = read_model_file(file)
+        return build(vocabulary), {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
     try:
-        return tokenizers.Tokenizer.from_file(str(file)), False
+        return tokenizers.Tokenizer.from_file(str(file)), None
     except Exception as error:  # the library raises bare Exception for every fault in the file
         raise ModelFormatError(f"{file}: not a tokenizer, or damaged ({error}); download it again") from None
 
