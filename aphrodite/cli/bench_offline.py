@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aphrodite.sampling.params import SamplingParams
 
@@ -66,6 +66,40 @@ def random_prompts(source: random.Random, vocab_size: int, lengths: list[int]) -
     return [[source.randrange(vocab_size) for _ in range(length)] for length in lengths]
 
 
+class Run(NamedTuple):
+    """One timing of equal sequences. Seconds."""
+
+    ttft: float
+    step: float
+    host: float
+
+
+def time_once(llm: LLM, source: random.Random, *, batch_size: int, input_len: int, output_len: int) -> Run:
+    """Prefill fresh random prompts, then decode `output_len` steps on top of their KV cache."""
+    prompts = random_prompts(source, llm.info.vocab_size, [input_len] * batch_size)
+    ttft = _time_generate(llm, prompts, 1)
+    short = _time_generate(llm, prompts, 1)
+    long = _time_generate(llm, prompts, output_len + 1)
+    return Run(ttft, (long - short) / output_len, llm.stats().host_ms / 1e3)
+
+
+def summarize(llm: LLM, runs: Sequence[Run], *, batch_size: int, input_len: int, output_len: int) -> Latency:
+    """Medians of runs of the same shape."""
+    info = llm.info
+    context = input_len + output_len / 2
+    return Latency(
+        batch_size=batch_size,
+        input_len=input_len,
+        output_len=output_len,
+        repeats=len(runs),
+        ttft=statistics.median(run.ttft for run in runs),
+        step=statistics.median(run.step for run in runs),
+        host=statistics.median(run.host for run in runs),
+        weight_bytes=info.weight_bytes,
+        kv_bytes=int(batch_size * context * info.kv_bytes_per_block / info.block_size),
+    )
+
+
 def measure_latency(
     llm: LLM, *, batch_size: int, input_len: int, output_len: int, repeats: int, seed: int = 0,
     advance: Advance = lambda: None,
@@ -76,30 +110,11 @@ def measure_latency(
         advance: called after each of the `repeats + 1` runs.
     """
     source = random.Random(seed)
-    ttfts, steps, hosts = [], [], []
-    for repeat in range(repeats + 1):
-        prompts = random_prompts(source, llm.info.vocab_size, [input_len] * batch_size)
-        ttft = _time_generate(llm, prompts, 1)
-        short = _time_generate(llm, prompts, 1)
-        long = _time_generate(llm, prompts, output_len + 1)
-        if repeat > 0:
-            ttfts.append(ttft)
-            steps.append((long - short) / output_len)
-            hosts.append(llm.stats().host_ms / 1e3)
+    runs = []
+    for _ in range(repeats + 1):
+        runs.append(time_once(llm, source, batch_size=batch_size, input_len=input_len, output_len=output_len))
         advance()
-    info = llm.info
-    context = input_len + output_len / 2
-    return Latency(
-        batch_size=batch_size,
-        input_len=input_len,
-        output_len=output_len,
-        repeats=repeats,
-        ttft=statistics.median(ttfts),
-        step=statistics.median(steps),
-        host=statistics.median(hosts),
-        weight_bytes=info.weight_bytes,
-        kv_bytes=int(batch_size * context * info.kv_bytes_per_block / info.block_size),
-    )
+    return summarize(llm, runs[1:], batch_size=batch_size, input_len=input_len, output_len=output_len)
 
 
 def _time_generate(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
