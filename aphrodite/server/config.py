@@ -1,0 +1,70 @@
+"""What the HTTP server is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aphrodite.config import ServerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of one server. Times are seconds, sizes are bytes.
+
+    Attributes:
+        api_keys: keys that open every route that is not public; empty lets everyone in.
+        served_model_name: names the model answers to, the first is the one it reports; empty: the engine's.
+        allowed_hosts: further `Host` names (loopback names and the bound address are always allowed);
+            "*" accepts any, which takes away the protection against DNS rebinding.
+        cors_origins: exact origins whose pages may call the API from a browser; "*" is all.
+        root_path: prefix under which a proxy that strips it serves this server; shown in the OpenAPI document.
+        shutdown_timeout: how long running requests may go on after SIGTERM.
+        request_timeout: longest life of one generation; None is no limit.
+        ping_interval: a stream that is silent for so long gets an SSE comment, so that proxies keep it.
+        write_timeout: a client that does not read its stream for so long counts as gone.
+        health_timeout: how long a round trip through the engine loop may take before `/health` says 503.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 2242
+    api_keys: tuple[str, ...] = ()
+    served_model_name: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    root_path: str = ""
+    trust_request_chat_template: bool = False
+    log_requests: bool = False
+
+    shutdown_timeout: float = 30.0
+    request_timeout: float | None = None
+    ping_interval: float = 10.0
+    write_timeout: float = 60.0
+    health_timeout: float = 10.0
+    header_timeout: float = 15.0
+    body_timeout: float = 60.0
+    keep_alive_timeout: float = 30.0
+
+    max_body_bytes: int = 32 * 2**20
+    max_header_bytes: int = 32 * 2**10
+    max_headers: int = 100
+    max_connections: int = 4096
+    max_json_depth: int = 32
+    max_prompts: int = 1024
+    max_messages: int = 4096
+
+    @classmethod
+    def from_settings(cls, settings: ServerSettings, *, served_model_name: tuple[str, ...] = ()) -> ServerConfig:
+        """The part that users set; bounds of the protocol keep their defaults."""
+        return cls(
+            host=settings.host,
+            port=settings.port,
+            api_keys=settings.api_key,
+            served_model_name=served_model_name,
+            allowed_hosts=settings.allowed_hosts,
+            cors_origins=settings.cors_origins,
+            root_path=settings.root_path,
+            trust_request_chat_template=settings.trust_request_chat_template,
+            log_requests=settings.log_requests,
+            shutdown_timeout=settings.shutdown_timeout,
+            max_body_bytes=settings.max_body_bytes,
+        )

@@ -1,0 +1,67 @@
+"""What the server needs of an engine and of the model it serves (`aphrodite.engine.async_engine` has both)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from aphrodite.chat.template import ChatTemplate
+    from aphrodite.engine.messages import EngineStats
+    from aphrodite.outputs import RequestOutput
+    from aphrodite.sampling.params import SamplingParams
+    from aphrodite.tokenizer.tokenizer import Tokenizer
+
+
+class ModelInfo(Protocol):
+    """The served model as clients see it. `created` is in Unix seconds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def aliases(self) -> Sequence[str]: ...
+    @property
+    def root(self) -> str: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_logprobs(self) -> int: ...
+    @property
+    def created(self) -> int: ...
+
+
+class Engine(Protocol):
+    """Requests in, streams of pieces out. `dead` is set when the engine can serve no more."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
+    @property
+    def dead(self) -> asyncio.Event: ...
+
+    def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream a request's pieces; closing the iterator frees the request.
+
+        Raises:
+            InvalidRequestError, QueueFullError, EngineDeadError: with the first item where possible.
+        """
+
+    async def check_health(self) -> None:
+        """Go once through the engine loop; raises `EngineDeadError` when it does not answer."""
+
+    def stats(self) -> EngineStats:
+        """Gauges and running totals as of the latest step."""

@@ -1,0 +1,43 @@
+"""`/health` and `/version`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+import aphrodite
+from aphrodite.errors import EngineDeadError
+from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import ApiError, retry_after
+
+
+class HealthEndpoint:
+    """Asks the engine's own loop, so that an engine that hangs is not healthy. Callers share one round trip."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+        self._check: asyncio.Task[None] | None = None
+
+    async def health(self, request: Request) -> Response:
+        """200 if a message went through the engine's loop and came back."""
+        if self._check is None or self._check.done():
+            self._check = asyncio.ensure_future(self._ask())
+        try:
+            # The round trip goes on for others when this caller leaves.
+            await asyncio.shield(self._check)
+        except (EngineDeadError, TimeoutError):
+            raise ApiError(
+                503, "The engine does not answer.", code="engine_unhealthy", headers=retry_after(10)
+            ) from None
+        return Response(b'{"status":"ok"}', media_type="application/json")
+
+    async def _ask(self) -> None:
+        await asyncio.wait_for(self._context.engine.check_health(), self._context.config.health_timeout)
+
+
+async def version(request: Request) -> Response:
+    """The server's version."""
+    return Response(msgspec.json.encode({"version": aphrodite.__version__}), media_type="application/json")

@@ -1,0 +1,184 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from aphrodite.errors import InvalidRequestError
+from aphrodite.outputs import CompletionOutput, RequestOutput
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.server.body import parse, read_object
+from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import invalid
+from aphrodite.server.openai.chunks import ChunkWriter
+from aphrodite.server.openai.generation import Generation, UsageCounter, collect, stream_pieces
+from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from aphrodite.server.openai.prompts import truncation
+from aphrodite.server.openai.protocol import (
+    ChatFields,
+    ignored_header,
+    refuse_best_of,
+    refuse_unsupported,
+    sampling_params,
+)
+from aphrodite.server.openai.rendering import render_chat
+from aphrodite.server.sse import EventResponse, EventStream
+
+MAX_TOP_LOGPROBS = 20
+
+
+class ChatEndpoint:
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    async def create(self, request: Request) -> Response | ASGIApp:
+        """Answer a conversation."""
+        context = self._context
+        body = await read_object(request, max_depth=context.config.max_json_depth)
+        refuse_unsupported(body)
+        fields = parse(ChatFields, body)
+        model = context.resolve_model(fields.model)
+        params = sampling_params(body, ChatFields, SamplingParams(logprobs=self._num_logprobs(fields)))
+        refuse_best_of(fields.best_of, params.n)
+        if params.prompt_logprobs is not None and fields.stream:
+            raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
+        token_ids = await self._prompt(fields, params)
+        generation = Generation.of("chatcmpl", model, fields, [token_ids], params)
+        answer = _Answer(context, generation, fields)
+        headers = ignored_header(body, ChatFields)
+        try:
+            if fields.stream:
+                return EventResponse(
+                    answer.stream, context.supervisor, write_timeout=context.config.write_timeout, headers=headers
+                )
+            whole = await context.supervisor.run(answer.whole(), request.receive)
+        except InvalidRequestError as error:
+            raise _renamed(error) from None
+        text_headers = {name.decode(): value.decode() for name, value in headers}
+        return Response(whole, media_type="application/json", headers=text_headers)
+
+    def _num_logprobs(self, fields: ChatFields) -> int | None:
+        wanted = fields.top_logprobs
+        if wanted is None or (wanted == 0 and not fields.logprobs):
+            return 0 if fields.logprobs else None
+        if not fields.logprobs:
+            raise invalid("top_logprobs", "needs logprobs to be true")
+        limit = min(MAX_TOP_LOGPROBS, self._context.engine.model.max_logprobs)
+        if wanted > limit:
+            raise invalid("top_logprobs", f"must be at most {limit}")
+        return wanted
+
+    async def _prompt(self, fields: ChatFields, params: SamplingParams) -> list[int]:
+        keep = truncation(
+            fields.truncate_prompt_tokens,
+            max_model_len=self._context.engine.model.max_model_len,
+            max_tokens=params.max_tokens,
+        )
+        token_ids = await render_chat(fields, self._context, bounded=keep is None)
+        return token_ids if keep is None else token_ids[-keep:]
+
+
+def _renamed(error: InvalidRequestError) -> InvalidRequestError:
+    """The engine speaks of a prompt where this endpoint's clients sent messages."""
+    if error.param != "prompt":
+        return error
+    return InvalidRequestError(str(error), param="messages", code=error.code)
+
+
+class _Answer:
+    """One request's answer, streamed or whole."""
+
+    def __init__(self, context: ServerContext, generation: Generation, fields: ChatFields) -> None:
+        self._context = context
+        self._generation = generation
+        self._fields = fields
+        self._names = TokenNames(context.engine.tokenizer, as_ids=fields.return_tokens_as_token_ids)
+
+    async def whole(self) -> bytes:
+        """The response's body."""
+        outputs, counter = await collect(self._context, self._generation)
+        (output,) = outputs
+        body = {
+            **self._generation.head("chat.completion"),
+            "choices": [self._choice(answer) for answer in output.outputs],
+            "usage": counter.usage(),
+        }
+        if self._fields.return_token_ids:
+            body["prompt_token_ids"] = output.prompt_token_ids
+        if output.prompt_logprobs is not None:
+            body["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self._names)
+        return msgspec.json.encode(body)
+
+    async def stream(self, events: EventStream) -> None:
+        """Write the response's chunks, the end mark excepted."""
+        try:
+            await self._stream(events)
+        except InvalidRequestError as error:
+            raise _renamed(error) from None
+
+    async def _stream(self, events: EventStream) -> None:
+        options = self._fields.stream_options
+        writer = ChunkWriter(self._generation.head("chat.completion.chunk"), _delta, usage_key=options.include_usage)
+        counter = UsageCounter(self._generation.prompts)
+        counting = counter if options.continuous_usage_stats else None
+        plain = self._generation.params.logprobs is None and not self._fields.return_token_ids and counting is None
+        opened: set[int] = set()
+        pieces = stream_pieces(self._context, self._generation)
+        async with aclosing(pieces):
+            async for _, output in pieces:
+                counter.observe(0, output)
+                data = b""
+                for answer in output.outputs:
+                    if answer.index not in opened:
+                        opened.add(answer.index)
+                        data += self._opening(writer, output, answer.index, counting)
+                    if plain and answer.finish_reason is None:
+                        data += writer.text(answer.index, answer.text)
+                    else:
+                        data += self._chunk(writer, answer, counting)
+                await events.write(data)
+        if options.include_usage:
+            await events.write(writer.usage(counter.usage()))
+
+    def _opening(self, writer: ChunkWriter, output: RequestOutput, index: int, counting: UsageCounter | None) -> bytes:
+        """A choice's first chunk: whose turn it is."""
+        beside = {"prompt_token_ids": output.prompt_token_ids} if self._fields.return_token_ids else None
+        return writer.choice(index, None, usage=counting.usage() if counting else None, beside=beside)
+
+    def _chunk(self, writer: ChunkWriter, answer: CompletionOutput, counting: UsageCounter | None) -> bytes:
+        return writer.choice(
+            answer.index,
+            answer.text,
+            logprobs=chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
+            finish_reason=answer.finish_reason,
+            usage=counting.usage() if counting else None,
+            extra=self._extra(answer),
+        )
+
+    def _choice(self, answer: CompletionOutput) -> dict[str, Any]:
+        return {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
+            "finish_reason": answer.finish_reason,
+            **self._extra(answer),
+        }
+
+    def _extra(self, answer: CompletionOutput) -> dict[str, Any]:
+        extra: dict[str, Any] = {}
+        if answer.finish_reason is not None:
+            extra["stop_reason"] = answer.stop_reason
+        if self._fields.return_token_ids:
+            extra["token_ids"] = answer.token_ids
+        return extra
+
+
+def _delta(text: str | None) -> dict[str, Any]:
+    """The part of a choice that holds a piece of text; None opens the turn."""
+    return {"delta": {"role": "assistant", "content": ""} if text is None else {"content": text}}

@@ -1,0 +1,237 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from aphrodite.core.plan import TokenLogprobs
+from aphrodite.outputs import CompletionOutput, RequestOutput
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.server.body import parse, read_object
+from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import invalid
+from aphrodite.server.openai.chunks import ChunkWriter
+from aphrodite.server.openai.generation import Generation, UsageCounter, collect, stream_pieces
+from aphrodite.server.openai.logprobs import (
+    TextOffsets,
+    TokenNames,
+    completion_logprobs,
+    join_logprobs,
+    prompt_logprobs,
+)
+from aphrodite.server.openai.prompts import Prompt, read_prompts, truncation
+from aphrodite.server.openai.protocol import (
+    CompletionFields,
+    ignored_header,
+    refuse_best_of,
+    refuse_unsupported,
+    sampling_params,
+)
+from aphrodite.server.sse import EventResponse, EventStream
+
+_BASE = SamplingParams(max_tokens=16)
+
+
+class CompletionEndpoint:
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    async def create(self, request: Request) -> Response | ASGIApp:
+        """Continue one or more prompts."""
+        context = self._context
+        body = await read_object(request, max_depth=context.config.max_json_depth)
+        refuse_unsupported(body)
+        fields = parse(CompletionFields, body)
+        model = context.resolve_model(fields.model)
+        params = sampling_params(body, CompletionFields, _BASE)
+        refuse_best_of(fields.best_of, params.n)
+        if params.prompt_logprobs is not None and fields.stream:
+            raise invalid("prompt_logprobs", "come with whole answers only; leave out stream, or use echo and logprobs")
+        wants_prompt_logprobs = params.prompt_logprobs is not None
+        if fields.echo and params.logprobs is not None and not wants_prompt_logprobs:
+            params = msgspec.structs.replace(params, prompt_logprobs=params.logprobs)
+        keep = truncation(
+            fields.truncate_prompt_tokens,
+            max_model_len=context.engine.model.max_model_len,
+            max_tokens=params.max_tokens,
+        )
+        prompts = await read_prompts(
+            fields.prompt, context, add_special_tokens=fields.add_special_tokens, truncate=keep
+        )
+        generation = Generation.of("cmpl", model, fields, [prompt.token_ids for prompt in prompts], params)
+        answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs)
+        headers = ignored_header(body, CompletionFields)
+        if fields.stream:
+            return EventResponse(
+                answer.stream, context.supervisor, write_timeout=context.config.write_timeout, headers=headers
+            )
+        whole = await context.supervisor.run(answer.whole(), request.receive)
+        return Response(whole, media_type="application/json", headers=_text_headers(headers))
+
+
+def _text_headers(headers: tuple[tuple[bytes, bytes], ...]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in headers}
+
+
+@dataclass(slots=True)
+class _ChoiceState:
+    """What a streamed choice must remember from piece to piece; `length` is of the text sent so far."""
+
+    offsets: TextOffsets
+    length: int
+    opened: bool = False
+
+
+class _Answer:
+    """One request's answer, streamed or whole."""
+
+    def __init__(
+        self,
+        context: ServerContext,
+        generation: Generation,
+        fields: CompletionFields,
+        prompts: list[Prompt],
+        wants_prompt_logprobs: bool,
+    ) -> None:
+        self._context = context
+        self._generation = generation
+        self._fields = fields
+        self._prompts = prompts
+        self._wants_prompt_logprobs = wants_prompt_logprobs
+        self._prompt_entries: dict[int, list[TokenLogprobs | None] | None] = {}
+        self._tokenizer = context.engine.tokenizer
+        self._names = TokenNames(self._tokenizer, as_ids=fields.return_tokens_as_token_ids)
+        self._silent = self._tokenizer.special_ids if generation.params.skip_special_tokens else frozenset()
+
+    async def whole(self) -> bytes:
+        """The response's body."""
+        outputs, counter = await collect(self._context, self._generation)
+        self._prompt_entries = {number: output.prompt_logprobs for number, output in enumerate(outputs)}
+        choices = [
+            self._choice(number, output, answer) for number, output in enumerate(outputs) for answer in output.outputs
+        ]
+        body = {**self._generation.head("text_completion"), "choices": choices, "usage": counter.usage()}
+        return msgspec.json.encode(body)
+
+    async def stream(self, events: EventStream) -> None:
+        """Write the response's chunks, the end mark excepted."""
+        options = self._fields.stream_options
+        writer = ChunkWriter(
+            self._generation.head("text_completion"), lambda text: {"text": text}, usage_key=options.include_usage
+        )
+        counter = UsageCounter(self._generation.prompts)
+        counting = counter if options.continuous_usage_stats else None
+        plain = self._generation.params.logprobs is None and not self._fields.return_token_ids and counting is None
+        n = self._generation.params.n
+        states: dict[int, _ChoiceState] = {}
+        pieces = stream_pieces(self._context, self._generation)
+        async with aclosing(pieces):
+            async for number, output in pieces:
+                counter.observe(number, output)
+                if output.prompt_logprobs is not None:
+                    self._prompt_entries[number] = output.prompt_logprobs
+                data = b""
+                for answer in output.outputs:
+                    index = number * n + answer.index
+                    if plain and answer.finish_reason is None and (index in states or not self._fields.echo):
+                        data += writer.text(index, answer.text)
+                        continue
+                    state = states.get(index)
+                    if state is None:
+                        state = states[index] = self._open_choice()
+                    data += self._chunk(writer, number, output, answer, state, counting)
+                await events.write(data)
+        if options.include_usage:
+            await events.write(writer.usage(counter.usage()))
+
+    def _open_choice(self) -> _ChoiceState:
+        return _ChoiceState(TextOffsets(self._names, self._silent), 0)
+
+    def _chunk(
+        self,
+        writer: ChunkWriter,
+        number: int,
+        output: RequestOutput,
+        answer: CompletionOutput,
+        state: _ChoiceState,
+        counting: UsageCounter | None,
+    ) -> bytes:
+        """A chunk that is more than a piece of text; the first of a choice with `echo` brings the prompt."""
+        text = answer.text
+        logprobs = None
+        extra = self._extra(answer)
+        opens = not state.opened
+        state.opened = True
+        if opens and self._fields.return_token_ids:
+            extra["prompt_token_ids"] = output.prompt_token_ids
+        if opens and self._fields.echo:
+            prompt_text, logprobs = self._echo(number)
+            text = prompt_text + text
+            state.offsets = TextOffsets(self._names, self._silent, start=len(prompt_text))
+        state.length += len(text)
+        if answer.logprobs is not None:
+            own = completion_logprobs(answer.logprobs, answer.token_ids, self._names, state.offsets, state.length)
+            logprobs = join_logprobs(logprobs, own) if logprobs else own
+        return writer.choice(
+            number * self._generation.params.n + answer.index,
+            text,
+            logprobs=logprobs,
+            finish_reason=answer.finish_reason,
+            usage=counting.usage() if counting else None,
+            extra=extra,
+        )
+
+    def _choice(self, number: int, output: RequestOutput, answer: CompletionOutput) -> dict[str, Any]:
+        """A choice of a whole response."""
+        text, logprobs = self._echo(number) if self._fields.echo else ("", None)
+        start = len(text)
+        text += answer.text
+        if answer.logprobs is not None:
+            offsets = TextOffsets(self._names, self._silent, start=start)
+            own = completion_logprobs(answer.logprobs, answer.token_ids, self._names, offsets, len(text))
+            logprobs = join_logprobs(logprobs, own) if logprobs else own
+        extra = self._extra(answer)
+        if self._fields.return_token_ids:
+            extra["prompt_token_ids"] = output.prompt_token_ids
+        if self._wants_prompt_logprobs and output.prompt_logprobs is not None:
+            extra["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self._names)
+        return {
+            "index": number * self._generation.params.n + answer.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": answer.finish_reason,
+            **extra,
+        }
+
+    def _extra(self, answer: CompletionOutput) -> dict[str, Any]:
+        extra: dict[str, Any] = {}
+        if answer.finish_reason is not None:
+            extra["stop_reason"] = answer.stop_reason
+        if self._fields.return_token_ids:
+            extra["token_ids"] = answer.token_ids
+        return extra
+
+    def _echo(self, number: int) -> tuple[str, dict[str, Any] | None]:
+        """The prompt's text and, if log-probabilities were asked for, its tokens'."""
+        prompt = self._prompts[number]
+        ids = prompt.token_ids
+        silent: frozenset[int] = frozenset()
+        if prompt.text is None:
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        else:
+            text = prompt.text
+            first = ids[0]
+            if self._tokenizer.is_special(first) and not text.startswith(self._tokenizer.token_text(first)):
+                silent = frozenset({first})  # the tokenizer put it there
+        if self._generation.params.logprobs is None:
+            return text, None
+        entries = self._prompt_entries.get(number) or [None] * len(ids)
+        offsets = TextOffsets(self._names, silent)
+        return text, completion_logprobs(entries, ids, self._names, offsets, len(text))

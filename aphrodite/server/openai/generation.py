@@ -1,0 +1,148 @@
+"""Running a request's prompts through the engine, for whichever endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from aphrodite.engine.output import merge_outputs
+from aphrodite.errors import InvalidRequestError, QueueFullError, RequestFailedError
+from aphrodite.outputs import RequestOutput
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.server.context import ServerContext
+from aphrodite.server.metrics import RequestTimer
+from aphrodite.server.openai.protocol import GenerationFields
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What an endpoint has made of a request."""
+
+    response_id: str
+    model: str
+    prompts: list[list[int]]
+    params: SamplingParams
+    priority: int
+    cache_salt: str | None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(
+        cls, prefix: str, model: str, fields: GenerationFields, prompts: list[list[int]], params: SamplingParams
+    ) -> Generation:
+        """`prefix` opens the response's id, which is always the server's own."""
+        return cls(f"{prefix}-{uuid.uuid4().hex}", model, prompts, params, fields.priority, fields.cache_salt)
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """The keys that the response and each of its chunks open with."""
+        return {"id": self.response_id, "object": kind, "created": self.created, "model": self.model}
+
+
+class UsageCounter:
+    """Token counts of all of a request's prompts and answers."""
+
+    def __init__(self, prompts: list[list[int]]) -> None:
+        self._prompt_tokens = sum(map(len, prompts))
+        self._cached: dict[int, int] = {}
+        self._generated: dict[tuple[int, int], int] = {}
+
+    def observe(self, prompt: int, output: RequestOutput) -> None:
+        self._cached[prompt] = output.num_cached_tokens
+        for answer in output.outputs:
+            self._generated[prompt, answer.index] = answer.num_tokens
+
+    def usage(self) -> dict[str, Any]:
+        completion_tokens = sum(self._generated.values())
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self._prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+        }
+
+
+async def stream_pieces(
+    context: ServerContext, generation: Generation
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Pieces of all prompts as they come, each with its prompt's number. Closing it frees the requests.
+
+    Raises:
+        RequestFailedError: an answer failed in the engine.
+        AphroditeError: whatever the engine refuses with.
+    """
+    if len(generation.prompts) == 1:
+        stream = _stream_prompt(context, generation, 0)
+        async with aclosing(stream):
+            async for output in stream:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | None]] = asyncio.Queue()
+
+    async def pump(number: int) -> None:
+        stream = _stream_prompt(context, generation, number)
+        async with aclosing(stream):
+            async for output in stream:
+                queue.put_nowait((number, output))
+
+    pumps = [asyncio.ensure_future(pump(number)) for number in range(len(generation.prompts))]
+    for number, task in enumerate(pumps):
+        task.add_done_callback(lambda _, number=number: queue.put_nowait((number, None)))  # type: ignore[misc]
+    try:
+        running = len(pumps)
+        while running:
+            number, piece = await queue.get()
+            if piece is not None:
+                yield number, piece
+            else:
+                running -= 1
+                pumps[number].result()
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def collect(context: ServerContext, generation: Generation) -> tuple[list[RequestOutput], UsageCounter]:
+    """The whole results in the order of the prompts."""
+    pieces: list[list[RequestOutput]] = [[] for _ in generation.prompts]
+    counter = UsageCounter(generation.prompts)
+    stream = stream_pieces(context, generation)
+    async with aclosing(stream):
+        async for number, output in stream:
+            pieces[number].append(output)
+            counter.observe(number, output)
+    return [merge_outputs(parts) for parts in pieces], counter
+
+
+async def _stream_prompt(
+    context: ServerContext, generation: Generation, number: int
+) -> AsyncGenerator[RequestOutput, None]:
+    timer = RequestTimer(context.metrics, generation.params.n)
+    stream = cast(
+        AsyncGenerator[RequestOutput, None],
+        context.engine.generate(
+            generation.prompts[number],
+            generation.params,
+            request_id=f"{generation.response_id}-{number}",
+            priority=generation.priority,
+            cache_salt=generation.cache_salt,
+        ),
+    )
+    try:
+        async for output in stream:
+            timer.observe(output)
+            for answer in output.outputs:
+                if answer.finish_reason in ("error", "abort"):
+                    raise RequestFailedError(answer.error or "the engine ended the request")
+            yield output
+    except (InvalidRequestError, QueueFullError):
+        timer.refused()
+        raise
+    finally:
+        timer.close()
+        await stream.aclose()

@@ -1,0 +1,112 @@
+"""Prompts: what a request may send, and how it becomes token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aphrodite.errors import InvalidRequestError
+from aphrodite.server.body import off_loop
+from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import ApiError, invalid
+from aphrodite.tokenizer.tokenizer import Tokenizer
+
+_KINDS = "text, a list of texts, a list of token ids, or a list of lists of token ids"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt; `text` is None where the request brought token ids."""
+
+    token_ids: list[int]
+    text: str | None
+
+
+async def read_prompts(
+    value: Any, context: ServerContext, *, add_special_tokens: bool, truncate: int | None
+) -> list[Prompt]:
+    """The prompts of a completions request. Null or an empty text stands for the start of a document.
+
+    Args:
+        truncate: keep only the last so many tokens of each.
+
+    Raises:
+        ApiError, InvalidRequestError: 400, naming `prompt`.
+    """
+    parts = _split(value, context.config.max_prompts)
+    prompts = []
+    for part in parts:
+        if isinstance(part, str):
+            ids = await encode(part, context, field="prompt", special=add_special_tokens, bounded=truncate is None)
+            prompts.append(Prompt(ids or _document_start(context.engine.tokenizer), part))
+        else:
+            prompts.append(Prompt(part, None))
+    if truncate is not None:
+        prompts = [_truncated(prompt, truncate, context.engine.tokenizer) for prompt in prompts]
+    return prompts
+
+
+async def encode(text: str, context: ServerContext, *, field: str, special: bool, bounded: bool) -> list[int]:
+    """Token ids of a text; `bounded` refuses what cannot fit the context, before tokenizing where possible."""
+    limit = context.engine.model.max_model_len if bounded else None
+    tokenizer = context.engine.tokenizer
+    try:
+        return await off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=special, max_tokens=limit))
+    except InvalidRequestError as error:
+        if error.code == "context_length_exceeded":
+            message = f"This model's maximum context length is {limit} tokens. {error}"
+            raise InvalidRequestError(message, param=field, code=error.code) from None
+        raise InvalidRequestError(str(error), param=field, code=error.code) from None
+
+
+def truncation(requested: int | None, *, max_model_len: int, max_tokens: int | None) -> int | None:
+    """How many tokens to keep; -1 asks for as many as leave room for the answer. None: all."""
+    if requested is None:
+        return None
+    if requested == 0:
+        raise invalid("truncate_prompt_tokens", "must be -1 or at least 1")
+    return requested if requested > 0 else max(1, max_model_len - (1 if max_tokens is None else max_tokens))
+
+
+def _split(value: Any, max_prompts: int) -> list[str | list[int]]:
+    if value is None:
+        return [""]
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise _wrong_kind()
+    if not value:
+        raise invalid("prompt", "must not be an empty list")
+    if all(type(item) is int for item in value):
+        return [value]
+    if len(value) > max_prompts:
+        raise invalid("prompt", f"has {len(value)} prompts, more than the {max_prompts} allowed in one request")
+    if all(type(item) is str for item in value):
+        return value
+    for index, item in enumerate(value):
+        if type(item) is not list:
+            raise _wrong_kind()
+        if not item:
+            raise invalid("prompt", f"prompt {index} is empty: send at least one token id")
+        if not all(type(token) is int for token in item):
+            raise _wrong_kind()
+    return value
+
+
+def _wrong_kind() -> ApiError:
+    return invalid("prompt", f"must be {_KINDS}", code="invalid_type")
+
+
+def _document_start(tokenizer: Tokenizer) -> list[int]:
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return [token_id]
+    raise invalid("prompt", "is empty, and this model has no token that starts a document")
+
+
+def _truncated(prompt: Prompt, keep: int, tokenizer: Tokenizer) -> Prompt:
+    if len(prompt.token_ids) <= keep:
+        return prompt
+    token_ids = prompt.token_ids[-keep:]
+    text = None if prompt.text is None else tokenizer.decode(token_ids, skip_special_tokens=False)
+    return Prompt(token_ids, text)

@@ -1,0 +1,169 @@
+"""Fields of the OpenAI endpoints besides the sampling parameters, which have a table of their own.
+
+Whatever a request holds falls in one of four groups: fields declared here, sampling parameters
+(`aphrodite.sampling.params`), fields that must be refused because ignoring them would change the
+answer, and the rest. Of the rest, what is harmless is dropped; what is unknown is dropped and named
+in the response's `x-ignored-fields` header.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field, WithJsonSchema
+
+from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping
+from aphrodite.server.errors import Headers, unsupported
+
+_INT64 = 2**63
+
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "minItems": 1},
+        {"type": "null"},
+    ]
+}
+_MESSAGES_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role"],
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
+            "content": {
+                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]
+            },
+            "name": {"type": "string"},
+        },
+    },
+}
+
+
+class StreamOptions(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    include_usage: bool = Field(default=False, description="A last chunk brings the token counts.")
+    continuous_usage_stats: bool = Field(default=False, description="Every chunk brings the token counts so far.")
+
+
+class GenerationFields(pydantic.BaseModel):
+    """Fields that both generation endpoints have."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    model: str | None = Field(default=None, description="A name from /v1/models; by default the model's own.")
+    stream: bool = Field(default=False, description="Send the answer piece by piece as server-sent events.")
+    stream_options: StreamOptions = StreamOptions()
+    best_of: int | None = Field(default=None, description="Accepted where it equals n.", ge=0, le=128)
+    truncate_prompt_tokens: int | None = Field(
+        default=None, description="Keep only the last so many prompt tokens; -1: as many as fit.", ge=-1, le=2**31 - 1
+    )
+    priority: int = Field(
+        default=0, description="Lower is sooner, where the server schedules by it.", ge=-(2**31), lt=2**31
+    )
+    cache_salt: str | None = Field(
+        default=None, description="Only requests of the same salt share cached prefixes.", min_length=1, max_length=256
+    )
+    return_token_ids: bool = Field(default=False, description="Add token_ids and prompt_token_ids to the answer.")
+    return_tokens_as_token_ids: bool = Field(default=False, description="Name tokens `token_id:N` in logprobs.")
+
+
+class CompletionFields(GenerationFields):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)] = Field(
+        default=None, description="Text, token ids, or a list of either; null is an empty document."
+    )
+    echo: bool = Field(default=False, description="Put the prompt before the answer.")
+    add_special_tokens: bool = Field(default=True, description="Let the tokenizer add begin-of-sequence and the like.")
+
+
+class ChatFields(GenerationFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[Any, WithJsonSchema(_MESSAGES_SCHEMA)] = Field(description="The conversation so far.")
+    logprobs: bool = Field(default=False, description="Add log-probabilities of the answer's tokens.")
+    top_logprobs: int | None = Field(default=None, description="And of so many most likely tokens.", ge=0, lt=_INT64)
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Open the assistant's turn; by default true unless continue_final_message."
+    )
+    continue_final_message: bool = Field(default=False, description="Go on with the last message, do not answer it.")
+    add_special_tokens: bool = Field(default=False, description="Let the tokenizer add its own to the template's.")
+    chat_template: str | None = Field(default=None, description="Jinja template; refused unless the server trusts it.")
+    chat_template_kwargs: dict[str, Any] = Field(default={}, description="Variables for the chat template.")
+
+
+_HARMLESS = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "moderation", "parallel_tool_calls", "prediction",
+}  # fmt: skip
+_STRUCTURED = (
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema", "grammar",
+    "grammar_string", "regex_pattern",
+)  # fmt: skip
+
+_NO_TOOLS = "tool calls are not supported yet; leave it out"
+_NO_GRAMMAR = "structured output is not supported yet; leave it out"
+_EMPTY: tuple[Any, ...] = ("", [], {}, False)
+
+# Name: (values that mean "not used", what to tell).
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (_EMPTY, _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "functions": (_EMPTY, _NO_TOOLS),
+    "function_call": (("none", "auto"), _NO_TOOLS),
+    "response_format": (({"type": "text"},), _NO_GRAMMAR),
+    **dict.fromkeys(_STRUCTURED, (_EMPTY, _NO_GRAMMAR)),
+    "modalities": ((["text"],), 'this model writes text only; leave it out or send ["text"]'),
+    "audio": (_EMPTY, "this model writes text only; leave it out"),
+    "web_search_options": ((), "this server searches nothing; leave it out"),
+    "suffix": (_EMPTY, "filling in before a suffix is not supported; leave it out"),
+    "prompt_embeds": (_EMPTY, "prompts are text or token ids; leave it out"),
+    "use_beam_search": (_EMPTY, "beam search is not supported; leave it out"),
+    "documents": (_EMPTY, "documents are not supported; put them into the messages"),
+}  # fmt: skip
+
+
+def refuse_unsupported(fields: Mapping[str, Any]) -> None:
+    """Raise ApiError 400 for a field that asks for what this server does not do."""
+    for name in _REFUSED.keys() & fields.keys():
+        neutral, why = _REFUSED[name]
+        if fields[name] is not None and not any(fields[name] == value for value in neutral):
+            raise unsupported(name, why)
+
+
+def refuse_best_of(best_of: int | None, n: int) -> None:
+    if best_of is not None and best_of not in (0, n):
+        raise unsupported("best_of", f"choosing among more answers than n ({n}) is not supported; leave it out")
+
+
+def sampling_params(
+    fields: Mapping[str, Any], endpoint: type[GenerationFields], base: SamplingParams
+) -> SamplingParams:
+    """The sampling parameters among a request's fields; a name that `endpoint` declares means what it says there.
+
+    Raises:
+        InvalidRequestError: a wrong type or value.
+    """
+    names = canonical_names()
+    own = endpoint.model_fields
+    return from_mapping({name: fields[name] for name in fields if name in names and name not in own}, base=base)
+
+
+def ignored_header(fields: Mapping[str, Any], endpoint: type[GenerationFields]) -> Headers:
+    """The response header that names what was ignored; nothing if all was understood."""
+    known = endpoint.model_fields.keys() | canonical_names().keys() | _HARMLESS | _REFUSED.keys()
+    names = [name for name in fields if name not in known and fields[name] is not None]
+    if not names:
+        return ()
+    shown = [name if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) else "?" for name in names[:40]]
+    if len(names) > len(shown):
+        shown.append(f"and {len(names) - len(shown)} more")
+    return ((b"x-ignored-fields", ", ".join(shown).encode()),)

@@ -1,0 +1,151 @@
+"""The OpenAPI document, made from the routes, the request models and the table of sampling parameters."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pydantic
+from starlette.routing import Route
+
+import aphrodite
+from aphrodite.sampling.params import ParamRow, bounds_text, parameter_table
+from aphrodite.server.openai.protocol import ChatFields, CompletionFields
+from aphrodite.server.tokenize import DetokenizeFields, TokenizeFields
+
+_REF = "#/components/schemas/{model}"
+
+# Which model describes the body of a POST, and whether sampling parameters belong to it as well.
+_BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
+    "/v1/completions": (CompletionFields, True),
+    "/v1/chat/completions": (ChatFields, True),
+    "/tokenize": (TokenizeFields, False),
+    "/v1/tokenize": (TokenizeFields, False),
+    "/detokenize": (DetokenizeFields, False),
+    "/v1/detokenize": (DetokenizeFields, False),
+}
+_TEXT_TYPES = {"/": "text/html", "/docs": "text/html", "/metrics": "text/plain"}
+_STREAMING = ("/v1/completions", "/v1/chat/completions")
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_ERROR = {
+    "description": "What was wrong, and with which field.",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
+
+
+def openapi_document(routes: Iterable[Route], root_path: str) -> dict[str, Any]:
+    """The document of these routes as JSON types."""
+    schemas: dict[str, Any] = {"Error": _ERROR_SCHEMA}
+    for model, samples in dict.fromkeys(_BODIES.values()):
+        schemas[model.__name__] = _body_schema(model, samples, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Aphrodite Engine", "version": aphrodite.__version__},
+        "servers": [{"url": root_path or "/"}],
+        "paths": {_openapi_path(route.path): _operation(route) for route in routes},
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"bearer": []}],
+    }
+
+
+def _openapi_path(path: str) -> str:
+    return re.sub(r"{(\w+):\w+}", r"{\1}", path)
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    methods = (route.methods or set()) - {"HEAD"}
+    (method,) = methods
+    operation: dict[str, Any] = {
+        "summary": (inspect.getdoc(route.endpoint) or "").partition("\n")[0],
+        "operationId": re.sub(r"\W+", "_", f"{method.lower()} {route.path}").strip("_"),
+        "responses": {"200": _success(route.path), "default": _ERROR},
+    }
+    if route.path in _BODIES:
+        schema = {"$ref": _REF.format(model=_BODIES[route.path][0].__name__)}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if route.param_convertors:
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in route.param_convertors
+        ]
+    return {method.lower(): operation}
+
+
+def _success(path: str) -> dict[str, Any]:
+    content: dict[str, Any] = {_TEXT_TYPES.get(path, "application/json"): {}}
+    if path in _STREAMING:
+        content["text/event-stream"] = {}
+    return {"description": "The answer.", "content": content}
+
+
+def _body_schema(model: type[pydantic.BaseModel], samples: bool, schemas: dict[str, Any]) -> dict[str, Any]:
+    schema = model.model_json_schema(ref_template=_REF)
+    schemas.update(schema.pop("$defs", {}))
+    properties = schema["properties"]
+    required = schema.get("required", ())
+    for name in properties:
+        if name not in required:
+            properties[name] = _nullable(properties[name])
+    if samples:
+        for row in parameter_table():
+            for name in (row.name, *row.param.aliases):
+                properties.setdefault(name, _parameter_schema(row, name))
+    return schema
+
+
+def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    """Null means "not given" everywhere, which clients use."""
+    if {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    texts: dict[str, Any] = {key: schema.pop(key) for key in ("title", "description", "default") if key in schema}
+    return {"anyOf": [schema, {"type": "null"}], **texts}
+
+
+def _parameter_schema(row: ParamRow, name: str) -> dict[str, Any]:
+    doc = row.param.doc if name == row.name else f"The same as {row.name}."
+    bounds = bounds_text(row.param)
+    number = {
+        key: bound
+        for key, bound in (
+            ("minimum", row.param.ge),
+            ("exclusiveMinimum", row.param.gt),
+            ("maximum", row.param.le),
+            ("exclusiveMaximum", row.param.lt),
+        )
+        if bound is not None
+    }
+    count = {} if row.param.max_items is None else {"maxItems": row.param.max_items}
+    length = {} if row.param.max_length is None else {"maxLength": row.param.max_length}
+    text = {"type": "string", "minLength": 1, **length}
+    kinds: dict[str, dict[str, Any]] = {
+        "int": {"type": "integer", **number},
+        "float": {"type": "number", **number},
+        "bool": {"type": "boolean"},
+        "choice": {"enum": list(row.choices)},
+        "ints": {"type": "array", "items": {"type": "integer", "minimum": 0}, **count},
+        "strings": {"anyOf": [text, {"type": "array", "items": text, **count}]},
+        "bias": {"type": "object", "additionalProperties": {"type": "number", **number}},
+    }
+    description = f"{doc} Range: {bounds}." if bounds else doc
+    return {"anyOf": [kinds[row.kind], {"type": "null"}], "description": description}

@@ -1,0 +1,99 @@
+"""Server-sent events written straight to ASGI: one write for what is ready, nothing between it and the socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from aphrodite.server.errors import ApiError, ClientDisconnectedError, Headers, to_api_error
+from aphrodite.server.supervise import Supervisor
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+_HEADERS: Headers = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+)
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream:
+    """One response's way out. The status line goes with the first write, so that early errors keep their status."""
+
+    def __init__(self, send: Send, headers: Headers = ()) -> None:
+        self.started = False
+        self.last_write = time.monotonic()
+        self.writing = False
+        self._send = send
+        self._headers = headers
+
+    async def write(self, data: bytes) -> None:
+        """Send whole events; waits while the client does not read."""
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._headers]})
+        self.writing = True
+        self.last_write = time.monotonic()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self.writing = False
+
+    async def end(self) -> None:
+        """The end mark and the response's end."""
+        await self.write(DONE)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def fail(self, error: ApiError) -> None:
+        """What went wrong in mid-stream, as the last event before the end mark."""
+        await self.write(event(error.encode()))
+        await self.end()
+
+
+class EventResponse:
+    """An ASGI response whose events `produce` writes while its client is being watched."""
+
+    def __init__(
+        self,
+        produce: Callable[[EventStream], Coroutine[Any, Any, None]],
+        supervisor: Supervisor,
+        *,
+        write_timeout: float,
+        headers: Headers = (),
+    ) -> None:
+        self._produce = produce
+        self._supervisor = supervisor
+        self._write_timeout = write_timeout
+        self._headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = EventStream(send, self._headers)
+
+        async def work() -> None:
+            await self._produce(stream)
+            await stream.end()
+
+        async def tick() -> None:
+            if not stream.writing:
+                await stream.write(PING)
+            elif time.monotonic() - stream.last_write > self._write_timeout:
+                raise ClientDisconnectedError
+
+        try:
+            await self._supervisor.run(work(), receive, tick)
+        except ClientDisconnectedError:
+            raise
+        except Exception as error:
+            if not stream.started:
+                raise
+            with contextlib.suppress(TimeoutError):  # the client may have stopped reading
+                async with asyncio.timeout(self._write_timeout):
+                    await stream.fail(to_api_error(error, scope["state"]["request_id"]))

@@ -1,0 +1,120 @@
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`: the model's tokenizer, for clients that count or prepare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pydantic
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from aphrodite.server.body import off_loop, parse, read_object
+from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import invalid
+from aphrodite.server.openai.prompts import encode
+from aphrodite.server.openai.protocol import ChatFields
+from aphrodite.server.openai.rendering import render_chat
+
+
+class TokenizeFields(pydantic.BaseModel):
+    """`POST /tokenize` of a text. With `messages` in its place, the fields are those of a chat completion."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    model: str | None = Field(default=None, description="A name from /v1/models; by default the model's own.")
+    prompt: str = Field(description="The text.")
+    add_special_tokens: bool = Field(default=True, description="Let the tokenizer add begin-of-sequence and the like.")
+
+
+class TokenStringsField(pydantic.BaseModel):
+    """What `POST /tokenize` takes besides, for texts and messages."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    return_token_strs: bool = Field(default=False, description="Also return each token as text.")
+
+
+class DetokenizeFields(pydantic.BaseModel):
+    """`POST /detokenize`."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    model: str | None = Field(default=None, description="A name from /v1/models; by default the model's own.")
+    tokens: list[int] = Field(description="Token ids.")
+    skip_special_tokens: bool = Field(default=False, description="Leave special tokens out of the text.")
+
+
+class TokenizerEndpoints:
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or of a conversation, as generation would see it."""
+        context = self._context
+        body = await read_object(request, max_depth=context.config.max_json_depth)
+        strings = parse(TokenStringsField, body).return_token_strs
+        if body.get("messages") is not None:
+            if body.get("prompt") is not None:
+                raise invalid("prompt", "send either prompt or messages")
+            chat = parse(ChatFields, body)
+            context.resolve_model(chat.model)
+            token_ids = await render_chat(chat, context, bounded=False)
+        else:
+            fields = parse(TokenizeFields, body)
+            context.resolve_model(fields.model)
+            token_ids = await encode(
+                fields.prompt, context, field="prompt", special=fields.add_special_tokens, bounded=False
+            )
+        answer: dict[str, Any] = {
+            "count": len(token_ids),
+            "max_model_len": context.engine.model.max_model_len,
+            "tokens": token_ids,
+        }
+        if strings:
+            answer["token_strs"] = [context.engine.tokenizer.token_text(token_id) for token_id in token_ids]
+        return _json(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids."""
+        context = self._context
+        body = await read_object(request, max_depth=context.config.max_json_depth)
+        fields = parse(DetokenizeFields, body)
+        context.resolve_model(fields.model)
+        vocab_size = context.engine.model.vocab_size
+        if fields.tokens and not 0 <= min(fields.tokens) <= max(fields.tokens) < vocab_size:
+            raise invalid("tokens", f"has ids outside the vocabulary: they must be 0 to {vocab_size - 1}")
+        tokenizer = context.engine.tokenizer
+        text = await off_loop(
+            4 * len(fields.tokens),
+            lambda: tokenizer.decode(fields.tokens, skip_special_tokens=fields.skip_special_tokens),
+        )
+        return _json({"prompt": text})
+
+    async def info(self, request: Request) -> Response:
+        """What a client needs to prepare prompts itself: special tokens and the chat template."""
+        engine = self._context.engine
+        tokenizer = engine.tokenizer
+
+        def text(token_id: int | None) -> str | None:
+            return None if token_id is None else tokenizer.token_text(token_id)
+
+        return _json(
+            {
+                "tokenizer_class": "AphroditeTokenizer",
+                "vocab_size": tokenizer.vocab_size,
+                "model_max_length": engine.model.max_model_len,
+                "bos_token": text(tokenizer.bos_token_id),
+                "eos_token": text(tokenizer.eos_token_id),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "eos_token_ids": tokenizer.eos_token_ids,
+                "add_bos_token": tokenizer.adds_bos,
+                "chat_template": tokenizer.chat_template,
+            }
+        )
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,71 @@
+"""A real server on a loopback port, in the test's own event loop, before an engine without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from aphrodite.server.app import Application
+from aphrodite.server.config import ServerConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_engine import FakeEngine
+
+
+@dataclass
+class RunningServer:
+    engine: FakeEngine
+    url: str
+    http: httpx.AsyncClient
+    client: openai.AsyncOpenAI
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+
+@asynccontextmanager
+async def running_server(engine: FakeEngine | None = None, **settings: object) -> AsyncIterator[RunningServer]:
+    """Serve on a free port until the block ends."""
+    from aphrodite.server.run import bind_socket, serve
+
+    engine = engine or FakeEngine()
+    config = ServerConfig(host="127.0.0.1", port=0, shutdown_timeout=0.0, **settings)
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task = asyncio.ensure_future(serve(engine, config, bind_socket("127.0.0.1", 0), on_ready=ready.set_result))
+    await asyncio.wait((ready, task), return_when=asyncio.FIRST_COMPLETED)
+    url = ready.result()
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            key = config.api_keys[0] if config.api_keys else "none"
+            async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
+                yield RunningServer(engine, url, http, client)
+    finally:
+        engine.dead.set()
+        await task
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[RunningServer]:
+    async with running_server() as running:
+        yield running
+
+
+@pytest.fixture
+def make_app() -> Callable[..., tuple[Application, FakeEngine]]:
+    """The application alone, for calls without a socket."""
+
+    def make(engine: FakeEngine | None = None, **settings: object) -> tuple[Application, FakeEngine]:
+        engine = engine or FakeEngine()
+        return Application(engine, ServerConfig(**settings)), engine
+
+    return make

@@ -1,0 +1,187 @@
+"""An engine without a model: it tells the same story for the same prompt and seed, and fails when told to.
+
+Text, stop strings and log-probabilities go through the real output processing, so that only the
+scheduler and the model are missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from aphrodite.core.plan import TokenLogprobs
+from aphrodite.core.request import RequestUpdate
+from aphrodite.engine.messages import EngineStats
+from aphrodite.engine.output import RequestStream
+from aphrodite.engine.preparation import check_prompt
+from aphrodite.errors import EngineDeadError, QueueFullError
+from aphrodite.outputs import RequestOutput
+from aphrodite.sampling.params import SamplingParams, validate
+from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
+
+STORY = "Once upon a time, a café 🏰 stood in 東京; nobody knew why. The end came slowly, and then all at once. "
+BOS, EOS = 256, 257
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, `<s>` (256, put before a text) and `</s>` (257)."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab=_byte_level_vocab(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return Tokenizer(backend, SpecialTokens(bos_id=BOS, eos_ids=(EOS,)), "test tokenizer")
+
+
+def _byte_level_vocab() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes, each with its byte as token id."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = itertools.count(256)
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    name: str = "fake/story"
+    aliases: tuple[str, ...] = ("story-alias",)
+    root: str = "story.gguf"
+    max_model_len: int = 512
+    vocab_size: int = 258
+    max_logprobs: int = 20
+    created: int = 1_700_000_000
+
+
+class FakeTemplate:
+    """`role: content` lines; `extra` shows up in the text, and `{{spin}}` never comes back quickly."""
+
+    def render(self, messages, *, add_generation_prompt=True, continue_final_message=False, extra=None):
+        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        text = "\n".join(lines) + "".join(f"\n[{key}={value}]" for key, value in (extra or {}).items())
+        return text if continue_final_message else text + ("\nassistant:" if add_generation_prompt else "\n")
+
+
+@dataclass
+class FakeEngine:
+    """Attributes that tests set:
+
+    gate: a token leaves only while it is set. hold_after: or after so many tokens of an answer.
+    refuse: raised by the next requests. fail_after: answers end with an error after so many tokens.
+    """
+
+    model: FakeModel = field(default_factory=FakeModel)
+    tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
+    chat_template: FakeTemplate | None = field(default_factory=FakeTemplate)
+    max_running: int = 10_000
+    hold_after: int | None = None
+    fail_after: int | None = None
+    refuse: Exception | None = None
+    hung: bool = False
+
+    def __post_init__(self) -> None:
+        self.dead = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.running: set[str] = set()
+        self.seen: list[tuple[list[int], SamplingParams, int, str | None]] = []
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.started = asyncio.Event()
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        self._admit(prompt_token_ids, params)
+        self.seen.append((prompt_token_ids, params, priority, cache_salt))
+        self.running.add(request_id)
+        self.idle.clear()
+        self.started.set()
+        try:
+            ids = [str(index) for index in range(params.n)]
+            stream = RequestStream(request_id, ids, prompt_token_ids, params, self.tokenizer)
+            for step in itertools.count():
+                await self._wait(step)
+                for index, answer_id in enumerate(ids):
+                    piece = stream.push(self._update(prompt_token_ids, params, step, index, answer_id))
+                    if piece is not None:
+                        yield piece
+                if stream.finished:
+                    return
+        finally:
+            self.running.discard(request_id)
+            if not self.running:
+                self.idle.set()
+
+    def _admit(self, prompt: list[int], params: SamplingParams) -> None:
+        if self.dead.is_set():
+            raise EngineDeadError("dead")
+        if self.refuse is not None:
+            raise self.refuse
+        model = self.model
+        validate(
+            params, vocab_size=model.vocab_size, max_model_len=model.max_model_len, max_logprobs=model.max_logprobs
+        )
+        check_prompt(prompt, params, vocab_size=model.vocab_size, max_model_len=model.max_model_len)
+        if len(self.running) + 1 > self.max_running:
+            raise QueueFullError("too many requests wait; try again in a moment", retry_after=2.0)
+
+    async def _wait(self, step: int) -> None:
+        if self.hold_after is not None and step >= self.hold_after:
+            gate = asyncio.ensure_future(self.gate.wait())
+            died = asyncio.ensure_future(self.dead.wait())
+            try:
+                await asyncio.wait((gate, died), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gate.cancel()
+                died.cancel()
+        else:
+            await asyncio.sleep(0)
+        if self.dead.is_set():
+            raise EngineDeadError("the engine process has ended")
+
+    def _update(
+        self, prompt: list[int], params: SamplingParams, step: int, index: int, answer_id: str
+    ) -> RequestUpdate:
+        prompt_logprobs = None
+        if step == 0 and params.prompt_logprobs is not None:
+            prompt_logprobs = [self._logprobs(token, params.prompt_logprobs) for token in prompt[1:]]
+        common = {"num_cached_tokens": len(prompt) // 16 * 16, "prompt_logprobs": prompt_logprobs}
+        if self.fail_after is not None and step >= self.fail_after:
+            return RequestUpdate(answer_id, [], finish_reason="error", error="/secret/path: 0xdeadbeef", **common)
+        if params.max_tokens == 0:
+            return RequestUpdate(answer_id, [], finish_reason="length", **common)
+        story = STORY.encode()
+        shift = 0 if params.seed is None else (params.seed + index) % len(story)
+        ended = step >= len(story) and not params.ignore_eos
+        token = EOS if ended else story[(step + shift) % len(story)]
+        logprobs = None if params.logprobs is None else [self._logprobs(token, params.logprobs)]
+        reason = None
+        if ended or (token in params.stop_token_ids and step >= params.min_tokens):
+            reason = "stop"
+        elif step + 1 == params.max_tokens or len(prompt) + step + 1 >= self.model.max_model_len:
+            reason = "length"
+        stop_reason = token if reason == "stop" and not ended else None
+        return RequestUpdate(answer_id, [token], logprobs, finish_reason=reason, stop_reason=stop_reason, **common)
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+        """The token is the most likely one; alternatives follow it in the vocabulary."""
+        ids = [(token + offset) % self.model.vocab_size for offset in range(count)]
+        return TokenLogprobs(token, -0.25, 1, ids, [-0.25 - offset for offset in range(count)])
+
+    async def check_health(self) -> None:
+        if self.hung:
+            await asyncio.Event().wait()
+        if self.dead.is_set():
+            raise EngineDeadError("dead")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self.running), prefix_queries=100, prefix_hits=40)
