@@ -39,6 +39,7 @@ class Checkpoint:
     Attributes:
         path: the GGUF file, or the directory that holds config.json.
         name: a short name to serve the model under.
+        architecture: what the checkpoint calls itself.
         weights: the parameters by canonical name (`loading/parameters.py`), views of the files.
         gguf: metadata of a GGUF file (its tokenizer lives there), else None.
     """
@@ -46,6 +47,7 @@ class Checkpoint:
     path: Path
     name: str
     format: Literal["gguf", "safetensors", "dummy"]
+    architecture: str
     spec: ModelSpec
     weights: Weights
     gguf: Mapping[str, GGUFValue] | None
@@ -161,6 +163,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         path=path,
         name=_QUANT_SUFFIX.sub("", split[1] if split else path.stem),
         format="gguf",
+        architecture=metadata.read("general.architecture", str),
         spec=spec,
         weights=weights,
         gguf=file.metadata,
@@ -265,6 +268,7 @@ def _described(
         path=directory,
         name=directory.resolve().name,
         format=kind,
+        architecture=", ".join(config.strings("architectures")) or config.read("model_type", str, ""),
         spec=spec,
         weights=weights,
         gguf=None,

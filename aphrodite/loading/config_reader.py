@@ -201,8 +201,12 @@ def _expectation(expected: type, low: float, high: float) -> str:
     if expected not in (int, float) or (low == -math.inf and high == math.inf):
         return kind
     if high == math.inf:
-        return f"{kind} of at least {low:g}"
-    return f"{kind} from {low:g} to {high:g}" if low > -math.inf else f"{kind} of at most {high:g}"
+        return f"{kind} of at least {_plain(low)}"
+    return f"{kind} from {_plain(low)} to {_plain(high)}" if low > -math.inf else f"{kind} of at most {_plain(high)}"
+
+
+def _plain(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) and abs(bound) < 1e12 else f"{bound:g}"
 
 
 def _describe(found: object) -> str:

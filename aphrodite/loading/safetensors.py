@@ -67,10 +67,7 @@ def read_sharded_safetensors(index: Path) -> dict[str, RawTensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFormatError(f"{index}: weight_map should map tensor names to files; download the index again")
     tensors: dict[str, RawTensor] = {}
-    for file in dict.fromkeys(weight_map.values()):
-        # The index may have come from anywhere: it must not name files outside its folder.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
-            raise ModelFormatError(f"{index}: {str(file)[:200]!r} is not the name of a safetensors file beside it")
+    for file in _shard_names(index, weight_map):
         shard = read_safetensors(index.parent / file)
         twice = next((name for name in shard if name in tensors), None)
         if twice is not None:
@@ -85,11 +82,21 @@ def read_sharded_safetensors(index: Path) -> dict[str, RawTensor]:
     return tensors
 
 
+def _shard_names(index: Path, weight_map: dict[str, object]) -> list[str]:
+    names: list[str] = []
+    for file in weight_map.values():
+        # The index may have come from anywhere: it must not name files outside its folder.
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
+            raise ModelFormatError(f"{index}: {str(file)[:200]!r} is not the name of a safetensors file beside it")
+        names.append(file)
+    return list(dict.fromkeys(names))
+
+
 def _entry(path: Path, name: str, value: object) -> _Entry:
     if not isinstance(value, dict):
         raise _damaged(path, f"the header's entry for {name!r} is not an object")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise _damaged(path, f"tensor {name!r} has the unknown type {str(dtype)[:80]!r}")
     if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
         raise _damaged(path, f"the shape of tensor {name!r} is not a list of up to {MAX_DIMS} whole numbers")

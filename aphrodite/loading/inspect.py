@@ -1,0 +1,130 @@
+"""What a checkpoint is and what it needs, from its headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from aphrodite.errors import ModelFormatError
+from aphrodite.loading.checkpoint import Checkpoint, LoadFormat, open_checkpoint
+from aphrodite.loading.config_reader import load_json_object
+
+KV_ELEMENT_BYTES = 2  # float16, the default
+_CONTEXTS = (4096, 8192)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeed:
+    """Weights plus the KV cache of one sequence of `context` tokens, in bytes."""
+
+    context: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """A checkpoint in numbers. Sizes are bytes, lengths are tokens.
+
+    Attributes:
+        architecture: what the checkpoint calls itself (`LlamaForCausalLM`, GGUF's `llama`).
+        parameters_by_type: weights stored in each type, most first.
+        window: the narrowest sliding window, or None.
+        tokenizer: kind of the tokenizer, or None where the checkpoint has none.
+        kv_bytes_per_token: at float16, over all layers.
+        memory: need at 4k, 8k (where the model reaches that far) and the full context.
+    """
+
+    name: str
+    path: Path
+    format: str
+    family: str
+    architecture: str
+    parameters: int
+    quantization: str
+    parameters_by_type: dict[str, int]
+    vocab_size: int
+    max_position: int
+    rotary_scaling: str
+    window: int | None
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied_head: bool
+    tokenizer: str | None
+    chat_template: bool
+    weight_bytes: int
+    kv_bytes_per_token: int
+    memory: tuple[MemoryNeed, ...]
+
+
+def inspect(model: str | Path, *, load_format: LoadFormat = "auto") -> Inspection:
+    """Describe a checkpoint without loading it.
+
+    Raises:
+        ModelFormatError: it cannot be opened (see `open_checkpoint`).
+    """
+    return inspect_checkpoint(open_checkpoint(model, load_format=load_format))
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Describe an open checkpoint; reads no weights."""
+    spec, weight_bytes = checkpoint.spec, checkpoint.weight_bytes
+    by_type: dict[str, int] = {}
+    for parameter in checkpoint.weights.parameters.values():
+        by_type[parameter.qtype.name] = by_type.get(parameter.qtype.name, 0) + parameter.count
+    kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * KV_ELEMENT_BYTES
+    contexts = [*(context for context in _CONTEXTS if context < spec.max_position), spec.max_position]
+    tokenizer, chat_template = _text_parts(checkpoint)
+    return Inspection(
+        name=checkpoint.name,
+        path=checkpoint.path,
+        format=checkpoint.format,
+        family=spec.family,
+        architecture=checkpoint.architecture,
+        parameters=checkpoint.parameters,
+        quantization=checkpoint.quantization,
+        parameters_by_type=dict(sorted(by_type.items(), key=lambda item: -item[1])),
+        vocab_size=spec.vocab_size,
+        max_position=spec.max_position,
+        rotary_scaling=spec.rotary.scaling,
+        window=min((window for window in spec.windows if window is not None), default=None),
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        tied_head=spec.tied_head,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes,
+        memory=tuple(MemoryNeed(context=n, bytes=weight_bytes + n * kv_bytes) for n in contexts),
+    )
+
+
+def _text_parts(checkpoint: Checkpoint) -> tuple[str | None, bool]:
+    """Kind of the tokenizer, and whether there is a chat template."""
+    if checkpoint.gguf is not None:
+        kind, pre = checkpoint.gguf.get("tokenizer.ggml.model"), checkpoint.gguf.get("tokenizer.ggml.pre")
+        described = f"{kind} ({pre})" if pre is not None else str(kind)
+        return (described if kind is not None else None), "tokenizer.chat_template" in checkpoint.gguf
+    folder = checkpoint.path
+    return _tokenizer_in(folder), (folder / "chat_template.jinja").exists() or _has_template(folder)
+
+
+def _tokenizer_in(folder: Path) -> str | None:
+    file = folder / "tokenizer.json"
+    if file.exists():
+        try:
+            model = load_json_object(file).get("model")
+        except ModelFormatError as error:
+            return f"unreadable ({error})"
+        return str(model.get("type", "unnamed")) if isinstance(model, dict) else "unnamed"
+    return "SentencePiece" if (folder / "tokenizer.model").exists() else None
+
+
+def _has_template(folder: Path) -> bool:
+    file = folder / "tokenizer_config.json"
+    return file.exists() and load_json_object(file).get("chat_template") is not None
