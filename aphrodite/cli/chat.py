@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -78,7 +79,9 @@ def complete(
 
 def _open_source(config: EngineConfig, url: str | None, api_key: str | None) -> TextSource:
     if url is not None:
-        return ServerSource(url, api_key=api_key, model=config.model)
+        # The variable that `run` reads its keys from; so no key needs to be on a command line.
+        key = api_key or os.environ.get("APHRODITE_API_KEY", "").partition(",")[0] or None
+        return ServerSource(url, api_key=key, model=config.model)
     if api_key is not None:
         raise ConfigError("--api-key is the key of a server; it needs --url.")
     with stderr().status("Loading the model"):

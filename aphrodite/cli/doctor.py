@@ -103,9 +103,9 @@ def _model(config: EngineConfig, *, load: bool) -> dict[str, Any]:
     from aphrodite.cli.sources import load_llm
     from aphrodite.loading.default_model import cache_directory, locate_default_model
 
-    rows: dict[str, Any] = {"cache directory": str(cache_directory())}
+    rows: dict[str, Any] = {"cache directory": str(cache_directory(config.cache_dir))}
     if config.model is None:
-        found = locate_default_model()
+        found = locate_default_model(config.cache_dir)
         rows["default model"] = str(found) if found else "not here yet; `aphrodite run` fetches it"
         load = load and found is not None
     if not load:

@@ -180,15 +180,17 @@ def sampling_from_texts(texts: Mapping[str, Any], *, base: SamplingParams | None
 
 def _sampling_value(row: ParamRow, text: Any) -> Any:
     """Text as the JSON value that a request would carry; what is not of the kind stays text, to be refused."""
-    if isinstance(text, list):
-        return [_sampling_value(row, item) for item in text]
-    if not isinstance(text, str) or row.kind in ("strings", "choice"):
-        return text
+    if row.kind == "ints":  # several flags, one number, or a JSON list
+        value = [_json_or_text(item) for item in text] if isinstance(text, list) else _json_or_text(text)
+        return value if isinstance(value, list) else [value]
+    return text if row.kind in ("strings", "choice") else _json_or_text(text)
+
+
+def _json_or_text(text: Any) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text) if isinstance(text, str) else text
     except ValueError:
         return text
-    return [value] if row.kind == "ints" and not isinstance(value, list) else value
 
 
 def _sampling_from_flags(given: Mapping[str, Any]) -> SamplingParams:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
 import typer
 
 from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig, ServerSettings, Settings
+
+if TYPE_CHECKING:
+    from aphrodite.cli.report import StartReport
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
 
 @with_options(EngineConfig, ServerSettings)
@@ -15,10 +23,40 @@ def run(*, settings: Settings) -> None:
     Without MODEL the small default model is served, fetched once if it is not installed.
     """
     from aphrodite.cli.report import StartReport
-    from aphrodite.server.config import ServerConfig
-    from aphrodite.server.run import run_server
+    from aphrodite.logs import configure_logging
 
-    server = ServerConfig.from_settings(settings.server, served_model_name=settings.engine.served_model_name)
-    with StartReport() as report:
-        status = run_server(settings.engine, server, on_progress=report.progress, on_ready=report.ready)
+    configure_logging(settings.engine.log_level)
+    try:
+        with StartReport() as report, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            status = runner.run(_serve(settings, report))
+    except KeyboardInterrupt:  # while loading; the server handles its signals itself
+        raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(status)
+
+
+async def _serve(settings: Settings, report: StartReport) -> int:
+    from aphrodite.engine.async_engine import AsyncEngine
+    from aphrodite.server.config import ServerConfig
+    from aphrodite.server.run import bind_socket, serve
+
+    config = ServerConfig.from_settings(settings.server, served_model_name=settings.engine.served_model_name)
+    # Before the model is loaded: an address that is taken should not cost that time.
+    with bind_socket(config.host, config.port) as sock:
+        engine = await AsyncEngine.start(settings.engine, report.progress)
+        try:
+
+            def ready(url: str) -> None:
+                report.ready(engine.info, engine.model.name, url, needs_key=bool(config.api_keys))
+
+            return await serve(engine, config, sock, on_ready=ready)
+        finally:
+            await engine.close()
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    """uvloop where it exists (not on Windows)."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.Loop

@@ -19,7 +19,7 @@ def resolve_model(config: EngineConfig) -> tuple[EngineConfig, Path]:
     Raises:
         AphroditeError: the default model is neither installed nor cached and cannot be fetched.
     """
-    path = find_default_model() if config.model is None else Path(config.model)
+    path = find_default_model(cache_dir=config.cache_dir) if config.model is None else Path(config.model)
     return dataclasses.replace(config, model=str(path)), path
 
 
