@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import random
@@ -164,6 +163,8 @@ def serve(
 
     Sends 16 requests at a time unless --concurrency or --rate says otherwise.
     """
+    import asyncio
+
     from aphrodite.cli.bench_client import Client, Load
     from aphrodite.cli.bench_offline import random_prompts
 

@@ -17,7 +17,7 @@ import typer
 from aphrodite.cli.chat_session import ChatSession, Reply
 from aphrodite.cli.console import print_error, stderr
 from aphrodite.cli.options import with_options
-from aphrodite.cli.sources import EngineSource, Piece, ServerSource, TextSource, load_llm, printable, tokens_per_second
+from aphrodite.cli.sources import EngineSource, Piece, TextSource, load_llm, printable, tokens_per_second
 from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.sampling.params import SamplingParams
@@ -79,6 +79,8 @@ def complete(
 
 def _open_source(config: EngineConfig, url: str | None, api_key: str | None) -> TextSource:
     if url is not None:
+        from aphrodite.cli.server_source import ServerSource
+
         # The variable that `run` reads its keys from; so no key needs to be on a command line.
         key = api_key or os.environ.get("APHRODITE_API_KEY", "").partition(",")[0] or None
         return ServerSource(url, api_key=key, model=config.model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import platform
 from typing import Annotated, Any
@@ -47,6 +45,8 @@ def doctor(
 
 
 def _software() -> dict[str, Any]:
+    import importlib.metadata
+
     from aphrodite import __version__
 
     versions = {"aphrodite": __version__, "python": platform.python_version(), "system": platform.platform()}
@@ -74,6 +74,8 @@ def _machine() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
+    import importlib.util
+
     if importlib.util.find_spec("torch") is None:
         return {"torch": "missing; install it with: pip install torch"}
     with stderr().status("Asking torch for devices"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,6 +10,8 @@ from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig, ServerSettings, Settings
 
 if TYPE_CHECKING:
+    import asyncio
+
     from aphrodite.cli.report import StartReport
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
@@ -22,6 +23,8 @@ def run(*, settings: Settings) -> None:
 
     Without MODEL the small default model is served, fetched once if it is not installed.
     """
+    import asyncio
+
     from aphrodite.cli.report import StartReport
     from aphrodite.logs import configure_logging
 

@@ -17,7 +17,8 @@ from aphrodite.cli import chat as chat_module
 from aphrodite.cli.chat_session import COMMANDS, ChatSession
 from aphrodite.cli.main import app
 from aphrodite.cli.options import sampling_from_texts
-from aphrodite.cli.sources import EngineSource, Piece, ServerSource, printable
+from aphrodite.cli.server_source import ServerSource
+from aphrodite.cli.sources import EngineSource, Piece, printable
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
