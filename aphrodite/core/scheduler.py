@@ -261,7 +261,7 @@ class Scheduler:
         request.blocks = shared + self._pool.allocate(missing)
         request.num_computed = request.num_committed = computed
         request.registers = source is None or source.registers
-        request.num_registered = len(shared) if source is None else 0
+        request.num_registered = len(shared)
         if self.config.enable_prefix_caching and source is None and request.row is None:
             self._prefix_queries += request.num_prompt_tokens
             self._prefix_hits += computed
@@ -343,7 +343,7 @@ class Scheduler:
         ending = request.num_wanted == request.num_computed
         self._pool.release(request.blocks)
         request.blocks = []
-        request.num_computed = request.num_committed = request.num_registered = 0
+        request.num_computed = request.num_committed = 0
         request.num_preemptions += 1
         self._num_preemptions += 1
         if ending:
@@ -509,24 +509,20 @@ class Scheduler:
         self._forming[group] = None
 
     def _release_held(self) -> None:
-        """Queue the held members of groups whose prompt is computed, or one to compute it if the leader is gone."""
+        """Queue the held members of groups whose prompt is computed, or whose leader cannot compute it any more.
+
+        In the second case the first to be admitted leads, and the others are held again unless the cache serves
+        them: the leader may have ended with the very step that computed the prompt.
+        """
         for group in list(self._forming):
-            leader = group.leader
-            if group.source(self.config.block_size) is not None:
-                released = len(group.held)
-            elif leader.status in (RequestStatus.FINISHED, RequestStatus.ENDING):
-                # It may have ended with the very step that computed the prompt; then the cache has it.
-                last = leader.digests[group.num_shared_blocks - 1 : group.num_shared_blocks]
-                cached = bool(last) and self._pool.lookup(last[0]) is not None
-                released = len(group.held) if cached else min(1, len(group.held))
-                group.leader = group.held[0] if group.held else leader
-            else:
+            gone = group.leader.status in (RequestStatus.FINISHED, RequestStatus.ENDING)
+            if not gone and group.source(self.config.block_size) is None:
                 continue
             del self._forming[group]
-            for request in group.held[:released]:
+            for request in group.held:
                 self._waiting.push(request)
-            del group.held[:released]
-            self._num_held -= released
+            self._num_held -= len(group.held)
+            group.held = []
 
     # Refusals.
 

@@ -105,6 +105,9 @@ class FakeRunner:
         row, size = self.rows[step.row], self.config.block_size
         end = step.start + step.count
         assert end <= len(row.tokens), "computes a token that nobody has sampled"
+        prompt, most = len(row.start.prompt_token_ids), row.start.sampling.max_tokens
+        last = self.config.capacity if most is None else min(self.config.capacity, prompt + most)
+        assert most == 0 or len(row.tokens) < last, "computes for a request that has all its tokens"
         name = row.start.request_id
         failing = name in self.failing
         for position in range(step.start):

@@ -360,6 +360,35 @@ def test_a_reset_forgets_what_is_cached_and_what_runs():
     assert harness.ended["r2"].num_cached_tokens == 0
 
 
+def test_a_request_older_than_a_reset_leaves_nothing_later_either():
+    harness = Harness(num_blocks=40)
+    harness.add(PROMPT[:18], max_tokens=20, ignore_eos=True)
+    harness.step()
+    harness.reset()
+    harness.run()
+    harness.add(PROMPT[:18], max_tokens=1)
+    harness.run()
+    harness.add(PROMPT[:18] + harness.outputs["r0"], max_tokens=1)
+    harness.run()
+    assert harness.ended["r2"].num_cached_tokens == 16
+
+
+def test_blocks_borrowed_from_before_a_reset_are_not_cached():
+    harness = Harness(max_num_seqs=2)
+    harness.add(PROMPT[:18], n=3, max_tokens=6, ignore_eos=True)
+    for _ in range(3):
+        harness.step()
+    harness.reset()
+    harness.run()
+    harness.add(PROMPT[:18], max_tokens=1)
+    harness.run()
+    assert harness.ended["r2"].num_cached_tokens == 16
+    assert harness.ended["r3"].num_cached_tokens == 0
+    harness.add(PROMPT[:18] + harness.outputs["r2"], max_tokens=1)
+    harness.run()
+    assert harness.ended["r4"].num_cached_tokens == 16
+
+
 def test_the_head_of_a_prefix_survives_its_tail():
     harness = Harness(num_blocks=6)
     harness.add(PROMPT[:20], max_tokens=1)
@@ -408,6 +437,27 @@ def test_the_youngest_is_preempted_keeps_its_row_and_comes_back_first(depth):
     resets = [step for plan in harness.plans for step in plan.steps if step.reset_blocks]
     assert len(resets) > len(starts)
     assert next(iter(harness.ended)) == "r0"
+    assert harness.scheduler.stats().prefix_queries == 3 + 3 + 3 + 2
+
+
+def test_a_newcomer_leaves_blocks_to_those_ahead():
+    harness = Harness(num_blocks=4)
+    harness.add(PROMPT[:11], ignore_eos=True, max_tokens=3)
+    harness.step()
+    harness.add([1, 2], max_tokens=1)
+    harness.run()
+    assert harness.scheduler.stats().num_preemptions == 0
+    assert len(harness.plans) == 4
+
+
+@pytest.mark.parametrize("num_blocks", range(5, 8))
+@pytest.mark.parametrize("length", range(4, 10))
+def test_what_is_preempted_with_its_last_token_in_flight_is_not_computed_again(num_blocks, length):
+    """For some of these sizes, the older request takes the younger one's blocks at just that moment."""
+    harness = Harness(depth=3, num_blocks=num_blocks, max_num_batched_tokens=5, enable_prefix_caching=False)
+    harness.add(PROMPT[:length], ignore_eos=True, max_tokens=12)
+    harness.add(PROMPT[:12], ignore_eos=True, max_tokens=1)
+    harness.run()
 
 
 def test_a_preempted_request_finds_its_own_blocks_again():
@@ -454,6 +504,15 @@ def test_a_lower_value_goes_first_and_takes_blocks_from_a_higher_one():
     assert list(harness.ended) == ["r1", "r0"]
     assert harness.requests["r0"].num_preemptions == 1
     assert harness.requests["r1"].num_preemptions == 0
+
+
+def test_a_long_prompt_ahead_leaves_a_token_to_those_behind():
+    harness = Harness(policy="priority", max_num_batched_tokens=8)
+    harness.add([1, 2], priority=5, ignore_eos=True, max_tokens=4)
+    harness.step()
+    harness.add(PROMPT[:14], priority=0, ignore_eos=True, max_tokens=1)
+    harness.run()
+    assert [[step.count for step in plan.steps] for plan in harness.plans[1:3]] == [[7, 1], [7, 1]]
 
 
 def test_waiting_order_is_priority_then_arrival():
@@ -515,6 +574,8 @@ def test_siblings_go_on_without_a_leader(depth, caching):
     harness.abort("r0")
     harness.run()
     assert harness.ended.keys() == {"r0", "r1", "r2", "r3"}
+    firsts = sorted(step.start for plan in harness.plans[1:] for step in plan.steps if step.reset_blocks)
+    assert firsts == [8 if caching else 0, 16, 16]
 
 
 @pytest.mark.parametrize("moment", range(6))
