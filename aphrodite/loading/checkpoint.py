@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.config_reader import ConfigReader
@@ -19,6 +23,8 @@ from aphrodite.loading.weights import Weights, match_weights
 from aphrodite.models.registry import family_of_config, family_of_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import QuantType, RawTensor
+
+logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "gguf", "safetensors", "dummy"]
 
@@ -212,14 +218,26 @@ def _open_safetensors(path: Path) -> Checkpoint:
     _refuse_quantized(config)
     family = family_of_config(config)
     spec = family.from_config(config)
-    head = family.hf_names.checkpoint_name("head.weight")
-
-    def harmless(name: str) -> bool:
-        """Precomputed rotary frequencies, and a copy of the embedding under the name of the head."""
-        return name.endswith("rotary_emb.inv_freq") or (spec.tied_head and name == head)
-
-    weights = match_weights(str(directory), spec, _read_tensors(path), family.hf_names, harmless=harmless)
+    tensors = _read_tensors(path)
+    head, embedding = (family.hf_names.checkpoint_name(f"{module}.weight") for module in ("head", "embed"))
+    if spec.tied_head and head in tensors and embedding in tensors:
+        if _same_bytes(tensors[head], tensors[embedding]):
+            del tensors[head]
+        else:  # transformers believes the weights, too
+            logger.warning("%s ties the output head to the embedding, but %s differs and is used", config.source, head)
+            spec = dataclasses.replace(spec, tied_head=False)
+    weights = match_weights(
+        str(directory),
+        spec,
+        tensors,
+        family.hf_names,
+        harmless=lambda name: name.endswith("rotary_emb.inv_freq"),  # computed from the spec
+    )
     return _described(directory, "safetensors", config, spec, weights)
+
+
+def _same_bytes(a: RawTensor, b: RawTensor) -> bool:
+    return a.qtype is b.qtype and np.array_equal(a.data, b.data)
 
 
 def _read_tensors(path: Path) -> dict[str, RawTensor]:

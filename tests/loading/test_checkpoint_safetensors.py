@@ -238,11 +238,22 @@ def test_long_reports_are_cut(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_harmless_tensors_are_ignored(tmp_path: Path) -> None:
+def test_a_head_that_differs_from_its_embedding_is_not_tied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    edit_tensors(tmp_path, lm_head__weight=torch.ones(97, 32))
+    checkpoint = open_checkpoint(tmp_path)
+    assert not checkpoint.spec.tied_head
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, theirs in (("head.weight", reference.lm_head), ("embed.weight", reference.model.embed_tokens)):
+        assert np.array_equal(dequantize(checkpoint.weights[name]), theirs.weight.detach().numpy())
+    assert "lm_head.weight differs" in caplog.text
+
+
+def test_harmless_tensors_are_ignored(tmp_path: Path) -> None:
+    model = save(tmp_path, transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True))
     edit_tensors(
         tmp_path,
-        lm_head__weight=torch.zeros(97, 32),
+        lm_head__weight=model.get_input_embeddings().weight.detach().clone(),
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4),
     )
     assert "head.weight" not in open_checkpoint(tmp_path).weights
