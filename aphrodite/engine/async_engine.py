@@ -123,6 +123,11 @@ class AsyncEngine:
     def errored(self) -> bool:
         return self.dead.is_set()
 
+    @property
+    def pid(self) -> int:
+        """Process id of the engine."""
+        return self._process.pid
+
     async def generate(
         self,
         prompt_token_ids: list[int],

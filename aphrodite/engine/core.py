@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from aphrodite.core.plan import RowResult, StepPlan, StepResult
-from aphrodite.core.request import Request
-from aphrodite.core.scheduler import RequestUpdate, Scheduler
+from aphrodite.core.request import Request, RequestUpdate
+from aphrodite.core.scheduler import Scheduler
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.errors import InvalidRequestError, QueueFullError
 from aphrodite.runner.runner import DeviceStep, Runner

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from aphrodite.core.scheduler import RequestUpdate
+from aphrodite.core.request import RequestUpdate
 from aphrodite.sampling.params import SamplingParams
 
 

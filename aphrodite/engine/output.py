@@ -10,7 +10,7 @@ from collections import deque
 from typing import NamedTuple
 
 from aphrodite.core.plan import TokenLogprobs
-from aphrodite.core.scheduler import RequestUpdate
+from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.stops import StopMatcher
 from aphrodite.outputs import CompletionOutput, FinishReason, RequestOutput
 from aphrodite.sampling.params import SamplingParams

@@ -1,0 +1,200 @@
+"""What a request's tokens may and may not depend on, on a tiny random model with real kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from aphrodite.config import EngineConfig
+from aphrodite.core.request import RequestUpdate
+from aphrodite.engine.builder import build_engine
+from aphrodite.engine.core import EngineCore
+from aphrodite.engine.messages import AddRequest
+from aphrodite.sampling.params import SamplingParams
+
+PROMPTS = [[3 + (7 * i + 13 * j) % 300 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 100))]
+SEEDED = SamplingParams(max_tokens=24, temperature=1.5, ignore_eos=True, repetition_penalty=1.1, min_p=0.01, seed=7)
+
+MakeCore = Callable[..., EngineCore]
+
+
+@pytest.fixture(params=["native", "torch"])
+def make_core(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[MakeCore]:
+    cores: list[EngineCore] = []
+
+    def make(**settings: object) -> EngineCore:
+        choice = {"executor": "native"} if request.param == "native" else {"executor": "torch", "dtype": "float32"}
+        config = EngineConfig(
+            model=str(tiny_model),
+            load_format="dummy",
+            threads=1,
+            **{"max_num_seqs": 8, "kv_cache_memory": 4 << 20, **choice, **settings},  # type: ignore[arg-type]
+        )
+        cores.append(build_engine(config).core)
+        return cores[-1]
+
+    yield make
+    for core in cores:
+        core.close()
+
+
+def add(core: EngineCore, name: str, prompt: list[int], params: SamplingParams = SEEDED, n: int = 1) -> None:
+    seed = params.seed or 0
+    names = [name] if n == 1 else [f"{name}.{index}" for index in range(n)]
+    core.add(AddRequest(names, [seed + index for index in range(n)], prompt, params, 0, None))
+
+
+def drain(core: EngineCore) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    for update in drain_updates(core):
+        assert update.error is None, update.error
+        tokens.setdefault(update.request_id, []).extend(update.token_ids)
+    return tokens
+
+
+def drain_updates(core: EngineCore) -> Iterator[RequestUpdate]:
+    steps = 0
+    while core.has_work():
+        yield from core.step()
+        core.scheduler.check()
+        steps += 1
+        assert steps < 10_000, "the engine makes no progress"
+
+
+def alone(make_core: MakeCore, **settings: object) -> dict[str, list[int]]:
+    """Every prompt by itself in a fresh engine."""
+    results = {}
+    for number, prompt in enumerate(PROMPTS):
+        core = make_core(**settings)
+        add(core, str(number), prompt)
+        results |= drain(core)
+    return results
+
+
+def together(core: EngineCore) -> dict[str, list[int]]:
+    for number, prompt in enumerate(PROMPTS):
+        add(core, str(number), prompt)
+    return drain(core)
+
+
+def test_batch_neighbours_do_not_change_tokens(make_core: MakeCore) -> None:
+    expected = alone(make_core)
+    assert all(len(tokens) == SEEDED.max_tokens for tokens in expected.values())
+    assert together(make_core()) == expected
+
+
+@pytest.mark.parametrize("chunk", [16, 23, 64])
+def test_chunk_size_does_not_change_tokens(make_core: MakeCore, chunk: int) -> None:
+    assert together(make_core(max_num_batched_tokens=chunk)) == together(make_core())
+
+
+def test_planning_ahead_does_not_change_tokens(make_core: MakeCore) -> None:
+    assert together(make_core(async_depth=1)) == together(make_core(async_depth=0))
+
+
+def test_prefix_cache_does_not_change_tokens(make_core: MakeCore) -> None:
+    expected = together(make_core(enable_prefix_caching=False))
+    core = make_core()
+    assert together(core) == expected
+    assert core.stats().prefix_hits == 0
+    assert together(core) == expected
+    assert core.stats().prefix_hits > 0
+
+
+def test_preemption_does_not_change_tokens(make_core: MakeCore) -> None:
+    expected = together(make_core())
+    roomy = make_core()
+    blocks = -(-(max(map(len, PROMPTS)) + 24) // 16) + 3
+    core = make_core(kv_cache_memory=blocks * roomy.runner.executor.kv_bytes_per_block, max_model_len=128)
+    assert together(core) == expected
+    assert core.stats().num_preemptions > 0
+
+
+def test_answers_of_one_request_share_the_prompt(make_core: MakeCore) -> None:
+    core = make_core(enable_prefix_caching=False)
+    prompt = PROMPTS[-1]
+    add(core, "many", prompt, n=3)
+    computed = 0
+    tokens: dict[str, list[int]] = {}
+    while core.has_work():
+        for update in core.step():
+            tokens.setdefault(update.request_id, []).extend(update.token_ids)
+            computed = max(computed, update.num_cached_tokens)
+    assert computed == (len(prompt) - 1) // 16 * 16
+    for index in range(3):
+        single = make_core()
+        add(single, "one", prompt, SamplingParams(**{**_fields(SEEDED), "seed": 7 + index}))
+        assert tokens[f"many.{index}"] == drain(single)["one"]
+
+
+def _fields(params: SamplingParams) -> dict[str, object]:
+    return {name: getattr(params, name) for name in params.__struct_fields__}
+
+
+def test_an_aborted_request_leaves_its_prefix_and_its_neighbours(make_core: MakeCore) -> None:
+    expected = alone(make_core)
+    core = make_core()
+    for number, prompt in enumerate(PROMPTS):
+        add(core, str(number), prompt)
+    for _ in range(6):
+        core.step()
+    core.abort(["5", "unknown"])
+    tokens = drain(core)
+    assert "5" not in tokens or len(tokens["5"]) < SEEDED.max_tokens  # type: ignore[operator]
+    hits = core.stats().prefix_hits
+    add(core, "again", PROMPTS[5])
+    assert drain(core)["again"] == expected["5"]
+    assert core.stats().prefix_hits - hits == (len(PROMPTS[5]) - 1) // 16 * 16
+
+
+def test_a_step_that_raises_fails_its_requests_only(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    expected = alone(make_core)["0"]
+    add(core, "victim", PROMPTS[1])
+    forward = core.runner.executor.forward
+
+    def broken(inputs: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(core.runner.executor, "forward", broken)
+    updates = core.step()
+    assert [(update.request_id, update.finish_reason) for update in updates] == [("victim", "error")]
+    monkeypatch.setattr(core.runner.executor, "forward", forward)
+    add(core, "next", PROMPTS[0])
+    assert drain(core)["next"] == expected
+
+
+def test_non_finite_logits_fail_one_row(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    expected = alone(make_core)
+    forward = core.runner.executor.forward
+
+    def poisoned(inputs):  # type: ignore[no-untyped-def]
+        logits = forward(inputs)
+        logits[0] = float("nan")
+        return logits
+
+    add(core, "victim", PROMPTS[2])
+    add(core, "neighbour", PROMPTS[0])
+    monkeypatch.setattr(core.runner.executor, "forward", poisoned)
+    updates = {update.request_id: update for update in core.step()}
+    monkeypatch.setattr(core.runner.executor, "forward", forward)
+    assert updates["victim"].finish_reason == "error"
+    assert "non-finite" in (updates["victim"].error or "")
+    assert updates["victim"].token_ids == []
+    first = updates["neighbour"].token_ids
+    assert list(first) + drain(core)["neighbour"] == expected["0"]
+
+
+def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(make_core: MakeCore) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+    seen = []
+    for chunk in (512, 24):
+        core = make_core(max_num_batched_tokens=chunk)
+        add(core, "echo", PROMPTS[5], params)
+        seen.append([entry for update in drain_updates(core) for entry in update.prompt_logprobs or []])
+    assert [entry.token_id for entry in seen[0]] == PROMPTS[5][1:]
+    assert all(len(entry.top_ids) == 2 for entry in seen[0])
+    assert [entry.logprob for entry in seen[0]] == pytest.approx([entry.logprob for entry in seen[1]], abs=1e-5)

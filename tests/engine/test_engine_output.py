@@ -1,0 +1,114 @@
+"""Text, tokens and log-probabilities of an answer stay together, whatever is held back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aphrodite.core.plan import TokenLogprobs
+from aphrodite.core.request import RequestUpdate
+from aphrodite.engine.output import RequestStream, merge_outputs
+from aphrodite.outputs import RequestOutput
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.tokenizer.loader import load_tokenizer
+from aphrodite.tokenizer.tokenizer import Tokenizer
+
+STORY = "The old ship 🚢🏴‍☠️ sailed on.\n\nस्टॉर्म came: «END» of the tale."
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
+
+
+def logprobs(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id, -1.0, 1, [token_id], [-1.0])
+
+
+def stream_tokens(
+    tokenizer: Tokenizer, ids: list[int], params: SamplingParams, *, reason: str | None = "length"
+) -> list[RequestOutput]:
+    """One update a token, the last with the finish reason; pieces as they come out."""
+    stream = RequestStream("r", ["0"], [1], params, tokenizer)
+    pieces = []
+    for position, token_id in enumerate(ids):
+        last = position == len(ids) - 1
+        piece = stream.push(
+            RequestUpdate("0", [token_id], [logprobs(token_id)], finish_reason=reason if last else None)  # type: ignore[arg-type]
+        )
+        if piece is not None:
+            pieces.append(piece)
+        if stream.finished:
+            break
+    return pieces
+
+
+def test_pieces_join_to_the_whole_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(STORY, add_special_tokens=False)
+    whole = merge_outputs(stream_tokens(tokenizer, ids, SamplingParams(logprobs=1))).outputs[0]
+    assert whole.text == STORY
+    assert whole.token_ids == ids
+    assert whole.logprobs is not None
+    assert [entry.token_id for entry in whole.logprobs] == ids
+    assert whole.num_tokens == len(ids)
+    assert whole.finish_reason == "length"
+
+
+def test_no_piece_has_half_a_character(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(STORY, add_special_tokens=False)
+    assert all("\ufffd" not in part.text for piece in stream_tokens(tokenizer, ids, SamplingParams()) for part in piece.outputs)
+
+
+@pytest.mark.parametrize("stop", ["«END»", "sailed", "T", ".\n\nस"])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_cuts_text_and_tokens_alike(tokenizer: Tokenizer, stop: str, include: bool) -> None:
+    ids = tokenizer.encode(STORY, add_special_tokens=False)
+    params = SamplingParams(stop=(stop, "never"), include_stop_str_in_output=include, logprobs=0)
+    pieces = stream_tokens(tokenizer, ids, params)
+    answer = merge_outputs(pieces).outputs[0]
+    before = STORY[: STORY.index(stop)]
+    assert answer.text == before + (stop if include else "")
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+    assert answer.logprobs is not None
+    assert [entry.token_id for entry in answer.logprobs] == answer.token_ids
+    kept = tokenizer.decode(answer.token_ids)
+    assert kept.startswith(answer.text) or answer.text.startswith(kept.rstrip("\ufffd"))
+    assert answer.num_tokens >= len(answer.token_ids)
+
+
+def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one stop two stop three", add_special_tokens=False)
+    assert len(ids) == 5
+    answer = merge_outputs(stream_tokens(tokenizer, ids, SamplingParams(stop=("stop",), min_tokens=3))).outputs[0]
+    assert answer.text == "one stop two "
+
+
+def test_a_stop_token_is_counted_but_not_shown(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("Hello there!", add_special_tokens=False)
+    for include, text in ((False, "Hello there"), (True, "Hello there!")):
+        params = SamplingParams(include_stop_str_in_output=include)
+        answer = merge_outputs(stream_tokens(tokenizer, ids, params, reason="stop")).outputs[0]
+        assert answer.text == text
+        assert answer.token_ids == ids
+
+
+def test_a_cut_character_becomes_one_replacement_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("so 🚢", add_special_tokens=False)[:-1]
+    answer = merge_outputs(stream_tokens(tokenizer, ids, SamplingParams(logprobs=0))).outputs[0]
+    assert answer.text == "so \ufffd"
+    assert answer.token_ids == ids
+    assert answer.logprobs is not None
+    assert len(answer.logprobs) == len(ids)
+
+
+def test_answers_of_one_request_end_one_by_one(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a stop", add_special_tokens=False)
+    stream = RequestStream("r", ["0", "1"], [1], SamplingParams(n=2, stop=("stop",)), tokenizer)
+    pieces = [stream.push(RequestUpdate("0", [token_id])) for token_id in ids]
+    assert stream.aborts == ["0"]
+    assert not stream.finished
+    pieces.append(stream.push(RequestUpdate("1", ids[:1], finish_reason="length")))
+    assert stream.finished
+    merged = merge_outputs([piece for piece in pieces if piece is not None])
+    assert [(answer.index, answer.text) for answer in merged.outputs] == [(0, "a "), (1, "a")]
