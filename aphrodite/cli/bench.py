@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from aphrodite.cli.console import progress_bar, stderr, stdout
+from aphrodite.cli.console import progress_bar, stderr
 from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError, ConfigError
@@ -95,9 +95,7 @@ def _print_latency(results: Sequence[Latency], bandwidth: float) -> None:
         for result in results
     ]
     print_table(heads, rows)
-    stdout().print(
-        f"A plain read of memory reaches {bandwidth / 1e9:.1f} GB/s; GB/s counts weights and KV cache, once a step."
-    )
+    print(f"A plain read of memory reaches {bandwidth / 1e9:.1f} GB/s; GB/s counts weights and KV cache, once a step.")
 
 
 @app.command("throughput")
@@ -211,15 +209,15 @@ def _print_serve(summary: Mapping[str, Any]) -> None:
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table: the first column to the left, numbers to the right."""
-    from rich.table import Table
-
-    table = Table(box=None, show_header=any(heads), pad_edge=False)
-    for position, head in enumerate(heads):
-        table.add_column(head, justify="right" if position else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    stdout().print(table)
+    """A plain table: the first column to the left, numbers to the right. Never cut, so that it can be searched."""
+    lines = [list(map(str, row)) for row in ([heads] if any(heads) else []) + list(rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        print("  ".join(cells).rstrip())
 
 
 def _load(config: EngineConfig) -> LLM:

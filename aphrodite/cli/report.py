@@ -64,7 +64,8 @@ class StartReport:
             lines.append(f"Kernels   {kernels}")
         for line in lines:
             self._console.print(line, soft_wrap=True)
-        self._console.print(f"Ready after {seconds:.1f} s at {url} (documentation at {url}/docs). Try:", style="bold")
+        ready = f"Ready after {seconds:.1f} s at {url} (documentation at {url}/docs). Try:"
+        self._console.print(ready, style="bold", soft_wrap=True)
         self._console.print(curl_line(url, model, needs_key=needs_key), soft_wrap=True)
 
     def _stop_bars(self) -> None:

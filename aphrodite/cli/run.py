@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from aphrodite.cli.report import StartReport
+    from aphrodite.server.config import ServerConfig
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
@@ -38,22 +39,37 @@ def run(*, settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, report: StartReport) -> int:
+    """Start the engine process, and import the server while that loads the model."""
+    import asyncio
+    from importlib import import_module
+
     from aphrodite.engine.async_engine import AsyncEngine
+
+    starting = asyncio.create_task(AsyncEngine.start(settings.engine, report.progress))
+    try:
+        server = await asyncio.to_thread(import_module, "aphrodite.server.run")
+        config = _server_config(settings)
+        # Before the model is there: an address that is taken should not cost that time.
+        sock = server.bind_socket(config.host, config.port)
+    except BaseException:
+        starting.cancel()
+        await asyncio.wait([starting])
+        raise
+    engine = await starting
+    try:
+
+        def ready(url: str) -> None:
+            report.ready(engine.info, engine.model.name, url, needs_key=bool(config.api_keys))
+
+        return int(await server.serve(engine, config, sock, on_ready=ready))
+    finally:
+        await engine.close()
+
+
+def _server_config(settings: Settings) -> ServerConfig:
     from aphrodite.server.config import ServerConfig
-    from aphrodite.server.run import bind_socket, serve
 
-    config = ServerConfig.from_settings(settings.server, served_model_name=settings.engine.served_model_name)
-    # Before the model is loaded: an address that is taken should not cost that time.
-    with bind_socket(config.host, config.port) as sock:
-        engine = await AsyncEngine.start(settings.engine, report.progress)
-        try:
-
-            def ready(url: str) -> None:
-                report.ready(engine.info, engine.model.name, url, needs_key=bool(config.api_keys))
-
-            return await serve(engine, config, sock, on_ready=ready)
-        finally:
-            await engine.close()
+    return ServerConfig.from_settings(settings.server, served_model_name=settings.engine.served_model_name)
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:

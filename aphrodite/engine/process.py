@@ -126,7 +126,9 @@ def _read_block() -> bytes:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: a daemon thread inside its lock makes the interpreter's orderly exit a fatal error.
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
     os._exit(1)
 
 
