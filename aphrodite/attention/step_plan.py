@@ -27,9 +27,8 @@ class AttentionGroup:
 
     query_rows: torch.Tensor  # [B * Q] int64 token rows; padding repeats the last one
     num_queries: int  # real ones among them, in front
-    blocks: torch.Tensor  # [B * K / block_size] int64 cache blocks
-    unwritten: torch.Tensor  # [B, K] bool: positions beyond the context, whatever lies in the cache there
-    hidden: torch.Tensor  # [B, M, K] bool: key not seen by this query row
+    slots: torch.Tensor  # [B * K] int64 cache slots; beyond the context, that of the latest position
+    bias: torch.Tensor  # [B, M, K]: 0 where this query row sees the key, -inf where it does not
     batch: int
     num_keys: int
 
@@ -53,9 +52,18 @@ class StepPlanner:
     """
 
     def __init__(
-        self, inputs: ForwardInputs, *, block_size: int, tile: int, group: int, query_multiple: int, row_multiple: int
+        self,
+        inputs: ForwardInputs,
+        *,
+        dtype: torch.dtype,
+        block_size: int,
+        tile: int,
+        group: int,
+        query_multiple: int,
+        row_multiple: int,
     ) -> None:
         """Args:
+        dtype: of the bias, which is added to scores.
         block_size: positions of a cache block.
         tile: positions of a key tile, a multiple of `block_size`.
         group: query heads per KV head.
@@ -63,6 +71,7 @@ class StepPlanner:
         row_multiple: M is padded to a multiple of this.
         """
         self._inputs = inputs
+        self._dtype = dtype
         self._block_size = block_size
         self._tile = tile
         self._group = group
@@ -114,31 +123,29 @@ class StepPlanner:
         sequence, row, position, count, oldest = torch.tensor(fields, dtype=torch.int64).to(device).unbind(1)
         step = torch.minimum(torch.arange(queries, device=device), count[:, None] - 1)  # [B, Q], padding repeats
         keys = oldest[:, None] + torch.arange(num_keys, device=device)  # [B, K]
-        unwritten = keys >= (position + count)[:, None]
-
         query_positions = (position[:, None] + step)[:, :, None]
         hidden = keys[:, None, :] > query_positions
         if window is not None:
             hidden |= keys[:, None, :] <= query_positions - window
-        hidden = hidden.repeat_interleave(self._group, dim=1)
-        missing = -hidden.shape[1] % self._row_multiple
+        bias = torch.zeros(hidden.shape, dtype=self._dtype, device=device).masked_fill_(hidden, float("-inf"))
+        bias = bias.repeat_interleave(self._group, dim=1)
+        missing = -bias.shape[1] % self._row_multiple
         if missing:
-            hidden = torch.cat((hidden, hidden[:, -1:].expand(-1, missing, -1)), dim=1)
+            bias = torch.cat((bias, bias[:, -1:].expand(-1, missing, -1)), dim=1)
         return AttentionGroup(
             query_rows=(row[:, None] + step).flatten(),
             num_queries=sum(run.count for run in runs),
-            blocks=self._cache_blocks(sequence, oldest, unwritten),
-            unwritten=unwritten,
-            hidden=hidden,
+            slots=self._cache_slots(sequence, torch.minimum(keys, (position + count - 1)[:, None])),
+            bias=bias,
             batch=len(runs),
             num_keys=num_keys,
         )
 
-    def _cache_blocks(self, sequence: torch.Tensor, oldest: torch.Tensor, unwritten: torch.Tensor) -> torch.Tensor:
-        """Block table entries of a group's keys; those beyond the context, which may be anything, become 0."""
-        tables = self._inputs.block_tables
-        beyond = unwritten[:, :: self._block_size]  # a block is beyond if its first position is
-        index = oldest[:, None] // self._block_size + torch.arange(beyond.shape[1], device=tables.device)
-        index = index.clamp_(max=tables.shape[1] - 1)
-        entries = tables[sequence].gather(1, index).long()
-        return entries.masked_fill_(beyond, 0).flatten()
+    def _cache_slots(self, sequence: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Slots of `positions` `[B, K]`, flat.
+
+        No position lies beyond its sequence's context: what the cache holds there may be another
+        request's, and a NaN of it would survive a weight of zero.
+        """
+        blocks = self._inputs.block_tables[sequence].gather(1, positions // self._block_size).long()
+        return (blocks * self._block_size + positions % self._block_size).flatten()

@@ -51,6 +51,7 @@ class TiledAttention:
     def begin_step(self, inputs: ForwardInputs, cache: KVCache) -> StepAttention:
         planner = StepPlanner(
             inputs,
+            dtype=self._shape.dtype,
             block_size=self._shape.block_size,
             tile=self._tile,
             group=self._shape.group,
@@ -70,8 +71,7 @@ class TiledAttention:
         values = values.view(-1, self._tile, dim)
 
         scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(self._shape.scale).view(*tiled, self._tile)
-        hidden = group.hidden.view(batch, rows, tiles, self._tile).transpose(1, 2)
-        scores.masked_fill_(hidden, float("-inf"))
+        scores.add_(group.bias.view(batch, rows, tiles, self._tile).transpose(1, 2))
         weights = scores.sub_(scores.amax(dim=(2, 4), keepdim=True)).exp_()
         sums = weights.sum(dim=-1, keepdim=True)
         parts = torch.bmm(weights.view(-1, rows, self._tile), values).view(*tiled, dim)
@@ -100,19 +100,24 @@ class SdpaAttention:
     def begin_step(self, inputs: ForwardInputs, cache: KVCache) -> StepAttention:
         block_size = self._shape.block_size
         planner = StepPlanner(
-            inputs, block_size=block_size, tile=block_size, group=self._shape.group, query_multiple=1, row_multiple=1
+            inputs,
+            dtype=self._shape.dtype,
+            block_size=block_size,
+            tile=block_size,
+            group=self._shape.group,
+            query_multiple=1,
+            row_multiple=1,
         )
         return _PagedStep(self._shape, inputs, cache, planner, self._attend)
 
     def _attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
     ) -> torch.Tensor:
-        seen = group.hidden.logical_not()[:, None]
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1),
             keys.transpose(0, 1),
             values.transpose(0, 1),
-            attn_mask=seen,
+            attn_mask=group.bias[:, None],
             scale=self._shape.scale,
         )
         return out.transpose(0, 1)
@@ -161,15 +166,9 @@ class _PagedStep:
         return out
 
     def _gather(self, cache: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
-        """`[kv_heads, B, K, head_dim]` of a layer's cache.
-
-        Positions beyond the context are zeroed: they can hold another request's old values, and a NaN
-        there would survive a weight of zero.
-        """
-        shape = self._shape
-        gathered = cache.index_select(1, group.blocks)
-        gathered = gathered.view(shape.num_kv_heads, group.batch, group.num_keys, shape.head_dim)
-        return gathered.masked_fill_(group.unwritten[:, :, None], 0.0)
+        """`[kv_heads, B, K, head_dim]` of a layer's cache."""
+        gathered = cache.flatten(1, 2).index_select(1, group.slots)
+        return gathered.view(self._shape.num_kv_heads, group.batch, group.num_keys, self._shape.head_dim)
 
     def _fold(self, query: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
         """`[kv_heads, B, M, head_dim]`: queries of the heads that share a KV head become rows."""
@@ -177,7 +176,7 @@ class _PagedStep:
         picked = query.index_select(0, group.query_rows)
         picked = picked.view(group.batch, -1, shape.num_kv_heads, shape.group, shape.head_dim)
         folded = picked.permute(2, 0, 1, 3, 4).reshape(shape.num_kv_heads, group.batch, -1, shape.head_dim)
-        missing = group.hidden.shape[1] - folded.shape[2]
+        missing = group.bias.shape[1] - folded.shape[2]
         return F.pad(folded, (0, 0, 0, missing)) if missing else folded
 
     def _unfold(self, attended: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
