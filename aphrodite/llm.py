@@ -45,7 +45,7 @@ class LLM:
         self.config, path = resolve_model(config)
         self.tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path)
         self.chat_template = load_chat_template(config.chat_template, self.tokenizer)
-        built = build_engine(self.config)
+        built = build_engine(self.config, self.tokenizer.eos_token_ids)
         self.info = built.info
         self.memory = built.memory
         self._core = built.core

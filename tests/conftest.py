@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +42,48 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny-llama")
     (directory / "config.json").write_text(json.dumps(TINY_CONFIG))
     return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2_path: Path) -> Any:
+    """transformers' LlamaForCausalLM in float32 on the GGUF's weights as the gguf package dequantizes them."""
+    import gguf
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    reader = gguf.GGUFReader(smollm2_path)
+    field = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("tokenizer.")}
+    heads, kv_heads = field["llama.attention.head_count"], field["llama.attention.head_count_kv"]
+    config = LlamaConfig(
+        vocab_size=field["llama.vocab_size"],
+        hidden_size=field["llama.embedding_length"],
+        intermediate_size=field["llama.feed_forward_length"],
+        num_hidden_layers=field["llama.block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=field["llama.attention.layer_norm_rms_epsilon"],
+        rope_theta=field["llama.rope.freq_base"],
+        max_position_embeddings=field["llama.context_length"],
+        tie_word_embeddings=True,
+    )
+    names = {
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    state = {}
+    for tensor in reader.tensors:
+        *block, kind, _ = tensor.name.split(".")
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if kind in ("attn_q", "attn_k"):  # GGUF interleaves the two halves of every head's rotary pairs
+            count = heads if kind == "attn_q" else kv_heads
+            weight = weight.reshape(count, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+        prefix = f"model.layers.{block[1]}." if block else ""
+        state[f"{prefix}{names[kind]}.weight"] = torch.from_numpy(weight)
+    model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    return model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import psutil
@@ -39,8 +39,13 @@ class BuiltEngine(NamedTuple):
     memory: MemoryPlan
 
 
-def build_engine(config: EngineConfig, progress: ProgressCallback | None = None) -> BuiltEngine:
+def build_engine(
+    config: EngineConfig, eos_token_ids: Iterable[int], progress: ProgressCallback | None = None
+) -> BuiltEngine:
     """Load `config.model` (already resolved to a path) and make everything ready to serve.
+
+    Args:
+        eos_token_ids: tokens that end an answer, as the tokenizer knows them; the checkpoint's own are added.
 
     Raises:
         AphroditeError: the checkpoint or the configuration cannot be served; the message says why.
@@ -63,13 +68,13 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         available=psutil.virtual_memory().available,
         kv_cache_memory=config.kv_cache_memory,
     )
-    eos_token_ids = frozenset(checkpoint.generation_defaults.eos_token_ids)
+    eos = frozenset(checkpoint.generation_defaults.eos_token_ids).union(eos_token_ids)
     runner = Runner(
         executor,
         num_rows=config.max_num_seqs,
         num_blocks=memory.num_blocks,
         max_model_len=memory.max_model_len,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=eos,
         # On a CPU the host and the kernels share the cores: planning ahead would only cost wasted tokens.
         async_depth=config.async_depth or 0,
     )
@@ -82,7 +87,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
             max_model_len=memory.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=eos,
             max_queued_requests=None,  # the front ends refuse, before a request crosses to the engine
         )
     )
@@ -94,7 +99,7 @@ def build_engine(config: EngineConfig, progress: ProgressCallback | None = None)
         block_size=config.block_size,
         num_blocks=memory.num_blocks,
         max_num_seqs=config.max_num_seqs,
-        eos_token_ids=sorted(eos_token_ids),
+        eos_token_ids=sorted(eos),
         weight_bytes=executor.weight_bytes,
         kv_bytes_per_block=executor.kv_bytes_per_block,
         memory_plan=memory.lines(),

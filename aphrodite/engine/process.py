@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -41,11 +42,13 @@ class EngineServer:
     def __init__(self, socket: zmq.Socket[bytes], config: EngineConfig) -> None:
         # Imported here so that the parent hears of a broken installation as a message.
         from aphrodite.engine.builder import build_engine
+        from aphrodite.tokenizer.loader import load_tokenizer
 
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        built = build_engine(config, self._report_progress)
+        tokenizer = load_tokenizer(Path(config.tokenizer or config.model or ""))
+        built = build_engine(config, tokenizer.eos_token_ids, self._report_progress)
         self._core = built.core
         self._send(built.info)
 

@@ -32,7 +32,7 @@ def make_core(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Make
             threads=1,
             **{"max_num_seqs": 8, "kv_cache_memory": 4 << 20, **choice, **settings},  # type: ignore[arg-type]
         )
-        cores.append(build_engine(config).core)
+        cores.append(build_engine(config, ()).core)
         return cores[-1]
 
     yield make
