@@ -19,14 +19,13 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("aphrodite/kernels/cpu/native")
 COMMON_FLAGS = [
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-g0",
     "-fvisibility=hidden",
     "-fno-math-errno",
     # Rows must not change in a bit with the batch: every fused multiply-add is written out.
     "-ffp-contract=off",
-    "-Wall",
-    "-Wno-psabi",
+    "-w",  # warnings are for whoever works on the sources, not for an installation
 ]
 ISA_FLAGS = {
     "avx512": [

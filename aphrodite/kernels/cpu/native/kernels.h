@@ -1,11 +1,133 @@
 // The kernels of one instruction set, and the choice between the sets.
+//
+// A row's result never depends on the other rows: every kernel does a row's arithmetic in one fixed order, whatever
+// the number of rows, the split over workers or the shape of its register tile.
 #pragma once
+#include <cstdint>
+
+#include "formats.h"
 
 namespace aph {
 
+// How a matrix product reads its input.
+enum class Activation : int32_t { Float = 0, Int16 = 1, Int8 = 2 };
+
+// Rows of activations, packed for matrix products: groups of 8, then 4, 2 and 1 rows, so that a group's words are
+// contiguous. A group of M rows holds words [columns / per_word][M] and, if quantized, meta [columns / 32][3][M]:
+// scale, scale * sum, -sum (int32), where sum is that of the block's quants.
+struct PackedRows {
+    Activation kind;
+    int64_t columns;
+    int64_t rows;
+    int32_t* words;
+    float* meta;
+    int64_t row_words() const {
+        return kind == Activation::Float ? columns : kind == Activation::Int16 ? columns / 2 : columns / 4;
+    }
+    int64_t row_meta() const { return columns / kBlock * 3; }
+};
+
+constexpr int kGroupRows = 8;
+
+// Width of the group that starts at `row` of `rows`.
+inline int group_width(int64_t row, int64_t rows) {
+    const int64_t left = rows - row;
+    return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// Groups of `rows` rows: 8 rows each and one for every set bit of the rest.
+inline int64_t group_count(int64_t rows) { return rows / 8 + (rows >> 2 & 1) + (rows >> 1 & 1) + (rows & 1); }
+
+// First row of group `index`.
+inline int64_t group_start(int64_t index, int64_t rows) {
+    const int64_t full = rows / 8;
+    if (index <= full) return index * 8;
+    int64_t row = full * 8;
+    for (int64_t i = full; i < index; ++i) row += group_width(row, rows);
+    return row;
+}
+
+// A weight in tiles, with the columns of the output that it makes.
+struct TileWeight {
+    Type type;
+    const uint8_t* tiles;
+    int64_t rows, columns;
+    int64_t out_column;
+    const float* bias;  // [rows] or null
+};
+
+enum class GateKind : int32_t { Silu = 0, GeluTanh = 1 };
+
+struct LinearOut {
+    float* data;
+    int64_t stride;
+    bool accumulate;
+};
+
+// One attention layer's view of the cache: [block][kv_head][K: head_dim x 16 | V: 16 x head_dim].
+struct AttentionShape {
+    int heads, kv_heads, head_dim;
+    int64_t q_stride, out_stride;  // in floats, between tokens
+    int64_t block_stride;          // in elements, between blocks of the layer
+    bool half;                     // f16 elements, else f32
+    int window;                    // 0: none
+    float scale;                   // of q.k
+};
+
+// Consecutive query positions of one sequence, for all query heads of one kv head.
+struct AttentionTask {
+    const float* q;      // first query token's row
+    float* out;          // first query token's row
+    const void* cache;   // the layer's
+    const int32_t* blocks;
+    int64_t position;    // of the first query
+    int count;           // query positions
+    int kv_head;
+};
+
+constexpr int kKvBlock = 16;       // positions in a cache block
+constexpr int kKvTile = 128;       // positions that one softmax partial covers
+constexpr int kMaxQueryRows = 32;  // (position, head) pairs of a task
+
 struct Kernels {
     const char* isa;
+    // out[row][column] of tiles [tile_begin, tile_end) of one weight, all rows of `in`.
+    void (*linear)(const PackedRows& in, const TileWeight& weight, int64_t tile_begin, int64_t tile_end,
+                   const LinearOut& out);
+    // 32 columns of act(in * gate) * (in * up), from column 32 * block; also packed into the outputs.
+    void (*gated)(const PackedRows& gate_in, const PackedRows& up_in, const TileWeight& gate, const TileWeight& up,
+                  int64_t block, GateKind kind, const PackedRows* packs, int pack_count);
+    // Packs the rows of group `group`: columns of x, row r at x + r * stride.
+    void (*pack)(const float* x, int64_t stride, int64_t group, const PackedRows& out);
+    // out = x / sqrt(mean(x^2) + eps) * weight
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t columns, float* out);
+    // Rotates the first 2 * half_dim values of a head by the angles of one position, rotate-half pairing.
+    void (*rotate)(float* head, const float* cos, const float* sin, int64_t half_dim);
+    // Writes one position's key and value of one kv head into its block (f16 or f32).
+    void (*store_kv)(const float* key, const float* value, int64_t head_dim, bool half, void* block, int offset);
+    // A task over the tiles of its context, result in task.out.
+    void (*attend)(const AttentionShape& shape, const AttentionTask& task, float* scratch);
+    // One tile of a task: unnormalised output, maximum and sum of each (position, head): partial[row][head_dim + 2].
+    void (*attend_tile)(const AttentionShape& shape, const AttentionTask& task, int64_t tile, float* scratch,
+                        float* partial);
+    // Merges the partials of `tiles` tiles, in order, into task.out; partial of tile t at partials + t * stride.
+    void (*merge_tiles)(const AttentionShape& shape, const AttentionTask& task, const float* partials, int64_t stride,
+                        int64_t tiles, float* scratch);
 };
+
+// Floats of scratch that the attention kernels need.
+inline int64_t attention_scratch(int head_dim) {
+    return kMaxQueryRows * (kKvTile + 2 * (static_cast<int64_t>(head_dim) + 2));
+}
+
+// First tile that the earliest query of a task sees, and one past the last tile of its last query.
+inline int64_t first_tile(const AttentionShape& shape, const AttentionTask& task) {
+    if (shape.window == 0 || task.position < shape.window) return 0;
+    return (task.position - shape.window + 1) / kKvTile;
+}
+inline int64_t end_tile(const AttentionTask& task) { return (task.position + task.count - 1) / kKvTile + 1; }
+
+void tile_row(Type type, const uint8_t* tiles, int64_t columns, int64_t row, float* out);
 
 // Null where the compiler or the processor family lacks the instruction set.
 const Kernels* kernels_avx512();

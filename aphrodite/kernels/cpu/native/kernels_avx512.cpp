@@ -1,11 +1,16 @@
+// The kernels for AVX-512 with VNNI.
 #include "kernels.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include "simd_avx512.h"
+// after the lanes' definition
+#include "kernel_table.h"
+
 namespace aph {
-namespace {
-const Kernels kKernels = {"avx512"};
+const Kernels* kernels_avx512() {
+    static const Kernels table = kernel_table("avx512");
+    return &table;
 }
-const Kernels* kernels_avx512() { return &kKernels; }
 }  // namespace aph
 #else
 namespace aph {

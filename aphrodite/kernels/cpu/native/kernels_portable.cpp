@@ -1,8 +1,13 @@
+// The kernels for plain C++.
 #include "kernels.h"
 
+#include "simd_portable.h"
+// after the lanes' definition
+#include "kernel_table.h"
+
 namespace aph {
-namespace {
-const Kernels kKernels = {"portable"};
+const Kernels* kernels_portable() {
+    static const Kernels table = kernel_table("portable");
+    return &table;
 }
-const Kernels* kernels_portable() { return &kKernels; }
 }  // namespace aph

@@ -1,0 +1,19 @@
+// All kernels over the lanes that were included before.
+#pragma once
+#include "math.h"
+// the order matters: each uses the ones above
+#include "rows.h"
+// products pack their results
+#include "attention.h"
+#include "linear.h"
+
+namespace aph {
+namespace {
+
+constexpr Kernels kernel_table(const char* isa) {
+    return {isa,  linear,   gated,  pack_group, rms_norm,    rotate,
+            store_kv, attend, attend_tile, merge_tiles};
+}
+
+}  // namespace
+}  // namespace aph

@@ -1,0 +1,37 @@
+// Elementary functions over sixteen lanes; included after a simd_*.h.
+#pragma once
+
+namespace aph {
+namespace {
+
+// 2^x, relative error below 2e-7; exactly 0 below -126, at most 2^126; NaN stays NaN.
+inline Vec exp2(Vec x) {
+    const Vec bounded = max(splat(-126.0f), min(splat(126.0f), x));
+    const IVec whole = to_int(bounded);
+    const Vec f = sub(bounded, to_float(whole));
+    // Taylor series of 2^f on [-1/2, 1/2].
+    Vec p = splat(1.5403530393381609e-4f);
+    p = fma(p, f, splat(1.3333558146428443e-3f));
+    p = fma(p, f, splat(9.6181291076284770e-3f));
+    p = fma(p, f, splat(5.5504108664821580e-2f));
+    p = fma(p, f, splat(2.4022650695910072e-1f));
+    p = fma(p, f, splat(6.9314718055994531e-1f));
+    p = fma(p, f, splat(1.0f));
+    return select_less(x, splat(-126.0f), zero(), mul(p, power_of_two(whole)));
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// x / (1 + exp(-y))
+inline Vec times_sigmoid(Vec x, Vec y) { return div(x, add(splat(1.0f), exp2(mul(y, splat(-kLog2E))))); }
+
+inline Vec silu(Vec x) { return times_sigmoid(x, x); }
+
+// The tanh form of GELU (arXiv 1606.08415): 0.5 x (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3).
+inline Vec gelu_tanh(Vec x) {
+    const Vec cubic = fma(mul(mul(x, x), splat(0.044715f)), x, x);
+    return times_sigmoid(x, mul(cubic, splat(1.5957691216057308f)));
+}
+
+}  // namespace
+}  // namespace aph

@@ -1,0 +1,367 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "api.h"
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace aph {
+namespace {
+
+// Memory that grows and is not kept while growing.
+class Scratch {
+public:
+    template <class T>
+    T* get(int64_t count) {
+        const size_t bytes = static_cast<size_t>(count) * sizeof(T) + kCacheLine;
+        if (bytes > bytes_) {
+            ::operator delete(memory_, std::align_val_t(kCacheLine));
+            memory_ = nullptr;
+            bytes_ = 0;
+            memory_ = ::operator new(bytes, std::align_val_t(kCacheLine));
+            bytes_ = bytes;
+        }
+        return static_cast<T*>(memory_);
+    }
+    ~Scratch() { ::operator delete(memory_, std::align_val_t(kCacheLine)); }
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+private:
+    void* memory_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+// Query positions of one sequence that one worker handles, all heads of one kv head.
+struct QueryTile {
+    int64_t token, position;
+    int32_t sequence, count, kv_head;
+    int64_t work() const { return count * (position + count); }
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class Program {
+public:
+    Program(const ProgramDesc& desc, const Kernels& kernels)
+        : desc_(desc),
+          kernels_(kernels),
+          ops_(desc.ops, desc.ops + desc.op_count),
+          weights_(desc.weights, desc.weights + desc.weight_count),
+          pack_descs_(desc.packs, desc.packs + desc.pack_count),
+          widths_(desc.buffers, desc.buffers + desc.buffer_count),
+          vectors_(desc.vectors, desc.vectors + desc.vector_count),
+          buffer_memory_(desc.buffer_count),
+          pack_memory_(2 * desc.pack_count),
+          buffers_(desc.buffer_count),
+          packs_(desc.pack_count) {}
+
+    StepError run(const StepDesc& step);
+    const Kernels& kernels() const { return kernels_; }
+
+private:
+    StepError check(const StepDesc& step) const;
+    void prepare();
+    void plan_attention();
+    void run_op(const Op& op, Team& team, int worker);
+    void embed(const Op& op, Team& team, int worker);
+    void rms_norm(const Op& op, Team& team, int worker);
+    void pack(const Op& op, Team& team, int worker);
+    void linear(const Op& op, Team& team, int worker);
+    void gated(const Op& op, Team& team, int worker);
+    void rotary_kv(const Op& op, Team& team, int worker);
+    void attention(const Op& op, Team& team, int worker);
+    void gather(const Op& op, Team& team, int worker);
+
+    int64_t rows_of(int32_t set) const {
+        return set == static_cast<int32_t>(RowSet::Tokens) ? step_.tokens : step_.logits_rows;
+    }
+    TileWeight weight(int64_t index) const {
+        const WeightDesc& w = weights_[index];
+        return {static_cast<Type>(w.type), w.tiles, w.rows, w.columns, w.out_column, w.bias};
+    }
+    char* layer_cache(int layer) const {
+        const int64_t bytes = block_elements() * (desc_.kv_half ? 2 : 4);
+        return static_cast<char*>(step_.cache) + layer * step_.num_blocks * bytes;
+    }
+    int64_t block_elements() const { return desc_.kv_heads * 2 * desc_.head_dim * kKvBlock; }
+    AttentionTask task(const Op& op, const QueryTile& tile) const;
+
+    ProgramDesc desc_;
+    const Kernels& kernels_;
+    std::vector<Op> ops_;
+    std::vector<WeightDesc> weights_;
+    std::vector<PackDesc> pack_descs_;
+    std::vector<int64_t> widths_;
+    std::vector<const float*> vectors_;
+    std::vector<Scratch> buffer_memory_, pack_memory_;
+    std::vector<float*> buffers_;
+    std::vector<PackedRows> packs_;
+    Scratch attention_memory_, partial_memory_, norm_memory_;
+    float* attention_scratch_ = nullptr;
+    float* partials_ = nullptr;
+    float* norm_rows_ = nullptr;
+    std::vector<QueryTile> queries_;
+    bool split_tiles_ = false;
+    int64_t most_tiles_ = 0;
+    StepDesc step_{};
+};
+
+StepError Program::check(const StepDesc& step) const {
+    if (step.tokens < 1 || step.sequences < 1 || step.logits_rows < 0) return StepError::Queries;
+    for (int64_t t = 0; t < step.tokens; ++t)
+        if (step.token_ids[t] < 0 || step.token_ids[t] >= desc_.vocab_size) return StepError::Tokens;
+    if (step.query_start[0] != 0 || step.query_start[step.sequences] != step.tokens) return StepError::Queries;
+    for (int64_t r = 0; r < step.sequences; ++r) {
+        const int64_t begin = step.query_start[r], count = step.query_start[r + 1] - begin;
+        const int64_t context = step.context_lens[r];
+        if (count < 1 || begin + count > step.tokens) return StepError::Queries;
+        if (context < count || context > desc_.max_len || ceil_div(context, kKvBlock) > step.max_blocks)
+            return StepError::Contexts;
+        for (int64_t i = 0; i < count; ++i)
+            if (step.positions[begin + i] != context - count + i) return StepError::Contexts;
+        const int32_t* table = step.block_tables + r * step.table_stride;
+        for (int64_t b = 0; b < ceil_div(context, kKvBlock); ++b)
+            if (table[b] < 0 || table[b] >= step.num_blocks) return StepError::Blocks;
+    }
+    for (int64_t t = 0; t < step.tokens; ++t)
+        if (step.slots[t] < 0 || step.slots[t] >= step.num_blocks * kKvBlock) return StepError::Slots;
+    for (int64_t i = 0; i < step.logits_rows; ++i)
+        if (step.logits_index[i] < 0 || step.logits_index[i] >= step.tokens) return StepError::LogitsIndex;
+    return StepError::None;
+}
+
+void Program::prepare() {
+    for (size_t i = 0; i < buffers_.size(); ++i) buffers_[i] = buffer_memory_[i].get<float>(step_.tokens * widths_[i]);
+    for (size_t i = 0; i < packs_.size(); ++i) {
+        PackedRows& pack = packs_[i];
+        pack = {static_cast<Activation>(pack_descs_[i].kind), pack_descs_[i].columns, rows_of(pack_descs_[i].rows),
+                nullptr, nullptr};
+        pack.words = pack_memory_[2 * i].get<int32_t>(pack.rows * pack.row_words());
+        pack.meta = pack_memory_[2 * i + 1].get<float>(pack.rows * pack.row_meta());
+    }
+    const int64_t widest = *std::max_element(widths_.begin(), widths_.end());
+    norm_rows_ = norm_memory_.get<float>(step_.threads * kGroupRows * widest);
+    attention_scratch_ =
+        attention_memory_.get<float>(step_.threads * attention_scratch(static_cast<int>(desc_.head_dim)));
+}
+
+// With few query tiles the tiles of their contexts are spread over the workers too.
+void Program::plan_attention() {
+    queries_.clear();
+    const int64_t group = desc_.heads / desc_.kv_heads, most = std::max<int64_t>(1, kMaxQueryRows / group);
+    most_tiles_ = 0;
+    for (int64_t r = 0; r < step_.sequences; ++r) {
+        const int64_t begin = step_.query_start[r], end = step_.query_start[r + 1];
+        const int64_t start = step_.context_lens[r] - (end - begin);
+        most_tiles_ = std::max<int64_t>(most_tiles_, ceil_div(step_.context_lens[r], kKvTile));
+        for (int64_t token = begin; token < end; token += most)
+            for (int32_t head = 0; head < desc_.kv_heads; ++head)
+                queries_.push_back({token, start + token - begin, static_cast<int32_t>(r),
+                                    static_cast<int32_t>(std::min(most, end - token)), head});
+    }
+    std::stable_sort(queries_.begin(), queries_.end(),
+                     [](const QueryTile& a, const QueryTile& b) { return a.work() > b.work(); });
+    split_tiles_ = step_.threads > 1 && most_tiles_ > 1 && static_cast<int64_t>(queries_.size()) < 6 * step_.threads;
+    if (split_tiles_)
+        partials_ = partial_memory_.get<float>(static_cast<int64_t>(queries_.size()) * most_tiles_ * kMaxQueryRows *
+                                               (desc_.head_dim + 2));
+}
+
+StepError Program::run(const StepDesc& step) {
+    const StepError error = check(step);
+    if (error != StepError::None) return error;
+    step_ = step;
+    step_.threads = std::max<int64_t>(1, std::min<int64_t>(step.threads, kMaxThreads));
+    prepare();
+    plan_attention();
+    run_region(
+        static_cast<int>(step_.threads),
+        [](void* context, Team& team, int worker) {
+            Program& program = *static_cast<Program*>(context);
+            using Clock = std::chrono::steady_clock;
+            int64_t* const nanoseconds = worker == 0 ? program.step_.nanoseconds : nullptr;
+            for (const Op& op : program.ops_) {
+                if (program.rows_of(op.rows) == 0) continue;
+                const Clock::time_point began = nanoseconds != nullptr ? Clock::now() : Clock::time_point();
+                program.run_op(op, team, worker);
+                if (nanoseconds != nullptr) nanoseconds[op.kind] += (Clock::now() - began).count();
+            }
+        },
+        this);
+    return StepError::None;
+}
+
+void Program::run_op(const Op& op, Team& team, int worker) {
+    switch (static_cast<OpKind>(op.kind)) {
+        case OpKind::Embed: return embed(op, team, worker);
+        case OpKind::RmsNorm: return rms_norm(op, team, worker);
+        case OpKind::Pack: return pack(op, team, worker);
+        case OpKind::Linear: return linear(op, team, worker);
+        case OpKind::Gated: return gated(op, team, worker);
+        case OpKind::RotaryKv: return rotary_kv(op, team, worker);
+        case OpKind::Attention: return attention(op, team, worker);
+        case OpKind::Gather: return gather(op, team, worker);
+    }
+}
+
+void Program::embed(const Op& op, Team& team, int worker) {
+    const TileWeight table = weight(op.first_weight);
+    team.phase(worker, step_.tokens, [&](int64_t t) {
+        tile_row(table.type, table.tiles, table.columns, step_.token_ids[t],
+                 buffers_[op.output] + t * widths_[op.output]);
+    });
+}
+
+void Program::rms_norm(const Op& op, Team& team, int worker) {
+    const int64_t columns = packs_[op.first_pack].columns, width = widths_[op.input], rows = rows_of(op.rows);
+    float* normed = norm_rows_ + worker * kGroupRows * columns;
+    team.phase(worker, group_count(rows), [&](int64_t group) {
+        const int64_t row = group_start(group, rows);
+        for (int m = 0; m < group_width(row, rows); ++m)
+            kernels_.rms_norm(buffers_[op.input] + (row + m) * width, vectors_[op.vector], op.value, columns,
+                              normed + m * columns);
+        // pack expects row 0 of the whole at its pointer
+        for (int i = 0; i < op.pack_count; ++i)
+            kernels_.pack(normed - row * columns, columns, group, packs_[op.first_pack + i]);
+    });
+}
+
+void Program::pack(const Op& op, Team& team, int worker) {
+    team.phase(worker, group_count(rows_of(op.rows)), [&](int64_t group) {
+        for (int i = 0; i < op.pack_count; ++i)
+            kernels_.pack(buffers_[op.input], widths_[op.input], group, packs_[op.first_pack + i]);
+    });
+}
+
+// Weights that share an input are one run of tiles; a chunk lies within one weight.
+void Program::linear(const Op& op, Team& team, int worker) {
+    constexpr int64_t kMostTiles = 8;
+    int64_t tiles = 0;
+    for (int i = 0; i < op.weight_count; ++i) tiles += tile_count(weights_[op.first_weight + i].rows);
+    const int64_t step = std::clamp<int64_t>(tiles / (12 * team.size()), 1, kMostTiles);
+    int64_t chunks = 0;
+    for (int i = 0; i < op.weight_count; ++i)
+        chunks += ceil_div(tile_count(weights_[op.first_weight + i].rows), step);
+    const bool logits = op.output == kLogits;
+    const LinearOut out{logits ? step_.logits : buffers_[op.output],
+                        logits ? desc_.vocab_size : widths_[op.output], op.flag != 0};
+    team.phase(worker, chunks, [&](int64_t chunk) {
+        for (int i = 0; i < op.weight_count; ++i) {
+            const TileWeight w = weight(op.first_weight + i);
+            const int64_t count = tile_count(w.rows), own = ceil_div(count, step);
+            if (chunk < own) {
+                const PackedRows& in = packs_[weights_[op.first_weight + i].pack];
+                return kernels_.linear(in, w, chunk * step, std::min(count, (chunk + 1) * step), out);
+            }
+            chunk -= own;
+        }
+    });
+}
+
+void Program::gated(const Op& op, Team& team, int worker) {
+    const TileWeight gate = weight(op.first_weight), up = weight(op.first_weight + 1);
+    const PackedRows& gate_in = packs_[weights_[op.first_weight].pack];
+    const PackedRows& up_in = packs_[weights_[op.first_weight + 1].pack];
+    team.phase(worker, gate.rows / kBlock, [&](int64_t block) {
+        kernels_.gated(gate_in, up_in, gate, up, block, static_cast<GateKind>(op.flag), &packs_[op.first_pack],
+                       op.pack_count);
+    });
+}
+
+void Program::rotary_kv(const Op& op, Team& team, int worker) {
+    const int64_t span = step_.tokens < 64 ? 1 : 8, spans = ceil_div(step_.tokens, span);
+    const int64_t head_dim = desc_.head_dim, group = desc_.heads / desc_.kv_heads, half = desc_.rotary_half;
+    const int64_t element = desc_.kv_half ? 2 : 4;
+    team.phase(worker, spans * desc_.kv_heads, [&](int64_t chunk) {
+        const int64_t kv_head = chunk % desc_.kv_heads, begin = chunk / desc_.kv_heads * span;
+        for (int64_t t = begin; t < std::min(begin + span, step_.tokens); ++t) {
+            float* row = buffers_[op.input] + t * widths_[op.input];
+            const float* cos = desc_.cos + step_.positions[t] * half;
+            const float* sin = desc_.sin + step_.positions[t] * half;
+            for (int64_t h = 0; h < group; ++h) kernels_.rotate(row + (kv_head * group + h) * head_dim, cos, sin, half);
+            float* key = row + (desc_.heads + kv_head) * head_dim;
+            kernels_.rotate(key, cos, sin, half);
+            const int64_t block = step_.slots[t] / kKvBlock;
+            char* target = layer_cache(op.layer) +
+                           (block * block_elements() + kv_head * 2 * head_dim * kKvBlock) * element;
+            kernels_.store_kv(key, key + desc_.kv_heads * head_dim, head_dim, desc_.kv_half != 0, target,
+                              static_cast<int>(step_.slots[t] % kKvBlock));
+        }
+    });
+}
+
+AttentionTask Program::task(const Op& op, const QueryTile& tile) const {
+    return {buffers_[op.input] + tile.token * widths_[op.input],
+            buffers_[op.output] + tile.token * widths_[op.output],
+            layer_cache(op.layer),
+            step_.block_tables + tile.sequence * step_.table_stride,
+            tile.position,
+            tile.count,
+            tile.kv_head};
+}
+
+void Program::attention(const Op& op, Team& team, int worker) {
+    const AttentionShape shape{static_cast<int>(desc_.heads), static_cast<int>(desc_.kv_heads),
+                               static_cast<int>(desc_.head_dim), widths_[op.input], widths_[op.output],
+                               block_elements(), desc_.kv_half != 0, op.window, op.value};
+    float* scratch = attention_scratch_ + worker * attention_scratch(shape.head_dim);
+    const int64_t count = static_cast<int64_t>(queries_.size());
+    if (!split_tiles_) {
+        team.phase(worker, count, [&](int64_t i) { kernels_.attend(shape, task(op, queries_[i]), scratch); });
+        return;
+    }
+    const int64_t stride = kMaxQueryRows * (desc_.head_dim + 2);
+    team.phase(worker, count * most_tiles_, [&](int64_t chunk) {
+        const AttentionTask query = task(op, queries_[chunk / most_tiles_]);
+        const int64_t tile = chunk % most_tiles_;
+        if (tile < first_tile(shape, query) || tile >= end_tile(query)) return;
+        kernels_.attend_tile(shape, query, tile, scratch, partials_ + chunk * stride);
+    });
+    team.phase(worker, count, [&](int64_t i) {
+        const AttentionTask query = task(op, queries_[i]);
+        const int64_t first = first_tile(shape, query);
+        kernels_.merge_tiles(shape, query, partials_ + (i * most_tiles_ + first) * stride, stride,
+                             end_tile(query) - first, scratch);
+    });
+}
+
+void Program::gather(const Op& op, Team& team, int worker) {
+    const int64_t width = widths_[op.input];
+    team.phase(worker, step_.logits_rows, [&](int64_t i) {
+        std::memcpy(buffers_[op.output] + i * width, buffers_[op.input] + step_.logits_index[i] * width,
+                    width * sizeof(float));
+    });
+}
+
+}  // namespace
+}  // namespace aph
+
+// A program for the named instruction set (null: the best); null if that cannot run or memory is short. Everything
+// that the description points at must outlive it, the description's own arrays excepted.
+APH_API void* aph_program_create(const aph::ProgramDesc* desc, const char* isa) {
+    const aph::Kernels* kernels = aph::select_kernels(isa);
+    if (kernels == nullptr) return nullptr;
+    try {
+        return new aph::Program(*desc, *kernels);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+APH_API void aph_program_destroy(void* program) { delete static_cast<aph::Program*>(program); }
+
+// Runs one step, from one thread at a time; returns a StepError, and nothing has happened unless it is None.
+APH_API int32_t aph_program_run(void* program, const aph::StepDesc* step) {
+    try {
+        return static_cast<int32_t>(static_cast<aph::Program*>(program)->run(*step));
+    } catch (const std::bad_alloc&) {
+        return static_cast<int32_t>(aph::StepError::Memory);
+    }
+}

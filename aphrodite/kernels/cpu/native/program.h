@@ -1,0 +1,95 @@
+// A model as a list of operations over buffers, run for a whole step of T token rows in one call.
+//
+// The structures here are mirrored by ctypes in aphrodite/kernels/cpu/program.py; a change to one needs the other and
+// a new kAbiVersion.
+#pragma once
+#include <cstdint>
+
+namespace aph {
+
+enum class OpKind : int32_t {
+    Embed = 0,      // output = rows of weight, dequantized
+    RmsNorm = 1,    // packs = norm(input) * vector, value = eps
+    Pack = 2,       // packs = input
+    Linear = 3,     // output (+)= weights x their packs
+    Gated = 4,      // packs = act(gate) * up, weights gate, up; flag = GateKind
+    RotaryKv = 5,   // rotates q and k of input in place, writes k and v into the cache of layer
+    Attention = 6,  // output = attention of input's q over the cache of layer, value = scale
+    Gather = 7,     // output row i = input row logits_index[i]
+};
+constexpr int kOpKinds = 8;
+
+enum class RowSet : int32_t { Tokens = 0, Logits = 1 };
+
+constexpr int32_t kLogits = -1;  // as an output: the caller's logits
+
+struct Op {
+    int32_t kind;
+    int32_t rows;          // RowSet of what it writes
+    int32_t input;         // buffer
+    int32_t output;        // buffer or kLogits
+    int32_t first_pack, pack_count;
+    int32_t first_weight, weight_count;
+    int32_t vector;
+    int32_t layer;
+    int32_t window;
+    int32_t flag;          // Linear: accumulate; Gated: GateKind
+    float value;
+};
+
+struct WeightDesc {
+    const uint8_t* tiles;
+    const float* bias;     // [rows padded to 16] or null
+    int64_t rows, columns, out_column;
+    int32_t type;
+    int32_t pack;          // its input
+};
+
+struct PackDesc {
+    int32_t kind;          // Activation
+    int32_t rows;          // RowSet
+    int64_t columns;
+};
+
+struct ProgramDesc {
+    int64_t vocab_size, max_len, num_layers, heads, kv_heads, head_dim, rotary_half;
+    int64_t kv_half;       // 1: cache in f16, 0: f32
+    const float* cos;      // [max_len, rotary_half]
+    const float* sin;
+    const Op* ops;
+    const WeightDesc* weights;
+    const PackDesc* packs;
+    const int64_t* buffers;  // widths in floats
+    const float* const* vectors;
+    int64_t op_count, weight_count, pack_count, buffer_count, vector_count;
+};
+
+// One step: T tokens of R sequences, as in aphrodite/runner/inputs.py.
+struct StepDesc {
+    const int32_t* token_ids;
+    const int32_t* positions;
+    const int64_t* slots;
+    const int32_t* query_start;
+    const int32_t* context_lens;
+    const int32_t* block_tables;
+    const int32_t* logits_index;
+    int64_t tokens, sequences, table_stride, max_blocks, logits_rows;
+    float* logits;         // [logits_rows, vocab_size]
+    void* cache;           // [num_layers][num_blocks][kv_heads][2 * head_dim * 16]
+    int64_t num_blocks;
+    int64_t threads;
+    int64_t* nanoseconds;  // [kOpKinds], added to; or null
+};
+
+enum class StepError : int32_t {
+    None = 0,
+    Tokens = 1,
+    Queries = 2,
+    Contexts = 3,
+    Blocks = 4,
+    Slots = 5,
+    LogitsIndex = 6,
+    Memory = 7,
+};
+
+}  // namespace aph

@@ -1,0 +1,122 @@
+// Kernels over single rows: packing for products, norm, rotary, cache writes. Included after a simd_*.h and math.h.
+#pragma once
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace aph {
+namespace {
+
+// Quantizes 32 values to `kBits` bits, scale = largest magnitude / largest quant. A value that is not finite makes the
+// scale NaN, so it reaches the logits of its own row and no other.
+template <int kBits>
+inline void quantize_block(const float* x, int32_t* quants, float& scale, int32_t& total) {
+    constexpr float kLargest = kBits == 16 ? 32767.0f : 127.0f;
+    const Vec a = load(x), b = load(x + 16);
+    const float largest = maximum(max(abs(a), abs(b)));
+    const Vec inverse = splat(largest > 0 ? kLargest / largest : 0.0f);
+    const IVec qa = to_int(mul(a, inverse)), qb = to_int(mul(b, inverse));
+    scale = largest * (1.0f / kLargest) + 0.0f * sum(add(a, b));
+    total = sum(add(qa, qb));
+    if (kBits == 16) {
+        store_shorts(reinterpret_cast<int16_t*>(quants), qa);
+        store_shorts(reinterpret_cast<int16_t*>(quants) + 16, qb);
+    } else {
+        store_bytes(reinterpret_cast<int8_t*>(quants), qa);
+        store_bytes(reinterpret_cast<int8_t*>(quants) + 16, qb);
+        // Bytes of a word hold columns 0 2 1 3, as in the tiles.
+        for (int i = 0; i < 8; ++i) {
+            const uint32_t w = static_cast<uint32_t>(quants[i]);
+            quants[i] = static_cast<int32_t>((w & 0xff0000ff) | (w & 0xff00) << 8 | (w >> 8 & 0xff00));
+        }
+    }
+}
+
+// Packs 32 columns of a group's `width` rows: row m at x + m * stride. words and meta are the block's.
+template <int kBits>
+inline void pack_quantized(const float* x, int64_t stride, int width, int32_t* words, float* meta) {
+    constexpr int kWords = kBits;  // 32 values of kBits bits
+    int32_t quants[kWords];
+    for (int m = 0; m < width; ++m) {
+        float scale;
+        int32_t total;
+        int32_t* target = width == 1 ? words : quants;
+        quantize_block<kBits>(x + m * stride, target, scale, total);
+        if (width > 1)
+            for (int i = 0; i < kWords; ++i) words[i * width + m] = quants[i];
+        meta[m] = scale;
+        meta[width + m] = scale * static_cast<float>(total);
+        const int32_t negative = -total;
+        std::memcpy(meta + 2 * width + m, &negative, sizeof negative);
+    }
+}
+
+// Packs block `block` of 32 columns for the group that starts at `row`; x points at the block's first column.
+inline void pack_block(const float* x, int64_t stride, int64_t row, int64_t block, const PackedRows& out) {
+    const int width = group_width(row, out.rows);
+    int32_t* words = out.words + row * out.row_words();
+    if (out.kind == Activation::Float) {
+        float* floats = reinterpret_cast<float*>(words) + block * kBlock * width;
+        for (int m = 0; m < width; ++m)
+            for (int i = 0; i < kBlock; ++i) floats[i * width + m] = x[m * stride + i];
+        return;
+    }
+    float* meta = out.meta + row * out.row_meta() + block * 3 * width;
+    if (out.kind == Activation::Int16)
+        pack_quantized<16>(x, stride, width, words + block * 16 * width, meta);
+    else
+        pack_quantized<8>(x, stride, width, words + block * 8 * width, meta);
+}
+
+void pack_group(const float* x, int64_t stride, int64_t group, const PackedRows& out) {
+    const int64_t row = group_start(group, out.rows);
+    for (int64_t block = 0; block < out.columns / kBlock; ++block)
+        pack_block(x + row * stride + block * kBlock, stride, row, block, out);
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t columns, float* out) {
+    Vec even = zero(), odd = zero();
+    for (int64_t i = 0; i < columns; i += 32) {
+        const Vec a = load(x + i), b = load(x + i + 16);
+        even = fma(a, a, even);
+        odd = fma(b, b, odd);
+    }
+    const float mean = sum(add(even, odd)) / static_cast<float>(columns);
+    const Vec inverse = splat(1.0f / __builtin_sqrtf(mean + eps));
+    for (int64_t i = 0; i < columns; i += 16) store(out + i, mul(mul(load(x + i), inverse), load(weight + i)));
+}
+
+void rotate(float* head, const float* cos, const float* sin, int64_t half_dim) {
+    int64_t i = 0;
+    for (; i + 16 <= half_dim; i += 16) {
+        const Vec a = load(head + i), b = load(head + half_dim + i), c = load(cos + i), s = load(sin + i);
+        store(head + i, sub(mul(a, c), mul(b, s)));
+        store(head + half_dim + i, add(mul(b, c), mul(a, s)));
+    }
+    for (; i < half_dim; ++i) {
+        const float a = head[i], b = head[half_dim + i];
+        head[i] = a * cos[i] - b * sin[i];
+        head[half_dim + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+template <class Element>
+void store_kv_as(const float* key, const float* value, int64_t head_dim, Element* block, int offset) {
+    Element* keys = block + offset;
+    Element* values = block + head_dim * kKvBlock + offset * head_dim;
+    Element converted[16];
+    for (int64_t i = 0; i < head_dim; i += 16) {
+        store(converted, load(key + i));
+        for (int lane = 0; lane < 16; ++lane) keys[(i + lane) * kKvBlock] = converted[lane];
+        store(values + i, load(value + i));
+    }
+}
+
+void store_kv(const float* key, const float* value, int64_t head_dim, bool half, void* block, int offset) {
+    if (half) store_kv_as(key, value, head_dim, static_cast<uint16_t*>(block), offset);
+    else store_kv_as(key, value, head_dim, static_cast<float*>(block), offset);
+}
+
+}  // namespace
+}  // namespace aph

@@ -1,0 +1,169 @@
+// Sixteen lanes as two AVX2 registers (with FMA and F16C). See simd_avx512.h for what the names mean.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace aph {
+namespace {
+
+constexpr int kDotRows = 2;
+constexpr int kFloatRows = 1;
+
+struct Vec {
+    __m256 lo, hi;
+};
+struct IVec {
+    __m256i lo, hi;
+};
+struct Bytes {
+    __m256i lo, hi;
+};
+struct Shorts {
+    __m256i lo, hi;
+};
+
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Vec splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Vec load(const uint16_t* half) { return {_mm256_cvtph_ps(load_128(half)), _mm256_cvtph_ps(load_128(half + 8))}; }
+inline __m256 bfloat_to_float8(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16));
+}
+inline Vec load_bfloat(const uint16_t* p) { return {bfloat_to_float8(p), bfloat_to_float8(p + 8)}; }
+inline void store(float* p, Vec a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+inline void store(uint16_t* half, Vec a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half), _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline Vec fma(Vec a, Vec b, Vec c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline Vec abs(Vec a) {
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    return {_mm256_and_ps(a.lo, mask), _mm256_and_ps(a.hi, mask)};
+}
+inline Vec select_less(Vec x, Vec limit, Vec a, Vec b) {
+    return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, limit.lo, _CMP_LT_OQ)),
+            _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, limit.hi, _CMP_LT_OQ))};
+}
+inline Vec select_lanes(int low, int high, Vec a, Vec b) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const auto inside = [&](int base) {
+        const __m256i from = _mm256_cmpgt_epi32(_mm256_set1_epi32(high - base), lane);
+        const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(low - base), lane);
+        return _mm256_castsi256_ps(_mm256_andnot_si256(before, from));
+    };
+    return {_mm256_blendv_ps(b.lo, a.lo, inside(0)), _mm256_blendv_ps(b.hi, a.hi, inside(8))};
+}
+inline float sum(Vec a) {
+    const __m256 both = _mm256_add_ps(a.lo, a.hi);
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+inline float maximum(Vec a) {
+    const __m256 both = _mm256_max_ps(a.lo, a.hi);
+    __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+inline IVec izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline IVec to_int(Vec a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+inline Vec to_float(IVec a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline int32_t sum(IVec a) {
+    const __m256i both = _mm256_add_epi32(a.lo, a.hi);
+    __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    quarter = _mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1)));
+}
+inline IVec add(IVec a, IVec b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline Vec power_of_two(IVec n) {
+    const __m256i bias = _mm256_set1_epi32(127);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.lo, bias), 23)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23))};
+}
+template <int kShift>
+inline IVec splat_shifted(const int32_t* p) {
+    const __m256i all = _mm256_slli_epi32(_mm256_set1_epi32(*p), kShift);
+    return {all, all};
+}
+inline __m256i pack_shorts(IVec a) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+}
+inline void store_shorts(int16_t* p, IVec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_shorts(a));
+}
+inline void store_bytes(int8_t* p, IVec a) {
+    const __m256i shorts = pack_shorts(a);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
+}
+
+inline Bytes load_bytes(const uint8_t* p) { return {load_256(p), load_256(p + 32)}; }
+inline Bytes low_nibbles(Bytes a) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+inline Bytes high_nibbles(Bytes a) {
+    return low_nibbles({_mm256_srli_epi32(a.lo, 4), _mm256_srli_epi32(a.hi, 4)});
+}
+// 16 in every byte whose bit of the 32 is set.
+inline __m256i fifth_bits(const uint8_t* plane) {
+    const __m256i bits = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(plane));
+    const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i select = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+    const __m256i bytes = _mm256_and_si256(_mm256_shuffle_epi8(bits, spread), select);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(bytes, select), _mm256_set1_epi8(16));
+}
+inline Bytes add_fifth_bit(Bytes a, const uint8_t* plane) {
+    return {_mm256_or_si256(a.lo, fifth_bits(plane)), _mm256_or_si256(a.hi, fifth_bits(plane + 4))};
+}
+inline Shorts even_bytes(Bytes a) {
+    const __m256i mask = _mm256_set1_epi32(0x00ff00ff);
+    return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+inline Shorts odd_bytes(Bytes a) { return {_mm256_srli_epi16(a.lo, 8), _mm256_srli_epi16(a.hi, 8)}; }
+template <int kIndex>
+inline Vec byte_to_float(Bytes a) {
+    const auto convert = [](__m256i v) {
+        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 8 * kIndex), _mm256_set1_epi32(255)));
+    };
+    return {convert(a.lo), convert(a.hi)};
+}
+inline IVec dot(IVec sum, Shorts a, const int32_t* word) {
+    const __m256i b = _mm256_set1_epi32(*word);
+    return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b))};
+}
+// vpmaddubsw adds two products in 16 bits, where those of full-range bytes would saturate.
+template <bool kFullRange>
+inline IVec dot(IVec sum, Bytes a, const int32_t* word) {
+    const __m256i b = _mm256_set1_epi32(*word);
+    if (kFullRange) {
+        const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), odd = _mm256_srai_epi16(b, 8);
+        const Shorts e = even_bytes(a), o = odd_bytes(a);
+        const auto both = [&](__m256i x, __m256i y) {
+            return _mm256_add_epi32(_mm256_madd_epi16(x, even), _mm256_madd_epi16(y, odd));
+        };
+        return {_mm256_add_epi32(sum.lo, both(e.lo, o.lo)), _mm256_add_epi32(sum.hi, both(e.hi, o.hi))};
+    }
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(a.lo, b), ones)),
+            _mm256_add_epi32(sum.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(a.hi, b), ones))};
+}
+
+}  // namespace
+}  // namespace aph

@@ -1,0 +1,109 @@
+// Sixteen lanes with AVX-512 (F, BW, DQ, VL, VNNI). The other simd_*.h files define the same names.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace aph {
+namespace {
+
+constexpr int kDotRows = 8;    // rows of activations whose sums stay in registers
+constexpr int kFloatRows = 4;  // the same for float products
+
+struct Vec {
+    __m512 v;
+};
+struct IVec {
+    __m512i v;
+};
+struct Bytes {  // 16 words of 4 unsigned bytes
+    __m512i v;
+};
+struct Shorts {  // 16 words of 2 signed 16-bit values
+    __m512i v;
+};
+
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const uint16_t* half) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half)))};
+}
+inline Vec load_bfloat(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(uint16_t* half, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(half), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// a where x < limit, else b
+inline Vec select_less(Vec x, Vec limit, Vec a, Vec b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), b.v, a.v)};
+}
+// a in lanes [low, high), else b
+inline Vec select_lanes(int low, int high, Vec a, Vec b) {
+    const uint32_t below_high = high >= 16 ? 0xffffu : high <= 0 ? 0u : (1u << high) - 1;
+    const uint32_t below_low = low >= 16 ? 0xffffu : low <= 0 ? 0u : (1u << low) - 1;
+    return {_mm512_mask_blend_ps(static_cast<__mmask16>(below_high & ~below_low), b.v, a.v)};
+}
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+inline IVec izero() { return {_mm512_setzero_si512()}; }
+inline IVec to_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline Vec to_float(IVec a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline int32_t sum(IVec a) { return _mm512_reduce_add_epi32(a.v); }
+inline IVec add(IVec a, IVec b) { return {_mm512_add_epi32(a.v, b.v)}; }
+// 2^n for small integers n
+inline Vec power_of_two(IVec n) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
+}
+template <int kShift>
+inline IVec splat_shifted(const int32_t* p) {
+    return {_mm512_slli_epi32(_mm512_set1_epi32(*p), kShift)};
+}
+inline void store_shorts(int16_t* p, IVec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+inline void store_bytes(int8_t* p, IVec a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline Bytes high_nibbles(Bytes a) {
+    return {_mm512_and_si512(_mm512_srli_epi32(a.v, 4), _mm512_set1_epi8(15))};
+}
+// Adds 16 to the bytes whose bit is set in the 64-bit plane.
+inline Bytes add_fifth_bit(Bytes a, const uint8_t* plane) {
+    const __mmask64 mask = *reinterpret_cast<const uint64_t*>(plane);
+    return {_mm512_mask_add_epi8(a.v, mask, a.v, _mm512_set1_epi8(16))};
+}
+inline Shorts even_bytes(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0x00ff00ff))}; }
+inline Shorts odd_bytes(Bytes a) { return {_mm512_srli_epi16(a.v, 8)}; }
+// Byte `index` of every word, as a float.
+template <int kIndex>
+inline Vec byte_to_float(Bytes a) {
+    const __m512i shifted = kIndex == 0 ? a.v : _mm512_srli_epi32(a.v, 8 * kIndex);
+    return {_mm512_cvtepi32_ps(kIndex == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi32(255)))};
+}
+// Adds the dot products of each word with the broadcast word.
+inline IVec dot(IVec sum, Shorts a, const int32_t* word) {
+    return {_mm512_dpwssd_epi32(sum.v, a.v, _mm512_set1_epi32(*word))};
+}
+template <bool kFullRange>
+inline IVec dot(IVec sum, Bytes a, const int32_t* word) {
+    return {_mm512_dpbusd_epi32(sum.v, a.v, _mm512_set1_epi32(*word))};
+}
+
+}  // namespace
+}  // namespace aph

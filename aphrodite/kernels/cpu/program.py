@@ -1,0 +1,299 @@
+"""Programs of the native library: a list of operations over buffers that runs a whole step in one call.
+
+The ctypes structures mirror `native/program.h`, where each operation is described. A program is put together with
+`ProgramBuilder`; what it computes (which model) is the caller's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from aphrodite.kernels.cpu.library import NativeLibrary
+from aphrodite.quantization.types import QuantType, RawTensor
+
+BLOCK_COLUMNS = 32
+TILE_ROWS = 16
+KV_BLOCK = 16
+MAX_QUERY_GROUP = 32
+LOGITS = -1
+
+
+class OpKind(enum.IntEnum):
+    EMBED = 0
+    RMS_NORM = 1
+    PACK = 2
+    LINEAR = 3
+    GATED = 4
+    ROTARY_KV = 5
+    ATTENTION = 6
+    GATHER = 7
+
+
+class RowSet(enum.IntEnum):
+    """Which rows an operation writes: all tokens, or those whose logits are wanted."""
+
+    TOKENS = 0
+    LOGITS = 1
+
+
+class Activation(enum.IntEnum):
+    """How matrix products read their input."""
+
+    FLOAT32 = 0
+    INT16 = 1
+    INT8 = 2
+
+
+class GateKind(enum.IntEnum):
+    SILU = 0
+    GELU_TANH = 1
+
+
+_STEP_ERRORS = {
+    1: "a token id is outside the vocabulary",
+    2: "query_start is not an ascending partition of the tokens into non-empty sequences",
+    3: "positions do not match context_lens, or a context exceeds the model length or its block table",
+    4: "a block table names a block outside the KV cache",
+    5: "slot_mapping points outside the KV cache",
+    6: "logits_index names a row outside the step",
+}
+_OUT_OF_MEMORY = 7
+
+
+class _Op(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "rows", "input", "output", "first_pack", "pack_count")),
+        *((name, ctypes.c_int32) for name in ("first_weight", "weight_count", "vector", "layer", "window", "flag")),
+        ("value", ctypes.c_float),
+    )
+
+
+class _WeightDesc(ctypes.Structure):
+    _fields_ = (
+        ("tiles", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "out_column")),
+        ("type", ctypes.c_int32),
+        ("pack", ctypes.c_int32),
+    )
+
+
+class _PackDesc(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int32), ("rows", ctypes.c_int32), ("columns", ctypes.c_int64))
+
+
+_DIMENSIONS = ("vocab_size", "max_len", "num_layers", "heads", "kv_heads", "head_dim", "rotary_half", "kv_half")
+_ARRAYS = ("cos", "sin", "ops", "weights", "packs", "buffers", "vectors")
+_COUNTS = ("op_count", "weight_count", "pack_count", "buffer_count", "vector_count")
+
+
+class _ProgramDesc(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _DIMENSIONS),
+        *((name, ctypes.c_void_p) for name in _ARRAYS),
+        *((name, ctypes.c_int64) for name in _COUNTS),
+    )
+
+
+class StepDesc(ctypes.Structure):
+    """One step; pointers to the tensors of `runner.inputs.ForwardInputs`, logits and the cache."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "query_start", "context_lens")),
+        *((name, ctypes.c_void_p) for name in ("block_tables", "logits_index")),
+        *((name, ctypes.c_int64) for name in ("tokens", "sequences", "table_stride", "max_blocks", "logits_rows")),
+        ("logits", ctypes.c_void_p),
+        ("cache", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("nanoseconds", ctypes.c_void_p),
+    )
+
+
+class NativeMemory:
+    """Zeroed memory on huge pages, freed with the object.
+
+    Raises:
+        MemoryError: the system refuses `size` bytes.
+    """
+
+    def __init__(self, library: NativeLibrary, size: int) -> None:
+        self._free: Any = library.cdll.aph_free
+        self._free.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        allocate: Any = library.cdll.aph_allocate
+        allocate.argtypes = [ctypes.c_int64]
+        allocate.restype = ctypes.c_void_p
+        self.size = size
+        self.address: int = allocate(size) or 0
+        if not self.address:
+            raise MemoryError(f"the system refuses {size / 2**20:.0f} MiB")
+
+    def __del__(self) -> None:
+        if getattr(self, "address", 0):
+            self._free(self.address, self.size)
+
+
+def tiles_bytes(library: NativeLibrary, qtype: QuantType, rows: int, columns: int) -> int:
+    """Bytes of a [rows, columns] weight in tiles; 0 if the library cannot hold that type or shape."""
+    function: Any = library.cdll.aph_tiles_bytes
+    function.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
+    function.restype = ctypes.c_int64
+    size: int = function(qtype.gguf_id, rows, columns)
+    return size
+
+
+def repack(library: NativeLibrary, weight: RawTensor, address: int) -> None:
+    """Writes a weight's tiles (`tiles_bytes` of them) to `address`, on the library's default threads."""
+    rows, columns = weight.shape
+    data = np.ascontiguousarray(weight.data)
+    if data.nbytes != rows * weight.qtype.row_bytes(columns):
+        raise ValueError(f"{weight.name}: {data.nbytes} bytes do not make [{rows}, {columns}] {weight.qtype.name}")
+    function: Any = library.cdll.aph_repack
+    function.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    function(weight.qtype.gguf_id, data.ctypes.data, rows, columns, address)
+
+
+class ProgramBuilder:
+    """Collects buffers, packs, weights and operations; `build` hands them to the library.
+
+    Every `add_*` of an operand returns the number by which operations name it.
+    """
+
+    def __init__(self) -> None:
+        self._ops: list[_Op] = []
+        self._weights: list[_WeightDesc] = []
+        self._packs: list[_PackDesc] = []
+        self._buffers: list[int] = []
+        self._vectors: list[np.ndarray] = []
+        self._biases: list[np.ndarray] = []
+
+    def add_buffer(self, width: int) -> int:
+        """A float32 buffer [rows, width], width a multiple of 16."""
+        self._buffers.append(width)
+        return len(self._buffers) - 1
+
+    def add_pack(self, kind: Activation, columns: int, rows: RowSet = RowSet.TOKENS) -> int:
+        """Rows packed as matrix products read them."""
+        self._packs.append(_PackDesc(kind, rows, columns))
+        return len(self._packs) - 1
+
+    def add_vector(self, vector: np.ndarray) -> int:
+        """A float32 vector such as a norm's weight."""
+        self._vectors.append(np.ascontiguousarray(vector, dtype=np.float32))
+        return len(self._vectors) - 1
+
+    def add_weight(
+        self,
+        address: int,
+        qtype: QuantType,
+        shape: tuple[int, int],
+        *,
+        pack: int = -1,
+        out_column: int = 0,
+        bias: np.ndarray | None = None,
+    ) -> int:
+        """A weight in tiles; in a product it multiplies `pack` and writes columns from `out_column` on."""
+        bias_address = None
+        if bias is not None:
+            padded = np.zeros(-(-shape[0] // TILE_ROWS) * TILE_ROWS, np.float32)
+            padded[: shape[0]] = bias
+            self._biases.append(padded)
+            bias_address = padded.ctypes.data
+        self._weights.append(_WeightDesc(address, bias_address, *shape, out_column, qtype.gguf_id, pack))
+        return len(self._weights) - 1
+
+    def add_op(
+        self,
+        kind: OpKind,
+        *,
+        rows: RowSet = RowSet.TOKENS,
+        source: int = 0,
+        output: int = 0,
+        packs: Sequence[int] = (),
+        weights: Sequence[int] = (),
+        vector: int = 0,
+        layer: int = 0,
+        window: int = 0,
+        flag: int = 0,
+        value: float = 0.0,
+    ) -> None:
+        """Appends an operation; `packs` and `weights` are runs of consecutive numbers."""
+        for run in (packs, weights):
+            if list(run) != list(range(run[0], run[0] + len(run)) if run else ()):
+                raise ValueError(f"{kind.name}: {list(run)} are not consecutive")
+        first_pack, first_weight = (packs[0] if packs else 0), (weights[0] if weights else 0)
+        self._ops.append(
+            _Op(
+                kind,
+                rows,
+                source,
+                output,
+                first_pack,
+                len(packs),
+                first_weight,
+                len(weights),
+                vector,
+                layer,
+                window,
+                flag,
+                value,
+            )
+        )
+
+    def build(
+        self, library: NativeLibrary, isa: str | None, cos: np.ndarray, sin: np.ndarray, **dimensions: int
+    ) -> Program:
+        """The program; `dimensions` are those of `ProgramDesc` in `native/program.h` that no table gives."""
+        cos, sin = (np.ascontiguousarray(table, dtype=np.float32) for table in (cos, sin))
+        ops = (_Op * len(self._ops))(*self._ops)
+        weights = (_WeightDesc * len(self._weights))(*self._weights)
+        packs = (_PackDesc * len(self._packs))(*self._packs)
+        buffers = (ctypes.c_int64 * len(self._buffers))(*self._buffers)
+        vectors = (ctypes.c_void_p * len(self._vectors))(*(vector.ctypes.data for vector in self._vectors))
+        desc = _ProgramDesc(max_len=cos.shape[0], rotary_half=cos.shape[1], **dimensions)
+        desc.cos, desc.sin = cos.ctypes.data, sin.ctypes.data
+        for name, array in (("op", ops), ("weight", weights), ("pack", packs), ("buffer", buffers)):
+            setattr(desc, f"{name}s", ctypes.addressof(array))
+            setattr(desc, f"{name}_count", len(array))
+        desc.vectors, desc.vector_count = ctypes.addressof(vectors), len(vectors)
+        return Program(library, desc, isa, [cos, sin, *self._vectors, *self._biases])
+
+
+class Program:
+    """A program in the library. One step at a time; weights, tables and cache are the caller's to keep alive."""
+
+    def __init__(self, library: NativeLibrary, desc: _ProgramDesc, isa: str | None, keep_alive: list[Any]) -> None:
+        cdll = library.cdll
+        cdll.aph_program_create.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        cdll.aph_program_create.restype = ctypes.c_void_p
+        cdll.aph_program_destroy.argtypes = [ctypes.c_void_p]
+        self._destroy: Any = cdll.aph_program_destroy
+        self._run: Any = cdll.aph_program_run
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self._run.restype = ctypes.c_int32
+        self._keep_alive = keep_alive
+        self._handle: int = cdll.aph_program_create(ctypes.addressof(desc), isa.encode() if isa else None) or 0
+        if not self._handle:
+            raise MemoryError("the native library could not create its program")
+
+    def run(self, step: StepDesc) -> None:
+        """Runs one step.
+
+        Raises:
+            ValueError: an input is out of range; nothing was written.
+            MemoryError: no memory for the step's buffers.
+        """
+        code: int = self._run(self._handle, ctypes.addressof(step))
+        if code == _OUT_OF_MEMORY:
+            raise MemoryError(f"no memory for the buffers of a step of {step.tokens} tokens")
+        if code:
+            raise ValueError(_STEP_ERRORS[code])
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", 0):
+            self._destroy(self._handle)

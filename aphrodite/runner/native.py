@@ -1,0 +1,372 @@
+"""The executor on the native CPU library: compiles a spec and its weights into one program.
+
+The program is a list of operations that the library runs for all tokens of a step in one call. Fusion happens here:
+q, k and v are one product, gate and up are one gated product, residual additions are part of the product before
+them, and norms write the packed form that the next product reads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+
+from aphrodite.errors import ConfigError
+from aphrodite.kernels.cpu import library as native_library
+from aphrodite.kernels.cpu.library import NativeLibrary
+from aphrodite.kernels.cpu.program import (
+    BLOCK_COLUMNS,
+    KV_BLOCK,
+    LOGITS,
+    MAX_QUERY_GROUP,
+    Activation,
+    GateKind,
+    NativeMemory,
+    OpKind,
+    Program,
+    ProgramBuilder,
+    RowSet,
+    StepDesc,
+    repack,
+    tiles_bytes,
+)
+from aphrodite.layers.rotary import rotary_tables
+from aphrodite.models.spec import ModelSpec
+from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.runner.inputs import ForwardInputs
+
+logger = logging.getLogger(__name__)
+
+Activations = Literal["float32", "int16", "int8"]
+KvDtype = Literal["float16", "float32"]
+
+_ACTIVATIONS = {"float32": Activation.FLOAT32, "int16": Activation.INT16, "int8": Activation.INT8}
+_DENSE = (QuantType.F32, QuantType.F16, QuantType.BF16)
+_ALIGNMENT = 64
+
+
+class NativeExecutor:
+    """Runs a Llama-like decoder on the CPU with the native library. Implements `ModelExecutor`.
+
+    Args:
+        weights: tensors in their file's bytes under canonical names; dropped when the constructor returns.
+        activations: precision of the activations in products with quantized weights. "int16" is near exact,
+            "int8" faster, "float32" exact; products with dense weights are always float32.
+        kv_dtype: storage type of the KV cache.
+        threads: workers of a step, None for all cores of the process.
+        isa: a lower instruction set than the best ("avx2", "portable"), for tests and comparison.
+
+    Raises:
+        ConfigError: the executor declines (see `declines`) or `isa` cannot run here.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, RawTensor],
+        *,
+        block_size: int,
+        max_model_len: int,
+        activations: Activations = "int16",
+        kv_dtype: KvDtype = "float16",
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        reason = self.declines(spec, weights, block_size=block_size)
+        library = native_library.load()
+        if reason is not None or library is None:
+            raise ConfigError(f"the native CPU executor cannot run this model: {reason}")
+        chosen = library.select_isa(isa or library.isa)
+        if chosen is None:
+            raise ConfigError(f"instruction set {isa!r} does not run on this processor; leave it out for the best one")
+        self.spec = spec
+        self.block_size = block_size
+        self.device = torch.device("cpu")
+        self.max_model_len = max_model_len
+        self.activations = activations
+        self.kv_dtype = kv_dtype
+        self.isa = chosen
+        self.threads: int = max(1, threads if threads is not None else library.cdll.aph_available_cores())
+        library.cdll.aph_set_default_threads(self.threads)
+        self._library = library
+        self._weights = _PackedWeights(library, spec, weights)
+        self._program = _compile(self, weights, self._weights)
+        self._cache: NativeMemory | None = None
+        self._num_blocks = 0
+        self._logits = torch.empty(0)
+
+    @staticmethod
+    def declines(spec: ModelSpec, weights: Mapping[str, RawTensor], *, block_size: int = KV_BLOCK) -> str | None:
+        """Why the executor cannot run this model, or None if it can."""
+        unavailable = native_library.unavailable_reason()
+        if unavailable is not None:
+            return unavailable
+        if block_size != KV_BLOCK:
+            return f"its KV cache has blocks of {KV_BLOCK} positions, not {block_size}"
+        if spec.head_dim % 16 != 0 or spec.rotary.dim > spec.head_dim:
+            return f"head size {spec.head_dim} is not a multiple of 16 or is below the rotary size {spec.rotary.dim}"
+        if spec.num_heads // spec.num_kv_heads > MAX_QUERY_GROUP:
+            return f"more than {MAX_QUERY_GROUP} query heads share a key head"
+        for name in _linear_names(spec):
+            rows, columns = weights[name].shape
+            if columns % BLOCK_COLUMNS != 0 or (name.endswith(".gate.weight") and rows % BLOCK_COLUMNS != 0):
+                return f"{name} is [{rows}, {columns}], not a multiple of {BLOCK_COLUMNS} columns"
+        return None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the loaded weights occupy."""
+        return self._weights.memory.size
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of KV cache for one block over all layers."""
+        element = 2 if self.kv_dtype == "float16" else 4
+        per_position = 2 * self.spec.num_kv_heads * self.spec.head_dim * element
+        return self.spec.num_layers * per_position * KV_BLOCK
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Reserve the cache; its pages are taken from the system as blocks are first written."""
+        self._cache = NativeMemory(self._library, num_blocks * self.kv_bytes_per_block)
+        self._num_blocks = num_blocks
+
+    def forward(self, inputs: ForwardInputs) -> torch.Tensor:
+        """Run one step; the returned logits are overwritten by the next.
+
+        Raises:
+            ValueError: an input is out of range; the cache is unchanged.
+            MemoryError: no memory for a step of this size.
+        """
+        return self._forward(inputs, None)
+
+    def profile(self, inputs: ForwardInputs) -> dict[str, int]:
+        """Like `forward`, but returns the nanoseconds that each kind of operation took."""
+        nanoseconds = (ctypes.c_int64 * len(OpKind))()
+        self._forward(inputs, ctypes.addressof(nanoseconds))
+        return {kind.name.lower(): nanoseconds[kind] for kind in OpKind}
+
+    def describe(self) -> dict[str, str]:
+        """Kernels chosen and why, for logs and `doctor`."""
+        return {
+            "executor": "native",
+            "instruction set": self.isa,
+            "threads": str(self.threads),
+            "activations": self.activations,
+            "kv cache": self.kv_dtype,
+            "weights": ", ".join(sorted({qtype.name for qtype in self._weights.types})),
+        }
+
+    def _forward(self, inputs: ForwardInputs, nanoseconds: int | None) -> torch.Tensor:
+        if self._cache is None:
+            raise RuntimeError("allocate_kv_cache must be called before forward")
+        _check_layout(inputs)
+        rows = inputs.logits_index.shape[0]
+        if self._logits.shape[0] < rows:
+            self._logits = torch.empty(rows, self.spec.vocab_size)
+        step = StepDesc(
+            inputs.token_ids.data_ptr(),
+            inputs.positions.data_ptr(),
+            inputs.slot_mapping.data_ptr(),
+            inputs.query_start.data_ptr(),
+            inputs.context_lens.data_ptr(),
+            inputs.block_tables.data_ptr(),
+            inputs.logits_index.data_ptr(),
+            inputs.token_ids.shape[0],
+            inputs.context_lens.shape[0],
+            inputs.block_tables.stride(0),
+            inputs.block_tables.shape[1],
+            rows,
+            self._logits.data_ptr(),
+            self._cache.address,
+            self._num_blocks,
+            self.threads,
+            nanoseconds,
+        )
+        self._program.run(step)
+        return self._logits[:rows]
+
+
+class _PackedWeights:
+    """All matrices in tiles in one allocation, in the order in which a step reads them."""
+
+    def __init__(self, library: NativeLibrary, spec: ModelSpec, weights: Mapping[str, RawTensor]) -> None:
+        self.types: set[QuantType] = set()
+        self._places: dict[str, int] = {}
+        size = 0
+        for name in _linear_names(spec):
+            tensor = weights[name]
+            rows, columns = tensor.shape
+            self._places[name] = size
+            self.types.add(tensor.qtype)
+            size += -(-tiles_bytes(library, tensor.qtype, rows, columns) // _ALIGNMENT) * _ALIGNMENT
+        self.memory = NativeMemory(library, size)
+        for name in self._places:
+            repack(library, weights[name], self.address(name))
+
+    def address(self, name: str) -> int:
+        return self.memory.address + self._places[name]
+
+
+class _Compiler:
+    """Turns names into operands of a program under construction."""
+
+    def __init__(self, weights: Mapping[str, RawTensor], packed: _PackedWeights, activation: Activation) -> None:
+        self.builder = ProgramBuilder()
+        self._packs: dict[tuple[str, tuple[Activation, ...]], dict[Activation, int]] = {}
+        self._weights = weights
+        self._packed = packed
+        self._activation = activation
+
+    def packs(self, use: str, names: list[str], columns: int, rows: RowSet = RowSet.TOKENS) -> dict[Activation, int]:
+        """Packs of one input, one for each form that the named weights read; layers share those of the same use."""
+        kinds = tuple(dict.fromkeys(self._kind(name) for name in names))
+        if (use, kinds) not in self._packs:
+            self._packs[use, kinds] = {kind: self.builder.add_pack(kind, columns, rows) for kind in kinds}
+        return self._packs[use, kinds]
+
+    def weight(self, name: str, packs: dict[Activation, int], out_column: int = 0) -> int:
+        """A matrix that multiplies one of `packs`, with its bias, if it has one."""
+        tensor = self._weights[name]
+        bias = self._weights.get(name.removesuffix("weight") + "bias")
+        return self.builder.add_weight(
+            self._packed.address(name),
+            tensor.qtype,
+            (tensor.shape[0], tensor.shape[1]),
+            pack=packs[self._kind(name)],
+            out_column=out_column,
+            bias=None if bias is None else _dense_vector(bias),
+        )
+
+    def table(self, name: str) -> int:
+        """A matrix whose rows are looked up."""
+        tensor = self._weights[name]
+        return self.builder.add_weight(self._packed.address(name), tensor.qtype, (tensor.shape[0], tensor.shape[1]))
+
+    def vector(self, name: str) -> int:
+        return self.builder.add_vector(_dense_vector(self._weights[name]))
+
+    def _kind(self, name: str) -> Activation:
+        return Activation.FLOAT32 if self._weights[name].qtype in _DENSE else self._activation
+
+
+def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed: _PackedWeights) -> Program:
+    spec = executor.spec
+    compiler = _Compiler(weights, packed, _ACTIVATIONS[executor.activations])
+    builder = compiler.builder
+    residual = builder.add_buffer(spec.hidden_size)
+    qkv = builder.add_buffer((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
+    attended = builder.add_buffer(spec.num_heads * spec.head_dim)
+    embedding = compiler.table("embed.weight")
+    builder.add_op(OpKind.EMBED, output=residual, weights=[embedding])
+    for layer in range(spec.num_layers):
+        _compile_attention(compiler, spec, layer, (residual, qkv, attended))
+        _compile_mlp(compiler, spec, layer, residual)
+    _compile_head(compiler, spec, residual)
+    cos, sin = rotary_tables(spec.rotary, executor.max_model_len)
+    return builder.build(
+        executor._library,
+        executor.isa,
+        cos,
+        sin,
+        vocab_size=spec.vocab_size,
+        num_layers=spec.num_layers,
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        kv_half=int(executor.kv_dtype == "float16"),
+    )
+
+
+def _compile_attention(compiler: _Compiler, spec: ModelSpec, layer: int, buffers: tuple[int, int, int]) -> None:
+    residual, qkv, attended = buffers
+    builder, prefix = compiler.builder, f"layers.{layer}."
+    names = [f"{prefix}{part}.weight" for part in "qkv"]
+    packs = compiler.packs("normed", names, spec.hidden_size)
+    columns = (0, spec.num_heads * spec.head_dim, (spec.num_heads + spec.num_kv_heads) * spec.head_dim)
+    projections = [compiler.weight(name, packs, column) for name, column in zip(names, columns, strict=True)]
+    norm = compiler.vector(f"{prefix}attn_norm.weight")
+    builder.add_op(OpKind.RMS_NORM, source=residual, packs=list(packs.values()), vector=norm, value=spec.norm_eps)
+    builder.add_op(OpKind.LINEAR, output=qkv, weights=projections)
+    builder.add_op(OpKind.ROTARY_KV, source=qkv, layer=layer)
+    builder.add_op(
+        OpKind.ATTENTION,
+        source=qkv,
+        output=attended,
+        layer=layer,
+        window=spec.windows[layer] or 0,
+        value=spec.head_dim**-0.5,
+    )
+    out_packs = compiler.packs("attended", [f"{prefix}o.weight"], spec.num_heads * spec.head_dim)
+    builder.add_op(OpKind.PACK, source=attended, packs=list(out_packs.values()))
+    out = compiler.weight(f"{prefix}o.weight", out_packs)
+    builder.add_op(OpKind.LINEAR, output=residual, weights=[out], flag=1)
+
+
+def _compile_mlp(compiler: _Compiler, spec: ModelSpec, layer: int, residual: int) -> None:
+    builder, prefix = compiler.builder, f"layers.{layer}."
+    names = [f"{prefix}gate.weight", f"{prefix}up.weight"]
+    packs = compiler.packs("normed", names, spec.hidden_size)
+    norm = compiler.vector(f"{prefix}mlp_norm.weight")
+    builder.add_op(OpKind.RMS_NORM, source=residual, packs=list(packs.values()), vector=norm, value=spec.norm_eps)
+    down_packs = compiler.packs("gated", [f"{prefix}down.weight"], spec.intermediate_size)
+    kind = GateKind.SILU if spec.activation == "silu" else GateKind.GELU_TANH
+    pair = [compiler.weight(name, packs) for name in names]
+    builder.add_op(OpKind.GATED, weights=pair, packs=list(down_packs.values()), flag=kind)
+    down = compiler.weight(f"{prefix}down.weight", down_packs)
+    builder.add_op(OpKind.LINEAR, output=residual, weights=[down], flag=1)
+
+
+def _compile_head(compiler: _Compiler, spec: ModelSpec, residual: int) -> None:
+    builder = compiler.builder
+    name = "embed.weight" if spec.tied_head else "head.weight"
+    packs = compiler.packs("last", [name], spec.hidden_size, RowSet.LOGITS)
+    last = builder.add_buffer(spec.hidden_size)
+    norm = compiler.vector("norm.weight")
+    builder.add_op(OpKind.GATHER, rows=RowSet.LOGITS, source=residual, output=last)
+    builder.add_op(
+        OpKind.RMS_NORM,
+        rows=RowSet.LOGITS,
+        source=last,
+        packs=list(packs.values()),
+        vector=norm,
+        value=spec.norm_eps,
+    )
+    builder.add_op(OpKind.LINEAR, rows=RowSet.LOGITS, output=LOGITS, weights=[compiler.weight(name, packs)])
+
+
+def _linear_names(spec: ModelSpec) -> list[str]:
+    """Names of all matrices, in the order in which a step reads them."""
+    parts = ("q", "k", "v", "o", "gate", "up", "down")
+    names = [f"layers.{layer}.{part}.weight" for layer in range(spec.num_layers) for part in parts]
+    return [*names, "embed.weight"] if spec.tied_head else [*names, "head.weight", "embed.weight"]
+
+
+def _dense_vector(tensor: RawTensor) -> np.ndarray:
+    """A stored vector as float32."""
+    data = np.ascontiguousarray(tensor.data).reshape(-1)
+    if tensor.qtype is QuantType.F32:
+        return data.view("<f4")
+    if tensor.qtype is QuantType.F16:
+        return data.view("<f2").astype(np.float32)
+    if tensor.qtype is QuantType.BF16:
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    raise ConfigError(f"{tensor.name} is {tensor.qtype.name}; norms and biases must be F32, F16 or BF16")
+
+
+# Of ForwardInputs' fields, in order.
+_INPUT_TYPES = (torch.int32, torch.int32, torch.int64, torch.int32, torch.int32, torch.int32, torch.int32)
+
+
+def _check_layout(inputs: ForwardInputs) -> None:
+    """The library reads raw memory, so types and lengths must be what it takes them for."""
+    for tensor, dtype in zip(inputs, _INPUT_TYPES, strict=True):
+        if tensor.dtype is not dtype or tensor.stride(-1) != 1:
+            raise ValueError(f"a step's tensor is {tensor.dtype} with strides {tensor.stride()}, not dense {dtype}")
+    tokens, sequences = inputs.token_ids.shape[0], inputs.context_lens.shape[0]
+    lengths = (inputs.positions.shape[0], inputs.slot_mapping.shape[0], inputs.query_start.shape[0] - 1)
+    if lengths != (tokens, tokens, sequences) or inputs.block_tables.shape[0] != sequences:
+        raise ValueError(f"a step of {tokens} tokens and {sequences} sequences has tensors of other lengths {lengths}")
