@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from aphrodite.errors import ModelFormatError
+from aphrodite.kernels.dispatch import log_once
 from aphrodite.quantization.dequantize import dequantize
-from aphrodite.quantization.types import RawTensor
+from aphrodite.quantization.types import QuantType, RawTensor
 
 _PIECE_VALUES = 4 * 1024 * 1024  # float32 values in flight; bounds what conversion needs above its result
 
@@ -24,6 +26,7 @@ def stack_dense(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.de
     Raises:
         ModelFormatError: a value does not fit float16.
     """
+    _warn_of_loss(parts, dtype)
     rows = sum(part.shape[0] for part in parts)
     out = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
     at = 0
@@ -31,6 +34,22 @@ def stack_dense(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.de
         _convert(part, out[at : at + part.shape[0]])
         at += part.shape[0]
     return out
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _warn_of_loss(parts: Sequence[RawTensor], dtype: torch.dtype) -> None:
+    kept = {torch.bfloat16: QuantType.BF16, torch.float16: QuantType.F16}.get(dtype)
+    if dtype == torch.float32:
+        return
+    for part in parts:
+        if part.qtype is not kept:
+            log_once(
+                logging.WARNING, f"{part.qtype.name} weights: rounded to {short_name(dtype)}; --dtype float32 is exact"
+            )
 
 
 def _convert(raw: RawTensor, out: torch.Tensor) -> None:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from aphrodite.kernels.dispatch import Choice, Declined, choose, log_once
-from aphrodite.layers.dense import stack_dense, to_dense
+from aphrodite.layers.dense import short_name, stack_dense, to_dense
 from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.quantization.types import RawTensor
 
 
 class Linear(Protocol):
@@ -91,11 +91,11 @@ def build_linear(
 
     types = "/".join(sorted({part.qtype.name for part in parts}))
     candidates: list[tuple[str, Callable[[], torch.Tensor | Int4Weight | Declined]]]
-    candidates = [("packed 4-bit", int4), (f"dense {_short(dtype)}", dense)]
+    candidates = [("packed 4-bit", int4), (f"dense {short_name(dtype)}", dense)]
     chosen: tuple[torch.Tensor | Int4Weight, Choice] = choose(f"linear layers of {types}", candidates)
     weight, choice = chosen
-    _warn_of_loss(parts, weight, dtype)
     if isinstance(weight, Int4Weight):
+        log_once(logging.WARNING, f"{types} weights: scales rounded to bfloat16; --dtype float32 is exact")
         return Int4Linear(weight, bias, choice)
     return DenseLinear(weight, bias, choice)
 
@@ -111,16 +111,3 @@ def _stack_biases(
             for part, bias in zip(parts, biases, strict=True)
         ]
     )
-
-
-def _warn_of_loss(parts: Sequence[RawTensor], weight: torch.Tensor | Int4Weight, dtype: torch.dtype) -> None:
-    if dtype == torch.float32:
-        return
-    kept = {torch.bfloat16: QuantType.BF16, torch.float16: QuantType.F16}.get(dtype)
-    for qtype in sorted({part.qtype for part in parts} - {kept}, key=lambda qtype: qtype.gguf_id):
-        how = "scales rounded to bfloat16" if isinstance(weight, Int4Weight) else f"rounded to {_short(dtype)}"
-        log_once(logging.WARNING, f"{qtype.name} weights: {how}; --dtype float32 computes with their exact values")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

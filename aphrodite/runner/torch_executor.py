@@ -19,6 +19,7 @@ from aphrodite.attention.backend import AttentionShape, KVCache
 from aphrodite.attention.choice import choose_attention
 from aphrodite.attention.torch_paged import ROW_MULTIPLE, TiledAttention
 from aphrodite.kernels.dispatch import log_once
+from aphrodite.layers.dense import short_name
 from aphrodite.layers.linear import Linear
 from aphrodite.models.decoder import Decoder
 from aphrodite.models.spec import ModelSpec
@@ -103,7 +104,7 @@ class TorchExecutor:
         weights = self._decoder.weights
         layouts = Counter(str(linear.choice) for layer in weights.layers for linear in layer.linears)
         return {
-            "executor": f"torch {torch.__version__} on {self.device}, {str(self._dtype).removeprefix('torch.')}",
+            "executor": f"torch {torch.__version__} on {self.device}, {short_name(self._dtype)}",
             "attention": str(self._attention_choice),
             "linear layers": "; ".join(f"{count} x {layout}" for layout, count in layouts.items()),
             "head": str(weights.head.choice),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch_executor_cases import Driver, executor_of, prompts, spec_of, tiny_model, weights_of
+from torch_executor_cases import Driver, executor_of, prompts, tiny_model
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,6 +18,9 @@ from transformers import (
 )
 
 from aphrodite.errors import ModelFormatError
+from aphrodite.models.spec import ModelSpec, RotarySpec
+from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.runner.torch_executor import TorchExecutor
 
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 2.0},
@@ -45,7 +49,7 @@ def reference_logits(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 def assert_equal_to_transformers(model: Any, **options: Any) -> None:
-    driver = Driver(executor_of(spec_of(model), weights_of(model), **options))
+    driver = Driver(executor_of(model, **options))
     batch = [driver.add(tokens) for tokens in prompts(model.config.vocab_size)]
     for sequence, logits in zip(batch, driver.step([(s, len(s.tokens)) for s in batch]), strict=True):
         expected = reference_logits(model, sequence.tokens)
@@ -62,7 +66,7 @@ def test_dynamic_scaling_beyond_the_original_context_equals_transformers() -> No
     rope = {"rope_theta": 1e4, **ROPES["dynamic"]}
     model = tiny_model(LlamaForCausalLM, LlamaConfig, max_position_embeddings=128, rope_parameters=rope)
     (tokens,) = prompts(model.config.vocab_size, lengths=(300,))
-    driver = Driver(executor_of(spec_of(model), weights_of(model), max_model_len=300))
+    driver = Driver(executor_of(model, max_model_len=300))
     (logits,) = driver.step([(driver.add(tokens), 300)])
     torch.testing.assert_close(logits, reference_logits(model, tokens), rtol=0, atol=1e-4)
 
@@ -86,7 +90,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def driver(model: Any) -> Driver:
-    return Driver(executor_of(spec_of(model), weights_of(model)))
+    return Driver(executor_of(model))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -127,7 +131,7 @@ def test_decode_batches_of_uneven_contexts_equal_prefill(driver: Driver) -> None
 
 
 def test_not_a_number_left_in_a_freed_block_does_not_spread(model: Any) -> None:
-    executor = executor_of(spec_of(model), weights_of(model))
+    executor = executor_of(model)
     clean = Driver(executor, seed=3)
     tokens = prompts(211)[1]
     (expected,) = clean.step([(clean.add(tokens), len(tokens))])
@@ -141,7 +145,7 @@ def test_not_a_number_left_in_a_freed_block_does_not_spread(model: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.35), (torch.float16, 0.05)])
 def test_half_precision_stays_near_float32(model: Any, dtype: torch.dtype, bound: float) -> None:
-    driver = Driver(executor_of(spec_of(model), weights_of(model), dtype=dtype))
+    driver = Driver(executor_of(model, dtype=dtype))
     batch = [driver.add(tokens) for tokens in prompts(211)]
     driver.step([(s, len(s.tokens) - 1) for s in batch])
     for sequence, logits in zip(batch, driver.step([(s, 1) for s in batch]), strict=True):
@@ -160,17 +164,35 @@ def test_only_wanted_logits_are_computed(driver: Driver) -> None:
 
 
 def test_sizes_are_reported(model: Any) -> None:
-    executor = executor_of(spec_of(model), weights_of(model))
+    executor = executor_of(model)
     assert executor.weight_bytes == sum(4 * p.numel() for p in model.parameters())
     assert executor.kv_bytes_per_block == 3 * 2 * 2 * 16 * 16 * 4
     tied = tiny_model(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=True)
-    assert executor_of(spec_of(tied), weights_of(tied)).weight_bytes == sum(4 * p.numel() for p in tied.parameters())
+    assert executor_of(tied).weight_bytes == sum(4 * p.numel() for p in tied.parameters())
 
 
-def test_missing_and_misshapen_tensors_are_named(model: Any) -> None:
-    weights = weights_of(model)
-    spec = spec_of(model)
-    with pytest.raises(ModelFormatError, match=r"layers\.1\.up\.weight"):
-        executor_of(spec, {name: raw for name, raw in weights.items() if name != "layers.1.up.weight"})
-    with pytest.raises(ModelFormatError, match="shape"):
-        executor_of(spec, {**weights, "layers.2.k.weight": weights["layers.2.q.weight"]})
+def test_missing_and_misshapen_tensors_are_named() -> None:
+    spec = ModelSpec(
+        family="llama",
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        norm_eps=1e-5,
+        max_position=64,
+        rotary=RotarySpec(dim=4),
+        windows=(None,),
+        tied_head=True,
+    )
+
+    def load(tensors: dict[str, RawTensor]) -> None:
+        TorchExecutor(spec, tensors, block_size=16, max_model_len=64, dtype=torch.float32, device=torch.device("cpu"))
+
+    embed = RawTensor("model.embed", (8, 8), QuantType.F32, np.zeros((8, 32), np.uint8))
+    with pytest.raises(ModelFormatError, match=r"layers\.0\.attn_norm\.weight"):
+        load({"embed.weight": embed})
+    with pytest.raises(ModelFormatError, match=r"model\.embed .*\[4, 8\].*\[8, 8\]"):
+        load({"embed.weight": RawTensor("model.embed", (4, 8), QuantType.F32, embed.data[:4])})

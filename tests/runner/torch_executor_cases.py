@@ -1,30 +1,19 @@
-"""Random tiny checkpoints in transformers' classes, the same weights for our executor, and a driver for it."""
+"""Random tiny checkpoints saved by transformers, executors that opened them as a user would, and a driver."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from aphrodite.models.spec import ModelSpec, RotarySpec
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.torch_executor import TorchExecutor
 
 BLOCK_SIZE = 16
-CANONICAL = {
-    "model.embed_tokens.weight": "embed.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",
-}
-PARTS = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "mlp_norm",
-    **{f"self_attn.{x}_proj": x for x in "qkvo"},
-    **{f"mlp.{x}_proj": x for x in ("gate", "up", "down")},
-}
 
 
 def tiny_model(model_class: Any, config_class: Any, **options: Any) -> Any:
@@ -52,70 +41,21 @@ def tiny_model(model_class: Any, config_class: Any, **options: Any) -> Any:
     return model
 
 
-def spec_of(model: Any) -> ModelSpec:
-    config = model.config
-    rope = dict(config.rope_parameters)
-    kind = rope["rope_type"]
-    window = getattr(config, "sliding_window", None)
-    names = {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"}
-    rotary = RotarySpec(
-        dim=config.head_dim,
-        theta=rope["rope_theta"],
-        scaling="none" if kind == "default" else kind,
-        original_max_position=rope.get("original_max_position_embeddings") or config.max_position_embeddings,
-        **{name: value for name, value in rope.items() if name in names and value is not None},
-    )
-    state = model.state_dict()
-    return ModelSpec(
-        family=config.model_type,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        norm_eps=config.rms_norm_eps,
-        max_position=config.max_position_embeddings,
-        rotary=rotary,
-        windows=(window,) * config.num_hidden_layers,
-        activation="gelu_tanh" if config.hidden_act == "gelu_pytorch_tanh" else "silu",
-        tied_head=config.tie_word_embeddings,
-        qkv_bias="model.layers.0.self_attn.q_proj.bias" in state,
-        output_bias="model.layers.0.self_attn.o_proj.bias" in state,
-        mlp_bias="model.layers.0.mlp.up_proj.bias" in state,
-    )
-
-
-def raw_f32(name: str, values: np.ndarray) -> RawTensor:
-    values = np.ascontiguousarray(values, dtype="<f4")
-    return RawTensor(name, values.shape, QuantType.F32, values.reshape(-1, values.shape[-1]).view(np.uint8))
-
-
-def weights_of(model: Any) -> dict[str, RawTensor]:
-    weights = {}
-    for name, value in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        canonical = CANONICAL.get(name)
-        if canonical is None:
-            _, _, layer, *middle, kind = name.split(".")
-            canonical = f"layers.{layer}.{PARTS['.'.join(middle)]}.{kind}"
-        weights[canonical] = raw_f32(name, value.numpy())
-    return weights
-
-
 def executor_of(
-    spec: ModelSpec,
-    weights: Mapping[str, RawTensor],
-    *,
-    max_model_len: int = 512,
-    num_blocks: int = 200,
-    dtype: torch.dtype = torch.float32,
+    model: Any, *, max_model_len: int = 512, num_blocks: int = 200, dtype: torch.dtype = torch.float32
 ) -> TorchExecutor:
-    executor = TorchExecutor(
-        spec, weights, block_size=BLOCK_SIZE, max_model_len=max_model_len, dtype=dtype, device=torch.device("cpu")
-    )
+    """An executor of a transformers model, by way of its checkpoint on disk."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        checkpoint = open_checkpoint(directory)
+        executor = TorchExecutor(
+            checkpoint.spec,
+            checkpoint.weights,
+            block_size=BLOCK_SIZE,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            device=torch.device("cpu"),
+        )
     executor.allocate_kv_cache(num_blocks)
     return executor
 
