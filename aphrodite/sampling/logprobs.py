@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from aphrodite.core.plan import TokenLogprobs
+from aphrodite.kernels.cpu.sampling import NativeSampling
 
 
 class LogprobTensors(NamedTuple):
@@ -18,8 +19,8 @@ class LogprobTensors(NamedTuple):
 
     token_ids: torch.Tensor  # [W] int64
     logprobs: torch.Tensor  # [W] float32
-    ranks: torch.Tensor  # [W] int64, 1 = most likely
-    top_ids: torch.Tensor  # [W, K] int64
+    ranks: torch.Tensor  # [W] integers, 1 = most likely
+    top_ids: torch.Tensor  # [W, K] integers
     top_logprobs: torch.Tensor  # [W, K] float32, descending
 
     def entry(self, number: int, wanted: int) -> TokenLogprobs:
@@ -34,19 +35,24 @@ class LogprobTensors(NamedTuple):
         )
 
 
-def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
-    """Log-probabilities under softmax(logits).
+def gather_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, k: int, native: NativeSampling | None = None
+) -> LogprobTensors:
+    """Log-probabilities under softmax(logits), in the native library where one is given.
 
     Args:
         logits: [W, vocab] float32, finite or -inf.
         token_ids: [W] int64, the tokens to report.
         k: most likely tokens to list.
     """
+    k = min(k, logits.shape[-1])
+    if native is not None:
+        return LogprobTensors(token_ids, *native.logprobs(logits, token_ids, k))
     chosen = logits.gather(-1, token_ids[:, None])
     normalizer = logits.logsumexp(-1, keepdim=True)
     ids = torch.arange(logits.shape[-1], device=logits.device)
     before = (logits > chosen) | ((logits == chosen) & (ids < token_ids[:, None]))
-    top_ids = _top_ids(logits, min(k, logits.shape[-1]))
+    top_ids = _top_ids(logits, k)
     return LogprobTensors(
         token_ids,
         (chosen - normalizer)[:, 0],

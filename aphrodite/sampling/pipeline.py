@@ -1,22 +1,27 @@
 """The sampler: rows of logits in, one token a row out, everything on the device.
 
-Rows are grouped by stage, so a row without a stage pays nothing for it and no row's values touch
-another row. A stage that may leave nothing of a row is undone where it does.
+Common plans run in the native library where there is one (`fused.py`), all others as torch operations,
+stage by stage: rows are grouped by stage, so a row without a stage pays nothing for it and no row's
+values touch another row. A stage that may leave nothing of a row is undone where it does. Which way a
+row goes depends on its own plan alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
 
 from aphrodite.core.plan import TokenLogprobs
 from aphrodite.errors import RequestFailedError
+from aphrodite.kernels.cpu.sampling import NativeSampling
+from aphrodite.sampling.draw import draw
+from aphrodite.sampling.fused import FusedSampler
 from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.plan import SamplingPlan, compile_plan
-from aphrodite.sampling.random import Use, gumbel, signed_seed, uniforms
+from aphrodite.sampling.random import signed_seed
 from aphrodite.sampling.stages.base import RowInfo, RowState, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.registry import all_stages
 
@@ -50,6 +55,7 @@ class Sampler:
         token_ids: [num_rows, max_model_len] int32, the runner's history of every row, prompt first. The
             runner writes chosen tokens there before the next `sample`.
         num_prompt: [num_rows], the runner's prompt lengths.
+        native: whether the native library may be used.
     """
 
     def __init__(
@@ -60,11 +66,15 @@ class Sampler:
         token_ids: torch.Tensor,
         num_prompt: torch.Tensor,
         device: torch.device,
+        *,
+        native: bool = True,
     ) -> None:
         self._info = SamplerInfo(num_rows, vocab_size, device, token_ids, num_prompt)
         self._eos_token_ids = eos_token_ids
         self._plans: dict[int, SamplingPlan] = {}
         self._states: dict[str, RowState | None] = {}
+        self._fused = FusedSampler.open(self._info) if native else None
+        self._fused_rows: set[int] = set()
         self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._columns = _columns(all_stages())
         width = max(columns.stop for columns in self._columns.values())
@@ -86,10 +96,16 @@ class Sampler:
             state = self._states[name]
             if state is not None:
                 state.start(row, prompt_token_ids)
+        if self._fused is not None and self._fused.accepts(plan):
+            self._fused_rows.add(row)
+            self._fused.start(row, params, plan, seed, self._states.get("penalties"))
 
     @torch.inference_mode()
     def end(self, row: int) -> None:
         """The row's request is gone and the row is free."""
+        if self._fused is not None and row in self._fused_rows:
+            self._fused_rows.remove(row)
+            self._fused.end(row)
         for name in self._plans.pop(row).steps:
             state = self._states[name]
             if state is not None:
@@ -108,18 +124,17 @@ class Sampler:
         token_ids = torch.zeros(len(rows), dtype=torch.int32, device=logits.device)
         ok = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
         report = _LogprobReport(batch, logits)
-        for entries in batch.by_order():
-            part = batch if len(entries) == len(rows) else batch.take(entries)
-            index = self._index(entries)
-            left = logits if part is batch else logits[index]
-            finite = left.amax(-1).isfinite()
-            left = self._apply_stages(left, part)
-            finite &= left.amax(-1).isfinite()
-            token_ids[index] = torch.where(finite, self._choose(left, part), 0).to(torch.int32)
-            ok[index] = finite
-            report.processed(entries, left)
+        fused = [entry for entry, row in enumerate(rows) if row in self._fused_rows]
+        if self._fused is not None and fused:
+            part = batch if len(fused) == len(rows) else batch.take(fused)
+            counts = self._states.get("penalties")
+            self._fused.sample(logits, fused, part.rows, part.positions, counts, token_ids, ok)
+            report.processed(fused, logits, fused)
+        if len(fused) < len(rows):
+            self._sample_by_stages(logits, batch, token_ids, ok, report)
         self._observe(batch, token_ids)
-        return Sampled(token_ids, ok, report.gather(token_ids), report.wanted)
+        tensors = report.gather(token_ids, None if self._fused is None else self._fused.native)
+        return Sampled(token_ids, ok, tensors, report.wanted)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:
@@ -134,8 +149,24 @@ class Sampler:
         """
         if not bool(logits.amax(-1).isfinite().all()):
             raise RequestFailedError("the model's logits for this prompt are not finite numbers")
-        tensors = gather_logprobs(logits, target_ids.to(device=logits.device, dtype=torch.int64), k)
+        native = None if self._fused is None else self._fused.native
+        tensors = gather_logprobs(logits, target_ids.to(device=logits.device, dtype=torch.int64), k, native)
         return [tensors.entry(entry, k) for entry in range(len(logits))]
+
+    def _sample_by_stages(
+        self, logits: torch.Tensor, batch: _Batch, token_ids: torch.Tensor, ok: torch.Tensor, report: _LogprobReport
+    ) -> None:
+        """Sample the rows that the fast path leaves; writes their entries of token_ids and ok."""
+        for entries in batch.by_order(skip=self._fused_rows):
+            part = batch if len(entries) == len(batch.rows) else batch.take(entries)
+            index = self._index(entries)
+            left = logits if part is batch else logits[index]
+            finite = left.amax(-1).isfinite()
+            left = self._apply_stages(left, part)
+            finite &= left.amax(-1).isfinite()
+            token_ids[index] = torch.where(finite, self._choose(left, part), 0).to(torch.int32)
+            ok[index] = finite
+            report.processed(entries, left, range(len(entries)))
 
     def _apply_stages(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
         """Run every stage, in the order that all rows of `batch` share, on the rows that have it."""
@@ -180,20 +211,17 @@ class Sampler:
             index = self._index(drawn)
             chosen[index] = self._choose(logits[index], batch.take(drawn))
             return chosen
-        index = self._index(batch.rows)
-        positions = self._index(batch.positions)
-        noise = gumbel(uniforms(self._seeds[index], positions, Use.DRAW, logits.shape[-1]))
-        # Relative to the maximum, so that large logits do not swallow the noise's digits.
-        return (logits - logits.amax(-1, keepdim=True) + noise).argmax(-1)
+        return draw(logits, self._seeds[self._index(batch.rows)], self._index(batch.positions))
 
     def _observe(self, batch: _Batch, token_ids: torch.Tensor) -> None:
         for name, state in self._states.items():
             if state is None:
                 continue
             members = [entry for entry, plan in enumerate(batch.plans) if name in plan.steps]
-            if members:
-                rows = [batch.rows[entry] for entry in members]
-                state.observe(rows, self._index(rows), token_ids[self._index(members)])
+            if len(members) == len(batch.rows):
+                state.observe(batch.rows, token_ids)
+            elif members:
+                state.observe([batch.rows[entry] for entry in members], token_ids[self._index(members)])
 
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:
         """[N] int64 on the device, without waiting for it."""
@@ -216,10 +244,12 @@ class _Batch(NamedTuple):
             [self.positions[entry] for entry in entries],
         )
 
-    def by_order(self) -> list[list[int]]:
-        """Entries grouped by their plans' order of stages."""
+    def by_order(self, skip: Container[int]) -> list[list[int]]:
+        """Entries grouped by their plans' order of stages, without those of rows in `skip`."""
         groups: dict[tuple[str, ...], list[int]] = {}
-        for entry, plan in enumerate(self.plans):
+        for entry, (plan, row) in enumerate(zip(self.plans, self.rows, strict=True)):
+            if row in skip:
+                continue
             groups.setdefault(plan.order, []).append(entry)
         return list(groups.values())
 
@@ -232,19 +262,19 @@ class _LogprobReport:
         self._processed = {entry for entry in self.wanted if batch.plans[entry].processed_logprobs}
         self._logits = logits[list(self.wanted)] if self.wanted else None
 
-    def processed(self, entries: Sequence[int], logits: torch.Tensor) -> None:
-        """Take `logits` [len(entries), vocab] of the entries that want them as they are after the stages."""
-        if self._logits is None:
+    def processed(self, entries: Sequence[int], logits: torch.Tensor, places: Sequence[int]) -> None:
+        """Take the logits after the stages, `logits[places]`, of those of `entries` that want them."""
+        if self._logits is None or not self._processed:
             return
-        for row, entry in enumerate(entries):
+        for entry, place in zip(entries, places, strict=True):
             if entry in self._processed:
-                self._logits[list(self.wanted).index(entry)] = logits[row]
+                self._logits[list(self.wanted).index(entry)] = logits[place]
 
-    def gather(self, token_ids: torch.Tensor) -> LogprobTensors | None:
+    def gather(self, token_ids: torch.Tensor, native: NativeSampling | None) -> LogprobTensors | None:
         """For the chosen `token_ids` [L]."""
         if self._logits is None:
             return None
-        return gather_logprobs(self._logits, token_ids[list(self.wanted)].long(), max(self.wanted.values()))
+        return gather_logprobs(self._logits, token_ids[list(self.wanted)].long(), max(self.wanted.values()), native)
 
 
 def _columns(stages: Sequence[Stage]) -> dict[str, slice]:

@@ -18,6 +18,7 @@ from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage
 from aphrodite.sampling.stages.registry import all_stages
 
+DEFAULT_ORDER = tuple(stage.name for stage in all_stages())
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow float32 and is a client's spelling of 0
 
 

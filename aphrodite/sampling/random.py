@@ -100,8 +100,17 @@ def uniforms(seeds: torch.Tensor, positions: torch.Tensor, use: int, count: int)
     return ((words.flatten(1)[:, :count] >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
+def uniforms_at(seeds: torch.Tensor, positions: torch.Tensor, use: int, indices: torch.Tensor) -> torch.Tensor:
+    """The uniform of one index each: all arguments [M] int64, as in `uniforms`; returns [M] float32."""
+    zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
+    key = (seeds & _LOW, seeds >> 32 & _LOW)
+    words = torch.stack(philox((positions, zero + int(use), indices >> 2, zero), key), dim=-1)
+    word = words.gather(-1, (indices & 3)[:, None])[:, 0]
+    return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
 def gumbel(uniform: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise of uniforms in (0, 1); at most 16.64 for those of this module."""
+    """Standard Gumbel noise of uniforms in (0, 1); between -2.82 and 16.64 for those of this module."""
     return -torch.log(-torch.log(uniform))
 
 

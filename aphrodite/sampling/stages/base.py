@@ -50,8 +50,8 @@ class RowState(Protocol):
     def end(self, row: int) -> None:
         """The row's request is gone."""
 
-    def observe(self, rows: Sequence[int], index: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Tokens were chosen, still on the device: `index` [R] int64 are `rows`, `token_ids` [R] int32."""
+    def observe(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
+        """Tokens were chosen for these rows: `token_ids` [R] int32, still on the device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class TokenCounts:
     def __init__(self, info: SamplerInfo) -> None:
         self._info = info
         self.table = torch.zeros(0, info.vocab_size, dtype=torch.int32, device=info.device)
+        self._one = torch.ones((), dtype=torch.int32, device=info.device)
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
 
@@ -37,10 +38,9 @@ class TokenCounts:
     def end(self, row: int) -> None:
         self._free.append(self._slots.pop(row))
 
-    def observe(self, rows: Sequence[int], index: torch.Tensor, token_ids: torch.Tensor) -> None:
-        slots = self.slots(rows)
-        one = torch.ones((), dtype=torch.int32, device=self._info.device)
-        self.table.index_put_((slots, token_ids.long()), one, accumulate=True)
+    def observe(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
+        cells = self.slots(rows) * self._info.vocab_size + token_ids
+        self.table.view(-1).index_add_(0, cells, self._one.expand(len(rows)))
 
     def slots(self, rows: Sequence[int]) -> torch.Tensor:
         """Indices into `table` of rows: [R] int64."""

@@ -1,0 +1,73 @@
+"""Drives the sampler as the runner does: starts rows, samples, appends tokens to the history."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import sampling_reference as reference
+import torch
+
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.pipeline import Sampled, Sampler
+
+EOS = 2
+
+
+class Harness:
+    """A sampler with its runner's history, and the reference's view of every row."""
+
+    def __init__(self, num_rows: int, vocab_size: int, *, native: bool) -> None:
+        self.token_ids = torch.zeros(num_rows, 512, dtype=torch.int32)
+        self.num_prompt = torch.zeros(num_rows, dtype=torch.int32)
+        self.sampler = Sampler(
+            num_rows,
+            vocab_size,
+            frozenset({EOS}),
+            self.token_ids,
+            self.num_prompt,
+            torch.device("cpu"),
+            native=native,
+        )
+        self.vocab_size = vocab_size
+        self.rows: dict[int, reference.Row] = {}
+
+    def start(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
+        self.token_ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+        self.num_prompt[row] = len(prompt)
+        self.sampler.start(row, params, seed, prompt)
+        ending = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+        self.rows[row] = reference.Row(
+            list(prompt),
+            [],
+            seed,
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+            params.logit_bias,
+            params.min_tokens,
+            tuple(ending),
+        )
+
+    def end(self, row: int) -> None:
+        self.sampler.end(row)
+        del self.rows[row]
+
+    def expect(self, logits: np.ndarray, rows: Sequence[int]) -> list[reference.Outcome]:
+        """What the reference says about the rows as they are."""
+        return [reference.sample(raw, copy.deepcopy(self.rows[row])) for raw, row in zip(logits, rows, strict=True)]
+
+    def sample(self, logits: np.ndarray, rows: Sequence[int]) -> Sampled:
+        """Sample and append the chosen tokens; `logits` [len(rows), vocab] is left alone."""
+        states = [self.rows[row] for row in rows]
+        positions = [len(state.prompt) + len(state.output) for state in states]
+        sampled = self.sampler.sample(torch.from_numpy(logits.copy()), rows, positions)
+        for row, state, position, token in zip(rows, states, positions, sampled.token_ids.tolist(), strict=True):
+            self.token_ids[row, position] = token
+            state.output.append(token)
+        return sampled

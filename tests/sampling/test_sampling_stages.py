@@ -1,0 +1,124 @@
+"""The shape that further stages rely on: finding them, orders per row, state, stages that leave nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sampling_harness import Harness
+
+from aphrodite.sampling import plan as plan_module
+from aphrodite.sampling.params import SamplingParams, parameter_table
+from aphrodite.sampling.plan import DEFAULT_ORDER, compile_plan
+from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
+from aphrodite.sampling.stages.registry import all_stages
+
+INFO = RowInfo(100, frozenset({2}), 3, torch.device("cpu"))
+
+
+def test_stages_are_found_in_the_documented_order() -> None:
+    assert DEFAULT_ORDER == ("logit_bias", "min_tokens", "penalties", "temperature", "top_k", "top_p", "min_p")
+    fields = {row.name for row in parameter_table()}
+    for stage in all_stages():
+        assert set(stage.parameters) <= fields
+        assert stage.is_neutral(SamplingParams())
+    documented = plan_module.__doc__ or ""
+    assert all(f"{stage.name} ({stage.rank})" in documented for stage in all_stages())
+
+
+def test_neutral_stages_are_left_out() -> None:
+    assert not compile_plan(SamplingParams(), INFO).steps
+    params = SamplingParams(temperature=0.0, top_p=0.5, min_p=0.2, top_k=4, presence_penalty=1.0)
+    greedy = compile_plan(params, INFO)
+    assert greedy.greedy
+    assert list(greedy.steps) == ["penalties"]
+
+
+def test_rows_may_have_different_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """min_p before and after a high temperature leaves different survivors; neighbours keep their own order."""
+
+    def stage_order(params: SamplingParams) -> tuple[Stage, ...]:
+        stages = all_stages()
+        if params.n == 2:
+            return tuple(sorted(stages, key=lambda stage: (stage.name == "temperature", stage.rank)))
+        return stages
+
+    monkeypatch.setattr(plan_module, "stage_order", stage_order)
+    vocab = 200
+    logits = np.random.default_rng(0).normal(size=(1, vocab)).astype(np.float32)
+    harness = Harness(4, vocab, native=True)
+    for row in range(4):
+        harness.start(row, SamplingParams(temperature=3.0, min_p=0.6, n=1 + row % 2), 100 + row, [1])
+    first = set(np.flatnonzero(logits[0] / 3 >= logits.max() / 3 + np.log(0.6)).tolist())
+    last = set(np.flatnonzero(logits[0] >= logits.max() + np.log(0.6)).tolist())
+    assert len(last) < len(first)
+    drawn: list[set[int]] = [set(), set()]
+    for position in range(1, 200):
+        tensor = torch.from_numpy(np.repeat(logits, 4, axis=0))
+        tokens = harness.sampler.sample(tensor, range(4), [position] * 4).token_ids.tolist()
+        drawn[0].update(tokens[0::2])
+        drawn[1].update(tokens[1::2])
+    assert drawn == [first, last]
+
+
+class EvenTokensOnly(Stage):
+    """Masks odd tokens, and remembers what was chosen."""
+
+    name = "even"
+    rank = 300
+    parameters = ("skip_special_tokens",)
+    can_empty = True
+
+    def is_neutral(self, params: SamplingParams) -> bool:
+        return params.skip_special_tokens
+
+    def new_state(self, info: Any) -> Log:
+        return Log()
+
+    def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
+        logits[:, 1::2] = -torch.inf
+        return logits
+
+
+class Log:
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def start(self, row: int, prompt_token_ids: Sequence[int]) -> None:
+        self.events.append(("start", row, list(prompt_token_ids)))
+
+    def end(self, row: int) -> None:
+        self.events.append(("end", row))
+
+    def observe(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
+        self.events.append(("observe", list(rows), token_ids.tolist()))
+
+
+def test_a_new_stage_keeps_state_and_never_empties_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aphrodite.sampling import pipeline
+
+    stages = tuple(sorted((*all_stages(), EvenTokensOnly()), key=lambda stage: stage.rank))
+    monkeypatch.setattr(plan_module, "all_stages", lambda: stages)
+    monkeypatch.setattr(pipeline, "all_stages", lambda: stages)
+    harness = Harness(3, 7, native=True)
+    harness.start(0, SamplingParams(temperature=0.0, skip_special_tokens=False), 1, [4])
+    harness.start(1, SamplingParams(temperature=0.0), 1, [4])
+    harness.start(2, SamplingParams(temperature=0.0, skip_special_tokens=False), 1, [5])
+    logits = np.array([[0, 9, 3, 1, 0, 0, 0]] * 3, np.float32)
+    logits[2, 0::2] = -np.inf
+    sampled = harness.sample(logits, [0, 1, 2])
+    assert sampled.ok.all()
+    assert sampled.token_ids.tolist() == [2, 1, 1]
+    harness.end(2)
+    state: Any = harness.sampler._states["even"]
+    assert state.events == [("start", 0, [4]), ("start", 2, [5]), ("observe", [0, 2], [2, 1]), ("end", 2)]
+
+
+def test_a_taken_row_cannot_be_taken() -> None:
+    harness = Harness(1, 7, native=False)
+    harness.start(0, SamplingParams(), 1, [1])
+    with pytest.raises(ValueError, match="row 0 is taken"):
+        harness.start(0, SamplingParams(), 1, [1])
