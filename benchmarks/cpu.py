@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import served
-from peers.llama_cpp import LlamaCppPeer
+from peers.llama_cpp_client import LlamaCppPeer
 
 from aphrodite.cli.bench import print_table
 from aphrodite.cli.bench_offline import Run, summarize, time_once

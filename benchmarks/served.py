@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from aphrodite.cli.bench_client import Client, Load, run_load
-from aphrodite.cli.bench_offline import random_prompts
+from aphrodite.cli.bench_offline import random_prompts, time_generate
 from aphrodite.cli.console import progress_bar, stderr
 from aphrodite.errors import AphroditeError
 from aphrodite.llm import LLM
-from aphrodite.sampling.params import SamplingParams
 
 STREAMS = 16
 INPUT_LEN, OUTPUT_LEN = 128, 128
@@ -104,11 +103,8 @@ def compare_with_offline(model: str | None, *, threads: int, rounds: int) -> Com
     return Comparison(statistics.median(offline[1:]), statistics.median(through[1:]))
 
 
-def _offline_rate(llm: LLM, prompts: Sequence[list[int]]) -> float:
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_LEN, ignore_eos=True)
-    began = time.perf_counter()
-    llm.generate(list(prompts), params, progress=False)
-    return len(prompts) * OUTPUT_LEN / (time.perf_counter() - began)
+def _offline_rate(llm: LLM, prompts: list[list[int]]) -> float:
+    return len(prompts) * OUTPUT_LEN / time_generate(llm, prompts, OUTPUT_LEN)
 
 
 async def _served_rate(url: str, prompts: Sequence[list[int]]) -> float:

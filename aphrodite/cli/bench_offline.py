@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from aphrodite.errors import RequestFailedError
 from aphrodite.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from aphrodite.llm import LLM
+    from aphrodite.outputs import RequestOutput
 
 Advance = Callable[[], None]
 
@@ -77,9 +79,9 @@ class Run(NamedTuple):
 def time_once(llm: LLM, source: random.Random, *, batch_size: int, input_len: int, output_len: int) -> Run:
     """Prefill fresh random prompts, then decode `output_len` steps on top of their KV cache."""
     prompts = random_prompts(source, llm.info.vocab_size, [input_len] * batch_size)
-    ttft = _time_generate(llm, prompts, 1)
-    short = _time_generate(llm, prompts, 1)
-    long = _time_generate(llm, prompts, output_len + 1)
+    ttft = time_generate(llm, prompts, 1)
+    short = time_generate(llm, prompts, 1)
+    long = time_generate(llm, prompts, output_len + 1)
     return Run(ttft, (long - short) / output_len, llm.stats().host_ms / 1e3)
 
 
@@ -117,11 +119,28 @@ def measure_latency(
     return summarize(llm, runs[1:], batch_size=batch_size, input_len=input_len, output_len=output_len)
 
 
-def _time_generate(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
+def time_generate(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds to answer `prompts` together with `tokens` tokens each, greedily."""
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     began = time.perf_counter()
-    llm.generate(prompts, params, progress=False)
-    return time.perf_counter() - began
+    outputs = llm.generate(prompts, params, progress=False)
+    elapsed = time.perf_counter() - began
+    _check_complete(outputs, len(prompts) * tokens)
+    return elapsed
+
+
+def _check_complete(outputs: Sequence[RequestOutput], expected: int) -> int:
+    """Output tokens of all answers. A failed or short answer would only look fast.
+
+    Raises:
+        RequestFailedError: fewer tokens came than were asked for.
+    """
+    answers = [answer for output in outputs for answer in output.outputs]
+    tokens = sum(answer.num_tokens for answer in answers)
+    if tokens != expected:
+        reason = next((answer.error for answer in answers if answer.error), "an answer ended early")
+        raise RequestFailedError(f"{tokens} of {expected} tokens came: {reason}; the measurement is void.")
+    return tokens
 
 
 def measure_throughput(
@@ -138,9 +157,10 @@ def measure_throughput(
     ]
     began = time.perf_counter()
     outputs = llm.generate(prompts, params, progress=progress)
+    elapsed = time.perf_counter() - began
     return Throughput(
         num_prompts=num_prompts,
         input_tokens=sum(lengths),
-        output_tokens=sum(answer.num_tokens for output in outputs for answer in output.outputs),
-        elapsed=time.perf_counter() - began,
+        output_tokens=_check_complete(outputs, sum(one.max_tokens or 0 for one in params)),
+        elapsed=elapsed,
     )

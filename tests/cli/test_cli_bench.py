@@ -21,7 +21,7 @@ from aphrodite.cli.bench_client import Client, Load, Sample, percentile, run_loa
 from aphrodite.cli.bench_offline import Run, measure_latency, measure_throughput, random_prompts
 from aphrodite.cli.bench_offline import summarize as summarize_runs
 from aphrodite.cli.main import app
-from aphrodite.errors import AphroditeError
+from aphrodite.errors import AphroditeError, RequestFailedError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
 
@@ -173,13 +173,16 @@ class FakeLLM:
         )
         self.calls: list[tuple[list[list[int]], Any]] = []
         self.closed = False
+        self.short = 0  # tokens that the last answer lacks
 
     def generate(self, prompts: Any, params: Any, *, progress: bool) -> list[RequestOutput]:
         self.calls.append((prompts, params))
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        counts = [one.max_tokens for one in each]
+        counts[-1] -= self.short
         return [
-            RequestOutput("0", prompt, [CompletionOutput(0, num_tokens=one.max_tokens)], finished=True)
-            for prompt, one in zip(prompts, each, strict=True)
+            RequestOutput("0", prompt, [CompletionOutput(0, num_tokens=count)], finished=True)
+            for prompt, count in zip(prompts, counts, strict=True)
         ]
 
     def stats(self) -> Any:
@@ -207,6 +210,12 @@ class TestOffline:
             assert llm.calls[first][0] == llm.calls[first + 1][0] == llm.calls[first + 2][0]
         assert llm.calls[0][0] != llm.calls[3][0]
         assert all(params.ignore_eos for _, params in llm.calls)
+
+    def test_a_short_answer_voids_the_measurement(self):
+        llm = FakeLLM()
+        llm.short = 1
+        with pytest.raises(RequestFailedError, match="1 of 2 tokens"):
+            measure_latency(llm, batch_size=2, input_len=3, output_len=5, repeats=1)
 
     def test_throughput_counts_tokens(self):
         llm = FakeLLM()
