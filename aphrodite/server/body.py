@@ -17,6 +17,8 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 # Work on more than this many bytes leaves the event loop: everybody's streams go through that loop.
 THREAD_BYTES = 16 * 1024
+# What a token of a whole answer counts for in this measure, log-probabilities in mind.
+BYTES_PER_TOKEN = 8
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:

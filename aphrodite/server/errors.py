@@ -90,7 +90,7 @@ def to_api_error(error: BaseException, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidRequestError):
-        return ApiError(400, str(error), param=error.param, code=error.code)
+        return ApiError(400, str(error), param=error.param, code=error.code or "invalid_value")
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="server_overloaded", headers=retry_after(error.retry_after))
     if isinstance(error, EngineDeadError):

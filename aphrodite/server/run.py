@@ -65,14 +65,14 @@ async def serve(
             if stopped.done() and not died.done():
                 code = await _drain(app.lifecycle, config.shutdown_timeout, (died, forced))
             if forced.done():
+                app.lifecycle.stop_all(shutting_down())
                 code = 128 + signals.number
             elif died.done():
                 code = await _give_up(app.lifecycle)
-            server.force_exit = forced.done()
-            server.should_exit = True
+            server.stop(force=forced.done())
             await asyncio.wait((serving, forced), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        server.force_exit = server.should_exit = True
+        server.stop(force=True)
         for task in (died, stopped, forced):
             task.cancel()
         await serving
@@ -157,11 +157,24 @@ def _uvicorn_config(app: Callable[..., object], config: ServerConfig) -> uvicorn
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handling, and with a word when it listens."""
+    """uvicorn without its signal handling and polling, and with a word when it listens."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._stopped = asyncio.Event()
+
+    def stop(self, *, force: bool) -> None:
+        """Stop listening and end; with `force` without waiting for connections."""
+        self.should_exit = True
+        self.force_exit = self.force_exit or force
+        self._stopped.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # which keeps the date header
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._stopped.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from aphrodite.server.body import off_loop, parse, read_object
+from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.prompts import encode
@@ -87,7 +87,7 @@ class TokenizerEndpoints:
             raise invalid("tokens", f"has ids outside the vocabulary: they must be 0 to {vocab_size - 1}")
         tokenizer = context.engine.tokenizer
         text = await off_loop(
-            4 * len(fields.tokens),
+            BYTES_PER_TOKEN * len(fields.tokens),
             lambda: tokenizer.decode(fields.tokens, skip_special_tokens=fields.skip_special_tokens),
         )
         return _json({"prompt": text})

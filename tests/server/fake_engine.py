@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from aphrodite.chat.template import ChatTemplate
 from aphrodite.core.plan import TokenLogprobs
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.messages import EngineStats
@@ -56,13 +57,13 @@ class FakeModel:
     created: int = 1_700_000_000
 
 
-class FakeTemplate:
-    """`role: content` lines; `extra` shows up in the text, and `{{spin}}` never comes back quickly."""
-
-    def render(self, messages, *, add_generation_prompt=True, continue_final_message=False, extra=None):
-        lines = [f"{message['role']}: {message['content']}" for message in messages]
-        text = "\n".join(lines) + "".join(f"\n[{key}={value}]" for key, value in (extra or {}).items())
-        return text if continue_final_message else text + ("\nassistant:" if add_generation_prompt else "\n")
+TEMPLATE = """\
+{%- for message in messages -%}
+{{ message.role }}: {{ message.content }}{% if not loop.last %}{{ "\\n" }}{% endif %}
+{%- endfor -%}
+{%- if mood %}{{ "\\n[mood=" + mood + "]" }}{% endif -%}
+{%- if add_generation_prompt %}{{ "\\nassistant:" }}{% endif -%}
+"""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class FakeEngine:
 
     model: FakeModel = field(default_factory=FakeModel)
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
-    chat_template: FakeTemplate | None = field(default_factory=FakeTemplate)
+    chat_template: ChatTemplate | None = field(default_factory=lambda: ChatTemplate(TEMPLATE))
     max_running: int = 10_000
     hold_after: int | None = None
     fail_after: int | None = None
@@ -90,6 +91,8 @@ class FakeEngine:
         self.idle = asyncio.Event()
         self.idle.set()
         self.started = asyncio.Event()
+        self._changed = asyncio.Event()
+        self.holding = asyncio.Event()  # a request waits at the gate
 
     async def generate(
         self,
@@ -105,6 +108,7 @@ class FakeEngine:
         self.running.add(request_id)
         self.idle.clear()
         self.started.set()
+        self._changed.set()
         try:
             ids = [str(index) for index in range(params.n)]
             stream = RequestStream(request_id, ids, prompt_token_ids, params, self.tokenizer)
@@ -118,8 +122,15 @@ class FakeEngine:
                     return
         finally:
             self.running.discard(request_id)
+            self._changed.set()
             if not self.running:
                 self.idle.set()
+
+    async def until_running(self, count: int) -> None:
+        """Return when so many requests run."""
+        while len(self.running) != count:
+            self._changed.clear()
+            await asyncio.wait_for(self._changed.wait(), 20)
 
     def _admit(self, prompt: list[int], params: SamplingParams) -> None:
         if self.dead.is_set():
@@ -136,6 +147,7 @@ class FakeEngine:
 
     async def _wait(self, step: int) -> None:
         if self.hold_after is not None and step >= self.hold_after:
+            self.holding.set()
             gate = asyncio.ensure_future(self.gate.wait())
             died = asyncio.ensure_future(self.dead.wait())
             try:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.server.body import parse, read_object
+from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.chunks import ChunkWriter
@@ -44,7 +44,8 @@ class ChatEndpoint:
         refuse_unsupported(body)
         fields = parse(ChatFields, body)
         model = context.resolve_model(fields.model)
-        params = sampling_params(body, ChatFields, SamplingParams(logprobs=self._num_logprobs(fields)))
+        base = SamplingParams(logprobs=self._num_logprobs(fields))
+        params = sampling_params(body, ChatFields, context.engine.model, base=base)
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
@@ -104,10 +105,14 @@ class _Answer:
         """The response's body."""
         outputs, counter = await collect(self._context, self._generation)
         (output,) = outputs
+        usage = counter.usage()
+        return await off_loop(usage["total_tokens"] * BYTES_PER_TOKEN, lambda: self._body(output, usage))
+
+    def _body(self, output: RequestOutput, usage: dict[str, Any]) -> bytes:
         body = {
             **self._generation.head("chat.completion"),
             "choices": [self._choice(answer) for answer in output.outputs],
-            "usage": counter.usage(),
+            "usage": usage,
         }
         if self._fields.return_token_ids:
             body["prompt_token_ids"] = output.prompt_token_ids

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from aphrodite.core.plan import TokenLogprobs
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.server.body import parse, read_object
+from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.chunks import ChunkWriter
@@ -50,7 +50,7 @@ class CompletionEndpoint:
         refuse_unsupported(body)
         fields = parse(CompletionFields, body)
         model = context.resolve_model(fields.model)
-        params = sampling_params(body, CompletionFields, _BASE)
+        params = sampling_params(body, CompletionFields, context.engine.model, base=_BASE)
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream, or use echo and logprobs")
@@ -106,6 +106,7 @@ class _Answer:
         self._prompts = prompts
         self._wants_prompt_logprobs = wants_prompt_logprobs
         self._prompt_entries: dict[int, list[TokenLogprobs | None] | None] = {}
+        self._echoes: dict[int, tuple[str, dict[str, Any] | None]] = {}
         self._tokenizer = context.engine.tokenizer
         self._names = TokenNames(self._tokenizer, as_ids=fields.return_tokens_as_token_ids)
         self._silent = self._tokenizer.special_ids if generation.params.skip_special_tokens else frozenset()
@@ -114,11 +115,17 @@ class _Answer:
         """The response's body."""
         outputs, counter = await collect(self._context, self._generation)
         self._prompt_entries = {number: output.prompt_logprobs for number, output in enumerate(outputs)}
-        choices = [
-            self._choice(number, output, answer) for number, output in enumerate(outputs) for answer in output.outputs
-        ]
-        body = {**self._generation.head("text_completion"), "choices": choices, "usage": counter.usage()}
-        return msgspec.json.encode(body)
+        usage = counter.usage()
+
+        def build() -> bytes:
+            choices = [
+                self._choice(number, output, answer)
+                for number, output in enumerate(outputs)
+                for answer in output.outputs
+            ]
+            return msgspec.json.encode({**self._generation.head("text_completion"), "choices": choices, "usage": usage})
+
+        return await off_loop(usage["total_tokens"] * BYTES_PER_TOKEN, build)
 
     async def stream(self, events: EventStream) -> None:
         """Write the response's chunks, the end mark excepted."""
@@ -219,7 +226,12 @@ class _Answer:
         return extra
 
     def _echo(self, number: int) -> tuple[str, dict[str, Any] | None]:
-        """The prompt's text and, if log-probabilities were asked for, its tokens'."""
+        """A prompt's text and, if log-probabilities were asked for, its tokens'; made once for all its answers."""
+        if number not in self._echoes:
+            self._echoes[number] = self._make_echo(number)
+        return self._echoes[number]
+
+    def _make_echo(self, number: int) -> tuple[str, dict[str, Any] | None]:
         prompt = self._prompts[number]
         ids = prompt.token_ids
         silent: frozenset[int] = frozenset()

@@ -1,4 +1,4 @@
-"""Chat messages: checked and brought to the form that chat templates expect."""
+"""Chat messages: what a request may send. The chat template brings contents to the form it takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 
 
 def read_messages(value: Any, *, max_messages: int) -> list[dict[str, Any]]:
-    """The conversation with each message's content as one text (None: an assistant's tool call without words).
+    """The conversation, each content a text or a list of text parts (None: an assistant's tool call without words).
 
     The role `developer` becomes `system`, its name in open models' templates.
 
@@ -25,6 +25,14 @@ def read_messages(value: Any, *, max_messages: int) -> list[dict[str, Any]]:
     if len(value) > max_messages:
         raise invalid("messages", f"has {len(value)} messages, more than the {max_messages} allowed")
     return [_message(item, f"messages[{index}]") for index, item in enumerate(value)]
+
+
+def text_size(messages: list[dict[str, Any]]) -> int:
+    """Characters of all contents."""
+    contents = [message["content"] or "" for message in messages]
+    return sum(
+        len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content) for content in contents
+    )
 
 
 def _message(value: Any, path: str) -> dict[str, Any]:
@@ -50,7 +58,7 @@ def _message(value: Any, path: str) -> dict[str, Any]:
     return message
 
 
-def _content(message: dict[str, Any], role: str, path: str) -> str | None:
+def _content(message: dict[str, Any], role: str, path: str) -> str | list[dict[str, str]] | None:
     content = message.get("content")
     path = f"{path}.content"
     if content is None:
@@ -60,7 +68,7 @@ def _content(message: dict[str, Any], role: str, path: str) -> str | None:
             return _text(message["refusal"], path.replace(".content", ".refusal"))
         return None if message.get("tool_calls") else ""
     if isinstance(content, list):
-        return "\n".join(_part(part, f"{path}[{index}]") for index, part in enumerate(content))
+        return [{"type": "text", "text": _part(part, f"{path}[{index}]")} for index, part in enumerate(content)]
     return _text(content, path)
 
 

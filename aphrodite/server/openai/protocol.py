@@ -15,7 +15,9 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field, WithJsonSchema
 
-from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping
+from aphrodite.errors import InvalidRequestError
+from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping, validate
+from aphrodite.server.engine import ModelInfo
 from aphrodite.server.errors import Headers, unsupported
 
 _INT64 = 2**63
@@ -145,16 +147,29 @@ def refuse_best_of(best_of: int | None, n: int) -> None:
 
 
 def sampling_params(
-    fields: Mapping[str, Any], endpoint: type[GenerationFields], base: SamplingParams
+    fields: Mapping[str, Any], endpoint: type[GenerationFields], model: ModelInfo, *, base: SamplingParams
 ) -> SamplingParams:
-    """The sampling parameters among a request's fields; a name that `endpoint` declares means what it says there.
+    """The checked sampling parameters among a request's fields; what `endpoint` declares means what it says there.
 
     Raises:
-        InvalidRequestError: a wrong type or value.
+        InvalidRequestError: a wrong type or value, under the name the client used.
     """
     names = canonical_names()
     own = endpoint.model_fields
-    return from_mapping({name: fields[name] for name in fields if name in names and name not in own}, base=base)
+    given = {name: fields[name] for name in fields if name in names and name not in own}
+    try:
+        params = from_mapping(given, base=base)
+        validate(
+            params,
+            vocab_size=model.vocab_size,
+            max_model_len=model.max_model_len,
+            max_logprobs=model.max_logprobs,
+        )
+    except InvalidRequestError as error:
+        used = next((name for name in given if names[name] == error.param and given[name] is not None), error.param)
+        message = str(error).replace(f"`{error.param}`", f"`{used}`")
+        raise InvalidRequestError(message, param=used, code=error.code) from None
+    return params
 
 
 def ignored_header(fields: Mapping[str, Any], endpoint: type[GenerationFields]) -> Headers:
