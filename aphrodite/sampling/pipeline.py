@@ -119,7 +119,13 @@ class Sampler:
             logits: [L, vocab] float32; may be overwritten.
             rows: L different rows that have started.
             positions: where in its sequence each row's chosen token goes = tokens before it.
+
+        Raises:
+            ValueError: `logits` has another shape or type.
         """
+        if logits.shape != (len(rows), self._info.vocab_size) or logits.dtype != torch.float32:
+            raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype} for {len(rows)} rows")
+        logits = logits.contiguous()
         batch = _Batch([self._plans[row] for row in rows], rows, positions)
         token_ids = torch.zeros(len(rows), dtype=torch.int32, device=logits.device)
         ok = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)

@@ -122,3 +122,11 @@ def test_a_taken_row_cannot_be_taken() -> None:
     harness.start(0, SamplingParams(), 1, [1])
     with pytest.raises(ValueError, match="row 0 is taken"):
         harness.start(0, SamplingParams(), 1, [1])
+
+
+def test_logits_of_another_shape_are_refused() -> None:
+    harness = Harness(1, 7, native=True)
+    harness.start(0, SamplingParams(), 1, [1])
+    for logits in (torch.zeros(1, 8), torch.zeros(2, 7), torch.zeros(1, 7, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="logits are"):
+            harness.sampler.sample(logits, [0], [1])

@@ -35,11 +35,16 @@ private:
 
 thread_local Workspace workspace;
 
+constexpr int64_t kFewRows = 3;  // so many take less time than waking a helper that fell asleep
+
 template <class F>
 void each_row(int64_t count, F& f) {
     const auto run = [](void* context, int64_t entry, int) { (*static_cast<F*>(context))(entry); };
-    if (count == 1) f(0);
-    else parallel_for(count, run, &f);
+    if (count > kFewRows) {
+        parallel_for(count, run, &f);
+        return;
+    }
+    for (int64_t entry = 0; entry < count; ++entry) f(entry);
 }
 
 }  // namespace
