@@ -5,14 +5,15 @@
 #include "rows.h"
 // products pack their results
 #include "attention.h"
+#include "limits.h"
 #include "linear.h"
 
 namespace aph {
 namespace {
 
 constexpr Kernels kernel_table(const char* isa) {
-    return {isa,  linear,   gated,  pack_group, rms_norm,    rotate,
-            store_kv, attend, attend_tile, merge_tiles};
+    return {isa,         linear,           gated,             pack_group, rms_norm, rotate, store_kv, attend, attend_tile,
+            merge_tiles, dot_chains<true>, dot_chains<false>, kChains,    read_all};
 }
 
 }  // namespace

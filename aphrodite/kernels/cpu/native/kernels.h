@@ -113,6 +113,11 @@ struct Kernels {
     // Merges the partials of `tiles` tiles, in order, into task.out; partial of tile t at partials + t * stride.
     void (*merge_tiles)(const AttentionShape& shape, const AttentionTask& task, const float* partials, int64_t stride,
                         int64_t tiles, float* scratch);
+    // Limits of the machine, for benchmarks (limits.h).
+    int32_t (*dot_shorts)(int64_t iterations);
+    int32_t (*dot_bytes)(int64_t iterations);
+    int dot_chains;
+    int32_t (*read_all)(const uint8_t* data, int64_t bytes);
 };
 
 // Floats of scratch that the attention kernels need.

@@ -1,0 +1,97 @@
+"""Products of packed rows with tiles, against float64 on exactly dequantized weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from native_harness import available_isas, exact_values, product_harness, raw_tensor, step
+
+from aphrodite.kernels.cpu.program import Activation
+from aphrodite.quantization.types import QuantType
+
+COLUMNS = 96
+ROWS = 53  # no multiple of a tile
+STEPS = {Activation.INT16: 32767, Activation.INT8: 127}
+
+pytestmark = pytest.mark.skipif(not available_isas(), reason="the native library is not built")
+
+
+def _activations(rows: int) -> np.ndarray:
+    """Blocks of very different size, one of them zero."""
+    generator = np.random.default_rng(1)
+    x = generator.standard_normal((rows, COLUMNS)).astype(np.float32)
+    x *= np.exp(generator.uniform(-6, 6, (rows, COLUMNS // 32))).repeat(32, axis=1).astype(np.float32)
+    x[0, :32] = 0
+    return x
+
+
+def _bound(x: np.ndarray, weight: np.ndarray, kind: Activation) -> np.ndarray:
+    """Half a quantization step of each activation, plus float32 rounding of the sums."""
+    exact = 2e-6 * np.abs(x) @ np.abs(weight).T + 1e-30
+    if kind is Activation.FLOAT32:
+        return exact
+    largest = np.abs(x).reshape(len(x), -1, 32).max(axis=2).repeat(32, axis=1)
+    half_steps = 0.5001 * largest / STEPS[kind]
+    # The minimum of a block multiplies the sum of the quants, so its share of the error is that of a weight too.
+    return (
+        exact
+        + half_steps @ np.abs(weight).T
+        + 2e-6 * largest @ (np.abs(weight).max(axis=1, keepdims=True) + 0 * weight).T
+    )
+
+
+def _quantized(qtype: QuantType) -> bool:
+    return qtype.block_size > 1
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("kind", list(Activation))
+@pytest.mark.parametrize("qtype", list(QuantType), ids=lambda qtype: qtype.name)
+def test_product_is_exact_up_to_the_activations_rounding(qtype: QuantType, kind: Activation, isa: str) -> None:
+    if kind is not Activation.FLOAT32 and not _quantized(qtype):
+        pytest.skip("dense weights take float activations")
+    weight = raw_tensor(np.random.default_rng(2).standard_normal((ROWS, COLUMNS)), qtype)
+    x = _activations(ROWS)
+    harness = product_harness(x, weight, kind, isa)
+    exact = exact_values(weight)
+    for count in (1, 2, 3, 4, 8, 15, 29):
+        ids = np.random.default_rng(count).integers(0, ROWS, count)
+        got = harness.run(step([(ids, 0, range(count // 16 + 1))]))
+        error = np.abs(got - x[ids].astype(np.float64) @ exact.T)
+        assert (error <= _bound(x[ids], exact, kind)).all(), (error / _bound(x[ids], exact, kind)).max()
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("kind", list(Activation))
+@pytest.mark.parametrize("qtype", [QuantType.Q4_1, QuantType.Q5_0, QuantType.Q8_0], ids=lambda qtype: qtype.name)
+def test_rows_do_not_depend_on_their_batch(qtype: QuantType, kind: Activation, isa: str) -> None:
+    weight = raw_tensor(np.random.default_rng(3).standard_normal((ROWS, COLUMNS)), qtype)
+    harness = product_harness(_activations(ROWS), weight, kind, isa)
+    together = harness.run(step([(range(ROWS), 0, range(4))]))
+    for ids in (range(1), range(1, 3), range(3, 10), range(5, 20), range(52, 53)):
+        assert np.array_equal(harness.run(step([(ids, 0, range(4))])), together[list(ids)])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_extreme_quants_do_not_overflow(isa: str) -> None:
+    """Largest quants against largest activations of one sign, where 16-bit intermediates would saturate."""
+    for qtype in (QuantType.Q4_0, QuantType.Q5_1, QuantType.Q8_0):
+        for sign in (-1.0, 1.0):
+            weight = raw_tensor(np.full((32, 32), sign) * np.linspace(0.99, 1, 32), qtype)
+            x = np.full((32, 32), 3.0, np.float32)
+            for kind in (Activation.INT16, Activation.INT8):
+                got = product_harness(x, weight, kind, isa).run(step([([0], 0, [0])]))
+                np.testing.assert_allclose(got, x[:1] @ exact_values(weight).T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("kind", list(Activation))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_reach_their_own_row_only(bad: float, kind: Activation, isa: str) -> None:
+    weight = raw_tensor(np.random.default_rng(4).standard_normal((ROWS, COLUMNS)), QuantType.Q4_1)
+    x = _activations(ROWS)
+    clean = product_harness(x, weight, kind, isa).run(step([(range(9), 0, [0])]))
+    x[5, 40] = bad
+    got = product_harness(x, weight, kind, isa).run(step([(range(9), 0, [0])]))
+    assert not np.isfinite(got[5]).any()
+    assert np.array_equal(np.delete(got, 5, 0), np.delete(clean, 5, 0))
