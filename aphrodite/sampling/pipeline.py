@@ -70,7 +70,8 @@ class Sampler:
         native: bool = True,
     ) -> None:
         self._info = SamplerInfo(num_rows, vocab_size, device, token_ids, num_prompt)
-        self._eos_token_ids = eos_token_ids
+        # A tokenizer may name tokens that the model has no logits for.
+        self._eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._plans: dict[int, SamplingPlan] = {}
         self._states: dict[str, RowState | None] = {}
         self._fused = FusedSampler.open(self._info) if native else None

@@ -12,6 +12,7 @@ from sampling_harness import Harness
 
 from aphrodite.sampling import plan as plan_module
 from aphrodite.sampling.params import SamplingParams, parameter_table
+from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.plan import DEFAULT_ORDER, compile_plan
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 from aphrodite.sampling.stages.registry import all_stages
@@ -130,3 +131,12 @@ def test_logits_of_another_shape_are_refused() -> None:
     for logits in (torch.zeros(1, 8), torch.zeros(2, 7), torch.zeros(1, 7, dtype=torch.float64)):
         with pytest.raises(ValueError, match="logits are"):
             harness.sampler.sample(logits, [0], [1])
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_end_tokens_outside_the_vocabulary_are_ignored(native: bool) -> None:
+    history = torch.zeros(1, 8, dtype=torch.int32)
+    sampler = Sampler(1, 7, frozenset({2, 7, 10**6}), history, torch.ones(1), torch.device("cpu"), native=native)
+    sampler.start(0, SamplingParams(temperature=0.0, min_tokens=3), 1, [1])
+    logits = torch.tensor([[0.0, 1.0, 9.0, 0.0, 0.0, 0.0, 0.0]])
+    assert sampler.sample(logits, [0], [1]).token_ids.tolist() == [1]
