@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import cache
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -29,6 +30,7 @@ STORY = "Once upon a time, a café 🏰 stood in 東京; nobody knew why. The en
 BOS, EOS = 256, 257
 
 
+@cache
 def byte_tokenizer() -> Tokenizer:
     """One token a byte, `<s>` (256, put before a text) and `</s>` (257)."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=_byte_level_vocab(), merges=[]))
