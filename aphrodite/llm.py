@@ -11,10 +11,10 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from aphrodite.chat.library import load_chat_template
-from aphrodite.config import EngineConfig
+from aphrodite.config import make_engine_config
 from aphrodite.engine.builder import build_engine
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.output import RequestStream, merge_outputs
@@ -41,7 +41,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
-        config = EngineConfig(model=None if model is None else str(model), **settings)
+        config = make_engine_config({"model": None if model is None else str(model), **settings})
         self.config, path = resolve_model(config)
         self.tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path)
         self.chat_template = load_chat_template(config.chat_template, self.tokenizer)
@@ -76,7 +76,7 @@ class LLM:
         Raises:
             InvalidRequestError: a prompt or parameter is out of bounds; nothing has run then.
         """
-        prompt_list = [prompts] if isinstance(prompts, str) or _is_token_ids(prompts) else list(prompts)
+        prompt_list = _prompt_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params_list = [params or SamplingParams()] * len(prompt_list)
         else:
@@ -113,7 +113,9 @@ class LLM:
         prompts = [self.encode_chat(conversation, **template) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, params, progress=progress)
 
-    def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
         """Answer one prompt or conversation piece by piece. Closing the iterator aborts the answer."""
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.encode_chat(prompt)  # type: ignore[arg-type]
@@ -208,5 +210,8 @@ class LLM:
             self._core.abort(running)
 
 
-def _is_token_ids(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return len(prompts) > 0 and isinstance(prompts[0], int)
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list; a sequence of numbers is one prompt of token ids."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))

@@ -158,9 +158,7 @@ def _native_declines(config: EngineConfig, spec: ModelSpec, weights: Mapping[str
 class _ReportingWeights(Mapping[str, RawTensor]):
     """The checkpoint's weights, telling how many bytes have been taken so far."""
 
-    def __init__(
-        self, weights: Mapping[str, RawTensor], total: int, progress: ProgressCallback | None
-    ) -> None:
+    def __init__(self, weights: Mapping[str, RawTensor], total: int, progress: ProgressCallback | None) -> None:
         self._weights = weights
         self._total = total
         self._progress = progress

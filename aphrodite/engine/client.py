@@ -92,7 +92,8 @@ class EngineProcess:
         while not await self._socket.poll(timeout=500):
             if self._process.poll() is not None and not await self._socket.poll(timeout=0):
                 raise EngineDeadError(f"the engine process ended with exit code {self._process.returncode}")
-        return self._decoder.decode(await self._socket.recv())
+        message: FromEngine = self._decoder.decode(await self._socket.recv())
+        return message
 
     def send(self, message: ToEngine) -> None:
         """Queue a message; never blocks (the socket has no high-water mark)."""

@@ -137,7 +137,11 @@ class RequestStream:
     """
 
     def __init__(
-        self, request_id: str, answer_ids: list[str], prompt_token_ids: list[int], params: SamplingParams,
+        self,
+        request_id: str,
+        answer_ids: list[str],
+        prompt_token_ids: list[int],
+        params: SamplingParams,
         tokenizer: Tokenizer,
     ) -> None:
         self.request_id = request_id
@@ -151,7 +155,9 @@ class RequestStream:
         self._unfinished = len(answer_ids)
         self._num_cached_tokens = 0
         # The first prompt token has no log-probability. Only the first answer's prompt is reported.
-        self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if params.prompt_logprobs is not None else None
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = (
+            [None] if params.prompt_logprobs is not None else None
+        )
         self._prompt_logprobs_sent = False
 
     @property
@@ -163,7 +169,8 @@ class RequestStream:
         answer = self._answers[update.request_id]
         if answer.index == 0 and update.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs.extend(update.prompt_logprobs)
-        if answer.finished:
+        ended_before = answer.finished
+        if ended_before:
             return None
         self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
         piece = answer.push(update)

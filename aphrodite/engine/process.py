@@ -103,8 +103,8 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     # The parent decides when to stop; a Ctrl-C in the terminal reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    context = zmq.Context.instance()
-    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(f"ipc://{sys.argv[1]}")
     try:

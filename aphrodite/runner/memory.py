@@ -43,8 +43,10 @@ class MemoryPlan:
         chats = self.kv_tokens / self.max_model_len
         lines = [
             f"weights   {format_bytes(self.weight_bytes)}",
-            f"KV cache  up to {format_bytes(self.kv_bytes)} = {self.kv_tokens:,} tokens"
-            f" = {chats:,.1f} chats of {self.max_model_len:,} tokens",
+            (
+                f"KV cache  up to {format_bytes(self.kv_bytes)} = {self.kv_tokens:,} tokens"
+                f" = {chats:,.1f} chats of {self.max_model_len:,} tokens"
+            ),
             f"context   {self.max_model_len:,} tokens a chat",
         ]
         if self.max_model_len < self.wanted_model_len:

@@ -30,9 +30,9 @@ NON_FINITE_LOGITS = (
 class LogitsLayout(NamedTuple):
     """Which token rows' logits a step wants, and where each sequence's rows of them lie."""
 
-    index: np.ndarray  # [L] int32, token rows
-    sampling: list[int]  # entries of `index` that sample, in the order of the sampling steps
-    prompt: dict[int, tuple[int, int]]  # step number -> slice of `index` for prompt log-probabilities
+    entries: np.ndarray  # [L] int32, token rows
+    sampling: list[int]  # indices of `entries` that sample, in the order of the sampling steps
+    prompt: dict[int, tuple[int, int]]  # step number -> slice of `entries` for prompt log-probabilities
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ class Runner:
         if not plan.steps:
             return DeviceStep(None, [], {}, 0.0)
         layout = self._logits_layout(plan.steps)
-        inputs = self.rows.inputs(plan.steps, layout.index)
+        inputs = self.rows.inputs(plan.steps, layout.entries)
         began = time.perf_counter()
         logits = self.executor.forward(inputs)
         forward_seconds = time.perf_counter() - began
@@ -156,8 +156,7 @@ class Runner:
         if not any(self._params[step.row].prompt_logprobs is not None for step in steps):
             ends = np.cumsum(np.array([step.count for step in steps], dtype=np.int32), dtype=np.int32) - 1
             samples = np.array([step.samples for step in steps], dtype=bool)
-            index = ends[samples]
-            return LogitsLayout(index, list(range(len(index))), {})
+            return LogitsLayout(ends[samples], list(range(int(samples.sum()))), {})
         entries: list[int] = []
         sampling: list[int] = []
         prompt: dict[int, tuple[int, int]] = {}
@@ -181,5 +180,3 @@ class Runner:
         targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + count]
         top = self._params[step.row].prompt_logprobs
         return self.sampler.prompt_logprobs(logits, targets, top or 0)
-
-

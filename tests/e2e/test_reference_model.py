@@ -23,7 +23,7 @@ PROMPTS = [
     "In 1969, the first humans",
     "def fibonacci(n):\n    ",
     "«Je ne sais pas», dit-elle,",
-    "The dragon opened one eye and said: \"",
+    'The dragon opened one eye and said: "',
     "Q: What is the boiling point of water?\nA:",
     "Dear Sir or Madam,\n\nI am writing to",
     "1, 1, 2, 3, 5, 8,",
@@ -34,7 +34,7 @@ PROMPTS = [
     "Chapter 12\n\nThe storm had passed, but",
     "To be, or not to be:",
     "The stock market fell sharply today because",
-    "*He looks up from his book.* \"You are late,\" he",
+    '*He looks up from his book.* "You are late," he',
     "import numpy as np\n\n",
     "The quick brown fox",
     "Roses are red,\nViolets are blue,\n",
@@ -77,7 +77,8 @@ def test_reference_mode_gives_the_reference_tokens(smollm2_oracle: Any, smollm2_
 
 
 @pytest.mark.parametrize(
-    ("activations", "agreement", "mean_difference"), [("float32", 0.998, 0.004), ("int16", 0.998, 0.004), ("int8", 0.94, 0.2)]
+    ("activations", "agreement", "mean_difference"),
+    [("float32", 0.998, 0.004), ("int16", 0.998, 0.004), ("int8", 0.94, 0.2)],
 )
 def test_native_precisions_stay_within_their_bounds(
     smollm2_oracle: Any, smollm2_path: Path, activations: str, agreement: float, mean_difference: float

@@ -57,7 +57,9 @@ def test_pieces_join_to_the_whole_text(tokenizer: Tokenizer) -> None:
 
 def test_no_piece_has_half_a_character(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(STORY, add_special_tokens=False)
-    assert all("\ufffd" not in part.text for piece in stream_tokens(tokenizer, ids, SamplingParams()) for part in piece.outputs)
+    assert all(
+        "\ufffd" not in part.text for piece in stream_tokens(tokenizer, ids, SamplingParams()) for part in piece.outputs
+    )
 
 
 @pytest.mark.parametrize("stop", ["«END»", "sailed", "T", ".\n\nस"])
