@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from aphrodite.attention.backend import AttentionShape, KVCache, StepAttention
-from aphrodite.attention.step_plan import AttentionGroup, StepPlanner
+from aphrodite.attention.step_plan import MAX_QUERIES, AttentionGroup, StepPlanner
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.runner.inputs import ForwardInputs
 
 KEY_TILE = 256  # positions that the tiled back end multiplies at once
-ROW_MULTIPLE = 16  # rows of a matrix product from which on MKL treats each row alike
+ROW_MULTIPLE = 16  # fewer rows make MKL switch to matrix-vector kernels
 
 
 class TiledAttention:
@@ -59,6 +59,25 @@ class TiledAttention:
             row_multiple=ROW_MULTIPLE,
         )
         return _PagedStep(self._shape, inputs, cache, planner, self._attend)
+
+    def verify(self) -> bool:
+        """Whether this machine's batched products give a row the same bits in every shape that occurs."""
+        shape = self._shape
+        most_rows = -(-MAX_QUERIES * shape.group // ROW_MULTIPLE) * ROW_MULTIPLE
+        generator = torch.Generator().manual_seed(0)
+        batch = 4 * shape.num_kv_heads
+        query = torch.randn((batch, most_rows, shape.head_dim), generator=generator)
+        keys = torch.randn((batch, self._tile, shape.head_dim), generator=generator).transpose(1, 2)
+        weights = torch.rand((batch, most_rows, self._tile), generator=generator)
+        values = torch.randn((batch, self._tile, shape.head_dim), generator=generator)
+        few = {ROW_MULTIPLE, 2 * ROW_MULTIPLE, ROW_MULTIPLE * shape.group, most_rows - ROW_MULTIPLE, most_rows}
+        return all(
+            torch.equal(torch.bmm(left[:size, :rows], right[:size]), torch.bmm(left, right)[:size, :rows])
+            for left, right in ((query, keys), (weights, values))
+            for size in {1, 2, shape.num_kv_heads, batch}
+            for rows in few
+            if 0 < rows <= most_rows
+        )
 
     def _attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from aphrodite.kernels.dispatch import Choice, Declined, choose, log_once
 from aphrodite.layers.dense import short_name, stack_dense, to_dense
+from aphrodite.layers.invariant import decline_invariant, invariant_matmul
 from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
 from aphrodite.quantization.types import RawTensor
 
@@ -32,19 +33,23 @@ class Linear(Protocol):
 
 
 class DenseLinear:
-    """A weight of the compute dtype, multiplied by the vendor's library."""
+    """A weight of the compute dtype, multiplied by the vendor's library: batch-invariantly where that can be had."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, choice: Choice) -> None:
         self.weight = weight  # [out, in]
         self.bias = bias  # [out]
         self.choice = choice
+        self.invariant = decline_invariant(weight.dtype, weight.device) is None
 
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if not self.invariant:
+            return F.linear(x, self.weight, self.bias)
+        out = invariant_matmul(x, self.weight)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 class Int4Linear:

@@ -46,11 +46,16 @@ class DecoderWeights:
     head: Linear  # hidden -> vocab; shares `embed` when tied
 
     @property
+    def linears(self) -> list[Linear]:
+        """Every Linear, the head last."""
+        return [linear for layer in self.layers for linear in layer.linears] + [self.head]
+
+    @property
     def nbytes(self) -> int:
         norms = self.norm.nbytes + sum(layer.attn_norm.nbytes + layer.mlp_norm.nbytes for layer in self.layers)
-        linears = sum(linear.nbytes for layer in self.layers for linear in layer.linears)
         tied = isinstance(self.head, DenseLinear) and self.head.weight is self.embed
-        return self.embed.nbytes + norms + linears + (0 if tied else self.head.nbytes)
+        embed = 0 if tied else self.embed.nbytes
+        return embed + norms + sum(linear.nbytes for linear in self.linears)
 
 
 def load_weights(

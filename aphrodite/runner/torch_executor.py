@@ -1,9 +1,8 @@
 """The portable executor: the decoder in torch ops, on any device.
 
 In float32 on the CPU it is the engine's reference mode: quantized weights are expanded exactly, and a
-token's logits are bitwise the same whatever else is in the batch and however its prompt was cut. Torch's
-matrix product (MKL) treats rows alike once there are enough of them, so rows are padded to a multiple
-that is verified on the model's own weights at load; `describe` tells what was found.
+token's logits are bitwise the same whatever else is in the batch and however its prompt was cut. That
+rests on how the machine's BLAS behaves, so it is measured at load, and `describe` tells what was found.
 """
 
 from __future__ import annotations
@@ -17,18 +16,16 @@ import torch.nn.functional as F
 
 from aphrodite.attention.backend import AttentionShape, KVCache
 from aphrodite.attention.choice import choose_attention
-from aphrodite.attention.torch_paged import ROW_MULTIPLE, TiledAttention
+from aphrodite.attention.torch_paged import TiledAttention
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
-from aphrodite.layers.linear import Linear
+from aphrodite.layers.invariant import ROW_MULTIPLE, row_blocks
+from aphrodite.layers.linear import DenseLinear
 from aphrodite.models.decoder import Decoder
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
 from aphrodite.quantization.types import RawTensor
 from aphrodite.runner.inputs import ForwardInputs
-
-_ROW_MULTIPLES = (ROW_MULTIPLE, 2 * ROW_MULTIPLE, 4 * ROW_MULTIPLE)
-_PROBE_ROWS = 256  # more than a step of decodes; a prefill's row counts behave like it
 
 
 class TorchExecutor:
@@ -73,10 +70,8 @@ class TorchExecutor:
         self._attention, self._attention_choice = choose_attention(self._shape)
         self._decoder = Decoder(spec, load_weights(spec, weights, dtype, device), max_model_len)
         self._cache: KVCache | None = None
-        self._row_multiple = 1
-        self._invariance = "no: kernels are picked by the shape of the batch"
-        if isinstance(self._attention, TiledAttention):
-            self._make_invariant()
+        self._row_multiple = ROW_MULTIPLE if isinstance(self._attention, TiledAttention) else 1
+        self._invariance = self._measure_invariance()
 
     @property
     def weight_bytes(self) -> int:
@@ -116,26 +111,16 @@ class TorchExecutor:
         missing = -rows.shape[0] % self._row_multiple
         return F.pad(rows, (0, missing)) if missing else rows
 
-    def _make_invariant(self) -> None:
-        layer = self._decoder.weights.layers[0]
-        for multiple in _ROW_MULTIPLES:
-            if all(_rows_alike(linear, size, multiple) for linear, size in self._probes(layer.linears)):
-                self._row_multiple = multiple
-                self._invariance = f"yes: rows padded to a multiple of {multiple}, verified at load"
-                return
-        self._invariance = f"no: this machine's matrix product treats {_ROW_MULTIPLES[-1]} rows unlike {_PROBE_ROWS}"
-        log_once(logging.WARNING, f"batch invariance: {self._invariance}; seeded output may vary with the batch")
-
-    def _probes(self, linears: tuple[Linear, ...]) -> list[tuple[Linear, int]]:
-        spec = self.spec
-        sizes = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.hidden_size, spec.intermediate_size)
-        return list(zip(linears, sizes, strict=True))
-
-
-def _rows_alike(linear: Linear, size: int, multiple: int) -> bool:
-    """Whether rows computed `multiple` at a time equal the same rows among many, bit for bit."""
-    with torch.inference_mode():
-        x = torch.randn((_PROBE_ROWS, size), generator=torch.Generator().manual_seed(0))
-        together = linear(x)
-        apart = torch.cat([linear(x[at : at + multiple]) for at in range(0, _PROBE_ROWS, multiple)])
-        return torch.equal(together, apart)
+    def _measure_invariance(self) -> str:
+        if not isinstance(self._attention, TiledAttention):
+            return "no: kernels are picked by the shape of the batch"
+        with torch.inference_mode():
+            blocks = {
+                row_blocks(linear.weight) for linear in self._decoder.weights.linears if isinstance(linear, DenseLinear)
+            }
+            verified = self._attention.verify() and all(found.verified for found in blocks)
+        if verified:
+            sizes = " or ".join(sorted("/".join(map(str, found.sizes)) for found in blocks))
+            return f"yes: rows in blocks of {sizes}, verified at load on {torch.get_num_threads()} threads"
+        log_once(logging.WARNING, "batch invariance: this machine's BLAS treats rows by position; seeds may not repeat")
+        return "no: this machine's BLAS treats rows by their position"
