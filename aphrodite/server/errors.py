@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from starlette.exceptions import HTTPException
 
-from aphrodite.errors import AphroditeError, EngineDeadError, InvalidRequestError, QueueFullError, RequestFailedError
+from aphrodite.errors import EngineDeadError, InvalidRequestError, QueueFullError, RequestFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,6 @@ def to_api_error(error: BaseException, request_id: str) -> ApiError:
         return ApiError(
             500, f"The engine could not finish this request ({request_id}).", code="request_failed", headers=NO_RETRY
         )
-    if isinstance(error, AphroditeError):
-        return ApiError(400, str(error))
     if isinstance(error, HTTPException) and error.status_code == 405:
         allow = (error.headers or {}).get("Allow", "")
         return ApiError(
