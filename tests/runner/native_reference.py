@@ -1,0 +1,123 @@
+"""A Llama in numpy float64 and random tiny checkpoints for it, to hold the native executor against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+
+from aphrodite.layers.rotary import rotary_tables
+from aphrodite.models.spec import ModelSpec, RotarySpec
+from aphrodite.quantization.types import QuantType, RawTensor
+
+
+def tiny_spec(**changes: Any) -> ModelSpec:
+    sizes: dict[str, Any] = {
+        "family": "llama",
+        "vocab_size": 203,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_layers": 3,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "norm_eps": 1e-5,
+        "max_position": 512,
+        "rotary": RotarySpec(dim=16),
+        "windows": (None, None, None),
+    }
+    return ModelSpec(**{**sizes, **changes})
+
+
+def tiny_weights(spec: ModelSpec, types: Mapping[str, QuantType] | QuantType) -> dict[str, RawTensor]:
+    """Random weights; `types` by the part's name ("q", "embed", ...), all others Q4_1."""
+    generator = np.random.default_rng(9)
+    weights = {}
+
+    def add(name: str, rows: int, columns: int) -> None:
+        part = name.split(".")[-2]
+        qtype = types if isinstance(types, QuantType) else types.get(part, QuantType.Q4_1)
+        values = (generator.standard_normal((rows, columns)) * 1.5 / columns**0.5).astype(np.float32)
+        data = np.ascontiguousarray(gguf.quantize(values, gguf.GGMLQuantizationType(qtype.gguf_id)))
+        weights[name] = RawTensor(name, (rows, columns), qtype, data.view(np.uint8).reshape(rows, -1))
+
+    def add_vector(name: str, size: int, center: float) -> None:
+        values = (center + 0.3 * generator.standard_normal(size)).astype(np.float32)
+        weights[name] = RawTensor(name, (size,), QuantType.F32, values.view(np.uint8).reshape(1, -1))
+
+    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    shapes = {"q": (q_rows, hidden), "k": (kv_rows, hidden), "v": (kv_rows, hidden), "o": (hidden, q_rows)}
+    shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    biased = {**dict.fromkeys("qkv", spec.qkv_bias), "o": spec.output_bias}
+    add("embed.weight", spec.vocab_size, hidden)
+    for layer in range(spec.num_layers):
+        for part, (rows, columns) in shapes.items():
+            add(f"layers.{layer}.{part}.weight", rows, columns)
+            if biased.get(part, spec.mlp_bias):
+                add_vector(f"layers.{layer}.{part}.bias", rows, 0.0)
+        add_vector(f"layers.{layer}.attn_norm.weight", hidden, 1.0)
+        add_vector(f"layers.{layer}.mlp_norm.weight", hidden, 1.0)
+    add_vector("norm.weight", hidden, 1.0)
+    if not spec.tied_head:
+        add("head.weight", spec.vocab_size, hidden)
+    return weights
+
+
+class ReferenceModel:
+    """Logits of a whole sequence, straight from the definition."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, RawTensor]) -> None:
+        self.spec = spec
+        self.w = {name: _values(tensor) for name, tensor in weights.items()}
+        cos, sin = rotary_tables(spec.rotary, spec.max_position)
+        self.cos, self.sin = cos.astype(np.float64), sin.astype(np.float64)
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        x = self.w["embed.weight"][tokens]
+        for layer in range(self.spec.num_layers):
+            x = x + self._attention(layer, self._norm(x, f"layers.{layer}.attn_norm.weight"))
+            normed = self._norm(x, f"layers.{layer}.mlp_norm.weight")
+            gated = self._activate(self._linear(layer, "gate", normed)) * self._linear(layer, "up", normed)
+            x = x + self._linear(layer, "down", gated)
+        head = self.w["embed.weight" if self.spec.tied_head else "head.weight"]
+        return self._norm(x, "norm.weight") @ head.T
+
+    def _linear(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
+        name = f"layers.{layer}.{part}."
+        return x @ self.w[name + "weight"].T + self.w.get(name + "bias", 0.0)
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.spec.norm_eps) * self.w[name]
+
+    def _activate(self, x: np.ndarray) -> np.ndarray:
+        if self.spec.activation == "silu":
+            return x / (1 + np.exp(-x))
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def _heads(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
+        heads = self._linear(layer, part, x).reshape(len(x), -1, self.spec.head_dim).swapaxes(0, 1)
+        if part == "v":
+            return heads
+        half = self.spec.rotary.dim // 2
+        cos, sin = self.cos[: len(x)], self.sin[: len(x)]
+        a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+    def _attention(self, layer: int, x: np.ndarray) -> np.ndarray:
+        q, k, v = (self._heads(layer, part, x) for part in "qkv")
+        k, v = (t.repeat(self.spec.num_heads // self.spec.num_kv_heads, axis=0) for t in (k, v))
+        scores = q @ k.swapaxes(1, 2) * self.spec.head_dim**-0.5
+        distance = np.arange(len(x))[:, None] - np.arange(len(x))[None, :]
+        hidden = (distance < 0) | (distance >= (self.spec.windows[layer] or len(x)))
+        weights = np.exp(np.where(hidden, -np.inf, scores - scores.max(axis=-1, keepdims=True)))
+        out = weights / weights.sum(axis=-1, keepdims=True) @ v
+        return self._linear(layer, "o", out.swapaxes(0, 1).reshape(len(x), -1))
+
+
+def _values(tensor: RawTensor) -> np.ndarray:
+    views = {QuantType.F32: "<f4", QuantType.F16: "<f2"}
+    data = tensor.data.view(views[tensor.qtype]) if tensor.qtype in views else tensor.data
+    return gguf.dequantize(data, gguf.GGMLQuantizationType(tensor.qtype.gguf_id)).reshape(tensor.shape).astype(float)
