@@ -209,7 +209,7 @@ def test_models_that_it_cannot_run_are_declined_with_a_reason() -> None:
 def test_real_model_is_close_to_transformers(smollm2_path: Path, smollm2_oracle: Any) -> None:
     """Bounds about twice what was measured; int8 keeps most of the greedy choices."""
     checkpoint = open_checkpoint(smollm2_path)
-    tokens = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, 96).tolist()
+    tokens = np.random.default_rng(2).integers(0, checkpoint.spec.vocab_size, 96).tolist()
     with torch.no_grad():
         expected = smollm2_oracle(torch.tensor([tokens])).logits[0]
     bounds = (
