@@ -70,7 +70,10 @@ def _measure(weight: torch.Tensor) -> RowBlocks:
     x = torch.randn((_LARGEST, weight.shape[1]), generator=generator)
     order = torch.randperm(_LARGEST, generator=generator)
     expected = F.linear(x, weight)
-    verified = torch.equal(F.linear(x[order], weight), expected[order])
+    shuffled = F.linear(x[order], weight)
+    # Row by row: a head's 256 rows are large, and a third copy of them would show in the peak memory.
+    verified = all(torch.equal(row, expected[at]) for row, at in zip(shuffled, order.tolist(), strict=True))
+    del shuffled
     alike = [size for size in _SMALLER if _equal_in_blocks(x, weight, size, expected)]
     return RowBlocks((_LARGEST, *alike), verified)
 
