@@ -76,6 +76,7 @@ class Sampler:
         self._states: dict[str, RowState | None] = {}
         self._fused = FusedSampler.open(self._info) if native else None
         self._fused_rows: set[int] = set()
+        self._barred: dict[int, dict[int, set[int]]] = {}  # row -> position -> token ids; only rows with any
         self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._columns = _columns(all_stages())
         width = max(columns.stop for columns in self._columns.values())
@@ -107,10 +108,40 @@ class Sampler:
         if self._fused is not None and row in self._fused_rows:
             self._fused_rows.remove(row)
             self._fused.end(row)
+        self._barred.pop(row, None)
         for name in self._plans.pop(row).steps:
             state = self._states[name]
             if state is not None:
                 state.end(row)
+
+    @torch.inference_mode()
+    def rewind(self, row: int, position: int) -> None:
+        """Forget the row's tokens at `position` and after it, whether they were chosen or barred there.
+
+        The next token sampled for the row goes to `position` or before. Tokens barred at `position` itself
+        stay barred, so that choices which failed one after the other do not come back.
+
+        Raises:
+            ValueError: `position` lies inside the prompt.
+        """
+        num_prompt = int(self._info.num_prompt[row])
+        if position < num_prompt:
+            raise ValueError(f"row {row} cannot go back to position {position} of its prompt of {num_prompt} tokens")
+        barred = self._barred.get(row, {})
+        for later in [barred_at for barred_at in barred if barred_at > position]:
+            del barred[later]
+        for name in self._plans[row].steps:
+            state = self._states[name]
+            if state is not None:
+                state.rewind(row, position)
+
+    def bar(self, row: int, position: int, token_ids: Sequence[int]) -> None:
+        """Never choose `token_ids` for the row at `position`, in addition to those barred there already.
+
+        A hard mask over the model's logits, before all stages. It ends with the request, and when the row is
+        rewound to an earlier position, where another text begins.
+        """
+        self._barred.setdefault(row, {}).setdefault(position, set()).update(token_ids)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
@@ -131,6 +162,8 @@ class Sampler:
         token_ids = torch.zeros(len(rows), dtype=torch.int32, device=logits.device)
         ok = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
         report = _LogprobReport(batch, logits)
+        if self._barred:
+            self._mask_barred(logits, batch)
         fused = [entry for entry, row in enumerate(rows) if row in self._fused_rows]
         if self._fused is not None and fused:
             part = batch if len(fused) == len(rows) else batch.take(fused)
@@ -159,6 +192,12 @@ class Sampler:
         native = None if self._fused is None else self._fused.native
         tensors = gather_logprobs(logits, target_ids.to(device=logits.device, dtype=torch.int64), k, native)
         return [tensors.entry(entry, k) for entry in range(len(logits))]
+
+    def _mask_barred(self, logits: torch.Tensor, batch: _Batch) -> None:
+        for entry, (row, position) in enumerate(zip(batch.rows, batch.positions, strict=True)):
+            token_ids = self._barred.get(row, {}).get(position)
+            if token_ids:
+                logits[entry].index_fill_(0, self._index(sorted(token_ids)), -torch.inf)
 
     def _sample_by_stages(
         self, logits: torch.Tensor, batch: _Batch, token_ids: torch.Tensor, ok: torch.Tensor, report: _LogprobReport

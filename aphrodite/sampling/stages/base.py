@@ -40,8 +40,9 @@ class SamplerInfo(NamedTuple):
 class RowState(Protocol):
     """What a stage remembers about rows from token to token, on the device.
 
-    It is created when the first row needs it, and hears of no row that does not use its stage. It must
-    be a function of the row's history alone, so that phrase bans and speculation can take it back.
+    It is created when the first row needs it, and hears of no row that does not use its stage. What it
+    remembers at a position must follow from the tokens and logits before that position, so that phrase
+    bans and speculation can take it back. A preempted row keeps its state: it is neither ended nor rewound.
     """
 
     def start(self, row: int, prompt_token_ids: Sequence[int]) -> None:
@@ -52,6 +53,13 @@ class RowState(Protocol):
 
     def observe(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
         """Tokens were chosen for these rows: `token_ids` [R] int32, still on the device."""
+
+    def rewind(self, row: int, position: int) -> None:
+        """Become as if no token at `position` of the row's sequence or after it had been chosen.
+
+        The row's history in `SamplerInfo.token_ids` is right before `position`, which lies behind the
+        prompt. This is rare, so it may wait for the device and read the history again.
+        """
 
 
 @dataclass(frozen=True, slots=True)

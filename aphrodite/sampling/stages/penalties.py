@@ -42,6 +42,13 @@ class TokenCounts:
         cells = self.slots(rows) * self._info.vocab_size + token_ids
         self.table.view(-1).index_add_(0, cells, self._one.expand(len(rows)))
 
+    def rewind(self, row: int, position: int) -> None:
+        num_prompt = int(self._info.num_prompt[row])
+        history = self._info.token_ids[row, :position].long()
+        counts = self.table[self._slots[row]].zero_()
+        counts[history[:num_prompt]] = IN_PROMPT
+        counts.index_add_(0, history[num_prompt:], self._one.expand(position - num_prompt))
+
     def slots(self, rows: Sequence[int]) -> torch.Tensor:
         """Indices into `table` of rows: [R] int64."""
         return torch.tensor([self._slots[row] for row in rows], dtype=torch.int64, device=self._info.device)
