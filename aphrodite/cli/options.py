@@ -23,7 +23,8 @@ from aphrodite.config import (
     settings_table,
 )
 from aphrodite.errors import ConfigError, InvalidRequestError
-from aphrodite.sampling.params import ParamRow, SamplingParams, canonical_names, from_mapping, parameter_table
+from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping, parameter_table
+from aphrodite.sampling.table import ParamRow
 
 SAMPLING_PANEL = "Sampling"
 

@@ -11,7 +11,8 @@ import pydantic
 from starlette.routing import Route
 
 import aphrodite
-from aphrodite.sampling.params import ParamRow, bounds_text, parameter_table
+from aphrodite.sampling.params import parameter_table
+from aphrodite.sampling.table import ParamRow, bounds_text
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.tokenize import DetokenizeFields, TokenizeFields
 

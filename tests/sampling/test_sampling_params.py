@@ -12,13 +12,13 @@ import pytest
 from aphrodite.errors import InvalidRequestError
 from aphrodite.sampling.params import (
     SamplingParams,
-    bounds_text,
     canonical_names,
     from_mapping,
     parameter,
     parameter_table,
     validate,
 )
+from aphrodite.sampling.table import bounds_text
 
 VOCAB = 1000
 

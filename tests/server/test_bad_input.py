@@ -11,7 +11,8 @@ import pytest
 from conftest import RunningServer, running_server
 from fake_engine import STORY, FakeEngine
 
-from aphrodite.sampling.params import ParamRow, parameter_table
+from aphrodite.sampling.params import parameter_table
+from aphrodite.sampling.table import ParamRow
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 
 COMPLETION = {"prompt": "a", "max_tokens": 2}
