@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aphrodite.core.plan import TokenLogprobs
+from aphrodite.core.plan import TokenLogprobs, TokenTrace
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -14,7 +14,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class CompletionOutput:
     """One of a request's `n` answers.
 
-    In a stream `text`, `token_ids` and `logprobs` hold what is new since the last piece; in a whole
+    In a stream `text`, `token_ids`, `logprobs` and `sampler_trace` hold what is new since the last piece; in a whole
     result they hold everything. `stop_reason` is the stop string or stop token id that ended it.
     Text may lag behind tokens while a stop string or a character is still incomplete.
     """
@@ -27,6 +27,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None  # with finish_reason "error"
+    sampler_trace: list[TokenTrace] | None = None  # one a token of `token_ids`, if asked for
 
 
 @dataclass(slots=True)

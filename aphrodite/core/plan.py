@@ -55,6 +55,25 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: list[float]
 
 
+class StageTrace(NamedTuple):
+    """What one stage left of a row, and where the token that was chosen in the end stood in it."""
+
+    stage: str  # "model" is the distribution before all stages
+    candidates: int  # tokens with a probability above 0
+    rank: int  # of the chosen token: 1 = most likely, 0 = not a candidate
+    probability: float  # of the chosen token
+    top_ids: list[int]  # up to ten, most likely first
+    top_probabilities: list[float]
+
+
+class TokenTrace(NamedTuple):
+    """How one token came about: the model's distribution, then what each active stage made of it."""
+
+    token_id: int
+    drawn: bool  # False: it is the most likely one of the last stage
+    stages: list[StageTrace]
+
+
 class RowResult(NamedTuple):
     """What a step brought for one row; in the order of `StepPlan.steps`."""
 
@@ -64,6 +83,7 @@ class RowResult(NamedTuple):
     # For prompt positions start + 1 .. start + count that lie inside the prompt, if asked for.
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None  # this request failed; the others are untouched
+    trace: TokenTrace | None = None  # if asked for
 
 
 class StepResult(NamedTuple):

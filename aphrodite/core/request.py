@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from aphrodite.core.plan import TokenLogprobs
+from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.outputs import FinishReason
 from aphrodite.sampling.params import SamplingParams
 
@@ -34,6 +34,7 @@ class RequestUpdate(NamedTuple):
     stop_reason: int | None = None  # the stop token id that ended it; None for an end-of-sequence token
     num_cached_tokens: int = 0  # prompt tokens whose KV was already there
     error: str | None = None  # with finish_reason "error"
+    traces: list[TokenTrace] | None = None  # one a new token, if asked for
 
 
 @dataclass(slots=True, eq=False)

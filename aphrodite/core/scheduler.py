@@ -28,7 +28,7 @@ from typing import NamedTuple
 import msgspec
 
 from aphrodite.core.block_pool import BlockPool
-from aphrodite.core.plan import RowResult, RowStart, RowStep, StepPlan, StepResult, TokenLogprobs
+from aphrodite.core.plan import RowResult, RowStart, RowStep, StepPlan, StepResult, TokenLogprobs, TokenTrace
 from aphrodite.core.prefix_cache import BlockHasher
 from aphrodite.core.request import ForkGroup, Request, RequestStatus, RequestUpdate
 from aphrodite.core.scheduler_config import SchedulerConfig, SchedulerStats
@@ -399,11 +399,12 @@ class Scheduler:
             raise RuntimeError(f"row {step.row} of request {request.request_id} brought no token")
         request.tokens.append(token)
         logprobs = None if row.logprobs is None else [row.logprobs]
+        traces = None if row.trace is None else [row.trace]
         finish_reason, stop_reason = self._finish_reason(request, token)
         if finish_reason is not None:
-            return self._end(request, finish_reason, [token], logprobs, prompt_logprobs, stop_reason)
+            return self._end(request, finish_reason, [token], logprobs, prompt_logprobs, stop_reason, traces=traces)
         return RequestUpdate(
-            request.request_id, [token], logprobs, prompt_logprobs, None, None, request.num_cached_tokens
+            request.request_id, [token], logprobs, prompt_logprobs, None, None, request.num_cached_tokens, None, traces
         )
 
     def _finish_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
@@ -444,6 +445,7 @@ class Scheduler:
         prompt_logprobs: list[TokenLogprobs] | None = None,
         stop_reason: int | None = None,
         error: str | None = None,
+        traces: list[TokenTrace] | None = None,
     ) -> RequestUpdate:
         """Finish a request wherever it stands.
 
@@ -481,6 +483,7 @@ class Scheduler:
             stop_reason,
             request.num_cached_tokens,
             error,
+            traces,
         )
 
     def _release_row(self, request: Request) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from aphrodite.core.plan import TokenLogprobs
+from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.stops import StopMatcher
 from aphrodite.outputs import CompletionOutput, FinishReason, RequestOutput
@@ -23,6 +23,7 @@ class HeldToken(NamedTuple):
     logprobs: TokenLogprobs | None
     start: int  # characters of text before this token's
     end: int  # characters that must be released before the token is
+    trace: TokenTrace | None
 
 
 class AnswerStream:
@@ -57,7 +58,9 @@ class AnswerStream:
         text = ""
         for position, token_id in enumerate(update.token_ids):
             silent = silent_last and position == len(update.token_ids) - 1
-            text += self._push_token(token_id, update.logprobs[position] if update.logprobs else None, silent)
+            logprobs = update.logprobs[position] if update.logprobs else None
+            trace = update.traces[position] if update.traces else None
+            text += self._push_token(token_id, logprobs, trace, silent)
             if self._stop_string is not None:
                 return self._finish(text, "stop", self._stop_string)
         if update.finish_reason is None:
@@ -68,14 +71,14 @@ class AnswerStream:
             return self._finish(text, "stop", self._stop_string)
         return self._finish(text, update.finish_reason, update.stop_reason, update.error)
 
-    def _push_token(self, token_id: int, logprobs: TokenLogprobs | None, silent: bool) -> str:
+    def _push_token(self, token_id: int, logprobs: TokenLogprobs | None, trace: TokenTrace | None, silent: bool) -> str:
         start = self._text_length
         text = "" if silent else self._detokenizer.push(token_id)
         self.num_tokens += 1
         self._text_length += len(text)
         # A token that ends inside a character waits for the rest of it.
         end = self._text_length + (1 if self._detokenizer.pending else 0)
-        self._held.append(HeldToken(token_id, logprobs, start, end))
+        self._held.append(HeldToken(token_id, logprobs, start, end, trace))
         return self._release(text)
 
     def _release(self, text: str) -> str:
@@ -104,12 +107,16 @@ class AnswerStream:
         logprobs = None
         if self._params.logprobs is not None:
             logprobs = [token.logprobs for token in tokens if token.logprobs is not None]
+        traces = None
+        if self._params.sampler_trace:
+            traces = [token.trace for token in tokens if token.trace is not None]
         return CompletionOutput(
             index=self.index,
             text=text,
             token_ids=[token.token_id for token in tokens],
             num_tokens=self.num_tokens,
             logprobs=logprobs,
+            sampler_trace=traces,
         )
 
     def _finish(
@@ -223,6 +230,8 @@ def merge_outputs(pieces: list[RequestOutput]) -> RequestOutput:
             answer.token_ids.extend(part.token_ids)
             if part.logprobs is not None:
                 answer.logprobs = (answer.logprobs or []) + part.logprobs
+            if part.sampler_trace is not None:
+                answer.sampler_trace = (answer.sampler_trace or []) + part.sampler_trace
             answer.num_tokens = part.num_tokens
             answer.finish_reason = part.finish_reason
             answer.stop_reason = part.stop_reason

@@ -101,7 +101,8 @@ class Runner:
             for entry, number in enumerate(outcome.sampling_steps):
                 if finite[entry]:
                     logprobs = outcome.sampled.logprobs_of(entry)
-                    rows[number] = rows[number]._replace(token_id=tokens[entry], logprobs=logprobs)
+                    trace = outcome.sampled.trace_of(entry)
+                    rows[number] = rows[number]._replace(token_id=tokens[entry], logprobs=logprobs, trace=trace)
                 else:
                     rows[number] = rows[number]._replace(error=NON_FINITE_LOGITS)
         return StepResult(plan.step_id, rows), outcome.forward_seconds

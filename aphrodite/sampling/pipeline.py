@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from aphrodite.core.plan import TokenLogprobs
+from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.errors import RequestFailedError
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.sampling.draw import draw
@@ -24,6 +24,7 @@ from aphrodite.sampling.plan import SamplingPlan, compile_plan
 from aphrodite.sampling.random import signed_seed
 from aphrodite.sampling.stages.base import RowInfo, RowState, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.registry import all_stages
+from aphrodite.sampling.trace import StageTracer, TraceTensors
 
 
 class Sampled(NamedTuple):
@@ -34,18 +35,24 @@ class Sampled(NamedTuple):
         ok: [L] bool. False: the row's logits held NaN or +inf, or nothing that may be chosen.
         logprobs: for the entries that want them, in the order of `wanted`.
         wanted: entries that want log-probabilities, with the number of top tokens.
+        traces: of the entries that want one.
     """
 
     token_ids: torch.Tensor
     ok: torch.Tensor
     logprobs: LogprobTensors | None
     wanted: dict[int, int]
+    traces: dict[int, TraceTensors]
 
     def logprobs_of(self, entry: int) -> TokenLogprobs | None:
         """Plain data of one entry; waits for the device. Of no meaning where `ok` is False."""
         if self.logprobs is None or entry not in self.wanted:
             return None
         return self.logprobs.entry(list(self.wanted).index(entry), self.wanted[entry])
+
+    def trace_of(self, entry: int) -> TokenTrace | None:
+        """Plain data of one entry; waits for the device. Of no meaning where `ok` is False."""
+        return self.traces[entry].entry() if entry in self.traces else None
 
 
 class Sampler:
@@ -98,7 +105,7 @@ class Sampler:
             state = self._states[name]
             if state is not None:
                 state.start(row, prompt_token_ids)
-        if self._fused is not None and self._fused.accepts(plan):
+        if self._fused is not None and not plan.trace and self._fused.accepts(plan):
             self._fused_rows.add(row)
             self._fused.start(row, params, plan, seed, self._states.get("penalties"))
 
@@ -170,11 +177,12 @@ class Sampler:
             counts = self._states.get("penalties")
             self._fused.sample(logits, fused, part.rows, part.positions, counts, token_ids, ok)
             report.processed(fused, logits, fused)
+        traces: dict[int, TraceTensors] = {}
         if len(fused) < len(rows):
-            self._sample_by_stages(logits, batch, token_ids, ok, report)
+            traces = self._sample_by_stages(logits, batch, token_ids, ok, report)
         self._observe(batch, token_ids)
         tensors = report.gather(token_ids, None if self._fused is None else self._fused.native)
-        return Sampled(token_ids, ok, tensors, report.wanted)
+        return Sampled(token_ids, ok, tensors, report.wanted, traces)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:
@@ -201,21 +209,31 @@ class Sampler:
 
     def _sample_by_stages(
         self, logits: torch.Tensor, batch: _Batch, token_ids: torch.Tensor, ok: torch.Tensor, report: _LogprobReport
-    ) -> None:
-        """Sample the rows that the fast path leaves; writes their entries of token_ids and ok."""
+    ) -> dict[int, TraceTensors]:
+        """Sample the rows that the fast path leaves; writes their entries of token_ids and ok, returns traces."""
+        traces: dict[int, TraceTensors] = {}
+        native = None if self._fused is None else self._fused.native
         for entries in batch.by_order(skip=self._fused_rows):
             part = batch if len(entries) == len(batch.rows) else batch.take(entries)
             index = self._index(entries)
             left = logits if part is batch else logits[index]
             finite = left.amax(-1).isfinite()
-            left = self._apply_stages(left, part)
+            tracer = StageTracer(left) if part.plans[0].trace else None
+            left = self._apply_stages(left, part, tracer)
             finite &= left.amax(-1).isfinite()
-            token_ids[index] = torch.where(finite, self._choose(left, part), 0).to(torch.int32)
+            chosen = torch.where(finite, self._choose(left, part), 0).to(torch.int32)
+            token_ids[index] = chosen
             ok[index] = finite
             report.processed(entries, left, range(len(entries)))
+            if tracer is not None:
+                traces[entries[0]] = tracer.finish(chosen, drawn=not part.plans[0].greedy, native=native)
+        return traces
 
-    def _apply_stages(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
-        """Run every stage, in the order that all rows of `batch` share, on the rows that have it."""
+    def _apply_stages(self, logits: torch.Tensor, batch: _Batch, tracer: StageTracer | None) -> torch.Tensor:
+        """Run every stage, in the order that all rows of `batch` share, on the rows that have it.
+
+        A tracer follows the only row of `batch`.
+        """
         for name in batch.plans[0].order:
             members = [entry for entry, plan in enumerate(batch.plans) if name in plan.steps]
             if not members:
@@ -226,6 +244,8 @@ class Sampler:
             else:
                 index = self._index(members)
                 logits[index] = self._apply_stage(stage, logits[index], batch.take(members))
+            if tracer is not None:
+                tracer.after(name, logits)
         return logits
 
     def _apply_stage(self, stage: Stage, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
@@ -291,12 +311,12 @@ class _Batch(NamedTuple):
         )
 
     def by_order(self, skip: Container[int]) -> list[list[int]]:
-        """Entries grouped by their plans' order of stages, without those of rows in `skip`."""
-        groups: dict[tuple[str, ...], list[int]] = {}
+        """Entries grouped by their plans' order of stages, without those of rows in `skip`; traced ones alone."""
+        groups: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
         for entry, (plan, row) in enumerate(zip(self.plans, self.rows, strict=True)):
             if row in skip:
                 continue
-            groups.setdefault(plan.order, []).append(entry)
+            groups.setdefault((plan.order, entry if plan.trace else None), []).append(entry)
         return list(groups.values())
 
 

@@ -37,6 +37,7 @@ class SamplingPlan(NamedTuple):
         order: names of all stages in this request's order; rows of one order are computed together.
         steps: the stages that are not neutral, by name, in that order.
         logprobs: top tokens wanted beside the chosen one, or None.
+        trace: what each stage does is reported, so the row goes through the stages, alone.
     """
 
     order: tuple[str, ...]
@@ -44,6 +45,7 @@ class SamplingPlan(NamedTuple):
     greedy: bool
     logprobs: int | None
     processed_logprobs: bool
+    trace: bool = False
 
 
 def stage_order(params: SamplingParams) -> tuple[Stage, ...]:
@@ -66,4 +68,5 @@ def compile_plan(params: SamplingParams, info: RowInfo) -> SamplingPlan:
         greedy=greedy,
         logprobs=params.logprobs,
         processed_logprobs=params.logprobs_mode == "processed",
+        trace=params.sampler_trace,
     )
