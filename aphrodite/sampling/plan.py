@@ -57,11 +57,10 @@ def compile_plan(params: SamplingParams, info: RowInfo) -> SamplingPlan:
     """The plan of valid `params` for one row."""
     order = stage_order(params)
     greedy = params.temperature < GREEDY_BELOW
-    steps = {
-        stage.name: Step(stage, stage.values(params), stage.prepare(params, info))
-        for stage in order
-        if not (greedy and stage.keeps_argmax) and not stage.is_neutral(params)
-    }
+    wanted = [stage for stage in order if not (greedy and stage.keeps_argmax) and not stage.is_neutral(params)]
+    if any(stage.replaces_truncation for stage in wanted):
+        wanted = [stage for stage in wanted if not stage.truncation]
+    steps = {stage.name: Step(stage, stage.values(params), stage.prepare(params, info)) for stage in wanted}
     return SamplingPlan(
         order=tuple(stage.name for stage in order),
         steps=steps,

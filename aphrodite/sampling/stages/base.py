@@ -35,6 +35,7 @@ class SamplerInfo(NamedTuple):
     device: torch.device
     token_ids: torch.Tensor  # [rows, max_model_len] int32, the runner's: history of every row, prompt first
     num_prompt: torch.Tensor  # [rows], the runner's
+    native: bool = False  # whether the native library samples here, so stages may call it too
 
 
 class RowState(Protocol):
@@ -88,6 +89,9 @@ class Stage(ABC):
             what it masks stays masked.
         keeps_argmax: never masks or demotes the most likely token, so greedy rows skip it.
         can_empty: might mask all that is left of a row; it is then undone for that row.
+        truncation: drops unlikely tokens; left out of plans with a stage that replaces truncation.
+        replaces_truncation: decides alone how much of the distribution is left (mirostat).
+        selector: runs after all others in every order, for it decides what the draw chooses from.
     """
 
     name: ClassVar[str]
@@ -97,6 +101,9 @@ class Stage(ABC):
     constraint: ClassVar[bool] = False
     keeps_argmax: ClassVar[bool] = False
     can_empty: ClassVar[bool] = False
+    truncation: ClassVar[bool] = False
+    replaces_truncation: ClassVar[bool] = False
+    selector: ClassVar[bool] = False
 
     def is_neutral(self, params: SamplingParams) -> bool:
         """Whether it would change nothing; then the plan leaves it out."""

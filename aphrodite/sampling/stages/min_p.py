@@ -16,6 +16,7 @@ class MinP(Stage):
     sampler_id = 2
     parameters = ("min_p",)
     keeps_argmax = True
+    truncation = True
 
     def values(self, params: SamplingParams) -> tuple[float, ...]:
         return (math.log(params.min_p) if params.min_p > 0 else -math.inf,)

@@ -16,6 +16,7 @@ class TopK(Stage):
     sampler_id = 0
     parameters = ("top_k",)
     keeps_argmax = True
+    truncation = True
 
     def is_neutral(self, params: SamplingParams) -> bool:
         return params.top_k <= 0

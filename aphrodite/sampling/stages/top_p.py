@@ -18,6 +18,7 @@ class TopP(Stage):
     sampler_id = 0
     parameters = ("top_p",)
     keeps_argmax = True
+    truncation = True
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         ordered, token_ids = logits.sort(dim=-1, descending=True, stable=True)
