@@ -36,9 +36,11 @@ class EngineProcess:
         self._directory = tempfile.mkdtemp(prefix="aphrodite-")  # mode 0700
         address = str(Path(self._directory) / "engine")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "aphrodite.engine.process", address],
+            # -P: the folder one happens to stand in may hold another aphrodite, a checkout without its library
+            # for one; the child has to run the parent's.
+            [sys.executable, "-P", "-m", "aphrodite.engine.process", address],
             stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONPATH": _search_path()},
         )
         settings = msgspec.msgpack.encode(config)
         try:
@@ -118,3 +120,10 @@ class EngineProcess:
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _search_path() -> str:
+    """PYTHONPATH with which a child finds this very package first."""
+    root = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    return f"{root}{os.pathsep}{inherited}" if inherited else root

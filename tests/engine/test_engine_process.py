@@ -145,3 +145,17 @@ def test_the_engine_ends_with_its_parent(smollm2_path: Path) -> None:
     parent.wait()
     _, alive = psutil.wait_procs([child], timeout=20)
     assert not alive
+
+
+async def test_the_engine_runs_the_package_of_its_parent(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout in the current folder does not shadow the installed package."""
+    (tmp_path / "aphrodite").mkdir()
+    (tmp_path / "aphrodite" / "__init__.py").write_text("raise SystemExit('the wrong package was imported')")
+    monkeypatch.chdir(tmp_path)
+    started = await AsyncEngine.start(config(smollm2_path))
+    try:
+        await started.check_health()
+    finally:
+        await started.close()
