@@ -19,6 +19,8 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 THREAD_BYTES = 16 * 1024
 # What a token of a whole answer counts for in this measure, log-probabilities in mind.
 BYTES_PER_TOKEN = 8
+# The same with a trace of every sampling stage.
+BYTES_PER_TRACED_TOKEN = 4096
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:

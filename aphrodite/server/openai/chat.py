@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
+from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.chunks import ChunkWriter
@@ -28,6 +28,8 @@ from aphrodite.server.openai.protocol import (
     sampling_params,
 )
 from aphrodite.server.openai.rendering import render_chat
+from aphrodite.server.openai.trace import sampler_trace
+from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.sse import EventResponse, EventStream
 
 MAX_TOP_LOGPROBS = 20
@@ -51,7 +53,7 @@ class ChatEndpoint:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
         token_ids = await self._prompt(fields, params)
         generation = Generation.of("chatcmpl", model, fields, [token_ids], params)
-        answer = _Answer(context, generation, fields)
+        answer = _Answer(context, generation, fields, field_warnings(body, ChatFields))
         headers = ignored_header(body, ChatFields)
         try:
             if fields.stream:
@@ -95,9 +97,10 @@ def _renamed(error: InvalidRequestError) -> InvalidRequestError:
 class _Answer:
     """One request's answer, streamed or whole."""
 
-    def __init__(self, context: ServerContext, generation: Generation, fields: ChatFields) -> None:
+    def __init__(self, context: ServerContext, generation: Generation, fields: ChatFields, warnings: list[str]) -> None:
         self._context = context
         self._generation = generation
+        self._warnings = warnings
         self._fields = fields
         self._names = TokenNames(context.engine.tokenizer, as_ids=fields.return_tokens_as_token_ids)
 
@@ -106,7 +109,7 @@ class _Answer:
         outputs, counter = await collect(self._context, self._generation)
         (output,) = outputs
         usage = counter.usage()
-        return await off_loop(usage["total_tokens"] * BYTES_PER_TOKEN, lambda: self._body(output, usage))
+        return await off_loop(self._generation.body_bytes(usage["total_tokens"]), lambda: self._body(output, usage))
 
     def _body(self, output: RequestOutput, usage: dict[str, Any]) -> bytes:
         body = {
@@ -118,6 +121,8 @@ class _Answer:
             body["prompt_token_ids"] = output.prompt_token_ids
         if output.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self._names)
+        if self._warnings:
+            body["warnings"] = self._warnings
         return msgspec.json.encode(body)
 
     async def stream(self, events: EventStream) -> None:
@@ -129,10 +134,17 @@ class _Answer:
 
     async def _stream(self, events: EventStream) -> None:
         options = self._fields.stream_options
-        writer = ChunkWriter(self._generation.head("chat.completion.chunk"), _delta, usage_key=options.include_usage)
+        writer = ChunkWriter(
+            self._generation.head("chat.completion.chunk"),
+            _delta,
+            usage_key=options.include_usage,
+            warnings=self._warnings,
+        )
         counter = UsageCounter(self._generation.prompts)
         counting = counter if options.continuous_usage_stats else None
-        plain = self._generation.params.logprobs is None and not self._fields.return_token_ids and counting is None
+        params = self._generation.params
+        detailed = params.logprobs is not None or params.sampler_trace or self._fields.return_token_ids
+        plain = not detailed and counting is None
         opened: set[int] = set()
         pieces = stream_pieces(self._context, self._generation)
         async with aclosing(pieces):
@@ -181,6 +193,8 @@ class _Answer:
             extra["stop_reason"] = answer.stop_reason
         if self._fields.return_token_ids:
             extra["token_ids"] = answer.token_ids
+        if answer.sampler_trace is not None:
+            extra["sampler_trace"] = sampler_trace(answer.sampler_trace, self._names)
         return extra
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -20,16 +20,27 @@ class ChunkWriter:
         head: the keys that every chunk has: id, object, created, model.
         wrap: the keys of a choice that hold a piece of text: `{"text": …}` or `{"delta": {"content": …}}`.
         usage_key: every chunk has a `usage`, null but in the last.
+        warnings: about the request; the first chunk brings them if there are any.
     """
 
-    def __init__(self, head: dict[str, Any], wrap: Callable[[str | None], dict[str, Any]], *, usage_key: bool) -> None:
+    def __init__(
+        self,
+        head: dict[str, Any],
+        wrap: Callable[[str | None], dict[str, Any]],
+        *,
+        usage_key: bool,
+        warnings: Sequence[str] = (),
+    ) -> None:
         self._head = head
         self._wrap = wrap
         self._usage_key = usage_key
+        self._warnings = warnings
         self._affixes: dict[int, tuple[bytes, bytes]] = {}
 
     def text(self, index: int, text: str) -> bytes:
         """The event of a piece of text and nothing else."""
+        if self._warnings:
+            return self.choice(index, text)
         affixes = self._affixes.get(index)
         if affixes is None:
             marker = "\x00text\x00"
@@ -60,6 +71,9 @@ class ChunkWriter:
         self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, beside: dict[str, Any] | None = None
     ) -> bytes:
         chunk = {**self._head, "choices": choices, **(beside or {})}
+        if self._warnings:
+            chunk["warnings"] = list(self._warnings)
+            self._warnings = ()
         if self._usage_key:
             chunk["usage"] = usage
         return event(_encode(chunk))

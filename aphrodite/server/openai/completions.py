@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from aphrodite.core.plan import TokenLogprobs
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
+from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.chunks import ChunkWriter
@@ -34,6 +34,8 @@ from aphrodite.server.openai.protocol import (
     refuse_unsupported,
     sampling_params,
 )
+from aphrodite.server.openai.trace import sampler_trace
+from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.sse import EventResponse, EventStream
 
 _BASE = SamplingParams(max_tokens=16)
@@ -66,7 +68,8 @@ class CompletionEndpoint:
             fields.prompt, context, add_special_tokens=fields.add_special_tokens, truncate=keep
         )
         generation = Generation.of("cmpl", model, fields, [prompt.token_ids for prompt in prompts], params)
-        answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs)
+        warnings = field_warnings(body, CompletionFields)
+        answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs, warnings)
         headers = ignored_header(body, CompletionFields)
         if fields.stream:
             return EventResponse(
@@ -99,12 +102,14 @@ class _Answer:
         fields: CompletionFields,
         prompts: list[Prompt],
         wants_prompt_logprobs: bool,
+        warnings: list[str],
     ) -> None:
         self._context = context
         self._generation = generation
         self._fields = fields
         self._prompts = prompts
         self._wants_prompt_logprobs = wants_prompt_logprobs
+        self._warnings = warnings
         self._prompt_entries: dict[int, list[TokenLogprobs | None] | None] = {}
         self._echoes: dict[int, tuple[str, dict[str, Any] | None]] = {}
         self._tokenizer = context.engine.tokenizer
@@ -123,19 +128,27 @@ class _Answer:
                 for number, output in enumerate(outputs)
                 for answer in output.outputs
             ]
-            return msgspec.json.encode({**self._generation.head("text_completion"), "choices": choices, "usage": usage})
+            body = {**self._generation.head("text_completion"), "choices": choices, "usage": usage}
+            if self._warnings:
+                body["warnings"] = self._warnings
+            return msgspec.json.encode(body)
 
-        return await off_loop(usage["total_tokens"] * BYTES_PER_TOKEN, build)
+        return await off_loop(self._generation.body_bytes(usage["total_tokens"]), build)
 
     async def stream(self, events: EventStream) -> None:
         """Write the response's chunks, the end mark excepted."""
         options = self._fields.stream_options
         writer = ChunkWriter(
-            self._generation.head("text_completion"), lambda text: {"text": text}, usage_key=options.include_usage
+            self._generation.head("text_completion"),
+            lambda text: {"text": text},
+            usage_key=options.include_usage,
+            warnings=self._warnings,
         )
         counter = UsageCounter(self._generation.prompts)
         counting = counter if options.continuous_usage_stats else None
-        plain = self._generation.params.logprobs is None and not self._fields.return_token_ids and counting is None
+        params = self._generation.params
+        detailed = params.logprobs is not None or params.sampler_trace or self._fields.return_token_ids
+        plain = not detailed and counting is None
         n = self._generation.params.n
         states: dict[int, _ChoiceState] = {}
         pieces = stream_pieces(self._context, self._generation)
@@ -223,6 +236,8 @@ class _Answer:
             extra["stop_reason"] = answer.stop_reason
         if self._fields.return_token_ids:
             extra["token_ids"] = answer.token_ids
+        if answer.sampler_trace is not None:
+            extra["sampler_trace"] = sampler_trace(answer.sampler_trace, self._names)
         return extra
 
     def _echo(self, number: int) -> tuple[str, dict[str, Any] | None]:

@@ -14,6 +14,7 @@ from aphrodite.engine.output import merge_outputs
 from aphrodite.errors import InvalidRequestError, QueueFullError, RequestFailedError
 from aphrodite.outputs import RequestOutput
 from aphrodite.sampling.params import SamplingParams
+from aphrodite.server.body import BYTES_PER_TOKEN, BYTES_PER_TRACED_TOKEN
 from aphrodite.server.context import ServerContext
 from aphrodite.server.metrics import RequestTimer
 from aphrodite.server.openai.protocol import GenerationFields
@@ -41,6 +42,10 @@ class Generation:
     def head(self, kind: str) -> dict[str, Any]:
         """The keys that the response and each of its chunks open with."""
         return {"id": self.response_id, "object": kind, "created": self.created, "model": self.model}
+
+    def body_bytes(self, num_tokens: int) -> int:
+        """Roughly what a whole answer of so many tokens costs to write, in the measure of `off_loop`."""
+        return num_tokens * (BYTES_PER_TRACED_TOKEN if self.params.sampler_trace else BYTES_PER_TOKEN)
 
 
 class UsageCounter:

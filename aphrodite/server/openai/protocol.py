@@ -172,10 +172,15 @@ def sampling_params(
     return params
 
 
+def is_known_field(name: str, endpoint: type[GenerationFields]) -> bool:
+    """Whether a field means something here, be it that it must not be used."""
+    known = name in endpoint.model_fields or name in canonical_names()
+    return known or name in _HARMLESS or name in _REFUSED
+
+
 def ignored_header(fields: Mapping[str, Any], endpoint: type[GenerationFields]) -> Headers:
     """The response header that names what was ignored; nothing if all was understood."""
-    known = endpoint.model_fields.keys() | canonical_names().keys() | _HARMLESS | _REFUSED.keys()
-    names = [name for name in fields if name not in known and fields[name] is not None]
+    names = [name for name in fields if not is_known_field(name, endpoint) and fields[name] is not None]
     if not names:
         return ()
     shown = [name if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) else "?" for name in names[:40]]
