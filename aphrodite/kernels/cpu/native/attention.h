@@ -13,7 +13,6 @@ namespace aph {
 namespace {
 
 constexpr int kTileBlocks = kKvTile / kKvBlock;
-constexpr int kRowStep = 4;
 
 // What of a tile a query row sees: positions [low, high) of it.
 struct Visible {
@@ -31,33 +30,41 @@ inline Visible visible(const AttentionShape& shape, const AttentionTask& task, i
 template <class Element, int kRows, int kBlocks>
 inline void dot_keys(const float* const* q, const Element* const* keys, int head_dim, float* scores) {
     Vec sums[kRows][kBlocks];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int b = 0; b < kBlocks; ++b) sums[r][b] = zero();
     for (int d = 0; d < head_dim; ++d) {
         Vec k[kBlocks];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int b = 0; b < kBlocks; ++b) k[b] = load(keys[b] + d * kKvBlock);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
             const Vec x = splat(q[r][d]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int b = 0; b < kBlocks; ++b) sums[r][b] = fma(x, k[b], sums[r][b]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int b = 0; b < kBlocks; ++b) store(scores + r * kKvTile + b * kKvBlock, sums[r][b]);
+}
+
+// How many lanes' worth of results beside each other stay in registers for so many rows: a power of two.
+constexpr int lanes_beside(int rows) {
+    int beside = 4;
+    while (beside > 1 && rows * beside > kResultVecs) beside /= 2;
+    return beside;
 }
 
 template <class Element, int kRows>
 inline void dot_key_blocks(const float* const* q, const Element* const* keys, int blocks, int head_dim, float* scores) {
+    constexpr int kBlocks = lanes_beside(kRows);
     int b = 0;
-    for (; b + 4 <= blocks; b += 4) dot_keys<Element, kRows, 4>(q, keys + b, head_dim, scores + b * kKvBlock);
-    for (; b + 2 <= blocks; b += 2) dot_keys<Element, kRows, 2>(q, keys + b, head_dim, scores + b * kKvBlock);
-    if (b < blocks) dot_keys<Element, kRows, 1>(q, keys + b, head_dim, scores + b * kKvBlock);
+    for (; b + kBlocks <= blocks; b += kBlocks)
+        dot_keys<Element, kRows, kBlocks>(q, keys + b, head_dim, scores + b * kKvBlock);
+    for (; b < blocks; ++b) dot_keys<Element, kRows, 1>(q, keys + b, head_dim, scores + b * kKvBlock);
 }
 
 // Adds p.v over positions [begin, end) for kVecs * 16 dimensions; values point at each block's first such dimension.
@@ -65,39 +72,39 @@ template <class Element, int kRows, int kVecs>
 inline void sum_values(const float* p, const Element* const* values, int begin, int end, int head_dim, float* out,
                        int64_t out_stride) {
     Vec sums[kRows][kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) sums[r][v] = zero();
     for (int j = begin; j < end; ++j) {
         const Element* value = values[j / kKvBlock] + (j % kKvBlock) * head_dim;
         Vec x[kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) x[v] = load(value + 16 * v);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
             const Vec weight = splat(p[r * kKvTile + j]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(weight, x[v], sums[r][v]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) store(out + r * out_stride + 16 * v, sums[r][v]);
 }
 
 template <class Element, int kRows>
 inline void sum_value_blocks(const float* p, const Element* const* values, int begin, int end, int head_dim,
                              float* out, int64_t out_stride) {
+    constexpr int kVecs = lanes_beside(kRows);
     const Element* shifted[kTileBlocks];
     for (int d = 0; d < head_dim;) {
         for (int b = begin / kKvBlock; b * kKvBlock < end; ++b) shifted[b] = values[b] + d;
-        const int vecs = (head_dim - d) / 16;
-        if (vecs >= 4) sum_values<Element, kRows, 4>(p, shifted, begin, end, head_dim, out + d, out_stride);
-        else if (vecs >= 2) sum_values<Element, kRows, 2>(p, shifted, begin, end, head_dim, out + d, out_stride);
+        const bool wide = head_dim - d >= 16 * kVecs;
+        if (wide) sum_values<Element, kRows, kVecs>(p, shifted, begin, end, head_dim, out + d, out_stride);
         else sum_values<Element, kRows, 1>(p, shifted, begin, end, head_dim, out + d, out_stride);
-        d += 16 * (vecs >= 4 ? 4 : vecs >= 2 ? 2 : 1);
+        d += wide ? 16 * kVecs : 16;
     }
 }
 
@@ -166,8 +173,10 @@ void attend_tile_as(const AttentionShape& shape, const AttentionTask& task, int6
     }
     const int rows = task.count * (shape.heads / shape.kv_heads);
     int first = 0;
-    for (; first + kRowStep <= rows; first += kRowStep)
-        attend_rows<Element, kRowStep>(shape, task, tile, first, keys, values, scratch, partial);
+    for (; first + kQueryRows <= rows; first += kQueryRows)
+        attend_rows<Element, kQueryRows>(shape, task, tile, first, keys, values, scratch, partial);
+    for (; first + 4 <= rows; first += 4)
+        attend_rows<Element, 4>(shape, task, tile, first, keys, values, scratch, partial);
     switch (rows - first) {
         case 3: return attend_rows<Element, 3>(shape, task, tile, first, keys, values, scratch, partial);
         case 2: return attend_rows<Element, 2>(shape, task, tile, first, keys, values, scratch, partial);

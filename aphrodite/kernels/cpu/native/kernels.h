@@ -56,7 +56,20 @@ struct TileWeight {
     const float* bias;  // [rows] or null
 };
 
+// A rectangle of a product: whole tiles by whole groups of rows.
+struct Range {
+    int64_t begin, end;
+};
+
 enum class GateKind : int32_t { Silu = 0, GeluTanh = 1 };
+
+// Two weights of one shape whose results are combined.
+struct GatedPair {
+    TileWeight gate, up;
+    const PackedRows& gate_in;
+    const PackedRows& up_in;
+    GateKind kind;
+};
 
 struct LinearOut {
     float* data;
@@ -91,12 +104,10 @@ constexpr int kMaxQueryRows = 32;  // (position, head) pairs of a task
 
 struct Kernels {
     const char* isa;
-    // out[row][column] of tiles [tile_begin, tile_end) of one weight, all rows of `in`.
-    void (*linear)(const PackedRows& in, const TileWeight& weight, int64_t tile_begin, int64_t tile_end,
-                   const LinearOut& out);
-    // 32 columns of act(in * gate) * (in * up), from column 32 * block; also packed into the outputs.
-    void (*gated)(const PackedRows& gate_in, const PackedRows& up_in, const TileWeight& gate, const TileWeight& up,
-                  int64_t block, GateKind kind, const PackedRows* packs, int pack_count);
+    // out[row][column] for the given tiles of one weight; rows begin and end with a group.
+    void (*linear)(const PackedRows& in, const TileWeight& weight, Range tiles, Range rows, const LinearOut& out);
+    // act(in * gate) * (in * up), packed: blocks of 32 columns, that is, of two tiles.
+    void (*gated)(const GatedPair& pair, Range blocks, Range rows, const PackedRows* packs, int pack_count);
     // Packs the rows of group `group`: columns of x, row r at x + r * stride.
     void (*pack)(const float* x, int64_t stride, int64_t group, const PackedRows& out);
     // out = x / sqrt(mean(x^2) + eps) * weight

@@ -210,14 +210,13 @@ inline void write_tile(const float* result, const TileWeight& weight, int64_t ti
     }
 }
 
-void linear(const PackedRows& in, const TileWeight& weight, int64_t tile_begin, int64_t tile_end,
-            const LinearOut& out) {
+void linear(const PackedRows& in, const TileWeight& weight, Range tiles, Range rows, const LinearOut& out) {
     const int64_t bytes = tile_bytes(weight.type, weight.columns), blocks = weight.columns / kBlock;
     float result[kGroupRows * kTileRows];
-    for (int64_t row = 0; row < in.rows;) {
+    for (int64_t row = rows.begin; row < rows.end;) {
         const int width = group_width(row, in.rows);
         const GroupKernel kernel = find_kernel(weight.type, in.kind, width);
-        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
             kernel(weight.tiles + tile * bytes, blocks, group_words(in, row), group_meta(in, row), result);
             for (int m = 0; m < width; ++m) write_tile(result + m * kTileRows, weight, tile, out, row + m);
         }
@@ -230,28 +229,34 @@ inline Vec biased(const float* result, const TileWeight& weight, int64_t tile) {
     return weight.bias == nullptr ? value : add(value, load(weight.bias + tile * kTileRows));
 }
 
-void gated(const PackedRows& gate_in, const PackedRows& up_in, const TileWeight& gate, const TileWeight& up,
-           int64_t block, GateKind kind, const PackedRows* packs, int pack_count) {
-    const int64_t gate_bytes = tile_bytes(gate.type, gate.columns), up_bytes = tile_bytes(up.type, up.columns);
-    const int64_t blocks = gate.columns / kBlock, rows = gate_in.rows;
-    float gates[kGroupRows * kTileRows], ups[kGroupRows * kTileRows], product[kGroupRows * kBlock];
-    for (int64_t row = 0; row < rows;) {
-        const int width = group_width(row, rows);
-        const GroupKernel gate_kernel = find_kernel(gate.type, gate_in.kind, width);
-        const GroupKernel up_kernel = find_kernel(up.type, up_in.kind, width);
-        for (int half = 0; half < 2; ++half) {
-            const int64_t tile = 2 * block + half;
-            gate_kernel(gate.tiles + tile * gate_bytes, blocks, group_words(gate_in, row), group_meta(gate_in, row),
-                        gates);
-            up_kernel(up.tiles + tile * up_bytes, blocks, group_words(up_in, row), group_meta(up_in, row), ups);
-            for (int m = 0; m < width; ++m) {
-                const Vec g = biased(gates + m * kTileRows, gate, tile);
-                const Vec u = biased(ups + m * kTileRows, up, tile);
-                const Vec activated = kind == GateKind::Silu ? silu(g) : gelu_tanh(g);
-                store(product + m * kBlock + half * kTileRows, mul(activated, u));
-            }
+// Two tiles of both weights for one group of rows: product[width][32].
+inline void gated_block(const GatedPair& pair, int64_t block, int64_t row, int width, float* product) {
+    const int64_t blocks = pair.gate.columns / kBlock;
+    const GroupKernel gate_kernel = find_kernel(pair.gate.type, pair.gate_in.kind, width);
+    const GroupKernel up_kernel = find_kernel(pair.up.type, pair.up_in.kind, width);
+    float gates[kGroupRows * kTileRows], ups[kGroupRows * kTileRows];
+    for (int64_t tile = 2 * block; tile < 2 * block + 2; ++tile) {
+        gate_kernel(pair.gate.tiles + tile * tile_bytes(pair.gate.type, pair.gate.columns), blocks,
+                    group_words(pair.gate_in, row), group_meta(pair.gate_in, row), gates);
+        up_kernel(pair.up.tiles + tile * tile_bytes(pair.up.type, pair.up.columns), blocks,
+                  group_words(pair.up_in, row), group_meta(pair.up_in, row), ups);
+        for (int m = 0; m < width; ++m) {
+            const Vec gate = biased(gates + m * kTileRows, pair.gate, tile);
+            const Vec activated = pair.kind == GateKind::Silu ? silu(gate) : gelu_tanh(gate);
+            store(product + m * kBlock + (tile % 2) * kTileRows,
+                  mul(activated, biased(ups + m * kTileRows, pair.up, tile)));
         }
-        for (int i = 0; i < pack_count; ++i) pack_block(product, kBlock, row, block, packs[i]);
+    }
+}
+
+void gated(const GatedPair& pair, Range blocks, Range rows, const PackedRows* packs, int pack_count) {
+    float product[kGroupRows * kBlock];
+    for (int64_t row = rows.begin; row < rows.end;) {
+        const int width = group_width(row, pair.gate_in.rows);
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+            gated_block(pair, block, row, width, product);
+            for (int i = 0; i < pack_count; ++i) pack_block(product, kBlock, row, block, packs[i]);
+        }
         row += width;
     }
 }

@@ -42,10 +42,16 @@ private:
 struct QueryTile {
     int64_t token, position;
     int32_t sequence, count, kv_head;
-    int64_t work() const { return count * (position + count); }
+    int64_t work() const { return count * (position + count); }  // in (query, position) pairs, about
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows in spans of whole groups.
+struct RowSpans {
+    int64_t span, count, rows;
+    Range range(int64_t index) const { return {index * span, std::min(rows, (index + 1) * span)}; }
+};
 
 class Program {
 public:
@@ -79,6 +85,7 @@ private:
     void attention(const Op& op, Team& team, int worker);
     void gather(const Op& op, Team& team, int worker);
 
+    RowSpans spans(int64_t rows, int threads) const;
     int64_t rows_of(int32_t set) const {
         return set == static_cast<int32_t>(RowSet::Tokens) ? step_.tokens : step_.logits_rows;
     }
@@ -109,7 +116,7 @@ private:
     float* norm_rows_ = nullptr;
     std::vector<QueryTile> queries_;
     bool split_tiles_ = false;
-    int64_t most_tiles_ = 0;
+    int64_t most_tiles_ = 0, partial_stride_ = 0;
     StepDesc step_{};
 };
 
@@ -152,26 +159,32 @@ void Program::prepare() {
         attention_memory_.get<float>(step_.threads * attention_scratch(static_cast<int>(desc_.head_dim)));
 }
 
-// With few query tiles the tiles of their contexts are spread over the workers too.
+// Where query tiles are few or one is much of the work, the tiles of their contexts are spread over the workers too.
 void Program::plan_attention() {
+    constexpr int64_t kMostPartials = int64_t{1} << 24;  // floats
     queries_.clear();
     const int64_t group = desc_.heads / desc_.kv_heads, most = std::max<int64_t>(1, kMaxQueryRows / group);
+    int64_t total = 0, largest = 0, widest = 0;
     most_tiles_ = 0;
     for (int64_t r = 0; r < step_.sequences; ++r) {
         const int64_t begin = step_.query_start[r], end = step_.query_start[r + 1];
         const int64_t start = step_.context_lens[r] - (end - begin);
         most_tiles_ = std::max<int64_t>(most_tiles_, ceil_div(step_.context_lens[r], kKvTile));
-        for (int64_t token = begin; token < end; token += most)
-            for (int32_t head = 0; head < desc_.kv_heads; ++head)
-                queries_.push_back({token, start + token - begin, static_cast<int32_t>(r),
-                                    static_cast<int32_t>(std::min(most, end - token)), head});
+        for (int64_t token = begin; token < end; token += most) {
+            const QueryTile tile{token, start + token - begin, static_cast<int32_t>(r),
+                                 static_cast<int32_t>(std::min(most, end - token)), 0};
+            for (int32_t head = 0; head < desc_.kv_heads; ++head) queries_.push_back(tile), queries_.back().kv_head = head;
+            total += tile.work() * desc_.kv_heads;
+            largest = std::max(largest, tile.work());
+            widest = std::max<int64_t>(widest, tile.count);
+        }
     }
-    std::stable_sort(queries_.begin(), queries_.end(),
-                     [](const QueryTile& a, const QueryTile& b) { return a.work() > b.work(); });
-    split_tiles_ = step_.threads > 1 && most_tiles_ > 1 && static_cast<int64_t>(queries_.size()) < 6 * step_.threads;
-    if (split_tiles_)
-        partials_ = partial_memory_.get<float>(static_cast<int64_t>(queries_.size()) * most_tiles_ * kMaxQueryRows *
-                                               (desc_.head_dim + 2));
+    const int64_t count = static_cast<int64_t>(queries_.size());
+    partial_stride_ = widest * group * (desc_.head_dim + 2);
+    const int64_t partials = count * most_tiles_ * partial_stride_;
+    split_tiles_ = step_.threads > 1 && most_tiles_ > 1 && partials <= kMostPartials &&
+                   (count < 6 * step_.threads || largest > total / (6 * step_.threads));
+    if (split_tiles_) partials_ = partial_memory_.get<float>(partials);
 }
 
 StepError Program::run(const StepDesc& step) {
@@ -240,25 +253,37 @@ void Program::pack(const Op& op, Team& team, int worker) {
     });
 }
 
+// Workers start with rows of their own where there are many: what a row's next operation reads is then in the cache of
+// the core that wrote it. Few rows are not divided, so that weights are read once.
+RowSpans Program::spans(int64_t rows, int threads) const {
+    constexpr int64_t kSpanRows = 64;
+    const int64_t span = rows < 2 * kSpanRows * threads ? (rows < 32 * threads ? rows : ceil_div(rows, 8 * threads) * 8)
+                                                        : kSpanRows;
+    return {span, ceil_div(rows, span), rows};
+}
+
 // Weights that share an input are one run of tiles; a chunk lies within one weight.
 void Program::linear(const Op& op, Team& team, int worker) {
     constexpr int64_t kMostTiles = 8;
     int64_t tiles = 0;
     for (int i = 0; i < op.weight_count; ++i) tiles += tile_count(weights_[op.first_weight + i].rows);
-    const int64_t step = std::clamp<int64_t>(tiles / (12 * team.size()), 1, kMostTiles);
+    const RowSpans spans = this->spans(rows_of(op.rows), team.size());
+    const int64_t step = std::clamp<int64_t>(tiles * spans.count / (12 * team.size()), 1, kMostTiles);
     int64_t chunks = 0;
     for (int i = 0; i < op.weight_count; ++i)
         chunks += ceil_div(tile_count(weights_[op.first_weight + i].rows), step);
     const bool logits = op.output == kLogits;
     const LinearOut out{logits ? step_.logits : buffers_[op.output],
                         logits ? desc_.vocab_size : widths_[op.output], op.flag != 0};
-    team.phase(worker, chunks, [&](int64_t chunk) {
+    team.phase(worker, chunks * spans.count, [&](int64_t index) {
+        int64_t chunk = index % chunks;
         for (int i = 0; i < op.weight_count; ++i) {
             const TileWeight w = weight(op.first_weight + i);
             const int64_t count = tile_count(w.rows), own = ceil_div(count, step);
             if (chunk < own) {
                 const PackedRows& in = packs_[weights_[op.first_weight + i].pack];
-                return kernels_.linear(in, w, chunk * step, std::min(count, (chunk + 1) * step), out);
+                const Range range{chunk * step, std::min(count, (chunk + 1) * step)};
+                return kernels_.linear(in, w, range, spans.range(index / chunks), out);
             }
             chunk -= own;
         }
@@ -266,12 +291,17 @@ void Program::linear(const Op& op, Team& team, int worker) {
 }
 
 void Program::gated(const Op& op, Team& team, int worker) {
-    const TileWeight gate = weight(op.first_weight), up = weight(op.first_weight + 1);
-    const PackedRows& gate_in = packs_[weights_[op.first_weight].pack];
-    const PackedRows& up_in = packs_[weights_[op.first_weight + 1].pack];
-    team.phase(worker, gate.rows / kBlock, [&](int64_t block) {
-        kernels_.gated(gate_in, up_in, gate, up, block, static_cast<GateKind>(op.flag), &packs_[op.first_pack],
-                       op.pack_count);
+    constexpr int64_t kMostBlocks = 2;
+    const GatedPair pair{weight(op.first_weight), weight(op.first_weight + 1),
+                         packs_[weights_[op.first_weight].pack], packs_[weights_[op.first_weight + 1].pack],
+                         static_cast<GateKind>(op.flag)};
+    const RowSpans spans = this->spans(rows_of(op.rows), team.size());
+    const int64_t blocks = pair.gate.rows / kBlock, step = spans.count > 1 ? kMostBlocks : 1;
+    const int64_t chunks = ceil_div(blocks, step);
+    team.phase(worker, chunks * spans.count, [&](int64_t index) {
+        const int64_t chunk = index % chunks;
+        kernels_.gated(pair, {chunk * step, std::min(blocks, (chunk + 1) * step)}, spans.range(index / chunks),
+                       &packs_[op.first_pack], op.pack_count);
     });
 }
 
@@ -317,7 +347,7 @@ void Program::attention(const Op& op, Team& team, int worker) {
         team.phase(worker, count, [&](int64_t i) { kernels_.attend(shape, task(op, queries_[i]), scratch); });
         return;
     }
-    const int64_t stride = kMaxQueryRows * (desc_.head_dim + 2);
+    const int64_t stride = partial_stride_;
     team.phase(worker, count * most_tiles_, [&](int64_t chunk) {
         const AttentionTask query = task(op, queries_[chunk / most_tiles_]);
         const int64_t tile = chunk % most_tiles_;

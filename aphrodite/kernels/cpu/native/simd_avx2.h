@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kDotRows = 2;
 constexpr int kFloatRows = 1;
+constexpr int kQueryRows = 4;
+constexpr int kResultVecs = 6;
 
 struct Vec {
     __m256 lo, hi;

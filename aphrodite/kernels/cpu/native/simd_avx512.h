@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kDotRows = 8;    // rows of activations whose sums stay in registers
 constexpr int kFloatRows = 4;  // the same for float products
+constexpr int kQueryRows = 8;    // query rows that share a read of the cache, at least 4
+constexpr int kResultVecs = 16;  // results of attention that stay in registers
 
 struct Vec {
     __m512 v;

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kDotRows = 1;
 constexpr int kFloatRows = 1;
+constexpr int kQueryRows = 4;
+constexpr int kResultVecs = 1;
 constexpr int kLanes = 16;
 
 struct Vec {
