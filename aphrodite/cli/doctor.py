@@ -13,7 +13,7 @@ from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError
 
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "msgspec", "pyzmq", "fastapi", "uvicorn", "jinja2")
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "msgspec", "pyzmq", "starlette", "uvicorn", "jinja2")
 
 Report = dict[str, dict[str, Any]]
 
