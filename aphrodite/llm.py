@@ -18,7 +18,7 @@ from aphrodite.config import make_engine_config
 from aphrodite.engine.builder import build_engine
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.output import RequestStream, merge_outputs
-from aphrodite.engine.preparation import answer_seeds, check_prompt, resolve_model
+from aphrodite.engine.preparation import answer_seeds, check_prompt, resolve_model, tokenize_words
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import RequestOutput
 from aphrodite.progress import generation_progress
@@ -45,7 +45,7 @@ class LLM:
         self.config, path = resolve_model(config)
         self.tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path)
         self.chat_template = load_chat_template(config.chat_template, self.tokenizer)
-        built = build_engine(self.config, self.tokenizer.eos_token_ids)
+        built = build_engine(self.config, self.tokenizer.eos_token_ids, tokenizer=self.tokenizer)
         self.info = built.info
         self.memory = built.memory
         self._core = built.core
@@ -163,7 +163,7 @@ class LLM:
             max_logprobs=self.config.max_logprobs,
         )
         check_prompt(ids, params, vocab_size=info.vocab_size, max_model_len=info.max_model_len)
-        return ids, params
+        return ids, tokenize_words(params, self.tokenizer, info.vocab_size)
 
     def _add(self, ids: list[int], params: SamplingParams, request_id: str) -> RequestStream:
         answer_ids = [str(next(self._answer_numbers)) for _ in range(params.n)]

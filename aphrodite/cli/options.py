@@ -158,6 +158,10 @@ _SAMPLING_METAVARS = {
     "ints": "ID",
     "strings": "TEXT",
     "bias": '{"ID": X}',
+    "sequences": "[[ID, ...], ...]",
+    "ranges": "[[[ID, ...], START, LENGTH], ...]",
+    "order": "NAME,NAME,...",
+    "loop": '{"max_pattern_size": N, "min_count": N}',
 }
 
 
@@ -184,7 +188,7 @@ def _sampling_value(row: ParamRow, text: Any) -> Any:
     if row.kind == "ints":  # several flags, one number, or a JSON list
         value = [_json_or_text(item) for item in text] if isinstance(text, list) else _json_or_text(text)
         return value if isinstance(value, list) else [value]
-    return text if row.kind in ("strings", "choice") else _json_or_text(text)
+    return text if row.kind in ("strings", "choice", "order") else _json_or_text(text)
 
 
 def _json_or_text(text: Any) -> Any:

@@ -27,7 +27,7 @@ from aphrodite.engine.messages import (
     StepOutputs,
 )
 from aphrodite.engine.output import RequestStream
-from aphrodite.engine.preparation import answer_seeds, check_prompt, resolve_model
+from aphrodite.engine.preparation import answer_seeds, check_prompt, resolve_model, tokenize_words
 from aphrodite.errors import EngineDeadError, QueueFullError
 from aphrodite.outputs import RequestOutput
 from aphrodite.sampling.params import SamplingParams, validate
@@ -146,6 +146,10 @@ class AsyncEngine:
             QueueFullError: too many requests wait already.
             EngineDeadError: the engine process is gone.
         """
+        self._check_alive()
+        self._check(prompt_token_ids, params)
+        if params.bad_words:  # in a thread, for many long words would keep the others' streams waiting
+            params = await asyncio.to_thread(tokenize_words, params, self.tokenizer, self.info.vocab_size)
         consumer = self._submit(prompt_token_ids, params, request_id, priority, cache_salt)
         stream = consumer.stream
         try:
@@ -204,13 +208,6 @@ class AsyncEngine:
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int, cache_salt: str | None
     ) -> _Consumer:
         self._check_alive()
-        validate(
-            params,
-            vocab_size=self.info.vocab_size,
-            max_model_len=self.info.max_model_len,
-            max_logprobs=self._config.max_logprobs,
-        )
-        check_prompt(prompt, params, vocab_size=self.info.vocab_size, max_model_len=self.info.max_model_len)
         self._check_queue(params.n)
         answer_ids = [str(next(self._answer_numbers)) for _ in range(params.n)]
         consumer = _Consumer(RequestStream(request_id, answer_ids, prompt, params, self.tokenizer))
@@ -219,6 +216,15 @@ class AsyncEngine:
         seeds = answer_seeds(params, secrets.randbits(64))
         self._process.send(AddRequest(answer_ids, seeds, prompt, params, priority, cache_salt))
         return consumer
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        validate(
+            params,
+            vocab_size=self.info.vocab_size,
+            max_model_len=self.info.max_model_len,
+            max_logprobs=self._config.max_logprobs,
+        )
+        check_prompt(prompt, params, vocab_size=self.info.vocab_size, max_model_len=self.info.max_model_len)
 
     def _check_queue(self, count: int) -> None:
         waiting = len(self._consumers) + count - self.info.max_num_seqs

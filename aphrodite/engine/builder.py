@@ -24,6 +24,7 @@ from aphrodite.runner.memory import MemoryPlan, plan_memory
 from aphrodite.runner.native import NativeExecutor
 from aphrodite.runner.runner import Runner
 from aphrodite.runner.torch_executor import TorchExecutor
+from aphrodite.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,17 @@ class BuiltEngine(NamedTuple):
 
 
 def build_engine(
-    config: EngineConfig, eos_token_ids: Iterable[int], progress: ProgressCallback | None = None
+    config: EngineConfig,
+    eos_token_ids: Iterable[int],
+    progress: ProgressCallback | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> BuiltEngine:
     """Load `config.model` (already resolved to a path) and make everything ready to serve.
 
     Args:
         eos_token_ids: tokens that end an answer, as the tokenizer knows them; the checkpoint's own are added.
+        tokenizer: for samplers whose parameters are texts (DRY's sequence breakers), and for banned phrases.
 
     Raises:
         AphroditeError: the checkpoint or the configuration cannot be served; the message says why.
@@ -77,6 +83,7 @@ def build_engine(
         eos_token_ids=eos,
         # On a CPU the host and the kernels share the cores: planning ahead would only cost wasted tokens.
         async_depth=config.async_depth or 0,
+        tokenizer=tokenizer,
     )
     scheduler = Scheduler(
         SchedulerConfig(
@@ -106,7 +113,7 @@ def build_engine(
         kernels=executor.describe(),
         load_seconds=time.perf_counter() - began,
     )
-    return BuiltEngine(EngineCore(scheduler, runner), info, memory)
+    return BuiltEngine(EngineCore(scheduler, runner, tokenizer), info, memory)
 
 
 def _build_executor(

@@ -48,7 +48,7 @@ class EngineServer:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         tokenizer = load_tokenizer(Path(config.tokenizer or config.model or ""))
-        built = build_engine(config, tokenizer.eos_token_ids, self._report_progress)
+        built = build_engine(config, tokenizer.eos_token_ids, self._report_progress, tokenizer=tokenizer)
         self._core = built.core
         self._send(built.info)
 

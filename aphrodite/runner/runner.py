@@ -20,10 +20,15 @@ from aphrodite.runner.executor import ModelExecutor
 from aphrodite.runner.rows import Rows
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
+from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
 
 NON_FINITE_LOGITS = (
     "the model produced non-finite logits for this request; the weights may be damaged or overflow"
     " in this precision: try --dtype float32"
+)
+NOTHING_ALLOWED = (
+    "no token may be chosen at this position: token bans, allowed_token_ids, bad_words and min_tokens together"
+    " leave nothing of the vocabulary; loosen them"
 )
 
 
@@ -46,7 +51,11 @@ class DeviceStep:
 
 
 class Runner:
-    """Owns the rows, the executor and the sampler."""
+    """Owns the rows, the executor and the sampler.
+
+    Args:
+        tokenizer: for samplers whose parameters are texts; without it requests with such parameters fail.
+    """
 
     def __init__(
         self,
@@ -57,6 +66,7 @@ class Runner:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         async_depth: int,
+        tokenizer: TokenizerLike | None = None,
     ) -> None:
         executor.allocate_kv_cache(num_blocks)
         self.executor = executor
@@ -68,6 +78,7 @@ class Runner:
             token_ids=self.rows.token_ids,
             num_prompt=self.rows.num_prompt,
             device=executor.device,
+            vocabulary=None if tokenizer is None else Vocabulary(executor.spec.vocab_size, tokenizer),
         )
         self.async_depth = async_depth
         self._params: dict[int, SamplingParams] = {}
@@ -98,13 +109,15 @@ class Runner:
         if outcome.sampled is not None:
             tokens = outcome.sampled.token_ids.tolist()
             finite = outcome.sampled.ok.tolist()
+            exhausted = outcome.sampled.exhausted.tolist()
             for entry, number in enumerate(outcome.sampling_steps):
                 if finite[entry]:
                     logprobs = outcome.sampled.logprobs_of(entry)
                     trace = outcome.sampled.trace_of(entry)
                     rows[number] = rows[number]._replace(token_id=tokens[entry], logprobs=logprobs, trace=trace)
                 else:
-                    rows[number] = rows[number]._replace(error=NON_FINITE_LOGITS)
+                    reason = NOTHING_ALLOWED if exhausted[entry] else NON_FINITE_LOGITS
+                    rows[number] = rows[number]._replace(error=reason)
         return StepResult(plan.step_id, rows), outcome.forward_seconds
 
     def close(self) -> None:
@@ -120,6 +133,12 @@ class Runner:
         for start in plan.starts:
             self._params[start.row] = start.sampling
             self.sampler.start(start.row, start.sampling, start.seed, start.prompt_token_ids)
+        for rewind in plan.rewinds:
+            self.sampler.rewind(rewind.row, rewind.position)
+            if rewind.barred:
+                self.sampler.bar(rewind.row, rewind.position, rewind.barred)
+            else:
+                self.sampler.unbar(rewind.row, rewind.position)
         if not plan.steps:
             return DeviceStep(None, [], {}, 0.0)
         layout = self._logits_layout(plan.steps)

@@ -16,7 +16,19 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from aphrodite.errors import InvalidRequestError
-from aphrodite.sampling.table import Kind, Param, ParamRow, check, check_vocabulary, convert, field_error
+from aphrodite.sampling.extensions import installed_extensions
+from aphrodite.sampling.order import stage_names
+from aphrodite.sampling.table import (
+    Kind,
+    Param,
+    ParamRow,
+    RepetitionDetection,
+    TokenBanRange,
+    check,
+    check_vocabulary,
+    convert,
+    field_error,
+)
 
 MAX_TRACED_TOKENS = 4096  # of one request, all its answers together
 
@@ -47,8 +59,100 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ] = 0
     temperature: Annotated[
         float,
-        Param("Divides the logits; 0 (below 0.00001) takes the most likely token.", ge=0.0, le=100.0, neutral=1.0),
+        Param(
+            "Divides the logits; 0 (below 0.00001) takes the most likely token.",
+            ge=0.0,
+            le=100.0,
+            neutral=1.0,
+            stage="temperature",
+        ),
     ] = 1.0
+    dynamic_temperature: Annotated[
+        bool | None,
+        Param("False switches dynamic temperature off, whatever its other fields say.", stage="temperature"),
+    ] = None
+    dynatemp_min: Annotated[
+        float,
+        Param(
+            "Dynamic temperature: the temperature where the model is certain; with dynatemp_max it replaces "
+            "temperature. T = min + (max - min) * (H / ln N)^exponent, with H the entropy of the N tokens that are "
+            "left. Off where it equals dynatemp_max.",
+            ge=0.0,
+            le=100.0,
+            neutral=0.0,
+            aliases=("dynatemp_low", "min_temp"),
+            source="kalomaze's dynamic temperature, KoboldCpp 1.52",
+            stage="temperature",
+        ),
+    ] = 0.0
+    dynatemp_max: Annotated[
+        float,
+        Param(
+            "Dynamic temperature: the temperature where all tokens are equally likely.",
+            ge=0.0,
+            le=100.0,
+            neutral=0.0,
+            aliases=("dynatemp_high", "max_temp"),
+            stage="temperature",
+        ),
+    ] = 0.0
+    dynatemp_range: Annotated[
+        float,
+        Param(
+            "Another form of dynamic temperature: from temperature - range (at least 0) to temperature + range. "
+            "dynatemp_min and dynatemp_max come first where they are set.",
+            ge=0.0,
+            le=100.0,
+            neutral=0.0,
+            source="KoboldCpp",
+            stage="temperature",
+        ),
+    ] = 0.0
+    dynatemp_exponent: Annotated[
+        float,
+        Param(
+            "Dynamic temperature: above 1 stays longer near the minimum, below 1 near the maximum.",
+            gt=0.0,
+            le=100.0,
+            neutral=1.0,
+            aliases=("temp_exponent",),
+            stage="temperature",
+        ),
+    ] = 1.0
+    temperature_last: Annotated[
+        bool,
+        Param(
+            "Temperature comes after XTC instead of before the truncations; sampler_priority comes first where it is "
+            "set."
+        ),
+    ] = False
+    sampler_priority: Annotated[
+        tuple[str, ...],
+        Param(
+            "Order of the samplers: names in any case, or numbers (Aphrodite's 0 to 13; exactly 0 to 6 are "
+            "KoboldCpp's). Those that are listed take, in this order, the places that they have between them in the "
+            "default order; the others keep theirs.",
+            aliases=("sampler_order", "samplers"),
+            max_items=64,
+            max_length=64,
+            in_text=True,
+            kind="order",
+        ),
+    ] = ()
+    top_nsigma: Annotated[
+        float,
+        Param(
+            "Keep logits of at least max - n * sigma; sigma is the population standard deviation of the logits that "
+            "are left (as in llama.cpp and KoboldCpp; the paper has nothing masked before). 0 or -1: off.",
+            ge=0.0,
+            le=100.0,
+            neutral=0.0,
+            aliases=("nsigma", "top_n_sigma"),
+            source="arXiv 2411.07641",
+            off=-1,
+            stage="top_nsigma",
+        ),
+    ] = 0.0
     top_p: Annotated[
         float,
         Param(
@@ -58,11 +162,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             le=1.0,
             neutral=1.0,
             source="arXiv 1904.09751",
+            stage="top_p",
         ),
     ] = 1.0
     top_k: Annotated[
         int,
-        Param("Keep the k most likely tokens; 0 or -1 keeps all.", ge=-1, le=2**31 - 1, neutral=0, off=-1),
+        Param(
+            "Keep the k most likely tokens; 0 or -1 keeps all.",
+            ge=-1,
+            le=2**31 - 1,
+            neutral=0,
+            off=-1,
+            stage="top_k",
+        ),
     ] = 0
     min_p: Annotated[
         float,
@@ -72,6 +184,131 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             le=1.0,
             neutral=0.0,
             source="arXiv 2407.01082",
+            stage="min_p",
+        ),
+    ] = 0.0
+    top_a: Annotated[
+        float,
+        Param(
+            "Keep tokens with p >= top_a * p_max^2, and the most likely one.",
+            ge=0.0,
+            le=100.0,
+            neutral=0.0,
+            source="KoboldAI, BlinkDL's RWKV-LM",
+            stage="top_a",
+        ),
+    ] = 0.0
+    tfs: Annotated[
+        float,
+        Param(
+            "Tail-free sampling: along the tokens by falling probability, keep those before the normalized absolute "
+            "second differences sum to more than tfs. The first token always stays, the last of the vocabulary never; "
+            "a flat distribution has no tail.",
+            ge=0.0,
+            le=1.0,
+            neutral=1.0,
+            aliases=("tfs_z",),
+            source="Trenton Bricken, Tail Free Sampling, 2019",
+            stage="tfs",
+        ),
+    ] = 1.0
+    eta_cutoff: Annotated[
+        float,
+        Param(
+            "Eta sampling: mask tokens with p < min(eta, sqrt(eta) * exp(-H)), H the entropy; the most likely one "
+            "stays. A probability; values above 1 are in units of 0.0001, as in text-generation-webui.",
+            ge=0.0,
+            le=10_000.0,
+            neutral=0.0,
+            source="arXiv 2210.15191",
+            stage="eta_cutoff",
+        ),
+    ] = 0.0
+    epsilon_cutoff: Annotated[
+        float,
+        Param(
+            "Mask tokens with p < epsilon; the most likely one stays. A probability; values above 1 are in units of "
+            "0.0001, as in text-generation-webui.",
+            ge=0.0,
+            le=10_000.0,
+            neutral=0.0,
+            aliases=("eps_cutoff",),
+            source="arXiv 2210.15191",
+            stage="epsilon_cutoff",
+        ),
+    ] = 0.0
+    typical_p: Annotated[
+        float,
+        Param(
+            "Locally typical sampling: keep the fewest tokens whose -ln p is nearest to the entropy and whose "
+            "probabilities sum to at least typical_p (so the token that crosses it stays).",
+            ge=0.0,
+            le=1.0,
+            neutral=1.0,
+            aliases=("typical", "typ_p"),
+            source="arXiv 2202.00666",
+            stage="typical_p",
+        ),
+    ] = 1.0
+    smoothing_factor: Annotated[
+        float,
+        Param(
+            "Quadratic sampling: with d = logit - max, the logit becomes max - k * d^2 + s * d^3, where "
+            "k = factor * (3 - curve) / 2 and s = factor * (curve - 1) / 2.",
+            ge=0.0,
+            le=100.0,
+            neutral=0.0,
+            source="oobabooga/text-generation-webui#5403",
+            stage="quadratic",
+        ),
+    ] = 0.0
+    smoothing_curve: Annotated[
+        float,
+        Param(
+            "Shape of quadratic sampling: 1 is the parabola, more cuts the tail harder.",
+            ge=1.0,
+            le=100.0,
+            neutral=1.0,
+            stage="quadratic",
+        ),
+    ] = 1.0
+    xtc_probability: Annotated[
+        float,
+        Param(
+            "Exclude top choices: with this probability at each token, remove all tokens with p >= xtc_threshold but "
+            "the least likely of them.",
+            ge=0.0,
+            le=1.0,
+            neutral=0.0,
+            source="oobabooga/text-generation-webui#6335",
+            stage="xtc",
+        ),
+    ] = 0.0
+    xtc_threshold: Annotated[
+        float,
+        Param(
+            "Probability that makes a token a top choice for XTC; above 0.5 there is never more than one.",
+            ge=0.0,
+            le=1.0,
+            stage="xtc",
+        ),
+    ] = 0.1
+    xtc_protect: Annotated[
+        bool,
+        Param(
+            "XTC never removes special tokens (end of sequence among them) nor tokens that hold a newline.", stage="xtc"
+        ),
+    ] = False
+    skew: Annotated[
+        float,
+        Param(
+            "Along the tokens by falling probability, the cumulative probability C becomes C^(e^skew): above 0 favours "
+            "less likely tokens, below 0 more likely ones.",
+            ge=-20.0,
+            le=20.0,
+            neutral=0.0,
+            source="exllamav2 1de4cdd",
+            stage="skew",
         ),
     ] = 0.0
     repetition_penalty: Annotated[
@@ -83,20 +320,235 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             neutral=1.0,
             aliases=("rep_pen", "repeat_penalty"),
             source="arXiv 1909.05858",
+            stage="penalties",
         ),
     ] = 1.0
     frequency_penalty: Annotated[
         float,
-        Param("Subtracted from a token's logit once per occurrence in the answer.", ge=-2.0, le=2.0, neutral=0.0),
+        Param(
+            "Subtracted from a token's logit once per occurrence in the answer.",
+            ge=-2.0,
+            le=2.0,
+            neutral=0.0,
+            stage="penalties",
+        ),
     ] = 0.0
     presence_penalty: Annotated[
         float,
-        Param("Subtracted from the logit of every token that occurs in the answer.", ge=-2.0, le=2.0, neutral=0.0),
+        Param(
+            "Subtracted from the logit of every token that occurs in the answer.",
+            ge=-2.0,
+            le=2.0,
+            neutral=0.0,
+            stage="penalties",
+        ),
     ] = 0.0
+    repetition_penalty_range: Annotated[
+        int,
+        Param(
+            "The repetition, frequency and presence penalties look at so many of the last tokens only; 0 or -1: all.",
+            ge=-1,
+            le=2**31 - 1,
+            neutral=0,
+            aliases=("rep_pen_range", "penalty_range", "repetition_range", "repeat_last_n"),
+            source="KoboldAI",
+            off=-1,
+            stage="penalties",
+        ),
+    ] = 0
+    repetition_penalty_slope: Annotated[
+        float,
+        Param(
+            "The older half of the range is penalized by 1 + (repetition_penalty - 1) * slope; frequency and "
+            "presence penalties are scaled alike. 1: like the newer half.",
+            ge=0.0,
+            le=100.0,
+            neutral=1.0,
+            aliases=("rep_pen_slope",),
+            source="KoboldCpp",
+            stage="penalties",
+        ),
+    ] = 1.0
+    repetition_decay: Annotated[
+        int,
+        Param(
+            "Behind the range the penalties fade to nothing over so many tokens, in a straight line.",
+            ge=0,
+            le=2**31 - 1,
+            neutral=0,
+            source="ExLlamaV2, TabbyAPI",
+            stage="penalties",
+        ),
+    ] = 0
+    no_repeat_ngram_size: Annotated[
+        int,
+        Param(
+            "Mask the tokens that would complete a sequence of so many tokens which prompt or answer hold already; "
+            "0 is off.",
+            ge=0,
+            le=2**31 - 1,
+            neutral=0,
+            source="Hugging Face transformers",
+            stage="no_repeat_ngram",
+        ),
+    ] = 0
+    dry_multiplier: Annotated[
+        float,
+        Param(
+            "DRY: a token that would continue a repetition of L tokens loses multiplier * base^(L - allowed_length), "
+            "if L is at least allowed_length. Tokens that contain a sequence breaker lose nothing. 0 is off.",
+            ge=0.0,
+            le=100.0,
+            neutral=0.0,
+            source="github.com/oobabooga/text-generation-webui/pull/5677, as in llama.cpp",
+            stage="dry",
+        ),
+    ] = 0.0
+    dry_base: Annotated[
+        float, Param("DRY: growth of the penalty with each token.", ge=1.0, le=100.0, off=0.0, stage="dry")
+    ] = 1.75
+    dry_allowed_length: Annotated[
+        int, Param("DRY: the shortest repetition that is penalized.", ge=0, le=2**31 - 1, stage="dry")
+    ] = 2
+    dry_range: Annotated[
+        int,
+        Param(
+            "DRY: only so many of the last tokens are looked at; 0 or -1: all.",
+            ge=-1,
+            le=2**31 - 1,
+            aliases=("dry_penalty_last_n",),
+            off=-1,
+            stage="dry",
+        ),
+    ] = 0
+    dry_sequence_breakers: Annotated[
+        tuple[str, ...],
+        Param(
+            "DRY: texts that end a repetition, whatever tokens they are made of.",
+            max_items=128,
+            max_length=40,
+            in_text=True,
+            stage="dry",
+        ),
+    ] = ("\n", ":", '"', "*")
+    mirostat_mode: Annotated[
+        int,
+        Param(
+            "Mirostat, version 1 or 2, keeps the surprise of the chosen tokens near mirostat_tau. It takes the place "
+            "of all truncation (top_k, top_p, min_p, XTC and the like); constraints, penalties and temperature stay "
+            "before it. 0 is off.",
+            ge=0,
+            le=2,
+            neutral=0,
+            aliases=("mirostat",),
+            source="arXiv 2007.14966; surprise as in llama.cpp: of the distribution that was drawn from",
+            stage="mirostat",
+        ),
+    ] = 0
+    mirostat_tau: Annotated[
+        float, Param("Mirostat: the surprise to aim at, in bits.", ge=0.0, le=100.0, stage="mirostat")
+    ] = 5.0
+    mirostat_eta: Annotated[
+        float, Param("Mirostat: how fast it corrects itself.", ge=0.0, le=10.0, stage="mirostat")
+    ] = 0.1
+    adaptive_target: Annotated[
+        float,
+        Param(
+            "Adaptive-p: tokens of a probability near this are preferred, so that chosen tokens have it on average. "
+            "It comes last, in every order; truncate (min_p) before it. Off unless above 0 and below 1.",
+            ge=-1.0,
+            le=1.0,
+            neutral=0.0,
+            source="github.com/ggml-org/llama.cpp/pull/17927",
+            stage="adaptive_p",
+        ),
+    ] = 0.0
+    adaptive_decay: Annotated[
+        float,
+        Param(
+            "Adaptive-p: weight of the past at each token; above 0.99 counts as 0.99.",
+            ge=0.0,
+            le=1.0,
+            stage="adaptive_p",
+        ),
+    ] = 0.9
     logit_bias: Annotated[
         dict[int, float] | None,
         Param("Added to the logits of these token ids.", ge=-100.0, le=100.0, vocabulary=True, max_items=1024),
     ] = None
+    allowed_token_ids: Annotated[
+        tuple[int, ...] | None,
+        Param("Only these tokens may be chosen.", vocabulary=True, min_items=1, max_items=262_144, in_text=True),
+    ] = None
+    bad_words: Annotated[
+        tuple[str, ...],
+        Param(
+            "Words that the answer must not contain, as tokens: the last token of each is barred where the answer's "
+            "tokens before it are the others. Tokenized with and without a leading space.",
+            max_items=1024,
+            max_length=256,
+            in_text=True,
+        ),
+    ] = ()
+    bad_words_ids: Annotated[
+        tuple[tuple[int, ...], ...],
+        Param("Like bad_words, as lists of token ids.", vocabulary=True, max_items=4096, in_text=True),
+    ] = ()
+    custom_token_bans: Annotated[
+        tuple[int, ...],
+        Param(
+            "Tokens that are never chosen; also as text: `1,2,3`.",
+            aliases=("banned_tokens",),
+            vocabulary=True,
+            max_items=262_144,
+            in_text=True,
+        ),
+    ] = ()
+    token_ban_ranges: Annotated[
+        tuple[TokenBanRange, ...],
+        Param(
+            "Entries [token ids, start, length]: the ids are never chosen for the answer's tokens start to "
+            "start + length (exclusive), counted from 0.",
+            ge=0,
+            le=2**31 - 1,
+            vocabulary=True,
+            max_items=1024,
+            in_text=True,
+        ),
+    ] = ()
+    banned_strings: Annotated[
+        tuple[str, ...],
+        Param(
+            "Phrases that the answer must not contain, matched on the text across tokens, whatever the case. When one "
+            "completes, generation goes back to its first token, which is barred there: up to 32 tokens at a position "
+            "and 1,024 times in an answer; what is let through then is named in the choice's `warnings`.",
+            aliases=("banned_phrases",),
+            max_items=4096,
+            max_length=256,
+            in_text=True,
+            source="KoboldCpp; arXiv 2510.15061",
+        ),
+    ] = ()
+    banned_strings_case_sensitive: Annotated[bool, Param("Match banned_strings with their case.")] = False
+    banned_regex: Annotated[
+        tuple[str, ...],
+        Param(
+            "The same for regular expressions (the subset of stop_regex; `(?i)` ignores case).",
+            max_items=64,
+            max_length=512,
+            in_text=True,
+            regex=True,
+        ),
+    ] = ()
+    repetition_detection: Annotated[
+        RepetitionDetection | None,
+        Param(
+            "Ends an answer that repeats a pattern of min_pattern_size (1) to max_pattern_size tokens min_count times "
+            "in a row; stop_reason is then `repetition_detected`. max_pattern_size 0: off.",
+            source="vLLM",
+        ),
+    ] = None
+    ban_eos_token: Annotated[bool, Param("The tokens that end an answer by themselves are never chosen.")] = False
     seed: Annotated[
         int | None,
         Param(
@@ -114,6 +566,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             aliases=("stop_sequence", "stop_sequences", "stopping_strings"),
             max_items=64,
             max_length=512,
+        ),
+    ] = ()
+    stop_regex: Annotated[
+        tuple[str, ...],
+        Param(
+            "Regular expressions that end the answer where one of them first matches (a subset without look-around "
+            "and back references, linear in time). At most 2,048 characters are held back for a match.",
+            max_items=64,
+            max_length=512,
+            in_text=True,
+            regex=True,
+            source="koboldcpp#1233; Thompson, doi 10.1145/363347.363387",
         ),
     ] = ()
     stop_token_ids: Annotated[
@@ -138,13 +602,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             "likely tokens, and where the chosen one stood."
         ),
     ] = False
+    extensions: dict[str, Any] = {}  # parameters of installed extensions, by name; a Struct copies it
 
 
 @cache
 def parameter_table() -> tuple[ParamRow, ...]:
-    """All rows in the order of `SamplingParams`."""
+    """All rows: those of `SamplingParams` in its order, then those of installed extensions."""
+    return (*builtin_table(), *(row for extension in installed_extensions() for row in extension.rows))
+
+
+@cache
+def builtin_table() -> tuple[ParamRow, ...]:
+    """The rows of `SamplingParams`, in its order."""
     hints = typing.get_type_hints(SamplingParams, include_extras=True)
-    return tuple(_row(field.name, field.default, hints[field.name]) for field in msgspec.structs.fields(SamplingParams))
+    fields = [field for field in msgspec.structs.fields(SamplingParams) if field.name != "extensions"]
+    return tuple(_row(field.name, field.default, hints[field.name]) for field in fields)
 
 
 @cache
@@ -157,8 +629,15 @@ def canonical_names() -> Mapping[str, str]:
 
 @cache
 def parameter(name: str) -> Param:
-    """The table's row of one parameter; KeyError if there is none."""
-    return {row.name: row.param for row in parameter_table()}[name]
+    """The row of one field of `SamplingParams`; KeyError if there is none."""
+    return {row.name: row.param for row in builtin_table()}[name]
+
+
+def parameter_value(params: SamplingParams, row: ParamRow) -> Any:
+    """What `params` hold for a row of the table."""
+    if row.name in SamplingParams.__struct_fields__:
+        return getattr(params, row.name)
+    return params.extensions.get(row.name, row.default)
 
 
 def from_mapping(fields: Mapping[str, Any], *, base: SamplingParams | None = None) -> SamplingParams:
@@ -188,7 +667,13 @@ def from_mapping(fields: Mapping[str, Any], *, base: SamplingParams | None = Non
             values[row.name] = convert(row, given[0][1], given[0][0])
         if values[row.name] != row.default:
             check(row, values[row.name], given[0][0])
-    return msgspec.structs.replace(base or SamplingParams(), **values)
+            if row.kind == "order":
+                _check_order(values[row.name], given[0][0])
+    base = base or SamplingParams()
+    extra = {name: values.pop(name) for name in list(values) if name not in SamplingParams.__struct_fields__}
+    if extra:
+        values["extensions"] = {**base.extensions, **extra}
+    return msgspec.structs.replace(base, **values)
 
 
 def validate(params: SamplingParams, *, vocab_size: int, max_model_len: int, max_logprobs: int) -> None:
@@ -202,13 +687,18 @@ def validate(params: SamplingParams, *, vocab_size: int, max_model_len: int, max
     Raises:
         InvalidRequestError: names the field; what is wrong, why, and what to do.
     """
+    for name in params.extensions:
+        if name not in canonical_names() or name in SamplingParams.__struct_fields__:
+            raise InvalidRequestError(f"`{name}` is no parameter of an installed extension.", param=name)
     for row in parameter_table():
-        value = getattr(params, row.name)
+        value = parameter_value(params, row)
         if value is None and row.nullable:
             continue
         check(row, value, row.name)
         if row.param.vocabulary:
             check_vocabulary(row.name, value, vocab_size)
+        if row.kind == "order":
+            _check_order(value, row.name)
     if params.max_tokens is not None and params.max_tokens > max_model_len:
         raise field_error(
             "max_tokens", params.max_tokens, f"is more than the model's context of {max_model_len} tokens", "Lower it."
@@ -217,6 +707,10 @@ def validate(params: SamplingParams, *, vocab_size: int, max_model_len: int, max
     if params.min_tokens > limit:
         raise field_error(
             "min_tokens", params.min_tokens, f"is more than max_tokens ({limit})", "Lower it or raise max_tokens."
+        )
+    if params.dynatemp_min > params.dynatemp_max and params.dynamic_temperature is not False:
+        raise field_error(
+            "dynatemp_min", params.dynatemp_min, f"is more than dynatemp_max ({params.dynatemp_max})", "Lower it."
         )
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)
@@ -228,6 +722,23 @@ def validate(params: SamplingParams, *, vocab_size: int, max_model_len: int, max
             f" {MAX_TRACED_TOKENS} that one request may trace. Lower max_tokens.",
             param="sampler_trace",
         )
+
+
+@cache
+def orderable_stages() -> frozenset[str]:
+    """Names of the stages whose place in the order a request can choose."""
+    extensions = {extension.stage.name for extension in installed_extensions() if not extension.stage.constraint}
+    return frozenset(row.param.stage for row in builtin_table() if row.param.stage) | extensions
+
+
+def _check_order(order: tuple[str, ...], name: str) -> None:
+    """Every name in a sampler order is one that can be ordered."""
+    known = orderable_stages()
+    for entry in stage_names(order):
+        if entry not in known:
+            near = difflib.get_close_matches(entry, known, n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"There are {', '.join(sorted(known))}."
+            raise field_error(name, entry, "is no sampler that can be put in order", hint, verb="contains")
 
 
 def _row(name: str, default: Any, hint: Any) -> ParamRow:
@@ -243,5 +754,9 @@ def _row(name: str, default: Any, hint: Any) -> ParamRow:
         tuple[str, ...]: "strings",
         tuple[int, ...]: "ints",
         dict[int, float]: "bias",
+        tuple[tuple[int, ...], ...]: "sequences",
+        tuple[TokenBanRange, ...]: "ranges",
+        RepetitionDetection: "loop",
     }
-    return ParamRow(name, "choice" if choices else kinds[bare], nullable, default, choices, param)
+    kind = param.kind or ("choice" if choices else kinds[bare])
+    return ParamRow(name, kind, nullable, default, choices, param)

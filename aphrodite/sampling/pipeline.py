@@ -25,6 +25,7 @@ from aphrodite.sampling.random import signed_seed
 from aphrodite.sampling.stages.base import RowInfo, RowState, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.registry import all_stages
 from aphrodite.sampling.trace import StageTracer, TraceTensors
+from aphrodite.sampling.vocabulary import Vocabulary
 
 
 class Sampled(NamedTuple):
@@ -33,6 +34,7 @@ class Sampled(NamedTuple):
     Attributes:
         token_ids: [L] int32. Where `ok` is False it is 0: safe to feed on, never to be shown.
         ok: [L] bool. False: the row's logits held NaN or +inf, or nothing that may be chosen.
+        exhausted: [L] bool. True where the latter is why: bans, allowed ids and the like leave no token.
         logprobs: for the entries that want them, in the order of `wanted`.
         wanted: entries that want log-probabilities, with the number of top tokens.
         traces: of the entries that want one.
@@ -40,6 +42,7 @@ class Sampled(NamedTuple):
 
     token_ids: torch.Tensor
     ok: torch.Tensor
+    exhausted: torch.Tensor
     logprobs: LogprobTensors | None
     wanted: dict[int, int]
     traces: dict[int, TraceTensors]
@@ -63,6 +66,7 @@ class Sampler:
             runner writes chosen tokens there before the next `sample`.
         num_prompt: [num_rows], the runner's prompt lengths.
         native: whether the native library may be used.
+        vocabulary: for stages whose parameters are texts.
     """
 
     def __init__(
@@ -75,13 +79,16 @@ class Sampler:
         device: torch.device,
         *,
         native: bool = True,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        self._info = SamplerInfo(num_rows, vocab_size, device, token_ids, num_prompt)
+        info = SamplerInfo(num_rows, vocab_size, device, token_ids, num_prompt)
+        self._fused = FusedSampler.open(info) if native else None
+        self._info = info._replace(native=self._fused is not None)
+        self._vocabulary = vocabulary
         # A tokenizer may name tokens that the model has no logits for.
         self._eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._plans: dict[int, SamplingPlan] = {}
         self._states: dict[str, RowState | None] = {}
-        self._fused = FusedSampler.open(self._info) if native else None
         self._fused_rows: set[int] = set()
         self._barred: dict[int, dict[int, set[int]]] = {}  # row -> position -> token ids; only rows with any
         self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -94,7 +101,8 @@ class Sampler:
         """A request with valid `params` takes a free row; `seed` is an unsigned 64-bit number."""
         if row in self._plans:
             raise ValueError(f"row {row} is taken")
-        info = RowInfo(self._info.vocab_size, self._eos_token_ids, len(prompt_token_ids), self._info.device)
+        shared = self._info
+        info = RowInfo(shared.vocab_size, self._eos_token_ids, len(prompt_token_ids), shared.device, self._vocabulary)
         plan = self._plans[row] = compile_plan(params, info)
         self._seeds[row] = signed_seed(seed)
         for name, step in plan.steps.items():
@@ -150,6 +158,10 @@ class Sampler:
         """
         self._barred.setdefault(row, {}).setdefault(position, set()).update(token_ids)
 
+    def unbar(self, row: int, position: int) -> None:
+        """Let the tokens barred for the row at `position` be chosen again."""
+        self._barred.get(row, {}).pop(position, None)
+
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Choose a token for each row.
@@ -168,6 +180,7 @@ class Sampler:
         batch = _Batch([self._plans[row] for row in rows], rows, positions)
         token_ids = torch.zeros(len(rows), dtype=torch.int32, device=logits.device)
         ok = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
+        exhausted = torch.zeros_like(ok)
         report = _LogprobReport(batch, logits)
         if self._barred:
             self._mask_barred(logits, batch)
@@ -176,13 +189,15 @@ class Sampler:
             part = batch if len(fused) == len(rows) else batch.take(fused)
             counts = self._states.get("penalties")
             self._fused.sample(logits, fused, part.rows, part.positions, counts, token_ids, ok)
+            for entry in fused if not bool(ok[fused].all()) else ():
+                exhausted[entry] = bool((logits[entry] < torch.inf).all()) and not ok[entry]
             report.processed(fused, logits, fused)
         traces: dict[int, TraceTensors] = {}
         if len(fused) < len(rows):
-            traces = self._sample_by_stages(logits, batch, token_ids, ok, report)
+            traces = self._sample_by_stages(logits, batch, token_ids, ok, exhausted, report)
         self._observe(batch, token_ids)
         tensors = report.gather(token_ids, None if self._fused is None else self._fused.native)
-        return Sampled(token_ids, ok, tensors, report.wanted, traces)
+        return Sampled(token_ids, ok, exhausted, tensors, report.wanted, traces)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:
@@ -208,22 +223,30 @@ class Sampler:
                 logits[entry].index_fill_(0, self._index(sorted(token_ids)), -torch.inf)
 
     def _sample_by_stages(
-        self, logits: torch.Tensor, batch: _Batch, token_ids: torch.Tensor, ok: torch.Tensor, report: _LogprobReport
+        self,
+        logits: torch.Tensor,
+        batch: _Batch,
+        token_ids: torch.Tensor,
+        ok: torch.Tensor,
+        exhausted: torch.Tensor,
+        report: _LogprobReport,
     ) -> dict[int, TraceTensors]:
-        """Sample the rows that the fast path leaves; writes their entries of token_ids and ok, returns traces."""
+        """Sample the rows that the fast path leaves; writes their entries of the [L] tensors, returns traces."""
         traces: dict[int, TraceTensors] = {}
         native = None if self._fused is None else self._fused.native
         for entries in batch.by_order(skip=self._fused_rows):
             part = batch if len(entries) == len(batch.rows) else batch.take(entries)
             index = self._index(entries)
             left = logits if part is batch else logits[index]
-            finite = left.amax(-1).isfinite()
+            before = left.amax(-1)
             tracer = StageTracer(left) if part.plans[0].trace else None
             left = self._apply_stages(left, part, tracer)
-            finite &= left.amax(-1).isfinite()
+            after = left.amax(-1)
+            finite = before.isfinite() & after.isfinite()
             chosen = torch.where(finite, self._choose(left, part), 0).to(torch.int32)
             token_ids[index] = chosen
             ok[index] = finite
+            exhausted[index] = (before < torch.inf) & (after == -torch.inf)
             report.processed(entries, left, range(len(entries)))
             if tracer is not None:
                 traces[entries[0]] = tracer.finish(chosen, drawn=not part.plans[0].greedy, native=native)

@@ -2,18 +2,27 @@
 
 The default order (rank, stage):
 
-    first, in every order: logit_bias (10), min_tokens (20)
-    then: penalties (200), temperature (400), top_k (600), top_p (610), min_p (800)
+    first, in every order: logit_bias (10), min_tokens (20), allowed_token_ids (30), token_bans (40),
+        token_ban_ranges (50), bad_words (60)
+    then: penalties (200), temperature (400) or dynatemp (410), top_nsigma (500), top_k (600), top_p (610),
+        top_a (700), min_p (800), tfs (900), eta_cutoff (1000), epsilon_cutoff (1100), typical_p (1200),
+        quadratic (1300), xtc (1400), skew (1500)
     last: the draw, or the argmax of a greedy request
 
 It is the classic Aphrodite order. Each stage works on what the one before left, so top_p's mass is that of
-top_k's survivors. Temperature 0 is greedy: stages that cannot change the most likely token are left out.
+top_k's survivors. A request can have another order: `temperature_last` moves temperature behind xtc;
+`sampler_priority` wins over it and names stages that take, in its order, the places which they have between
+them in the default order, so all others stay where they are.
+
+Temperature 0 is greedy: the token is the most likely one after constraints and penalties, and all stages that
+shape or cut what is drawn from are left out.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from aphrodite.sampling.order import arrange, stage_names
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage
 from aphrodite.sampling.stages.registry import all_stages
@@ -50,14 +59,27 @@ class SamplingPlan(NamedTuple):
 
 def stage_order(params: SamplingParams) -> tuple[Stage, ...]:
     """All stages in the order in which this request wants them; constraints lead in every order."""
-    return all_stages()
+    stages = {stage.name: stage for stage in all_stages()}
+    fixed = {name for name, stage in stages.items() if stage.constraint or stage.selector}
+    names = [name for name in stages if name != "dynatemp"]  # it goes wherever temperature goes
+    if params.sampler_priority:
+        names = arrange(names, [name for name in stage_names(params.sampler_priority) if name not in fixed])
+    elif params.temperature_last:
+        names.remove("temperature")
+        names.insert(names.index("xtc") + 1, "temperature")
+    names.insert(names.index("temperature") + 1, "dynatemp")
+    return tuple(stages[name] for name in names)
 
 
 def compile_plan(params: SamplingParams, info: RowInfo) -> SamplingPlan:
     """The plan of valid `params` for one row."""
     order = stage_order(params)
     greedy = params.temperature < GREEDY_BELOW
-    wanted = [stage for stage in order if not (greedy and stage.keeps_argmax) and not stage.is_neutral(params)]
+    wanted = [
+        stage
+        for stage in order
+        if not (greedy and (stage.keeps_argmax or stage.greedy_skips)) and not stage.is_neutral(params)
+    ]
     if any(stage.replaces_truncation for stage in wanted):
         wanted = [stage for stage in wanted if not stage.truncation]
     steps = {stage.name: Step(stage, stage.values(params), stage.prepare(params, info)) for stage in wanted}

@@ -6,20 +6,44 @@ about meaning: a value that is not of the kind, or out of bounds, is refused wit
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from aphrodite.errors import InvalidRequestError
+from aphrodite.matching.regex import compile_regexes
+from aphrodite.sampling.order import stage_names
 
-Kind = Literal["int", "float", "bool", "choice", "ints", "strings", "bias"]
+Kind = Literal["int", "float", "bool", "choice", "ints", "strings", "bias", "sequences", "ranges", "order", "loop"]
+
+MAX_LOOP_PATTERN = 256
+MAX_LOOP_COUNT = 1024
+
+
+class TokenBanRange(NamedTuple):
+    """Tokens that may not be chosen for the answer's tokens `start` to `start + length` (exclusive)."""
+
+    tokens: tuple[int, ...]
+    start: int
+    length: int
+
+
+class RepetitionDetection(NamedTuple):
+    """An answer ends that repeats a pattern of `min_pattern_size` to `max_pattern_size` tokens `min_count` times."""
+
+    max_pattern_size: int
+    min_pattern_size: int
+    min_count: int
 
 
 class Param(NamedTuple):
     """What is known about one sampling parameter beyond its type and default.
 
     Bounds apply to numbers, and to each value of a collection; `vocabulary` says that the integers
-    (or keys) are token ids. `off` is another spelling of the default that clients send.
+    (or keys) are token ids. `off` is another spelling of the default that clients send, `in_text` says that
+    they send lists as text too (JSON, or with commas), `regex` that strings are regular expressions. `stage` is the sampler that the parameter belongs to, if
+    its place can be chosen; `kind` is needed where the type does not tell it.
     """
 
     doc: str
@@ -34,6 +58,11 @@ class Param(NamedTuple):
     vocabulary: bool = False
     max_items: int | None = None
     max_length: int | None = None
+    min_items: int = 0
+    in_text: bool = False
+    regex: bool = False
+    stage: str = ""
+    kind: Kind | None = None
 
 
 class ParamRow(NamedTuple):
@@ -90,13 +119,31 @@ def _to_plain(row: ParamRow, value: Any, key: str) -> Any:
     return value
 
 
+def _list_in_text(row: ParamRow, value: Any) -> Any:
+    """A list that was sent as text; what cannot be one stays text, to be refused or taken as one string."""
+    if not row.param.in_text or not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return parsed if isinstance(parsed, list) else value
+    if row.kind in ("strings", "ranges", "sequences"):
+        return value
+    parts = [part.strip() for part in value.split(",")] if value.strip() else []
+    return [int(part) if part.isascii() and part.isdigit() and len(part) <= 19 else part for part in parts]
+
+
 def _to_ints(row: ParamRow, value: Any, key: str) -> tuple[int, ...]:
+    value = _list_in_text(row, value)
     typed(value, (list, tuple), key, "a list of integers")
     _check_count(row, value, key)
     return tuple(dict.fromkeys(_to_int(row, item, f"{key}[{index}]") for index, item in enumerate(value)))
 
 
 def _to_strings(row: ParamRow, value: Any, key: str) -> tuple[str, ...]:
+    value = _list_in_text(row, value)
     if isinstance(value, str):
         return (value,)
     typed(value, (list, tuple), key, "a string or a list of strings")
@@ -111,6 +158,66 @@ def _to_bias(row: ParamRow, value: Any, key: str) -> dict[int, float]:
     for token, amount in value.items():
         bias[_token_key(token, key)] = _to_float(row, amount, f"{key}[{shown(token)}]")
     return bias
+
+
+def _to_sequences(row: ParamRow, value: Any, key: str) -> tuple[tuple[int, ...], ...]:
+    value = _list_in_text(row, value)
+    typed(value, (list, tuple), key, "a list of lists of token ids")
+    _check_count(row, value, key)
+    return tuple(_token_list(row, item, f"{key}[{index}]") for index, item in enumerate(value))
+
+
+def _to_ranges(row: ParamRow, value: Any, key: str) -> tuple[TokenBanRange, ...]:
+    expected = "a list of [token ids, start, length]"
+    value = _list_in_text(row, value)
+    typed(value, (list, tuple), key, expected)
+    _check_count(row, value, key)
+    ranges = []
+    for index, item in enumerate(value):
+        name = f"{key}[{index}]"
+        typed(item, (list, tuple), name, "a list of token ids, start and length")
+        if len(item) != 3:
+            raise field_error(name, item, "is not [token ids, start, length]", "Send three entries.")
+        tokens, start, length = item
+        ranges.append(
+            TokenBanRange(_token_list(row, tokens, name), _to_int(row, start, name), _to_int(row, length, name))
+        )
+    return tuple(ranges)
+
+
+def _token_list(row: ParamRow, value: Any, name: str) -> tuple[int, ...]:
+    typed(value, (list, tuple), name, "a list of token ids")
+    _check_count(row, value, name)
+    return tuple(_to_int(row, token, name) for token in value)
+
+
+def _to_order(row: ParamRow, value: Any, key: str) -> tuple[str, ...]:
+    value = _list_in_text(row, value)
+    typed(value, (list, tuple), key, "a list of sampler names or numbers")
+    _check_count(row, value, key)
+    entries = []
+    for index, item in enumerate(value):
+        entry = int(item) if isinstance(item, float) and item.is_integer() else item
+        entries.append(typed(entry, (str, int), f"{key}[{index}]", "a sampler's name or number"))
+    try:
+        return stage_names(entries)
+    except KeyError as error:
+        advice = "Numbers go from 0 to 13; names are clearer."
+        raise field_error(key, error.args[0], "is no sampler's number", advice, verb="contains") from None
+
+
+def _to_loop(row: ParamRow, value: Any, key: str) -> RepetitionDetection | None:
+    typed(value, (dict, RepetitionDetection), key, "an object with max_pattern_size, min_pattern_size and min_count")
+    given = value._asdict() if isinstance(value, RepetitionDetection) else value
+    for name in given:
+        if name not in RepetitionDetection._fields:
+            advice = f"Its fields are {', '.join(RepetitionDetection._fields)}."
+            raise field_error(key, name, "is not one of its fields", advice, verb="contains")
+    sizes = {name: _to_int(row, given.get(name, 0), f"{key}[{name}]") for name in RepetitionDetection._fields}
+    # Zero is how clients say "off", and a smallest pattern of nothing is one token.
+    if sizes["max_pattern_size"] == 0:
+        return None
+    return RepetitionDetection(**{**sizes, "min_pattern_size": sizes["min_pattern_size"] or 1})
 
 
 def _token_key(token: Any, key: str) -> int:
@@ -131,6 +238,10 @@ _CONVERTERS: dict[Kind, Callable[[ParamRow, Any, str], Any]] = {
     "ints": _to_ints,
     "strings": _to_strings,
     "bias": _to_bias,
+    "sequences": _to_sequences,
+    "ranges": _to_ranges,
+    "order": _to_order,
+    "loop": _to_loop,
 }
 
 
@@ -160,8 +271,12 @@ def check(row: ParamRow, value: Any, name: str) -> None:
             )
     elif row.kind in ("int", "float"):
         _check_number(row, value, name)
-    elif row.kind == "strings":
+    elif row.kind in ("strings", "order"):
         _check_strings(row, value, name)
+    elif row.kind in ("sequences", "ranges"):
+        _check_token_lists(row, value, name)
+    elif row.kind == "loop":
+        _check_loop(row, value, name)
     elif row.kind == "ints":
         typed(value, (list, tuple), name, "a list of integers")
         _check_count(row, value, name)
@@ -204,6 +319,8 @@ def _number(bound: float) -> str:
 
 
 def _check_count(row: ParamRow, value: Sequence[Any] | Mapping[Any, Any], name: str) -> None:
+    if len(value) < row.param.min_items:
+        raise InvalidRequestError(f"`{name}` is empty, which would allow nothing. Leave it out.", param=_field(name))
     limit = row.param.max_items
     if limit is not None and len(value) > limit:
         raise field_error(name, value, f"is more than the {limit} items allowed", "Shorten it.")
@@ -217,15 +334,54 @@ def _check_strings(row: ParamRow, value: Any, name: str) -> None:
         typed(text, str, name, "a list of strings")
         if not text:
             raise InvalidRequestError(
-                f"`{name}` contains an empty string, which would end every answer at once. Leave it out.", param=name
+                f"`{name}` contains an empty string, which matches everywhere. Leave it out.", param=_field(name)
             )
         if limit is not None and len(text) > limit:
             why = f"has {len(text)} characters, more than the {limit} allowed"
             raise field_error(name, text, why, "Shorten it.", verb="contains")
+    if row.param.regex and value:
+        try:
+            compile_regexes(tuple(value))
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"`{name}`: {error}", param=_field(name)) from None
 
 
-def check_vocabulary(name: str, token_ids: Sequence[int] | Mapping[int, float], vocab_size: int) -> None:
-    for token in token_ids:
+def _check_loop(row: ParamRow, value: Any, name: str) -> None:
+    typed(value, RepetitionDetection, name, "a RepetitionDetection")
+    for part, number in value._asdict().items():
+        typed(number, int, f"{name}[{part}]", "an integer")
+        least, most = (2, MAX_LOOP_COUNT) if part == "min_count" else (1, MAX_LOOP_PATTERN)
+        if not least <= number <= most:
+            raise field_error(
+                f"{name}[{part}]", number, f"is out of bounds: it must be {least} to {most}", f"Meaning: {row.param.doc}"
+            )
+    if value.min_pattern_size > value.max_pattern_size:
+        raise field_error(name, value, "has a smallest pattern above its largest", "Swap them.")
+
+
+def _check_token_lists(row: ParamRow, value: Any, name: str) -> None:
+    """Lists of token ids, alone or with the positions they are banned at."""
+    typed(value, (list, tuple), name, "a list of lists")
+    _check_count(row, value, name)
+    for item in value:
+        for number in (item.start, item.length) if isinstance(item, TokenBanRange) else ():
+            _check_number(row, typed(number, int, name, "made of whole numbers"), name)
+        tokens = item.tokens if isinstance(item, TokenBanRange) else typed(item, (list, tuple), name, "a list of lists")
+        if not tokens:
+            raise InvalidRequestError(
+                f"`{name}` contains an empty list of token ids. Leave it out.", param=_field(name)
+            )
+        _check_count(row, tokens, name)
+        for token in tokens:
+            typed(token, int, name, "made of token ids")
+
+
+def check_vocabulary(name: str, value: Any, vocab_size: int) -> None:
+    """Every token id of a collection, however nested, lies below `vocab_size`."""
+    for item in value:
+        if isinstance(item, tuple | list):
+            check_vocabulary(name, item.tokens if isinstance(item, TokenBanRange) else item, vocab_size)
+    for token in (item for item in value if not isinstance(item, tuple | list)):
         if not 0 <= token < vocab_size:
             advice = f"Token ids go from 0 to {vocab_size - 1}."
             raise field_error(name, token, "is not a token id of this model", advice, verb="contains")

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 import aphrodite
 from aphrodite.sampling.params import parameter_table
-from aphrodite.sampling.table import ParamRow, bounds_text
+from aphrodite.sampling.table import MAX_LOOP_COUNT, MAX_LOOP_PATTERN, ParamRow, bounds_text
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.tokenize import DetokenizeFields, TokenizeFields
 
@@ -136,17 +136,50 @@ def _parameter_schema(row: ParamRow, name: str) -> dict[str, Any]:
         )
         if bound is not None
     }
-    count = {} if row.param.max_items is None else {"maxItems": row.param.max_items}
+    count: dict[str, Any] = {} if row.param.max_items is None else {"maxItems": row.param.max_items}
+    if row.param.min_items:
+        count["minItems"] = row.param.min_items
     length = {} if row.param.max_length is None else {"maxLength": row.param.max_length}
     text = {"type": "string", "minLength": 1, **length}
+    token = {"type": "integer", "minimum": 0}
+
+    def as_text(items: dict[str, Any]) -> dict[str, Any]:
+        return {"anyOf": [items, {"type": "string"}]} if row.param.in_text else items
+
     kinds: dict[str, dict[str, Any]] = {
         "int": {"type": "integer", **number},
         "float": {"type": "number", **number},
         "bool": {"type": "boolean"},
         "choice": {"enum": list(row.choices)},
-        "ints": {"type": "array", "items": {"type": "integer", "minimum": 0}, **count},
+        "ints": as_text({"type": "array", "items": token, **count}),
         "strings": {"anyOf": [text, {"type": "array", "items": text, **count}]},
+        "sequences": as_text({"type": "array", "items": {"type": "array", "items": token, "minItems": 1}, **count}),
+        "ranges": as_text({"type": "array", "items": _TOKEN_BAN_RANGE, **count}),
+        "order": as_text({"type": "array", "items": {"anyOf": [text, {"type": "integer"}]}, **count}),
         "bias": {"type": "object", "additionalProperties": {"type": "number", **number}},
+        "loop": _REPETITION_DETECTION,
     }
     description = f"{doc} Range: {bounds}." if bounds else doc
     return {"anyOf": [kinds[row.kind], {"type": "null"}], "description": description}
+
+
+_REPETITION_DETECTION = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["max_pattern_size", "min_count"],
+    "properties": {
+        "max_pattern_size": {"type": "integer", "minimum": 0, "maximum": MAX_LOOP_PATTERN},
+        "min_pattern_size": {"type": "integer", "minimum": 0, "maximum": MAX_LOOP_PATTERN},
+        "min_count": {"type": "integer", "minimum": 0, "maximum": MAX_LOOP_COUNT},
+    },
+}
+_TOKEN_BAN_RANGE = {
+    "type": "array",
+    "prefixItems": [
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {"type": "integer", "minimum": 0},
+        {"type": "integer", "minimum": 0},
+    ],
+    "items": False,
+    "minItems": 3,
+}

@@ -11,11 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from aphrodite.sampling.params import SamplingParams, parameter
+from aphrodite.sampling.table import ParamRow
+
+if TYPE_CHECKING:
+    import torch
+from aphrodite.sampling.vocabulary import Vocabulary
 
 
 class RowInfo(NamedTuple):
@@ -25,6 +28,7 @@ class RowInfo(NamedTuple):
     eos_token_ids: frozenset[int]
     num_prompt: int  # prompt tokens
     device: torch.device
+    vocabulary: Vocabulary | None = None  # None where no tokenizer came with the model
 
 
 class SamplerInfo(NamedTuple):
@@ -85,9 +89,12 @@ class Stage(ABC):
         rank: place in the default order; the table is in `sampling/pipeline.py`.
         sampler_id: the number that stands for this step in a numeric `sampler_priority`.
         parameters: the fields of SamplingParams it reads, all of them.
+        rows: of a stage from another package: rows that it adds to the table (`sampling/extensions.py`).
         constraint: a hard rule (bias, bans, grammars): it runs before the others in every order, and
             what it masks stays masked.
         keeps_argmax: never masks or demotes the most likely token, so greedy rows skip it.
+        greedy_skips: shapes what is drawn from in a way that could change the most likely token. Greedy rows,
+            which take the model's most likely token after constraints and penalties, skip it all the same.
         can_empty: might mask all that is left of a row; it is then undone for that row.
         truncation: drops unlikely tokens; left out of plans with a stage that replaces truncation.
         replaces_truncation: decides alone how much of the distribution is left (mirostat).
@@ -97,9 +104,11 @@ class Stage(ABC):
     name: ClassVar[str]
     rank: ClassVar[int]
     parameters: ClassVar[tuple[str, ...]]
+    rows: ClassVar[tuple[ParamRow, ...]] = ()
     sampler_id: ClassVar[int | None] = None
     constraint: ClassVar[bool] = False
     keeps_argmax: ClassVar[bool] = False
+    greedy_skips: ClassVar[bool] = False
     can_empty: ClassVar[bool] = False
     truncation: ClassVar[bool] = False
     replaces_truncation: ClassVar[bool] = False
@@ -107,11 +116,25 @@ class Stage(ABC):
 
     def is_neutral(self, params: SamplingParams) -> bool:
         """Whether it would change nothing; then the plan leaves it out."""
-        return all(getattr(params, name) == parameter(name).neutral for name in self.parameters)
+        return all(
+            self.value(params, name) == (own.param if (own := self._own(name)) else parameter(name)).neutral
+            for name in self.parameters
+        )
 
     def values(self, params: SamplingParams) -> tuple[float, ...]:
         """Numbers kept in the row's device-side columns; their count is the same for all requests."""
-        return tuple(float(getattr(params, name)) for name in self.parameters)
+        return tuple(float(self.value(params, name)) for name in self.parameters)
+
+    def value(self, params: SamplingParams, name: str) -> Any:
+        """A parameter of this stage, be it a field of SamplingParams or of its own `rows`."""
+        own = self._own(name)
+        if own is None:
+            return getattr(params, name)
+        value = params.extensions.get(name, own.default)
+        return tuple(value) if isinstance(value, list) else value  # a tuple comes over the wire as a list
+
+    def _own(self, name: str) -> ParamRow | None:
+        return next((row for row in self.rows if row.name == name), None)
 
     def prepare(self, params: SamplingParams, info: RowInfo) -> Any:
         """Data of no fixed size, made once a request and kept with its plan."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from aphrodite.sampling.stages.base import Stage, StageContext
+from aphrodite.sampling.stages.distribution import keep_longest_prefix
 
 
 class TopP(Stage):
@@ -18,15 +19,18 @@ class TopP(Stage):
     sampler_id = 0
     parameters = ("top_p",)
     keeps_argmax = True
-    truncation = True
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
-        ordered, token_ids = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.to(torch.float64).softmax(-1)
-        mass_before = probabilities.cumsum(-1) - probabilities
-        dropped = mass_before >= values
-        dropped[:, 0] = False
-        return logits.masked_fill_(torch.empty_like(dropped).scatter_(-1, token_ids, dropped), -torch.inf)
+        normalizer = logits.to(torch.float64).logsumexp(-1, keepdim=True)
+
+        def decide(
+            ordered: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            mass = (ordered - normalizer[rows]).exp_().cumsum(-1)
+            p = values[rows].to(torch.float64)
+            return (mass < p).sum(-1) + 1, mass[:, -1] >= p[:, 0]
+
+        return keep_longest_prefix(logits, logits, decide)
 
 
 STAGE = TopP()

@@ -1,0 +1,37 @@
+"""Locally typical sampling (arXiv 2202.00666).
+
+Keep the fewest tokens, by |-ln p - H| ascending and then token id, whose probabilities sum to at least τ: the
+token that crosses τ stays, as in the paper's definition.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aphrodite.sampling.stages.base import Stage, StageContext
+from aphrodite.sampling.stages.distribution import entropy, keep_longest_prefix
+
+
+class TypicalP(Stage):
+    name = "typical_p"
+    rank = 1200
+    sampler_id = 4
+    parameters = ("typical_p",)
+    greedy_skips = True
+    truncation = True
+
+    def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
+        log_probabilities = logits.log_softmax(-1)
+        typicality = (log_probabilities + entropy(log_probabilities)).abs_().neg_()
+
+        def decide(
+            ordered: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            mass = log_probabilities[rows[:, None], token_ids].to(torch.float64).exp_().cumsum(-1)
+            tau = values[rows].to(torch.float64)
+            return (mass < tau).sum(-1) + 1, mass[:, -1] >= tau[:, 0]
+
+        return keep_longest_prefix(logits, typicality, decide)
+
+
+STAGE = TypicalP()

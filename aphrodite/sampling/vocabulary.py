@@ -1,0 +1,95 @@
+"""What stages may know of the tokenizer: the bytes of every token, and how a text is cut into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class TokenizerLike(Protocol):
+    """The part of `tokenizer.Tokenizer` that is used here."""
+
+    special_ids: frozenset[int]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text; empty if there is no such token."""
+
+
+class TokenTexts(NamedTuple):
+    """The bytes of all tokens, one after the other: token i's are `data[starts[i] : starts[i + 1]]`."""
+
+    data: npt.NDArray[np.uint8]
+    starts: npt.NDArray[np.int64]  # [size + 1]
+
+
+class Vocabulary:
+    """The model's vocabulary; what is computed from it is kept, for it never changes.
+
+    Args:
+        size: number of logits; the tokenizer may know more or fewer tokens.
+    """
+
+    def __init__(self, size: int, tokenizer: TokenizerLike) -> None:
+        self.size = size
+        self.special_ids = frozenset(token for token in tokenizer.special_ids if token < size)
+        self._tokenizer = tokenizer
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        texts = [self._tokenizer.token_bytes(token_id) for token_id in range(self.size)]
+        starts = np.zeros(self.size + 1, np.int64)
+        np.cumsum([len(text) for text in texts], out=starts[1:])
+        return TokenTexts(np.frombuffer(b"".join(texts), np.uint8), starts)
+
+    @cached_property
+    def newline_ids(self) -> frozenset[int]:
+        """Tokens that hold a newline."""
+        data, starts = self.texts
+        return frozenset((np.searchsorted(starts, np.flatnonzero(data == 0x0A), side="right") - 1).tolist())
+
+    def encode_inside(self, text: bytes) -> list[int]:
+        """Tokens of `text` where it stands in the middle of a text; empty if it cannot be made of tokens.
+
+        It may begin inside a character. A tokenizer that puts a space before every text is led to leave it out.
+        """
+        inside = 0
+        while inside < len(text) and text[inside] & 0xC0 == 0x80:
+            inside += 1
+        ids = [self._byte_tokens.get(byte, -1) for byte in text[:inside]]
+        if -1 in ids or not text[inside:]:
+            return [] if -1 in ids else ids
+        rest = text[inside:]
+        for lead in ("", "\n"):
+            tokens = self._tokenizer.encode(lead + rest.decode("utf-8", "replace"), add_special_tokens=False)
+            suffix = _suffix_spelling(tokens, rest, self._tokenizer.token_bytes)
+            if suffix is not None:
+                return ids + suffix
+        return []
+
+    @cached_property
+    def _byte_tokens(self) -> dict[int, int]:
+        """Tokens of one byte that is only part of a character."""
+        data, starts = self.texts
+        single = np.flatnonzero(np.diff(starts) == 1)
+        return {int(data[starts[token]]): int(token) for token in reversed(single) if data[starts[token]] >= 0x80}
+
+
+def _suffix_spelling(tokens: Sequence[int], text: bytes, token_bytes: Callable[[int], bytes]) -> list[int] | None:
+    """The last of `tokens` that together are exactly `text`, or None."""
+    length = 0
+    for first in range(len(tokens) - 1, -1, -1):
+        length += len(token_bytes(tokens[first]))
+        if length >= len(text):
+            found = list(tokens[first:])
+            return found if b"".join(map(token_bytes, found)) == text else None
+    return None
