@@ -73,8 +73,8 @@ def _checked(source: str, stage: Any, others: list[Extension]) -> Extension:
     if not isinstance(stage, Stage):
         raise ValueError("it is no instance of aphrodite.sampling.stages.base.Stage")
     taken = {name for row in builtin_table() for name in (row.name, *row.param.aliases)}
+    names = taken | builtin_stage_modules() | {other.stage.name for other in others}
     taken |= {name for other in others for row in other.rows for name in (row.name, *row.param.aliases)}
-    names = _builtin_stage_names() | {other.stage.name for other in others}
     if not _NAME.fullmatch(stage.name) or stage.name in names:
         raise ValueError(f"the stage name {stage.name!r} is taken, or is not lower-case letters, digits and _")
     if not stage.rows:
@@ -101,7 +101,7 @@ def _check_row(row: Any, taken: Container[str]) -> None:
     check(row, row.default, row.name)
 
 
-def _builtin_stage_names() -> set[str]:
-    """Our stages are named like their modules, which can be listed without importing them."""
+def builtin_stage_modules() -> set[str]:
+    """Our stages are named like their modules or parameters; modules can be listed without importing them."""
     package = importlib.import_module("aphrodite.sampling.stages")
     return {info.name for info in pkgutil.iter_modules(package.__path__)}

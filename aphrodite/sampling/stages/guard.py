@@ -27,26 +27,26 @@ class GuardedStage(Stage):
     """
 
     def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+        self.guarded = stage
         self._width = len(stage.values(SamplingParams()))
         self._logged = False
-        for attribute in (*Stage.__annotations__, "rows"):
+        for attribute in Stage.__annotations__:
             setattr(self, attribute, getattr(stage, attribute))
 
     def is_neutral(self, params: SamplingParams) -> bool:
-        return self._call(self._stage.is_neutral, params, otherwise=False)
+        return self._call(self.guarded.is_neutral, params, otherwise=False)
 
     def values(self, params: SamplingParams) -> tuple[float, ...]:
-        values = self._call(self._stage.values, params, otherwise=_NO_VALUES)
+        values = self._call(self.guarded.values, params, otherwise=_NO_VALUES)
         return values if len(values) == self._width else (0.0,) * self._width
 
     def prepare(self, params: SamplingParams, info: RowInfo) -> Any:
-        if len(self._call(self._stage.values, params, otherwise=_NO_VALUES)) != self._width:
+        if len(self._call(self.guarded.values, params, otherwise=_NO_VALUES)) != self._width:
             return _FAILED
-        return self._call(self._stage.prepare, params, info, otherwise=_FAILED)
+        return self._call(self.guarded.prepare, params, info, otherwise=_FAILED)
 
     def new_state(self, info: SamplerInfo) -> RowState | None:
-        state = self._call(self._stage.new_state, info, otherwise=_FAILED)
+        state = self._call(self.guarded.new_state, info, otherwise=_FAILED)
         return None if state is None else _GuardedState(self, state)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
@@ -66,7 +66,7 @@ class GuardedStage(Stage):
         return after
 
     def _apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
-        after = self._call(self._stage.apply, logits.clone(), values, context, otherwise=None)
+        after = self._call(self.guarded.apply, logits.clone(), values, context, otherwise=None)
         if after is not None and (after.shape, after.dtype) == (logits.shape, logits.dtype):
             return after
         if after is not None:
