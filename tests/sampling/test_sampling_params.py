@@ -35,7 +35,7 @@ def test_defaults_are_valid_and_neutral() -> None:
 
 
 def test_table_covers_every_field_and_alias_once() -> None:
-    assert [row.name for row in parameter_table()] == list(SamplingParams.__struct_fields__)
+    assert [*(row.name for row in parameter_table()), "extensions"] == list(SamplingParams.__struct_fields__)
     names = [name for row in parameter_table() for name in (row.name, *row.param.aliases)]
     assert len(names) == len(set(names)) == len(canonical_names())
     assert all(row.param.doc.endswith(".") for row in parameter_table())

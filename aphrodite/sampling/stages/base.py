@@ -18,7 +18,8 @@ from aphrodite.sampling.table import ParamRow
 
 if TYPE_CHECKING:
     import torch
-from aphrodite.sampling.vocabulary import Vocabulary
+
+    from aphrodite.sampling.vocabulary import Vocabulary
 
 
 class RowInfo(NamedTuple):
