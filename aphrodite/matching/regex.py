@@ -1,0 +1,232 @@
+"""Regular expressions searched at once in streamed text, in time linear in the text.
+
+The program of `regex_syntax` runs as a deterministic automaton whose states are made when the text first reaches
+them (lazy subset construction; Cox, "Regular Expression Matching Can Be Simple And Fast", 2007). A state groups
+the places in the program by where their partial matches began, the earliest first; of partial matches at the same
+place only the earliest is kept. So the automaton knows at every character whether a match may still be coming,
+and from where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from aphrodite.matching.regex_syntax import Accept, Condition, Consume, Require, Split, compile_program, is_kind
+from aphrodite.matching.scanner import Match
+
+MAX_LOOK_BACK = 2048  # characters; a partial match that is longer is given up
+MAX_SIZE = 262_144  # places in states, and edges, of one automaton kept at once
+
+_Around = str  # what stands beside a place: "" nothing, "\n" a newline, "w" part of a word, "-" anything else
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """Places in the program, grouped by where their partial matches began; and what was read last."""
+
+    groups: tuple[tuple[int, ...], ...]
+    before: _Around
+    edges: dict[str, _Edge] = field(default_factory=dict)
+
+
+class _Edge(NamedTuple):
+    """What one more character leads to.
+
+    Attributes:
+        origins: for each group of `state`, the group that it continues; the number of those: it begins here.
+        accepted: (pattern, group as in `origins`) of a complete match.
+        early: the match was complete before the character, which only told that it was.
+    """
+
+    state: _State
+    origins: tuple[int, ...]
+    accepted: tuple[int, int] | None
+    early: bool
+
+
+class RegexSet:
+    """Patterns compiled for searching. Make one with `compile_regexes`, which shares them."""
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self.patterns = patterns
+        self._program, self._start = compile_program(patterns)
+        self._states: dict[tuple[tuple[tuple[int, ...], ...], _Around], _State] = {}
+        self._size = 0
+        self.root = self.state((), "")
+
+    def state(self, groups: tuple[tuple[int, ...], ...], before: _Around) -> _State:
+        key = (groups, before)
+        found = self._states.get(key)
+        if found is None:
+            found = self._states[key] = _State(groups, before)
+            self._size += 1 + sum(map(len, groups))
+        return found
+
+    def step(self, state: _State, char: str) -> _Edge:
+        """Make the edge of one character: O(program)."""
+        if self._size >= MAX_SIZE:
+            # Searches under way hold states of their own: without edges those lead to the new ones.
+            for old in self._states.values():
+                old.edges.clear()
+            self._states = {((), ""): self.root}
+            self._size = 0
+        after = _around(char)
+        expanded, accepted = self._expand(state, after)
+        if accepted is not None:
+            edge = _Edge(state, (), accepted, True)
+        else:
+            edge = self._consume(expanded, char, after)
+        state.edges[char] = edge
+        self._size += 1
+        return edge
+
+    def at_end(self, state: _State) -> tuple[int, int] | None:
+        """(pattern, group) of the match that the text's end completes."""
+        return self._expand(state, "")[1]
+
+    def _expand(self, state: _State, after: _Around) -> tuple[list[list[int]], tuple[int, int] | None]:
+        """Each group's consuming places, the group that begins here last; and the first group that accepts."""
+        seen: set[int] = set()
+        expanded = [self._closure(group, seen, state.before, after) for group in (*state.groups, (self._start,))]
+        for number, places in enumerate(expanded):
+            patterns = [found.pattern for place in places if isinstance(found := self._program[place], Accept)]
+            if patterns:
+                return expanded, (min(patterns), number)
+        return expanded, None
+
+    def _consume(self, expanded: list[list[int]], char: str, after: _Around) -> _Edge:
+        taken: set[int] = set()
+        groups: list[tuple[int, ...]] = []
+        origins: list[int] = []
+        accepted: tuple[int, int] | None = None
+        for origin, places in enumerate(expanded):
+            reached: list[int] = []
+            for place in places:
+                instruction = self._program[place]
+                if isinstance(instruction, Consume) and instruction.then not in taken:
+                    if instruction.chars.contains(char):
+                        taken.add(instruction.then)
+                        reached.append(instruction.then)
+            if not reached:
+                continue
+            groups.append(tuple(sorted(reached)))
+            origins.append(origin)
+            if accepted is None:
+                accepted = self._accepts_at_once(reached, origin)
+        return _Edge(self.state(tuple(groups), after), tuple(origins), accepted, False)
+
+    def _accepts_at_once(self, places: list[int], origin: int) -> tuple[int, int] | None:
+        """The match that is complete whatever comes next."""
+        reached = self._closure(tuple(places), set(), None, None)
+        patterns = [found.pattern for place in reached if isinstance(found := self._program[place], Accept)]
+        return (min(patterns), origin) if patterns else None
+
+    def _closure(
+        self, places: tuple[int, ...], seen: set[int], before: _Around | None, after: _Around | None
+    ) -> list[int]:
+        """Consuming and accepting places reached without a character; None: no condition is known to hold."""
+        stack, found = list(places), []
+        while stack:
+            place = stack.pop()
+            if place in seen:
+                continue
+            seen.add(place)
+            instruction = self._program[place]
+            if isinstance(instruction, Split):
+                stack += [instruction.second, instruction.first]
+            elif not isinstance(instruction, Require):
+                found.append(place)
+            elif before is not None and after is not None and _holds(instruction.condition, before, after):
+                stack.append(instruction.then)
+        return found
+
+
+def _around(char: str) -> _Around:
+    if char == "\n":
+        return "\n"
+    return "w" if is_kind(char, "w") else "-"
+
+
+def _holds(condition: Condition, before: _Around, after: _Around) -> bool:
+    if condition == "start":
+        return before == ""
+    if condition == "end":
+        return after == ""
+    if condition == "line_start":
+        return before in ("", "\n")
+    if condition == "line_end":
+        return after in ("", "\n")
+    return ((before == "w") != (after == "w")) == (condition == "word")
+
+
+@lru_cache(maxsize=32)
+def compile_regexes(patterns: tuple[str, ...]) -> RegexSet:
+    """The automaton of one or more patterns.
+
+    Raises:
+        InvalidRequestError: see `compile_program`.
+    """
+    return RegexSet(patterns)
+
+
+class _Saved(NamedTuple):
+    position: int
+    state: _State
+    starts: list[int]
+
+
+class RegexScanner:
+    """Searches one text for a set of patterns; see `Scanner`.
+
+    After a match the search begins anew behind it. Partial matches longer than `MAX_LOOK_BACK` are given up.
+    """
+
+    __slots__ = ("_regexes", "_starts", "_state", "position")
+
+    def __init__(self, regexes: RegexSet) -> None:
+        self._regexes = regexes
+        self._state = regexes.root
+        self._starts: list[int] = []  # where the partial match of each group began
+        self.position = 0
+
+    @property
+    def live_start(self) -> int:
+        return self._starts[0] if self._starts else self.position
+
+    def push(self, text: str) -> Match | None:
+        state, starts, position = self._state, self._starts, self.position
+        for char in text:
+            edge = state.edges.get(char) or self._regexes.step(state, char)
+            if edge.early:
+                return self._found(edge.accepted, starts, position, state.before)
+            if edge.origins or starts:
+                before = [*starts, position]
+                starts = [before[origin] for origin in edge.origins]
+            position += 1
+            state = edge.state
+            if edge.accepted is not None:
+                return self._found(edge.accepted, before, position, state.before)
+            if starts and position - starts[0] > MAX_LOOK_BACK:
+                starts = starts[1:]
+                state = self._regexes.state(state.groups[1:], state.before)
+        self._state, self._starts, self.position = state, starts, position
+        return None
+
+    def finish(self) -> Match | None:
+        accepted = self._regexes.at_end(self._state)
+        return None if accepted is None else self._found(accepted, self._starts, self.position, self._state.before)
+
+    def _found(self, accepted: tuple[int, int] | None, starts: list[int], end: int, before: _Around) -> Match:
+        assert accepted is not None
+        pattern, group = accepted
+        # With a match the search starts afresh; what stands before the place is still known.
+        self._state, self._starts, self.position = self._regexes.state((), before), [], end
+        return Match([*starts, end][group], end, self._regexes.patterns[pattern])
+
+    def save(self) -> _Saved:
+        return _Saved(self.position, self._state, self._starts)
+
+    def restore(self, state: _Saved) -> None:
+        self.position, self._state, self._starts = state
