@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 
 from aphrodite.cli.console import progress_bar, stderr
 from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError, ConfigError
-from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.params import SamplingParams, to_mapping
 
 if TYPE_CHECKING:
     from aphrodite.cli.bench_client import Client, Load
@@ -171,7 +170,7 @@ def serve(
     prompts = random_prompts(random.Random(workload_seed), vocab_size, [input_len] * num_prompts)
     load = Load(
         prompts=prompts, output_len=output_len, concurrency=concurrency, rate=rate, seed=workload_seed,
-        extra=msgspec.to_builtins(sampling, str_keys=True),
+        extra=to_mapping(sampling),
     )  # fmt: skip
     summary = asyncio.run(_load_server(Client(url, api_key=api_key), model, load))
     _print_serve(summary)

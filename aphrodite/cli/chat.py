@@ -28,7 +28,7 @@ UrlOption = Annotated[
     str | None, typer.Option("--url", help="Use a running server instead of loading a model.", metavar="URL")
 ]
 KeyOption = Annotated[str | None, typer.Option("--api-key", help="Key of the server at --url.", metavar="KEY")]
-NOT_HERE = ("n", "logprobs", "prompt_logprobs", "logprobs_mode")
+NOT_HERE = ("n", "logprobs", "prompt_logprobs", "logprobs_mode", "sampler_trace")
 
 
 @with_options(EngineConfig, sampling=True, skip=NOT_HERE)

@@ -13,7 +13,7 @@ from aphrodite.cli.options import sampling_from_texts
 from aphrodite.cli.sources import Message
 from aphrodite.config import did_you_mean
 from aphrodite.errors import ConfigError
-from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.params import SamplingParams, to_mapping
 
 
 class Reply(NamedTuple):
@@ -103,7 +103,7 @@ class ChatSession:
 
     def _set(self, argument: str) -> Reply:
         if not argument:
-            values = msgspec.to_builtins(self.params, str_keys=True)
+            values = to_mapping(self.params)
             shown = [f"{name} {value}" for name, value in values.items()] or ["Everything has its default."]
             return Reply("\n".join(shown))
         name, _, text = argument.replace("=", " ", 1).partition(" ")
@@ -118,7 +118,7 @@ class ChatSession:
         content = {
             "system": self.system,
             "messages": self.turns,
-            "sampling": msgspec.to_builtins(self.params, str_keys=True),
+            "sampling": to_mapping(self.params),
         }
         try:
             Path(argument).expanduser().write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")

@@ -8,11 +8,9 @@ import json
 import urllib.parse
 from collections.abc import Iterator, Sequence
 
-import msgspec
-
 from aphrodite.cli.sources import Message, Piece
 from aphrodite.errors import AphroditeError, ConfigError
-from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.params import SamplingParams, to_mapping
 
 
 class ServerSource:
@@ -63,8 +61,7 @@ class ServerSource:
         return str(models[0]["id"])
 
     def _stream(self, path: str, body: dict[str, object], params: SamplingParams) -> Iterator[Piece]:
-        sampling = msgspec.to_builtins(params, str_keys=True)
-        body = {"model": self.model, "stream": True, **body, **sampling}
+        body = {"model": self.model, "stream": True, **body, **to_mapping(params)}
         with self._request("POST", path, body) as response:
             for line in response:
                 if not line.startswith(b"data:"):

@@ -18,6 +18,7 @@ import torch
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.runner.executor import ModelExecutor
 from aphrodite.runner.rows import Rows
+from aphrodite.sampling.extensions import installed_extensions
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
@@ -30,6 +31,8 @@ NOTHING_ALLOWED = (
     "no token may be chosen at this position: token bans, allowed_token_ids, bad_words and min_tokens together"
     " leave nothing of the vocabulary; loosen them"
 )
+
+EXTENSION_FAILED = "; or a sampler extension failed for it: then the server's log has its error"
 
 
 class LogitsLayout(NamedTuple):
@@ -116,7 +119,7 @@ class Runner:
                     trace = outcome.sampled.trace_of(entry)
                     rows[number] = rows[number]._replace(token_id=tokens[entry], logprobs=logprobs, trace=trace)
                 else:
-                    reason = NOTHING_ALLOWED if exhausted[entry] else NON_FINITE_LOGITS
+                    reason = NOTHING_ALLOWED if exhausted[entry] else _non_finite_logits()
                     rows[number] = rows[number]._replace(error=reason)
         return StepResult(plan.step_id, rows), outcome.forward_seconds
 
@@ -200,3 +203,7 @@ class Runner:
         targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + count]
         top = self._params[step.row].prompt_logprobs
         return self.sampler.prompt_logprobs(logits, targets, top or 0)
+
+
+def _non_finite_logits() -> str:
+    return NON_FINITE_LOGITS + (EXTENSION_FAILED if installed_extensions() else "")

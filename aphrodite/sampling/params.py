@@ -676,6 +676,12 @@ def from_mapping(fields: Mapping[str, Any], *, base: SamplingParams | None = Non
     return msgspec.structs.replace(base, **values)
 
 
+def to_mapping(params: SamplingParams) -> dict[str, Any]:
+    """What differs from the defaults as a request's fields, in JSON's types: `from_mapping` takes it back."""
+    fields: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
+    return fields | fields.pop("extensions", {})
+
+
 def validate(params: SamplingParams, *, vocab_size: int, max_model_len: int, max_logprobs: int) -> None:
     """Check every field against the table and against the model.
 

@@ -77,7 +77,7 @@ class TestFlags:
         assert flags_of("run") == flags_of("serve")
 
     def test_chat_and_complete_have_every_engine_setting_and_sampling_parameter(self):
-        hidden = {"n", "logprobs", "prompt_logprobs", "logprobs_mode"}
+        hidden = {"n", "logprobs", "prompt_logprobs", "logprobs_mode", "sampler_trace"}
         sampling = {"--" + row.name.replace("_", "-") for row in parameter_table() if row.name not in hidden}
         engine = {row.flag for row in settings_table().values() if row.owner is EngineConfig}
         server = {row.flag for row in settings_table().values() if row.owner is ServerSettings} - {"--api-key"}
