@@ -7,6 +7,8 @@
 //
 // Cost: 2 * head_dim / 16 fused multiply-adds per (query row, position); the cache is read once per 4 rows, from L1.
 #pragma once
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace aph {
@@ -108,7 +110,7 @@ inline void sum_value_blocks(const float* p, const Element* const* values, int b
     }
 }
 
-// Scores to weights exp2(scale * (score - maximum)), 0 where the row does not see; writes the maximum and the sum.
+// Scores to weights exp2(scale * score - maximum), 0 where the row does not see; writes the maximum and the sum.
 inline void soften(float* scores, Visible seen, int blocks, float scale, float* maximum_out, float* sum_out) {
     const Vec hidden = splat(-__builtin_inff()), factor = splat(scale);
     Vec largest = hidden;
@@ -119,46 +121,75 @@ inline void soften(float* scores, Visible seen, int blocks, float scale, float* 
         store(scores + base, x);
     }
     const float top = maximum(largest);
-    *maximum_out = top;
-    *sum_out = 0;
-    if (seen.low >= seen.high) {
-        for (int b = 0; b < blocks; ++b) store(scores + b * kKvBlock, zero());
-        *maximum_out = -__builtin_inff();
-        return;
-    }
+    // Of a row that sees nothing all scores are -inf; with 0 as their maximum all weights become 0.
+    const Vec shift = splat(seen.low < seen.high ? top : 0.0f);
     Vec total = zero();
     for (int b = 0; b < blocks; ++b) {
-        const Vec p = exp2(sub(load(scores + b * kKvBlock), splat(top)));
+        const Vec p = exp2(sub(load(scores + b * kKvBlock), shift));
         total = add(total, p);
         store(scores + b * kKvBlock, p);
     }
+    *maximum_out = top;
     *sum_out = sum(total);
 }
 
+// The rows of a step of register tiles, and where in the tile they see anything.
+struct RowStep {
+    int first, begin, end;
+};
+
+inline RowStep row_step(const AttentionShape& shape, const AttentionTask& task, int64_t tile, int first, int rows) {
+    const int group = shape.heads / shape.kv_heads;
+    RowStep step{first, kKvTile, 0};
+    for (int r = first; r < first + rows; ++r) {
+        const Visible seen = visible(shape, task, tile, r / group);
+        if (seen.low < step.begin) step.begin = seen.low;
+        if (seen.high > step.end) step.end = seen.high;
+    }
+    return step;
+}
+
 template <class Element, int kRows>
-void attend_rows(const AttentionShape& shape, const AttentionTask& task, int64_t tile, int first,
-                 const Element* const* keys, const Element* const* values, float* scores, float* partial) {
+void score_rows(const AttentionShape& shape, const AttentionTask& task, int64_t tile, int first,
+                const Element* const* keys, float* scores, float* partial) {
     const int group = shape.heads / shape.kv_heads, head_dim = shape.head_dim;
+    const RowStep step = row_step(shape, task, tile, first, kRows);
+    const int blocks = (step.end + kKvBlock - 1) / kKvBlock;
     const float* q[kRows];
-    Visible seen[kRows];
-    int begin = kKvTile, end = 0;
     for (int r = 0; r < kRows; ++r) {
         const int query = (first + r) / group, head = task.kv_head * group + (first + r) % group;
         q[r] = task.q + query * shape.q_stride + static_cast<int64_t>(head) * head_dim;
-        seen[r] = visible(shape, task, tile, query);
-        if (seen[r].low < begin) begin = seen[r].low;
-        if (seen[r].high > end) end = seen[r].high;
     }
-    const int blocks = (end + kKvBlock - 1) / kKvBlock;
-    const int64_t stride = head_dim + 2;
-    float* out = partial + first * stride;
     dot_key_blocks<Element, kRows>(q, keys, blocks, head_dim, scores);
-    for (int r = 0; r < kRows; ++r)
-        soften(scores + r * kKvTile, seen[r], blocks, shape.scale * kLog2E, out + r * stride + head_dim,
-               out + r * stride + head_dim + 1);
-    sum_value_blocks<Element, kRows>(scores, values, begin, end, head_dim, out, stride);
+    for (int r = 0; r < kRows; ++r) {
+        float* maximum_and_sum = partial + r * (head_dim + 2) + head_dim;
+        soften(scores + r * kKvTile, visible(shape, task, tile, (first + r) / group), blocks, shape.scale * kLog2E,
+               maximum_and_sum, maximum_and_sum + 1);
+    }
 }
 
+template <class Element, int kRows>
+void value_rows(const AttentionShape& shape, const AttentionTask& task, int64_t tile, int first,
+                const Element* const* values, const float* scores, float* partial) {
+    const RowStep step = row_step(shape, task, tile, first, kRows);
+    sum_value_blocks<Element, kRows>(scores, values, step.begin, step.end, shape.head_dim, partial,
+                                     shape.head_dim + 2);
+}
+
+// Calls f with a compile-time number of rows for steps of 4 rows and the rest.
+template <class F>
+inline void for_row_steps(int rows, F&& f) {
+    int first = 0;
+    for (; first + 4 <= rows; first += 4) f(std::integral_constant<int, 4>(), first);
+    switch (rows - first) {
+        case 3: return f(std::integral_constant<int, 3>(), first);
+        case 2: return f(std::integral_constant<int, 2>(), first);
+        case 1: return f(std::integral_constant<int, 1>(), first);
+        default: return;
+    }
+}
+
+// All keys of the tile are read before its values: either fits the first-level cache, both may not.
 template <class Element>
 void attend_tile_as(const AttentionShape& shape, const AttentionTask& task, int64_t tile, float* scratch,
                     float* partial) {
@@ -172,17 +203,15 @@ void attend_tile_as(const AttentionShape& shape, const AttentionTask& task, int6
         values[b] = keys[b] + block_size / 2;
     }
     const int rows = task.count * (shape.heads / shape.kv_heads);
-    int first = 0;
-    for (; first + kQueryRows <= rows; first += kQueryRows)
-        attend_rows<Element, kQueryRows>(shape, task, tile, first, keys, values, scratch, partial);
-    for (; first + 4 <= rows; first += 4)
-        attend_rows<Element, 4>(shape, task, tile, first, keys, values, scratch, partial);
-    switch (rows - first) {
-        case 3: return attend_rows<Element, 3>(shape, task, tile, first, keys, values, scratch, partial);
-        case 2: return attend_rows<Element, 2>(shape, task, tile, first, keys, values, scratch, partial);
-        case 1: return attend_rows<Element, 1>(shape, task, tile, first, keys, values, scratch, partial);
-        default: return;
-    }
+    const int64_t stride = shape.head_dim + 2;
+    for_row_steps(rows, [&](auto count, int first) {
+        score_rows<Element, decltype(count)::value>(shape, task, tile, first, keys, scratch + first * kKvTile,
+                                                    partial + first * stride);
+    });
+    for_row_steps(rows, [&](auto count, int first) {
+        value_rows<Element, decltype(count)::value>(shape, task, tile, first, values, scratch + first * kKvTile,
+                                                    partial + first * stride);
+    });
 }
 
 void attend_tile(const AttentionShape& shape, const AttentionTask& task, int64_t tile, float* scratch,

@@ -66,8 +66,7 @@ enum class GateKind : int32_t { Silu = 0, GeluTanh = 1 };
 // Two weights of one shape whose results are combined.
 struct GatedPair {
     TileWeight gate, up;
-    const PackedRows& gate_in;
-    const PackedRows& up_in;
+    PackedRows gate_in, up_in;
     GateKind kind;
 };
 
@@ -100,7 +99,7 @@ struct AttentionTask {
 
 constexpr int kKvBlock = 16;       // positions in a cache block
 constexpr int kKvTile = 128;       // positions that one softmax partial covers
-constexpr int kMaxQueryRows = 32;  // (position, head) pairs of a task
+constexpr int kMaxQueryRows = 48;  // (position, head) pairs of a task
 
 struct Kernels {
     const char* isa;

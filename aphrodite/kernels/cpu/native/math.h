@@ -4,11 +4,11 @@
 namespace aph {
 namespace {
 
-// 2^x, relative error below 2e-7; exactly 0 below -126, at most 2^126; NaN stays NaN.
+// 2^x, relative error below 2e-7; 0 far below the smallest normal number; NaN stays NaN.
 inline Vec exp2(Vec x) {
-    const Vec bounded = max(splat(-126.0f), min(splat(126.0f), x));
-    const IVec whole = to_int(bounded);
-    const Vec f = sub(bounded, to_float(whole));
+    const Vec bounded = max(splat(-160.0f), x);
+    const Vec whole = round_to_whole(bounded);
+    const Vec f = sub(bounded, whole);
     // Taylor series of 2^f on [-1/2, 1/2].
     Vec p = splat(1.5403530393381609e-4f);
     p = fma(p, f, splat(1.3333558146428443e-3f));
@@ -16,8 +16,7 @@ inline Vec exp2(Vec x) {
     p = fma(p, f, splat(5.5504108664821580e-2f));
     p = fma(p, f, splat(2.4022650695910072e-1f));
     p = fma(p, f, splat(6.9314718055994531e-1f));
-    p = fma(p, f, splat(1.0f));
-    return select_less(x, splat(-126.0f), zero(), mul(p, power_of_two(whole)));
+    return scale_by_power(fma(p, f, splat(1.0f)), whole);
 }
 
 constexpr float kLog2E = 1.4426950408889634f;

@@ -47,6 +47,9 @@ struct QueryTile {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Four-byte elements, rounded up to whole cache lines.
+int64_t whole_lines(int64_t elements) { return ceil_div(elements, kCacheLine / 4) * (kCacheLine / 4); }
+
 // Rows in spans of whole groups.
 struct RowSpans {
     int64_t span, count, rows;
@@ -66,7 +69,11 @@ public:
           buffer_memory_(desc.buffer_count),
           pack_memory_(2 * desc.pack_count),
           buffers_(desc.buffer_count),
-          packs_(desc.pack_count) {}
+          packs_(desc.pack_count),
+          copied_(desc.pack_count) {
+        for (const Op& op : ops_)
+            for (int i = 0; i < op.pack_count; ++i) copied_[op.first_pack + i] = packs_rows(op);
+    }
 
     StepError run(const StepDesc& step);
     const Kernels& kernels() const { return kernels_; }
@@ -86,6 +93,15 @@ private:
     void gather(const Op& op, Team& team, int worker);
 
     RowSpans spans(int64_t rows, int threads) const;
+    static bool packs_rows(const Op& op) {
+        return op.kind == static_cast<int32_t>(OpKind::RmsNorm) || op.kind == static_cast<int32_t>(OpKind::Pack);
+    }
+    // Whether every worker packs all rows for itself: quicker than sharing one group of rows and waiting for it.
+    bool each_for_itself(const Op& op) const { return packs_rows(op) && rows_of(op.rows) <= kGroupRows; }
+    bool overwrites_input(const Op& next, const Op& op) const;
+    template <class F>
+    void row_groups(const Op& op, Team& team, int worker, F&& f);
+    PackedRows pack_of(int64_t index, int worker) const;
     int64_t rows_of(int32_t set) const {
         return set == static_cast<int32_t>(RowSet::Tokens) ? step_.tokens : step_.logits_rows;
     }
@@ -110,6 +126,7 @@ private:
     std::vector<Scratch> buffer_memory_, pack_memory_;
     std::vector<float*> buffers_;
     std::vector<PackedRows> packs_;
+    std::vector<bool> copied_;  // packs written by RmsNorm and Pack
     Scratch attention_memory_, partial_memory_, norm_memory_;
     float* attention_scratch_ = nullptr;
     float* partials_ = nullptr;
@@ -150,8 +167,9 @@ void Program::prepare() {
         PackedRows& pack = packs_[i];
         pack = {static_cast<Activation>(pack_descs_[i].kind), pack_descs_[i].columns, rows_of(pack_descs_[i].rows),
                 nullptr, nullptr};
-        pack.words = pack_memory_[2 * i].get<int32_t>(pack.rows * pack.row_words());
-        pack.meta = pack_memory_[2 * i + 1].get<float>(pack.rows * pack.row_meta());
+        const int64_t copies = copied_[i] && pack.rows <= kGroupRows ? step_.threads : 1;
+        pack.words = pack_memory_[2 * i].get<int32_t>(copies * whole_lines(pack.rows * pack.row_words()));
+        pack.meta = pack_memory_[2 * i + 1].get<float>(copies * whole_lines(pack.rows * pack.row_meta()));
     }
     const int64_t widest = *std::max_element(widths_.begin(), widths_.end());
     norm_rows_ = norm_memory_.get<float>(step_.threads * kGroupRows * widest);
@@ -232,24 +250,52 @@ void Program::embed(const Op& op, Team& team, int worker) {
     });
 }
 
+// A pack as one worker sees it: its own copy, where there are copies.
+PackedRows Program::pack_of(int64_t index, int worker) const {
+    PackedRows pack = packs_[index];
+    if (copied_[index] && pack.rows <= kGroupRows) {
+        pack.words += worker * whole_lines(pack.rows * pack.row_words());
+        pack.meta += worker * whole_lines(pack.rows * pack.row_meta());
+    }
+    return pack;
+}
+
+bool Program::overwrites_input(const Op& next, const Op& op) const {
+    const bool writes_buffer = !packs_rows(next) && next.kind != static_cast<int32_t>(OpKind::Gated);
+    const bool in_place = next.kind == static_cast<int32_t>(OpKind::RotaryKv);
+    return writes_buffer && (in_place ? next.input : next.output) == op.input;
+}
+
+// Calls f for every group of rows of an operation that packs rows. Without a share there is nothing to wait for, unless
+// the next operation would write what a slower worker still reads; the one after that comes behind a barrier.
+template <class F>
+void Program::row_groups(const Op& op, Team& team, int worker, F&& f) {
+    const int64_t rows = rows_of(op.rows);
+    if (!each_for_itself(op)) return team.phase(worker, group_count(rows), f);
+    for (int64_t group = 0; group < group_count(rows); ++group) f(group);
+    const Op* next = &op + 1;
+    const bool last = next == ops_.data() + ops_.size();
+    if (last || each_for_itself(*next) || overwrites_input(*next, op)) team.barrier();
+}
+
 void Program::rms_norm(const Op& op, Team& team, int worker) {
-    const int64_t columns = packs_[op.first_pack].columns, width = widths_[op.input], rows = rows_of(op.rows);
+    const int64_t columns = pack_descs_[op.first_pack].columns, width = widths_[op.input], rows = rows_of(op.rows);
     float* normed = norm_rows_ + worker * kGroupRows * columns;
-    team.phase(worker, group_count(rows), [&](int64_t group) {
+    row_groups(op, team, worker, [&](int64_t group) {
         const int64_t row = group_start(group, rows);
         for (int m = 0; m < group_width(row, rows); ++m)
             kernels_.rms_norm(buffers_[op.input] + (row + m) * width, vectors_[op.vector], op.value, columns,
                               normed + m * columns);
         // pack expects row 0 of the whole at its pointer
         for (int i = 0; i < op.pack_count; ++i)
-            kernels_.pack(normed - row * columns, columns, group, packs_[op.first_pack + i]);
+            kernels_.pack(normed - row * columns, columns, group, pack_of(op.first_pack + i, worker));
     });
 }
 
 void Program::pack(const Op& op, Team& team, int worker) {
-    team.phase(worker, group_count(rows_of(op.rows)), [&](int64_t group) {
+    row_groups(op, team, worker, [&](int64_t group) {
         for (int i = 0; i < op.pack_count; ++i)
-            kernels_.pack(buffers_[op.input], widths_[op.input], group, packs_[op.first_pack + i]);
+            kernels_.pack(buffers_[op.input], widths_[op.input], group, pack_of(op.first_pack + i, worker));
     });
 }
 
@@ -281,7 +327,7 @@ void Program::linear(const Op& op, Team& team, int worker) {
             const TileWeight w = weight(op.first_weight + i);
             const int64_t count = tile_count(w.rows), own = ceil_div(count, step);
             if (chunk < own) {
-                const PackedRows& in = packs_[weights_[op.first_weight + i].pack];
+                const PackedRows in = pack_of(weights_[op.first_weight + i].pack, worker);
                 const Range range{chunk * step, std::min(count, (chunk + 1) * step)};
                 return kernels_.linear(in, w, range, spans.range(index / chunks), out);
             }
@@ -293,8 +339,8 @@ void Program::linear(const Op& op, Team& team, int worker) {
 void Program::gated(const Op& op, Team& team, int worker) {
     constexpr int64_t kMostBlocks = 2;
     const GatedPair pair{weight(op.first_weight), weight(op.first_weight + 1),
-                         packs_[weights_[op.first_weight].pack], packs_[weights_[op.first_weight + 1].pack],
-                         static_cast<GateKind>(op.flag)};
+                         pack_of(weights_[op.first_weight].pack, worker),
+                         pack_of(weights_[op.first_weight + 1].pack, worker), static_cast<GateKind>(op.flag)};
     const RowSpans spans = this->spans(rows_of(op.rows), team.size());
     const int64_t blocks = pair.gate.rows / kBlock, step = spans.count > 1 ? kMostBlocks : 1;
     const int64_t chunks = ceil_div(blocks, step);

@@ -9,15 +9,15 @@ namespace aph {
 namespace {
 
 // Quantizes 32 values to `kBits` bits, scale = largest magnitude / largest quant. A value that is not finite makes the
-// scale NaN, so it reaches the logits of its own row and no other.
+// scale so too, and thereby the logits of its own row.
 template <int kBits>
 inline void quantize_block(const float* x, int32_t* quants, float& scale, int32_t& total) {
     constexpr float kLargest = kBits == 16 ? 32767.0f : 127.0f;
     const Vec a = load(x), b = load(x + 16);
-    const float largest = maximum(max(abs(a), abs(b)));
+    const float largest = largest_magnitude(a, b);
     const Vec inverse = splat(largest > 0 ? kLargest / largest : 0.0f);
     const IVec qa = to_int(mul(a, inverse)), qb = to_int(mul(b, inverse));
-    scale = largest * (1.0f / kLargest) + 0.0f * sum(add(a, b));
+    scale = largest * (1.0f / kLargest);
     total = sum(add(qa, qb));
     if (kBits == 16) {
         store_shorts(reinterpret_cast<int16_t*>(quants), qa);

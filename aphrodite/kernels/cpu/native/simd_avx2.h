@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kDotRows = 2;
 constexpr int kFloatRows = 1;
-constexpr int kQueryRows = 4;
 constexpr int kResultVecs = 6;
 
 struct Vec {
@@ -52,15 +51,18 @@ inline Vec fma(Vec a, Vec b, Vec c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
-inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
-inline Vec abs(Vec a) {
-    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    return {_mm256_and_ps(a.lo, mask), _mm256_and_ps(a.hi, mask)};
+inline Vec round_to_whole(Vec a) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.lo, kNearest), _mm256_round_ps(a.hi, kNearest)};
 }
-inline Vec select_less(Vec x, Vec limit, Vec a, Vec b) {
-    return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, limit.lo, _CMP_LT_OQ)),
-            _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, limit.hi, _CMP_LT_OQ))};
+inline __m256 scale_by_power8(__m256 a, __m256 n) {
+    const __m256 smallest = _mm256_set1_ps(-126.0f);
+    const __m256 bounded = _mm256_max_ps(smallest, _mm256_min_ps(_mm256_set1_ps(127.0f), n));
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(bounded), _mm256_set1_epi32(127));
+    const __m256 scaled = _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    return _mm256_andnot_ps(_mm256_cmp_ps(n, smallest, _CMP_LT_OQ), scaled);
 }
+inline Vec scale_by_power(Vec a, Vec n) { return {scale_by_power8(a.lo, n.lo), scale_by_power8(a.hi, n.hi)}; }
 inline Vec select_lanes(int low, int high, Vec a, Vec b) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const auto inside = [&](int base) {
@@ -82,6 +84,16 @@ inline float maximum(Vec a) {
     quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 }
+inline float largest_magnitude(Vec a, Vec b) {
+    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    const auto magnitude = [&](__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), mask); };
+    const __m256i both = _mm256_max_epi32(_mm256_max_epi32(magnitude(a.lo), magnitude(a.hi)),
+                                          _mm256_max_epi32(magnitude(b.lo), magnitude(b.hi)));
+    __m128i quarter = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    quarter = _mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4e));
+    quarter = _mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(quarter));
+}
 
 inline IVec izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline IVec to_int(Vec a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
@@ -93,11 +105,6 @@ inline int32_t sum(IVec a) {
     return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1)));
 }
 inline IVec add(IVec a, IVec b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-inline Vec power_of_two(IVec n) {
-    const __m256i bias = _mm256_set1_epi32(127);
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.lo, bias), 23)),
-            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23))};
-}
 template <int kShift>
 inline IVec splat_shifted(const int32_t* p) {
     const __m256i all = _mm256_slli_epi32(_mm256_set1_epi32(*p), kShift);

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kDotRows = 8;    // rows of activations whose sums stay in registers
 constexpr int kFloatRows = 4;  // the same for float products
-constexpr int kQueryRows = 8;    // query rows that share a read of the cache, at least 4
 constexpr int kResultVecs = 16;  // results of attention that stay in registers
 
 struct Vec {
@@ -45,12 +44,9 @@ inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-// a where x < limit, else b
-inline Vec select_less(Vec x, Vec limit, Vec a, Vec b) {
-    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), b.v, a.v)};
-}
+inline Vec round_to_whole(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a * 2^n for whole n; 0 where that is far below the smallest normal number, large where it overflows
+inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // a in lanes [low, high), else b
 inline Vec select_lanes(int low, int high, Vec a, Vec b) {
     const uint32_t below_high = high >= 16 ? 0xffffu : high <= 0 ? 0u : (1u << high) - 1;
@@ -59,16 +55,24 @@ inline Vec select_lanes(int low, int high, Vec a, Vec b) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// Largest magnitude of both; not finite if any lane is not, NaN included.
+inline float largest_magnitude(Vec a, Vec b) {
+    const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+    // As integers, magnitudes order like floats and NaN comes last.
+    const __m512i bits = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a.v), mask),
+                                          _mm512_and_si512(_mm512_castps_si512(b.v), mask));
+    const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1));
+    __m128i quarter = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    quarter = _mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4e));
+    quarter = _mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(quarter));
+}
 
 inline IVec izero() { return {_mm512_setzero_si512()}; }
 inline IVec to_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline Vec to_float(IVec a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline int32_t sum(IVec a) { return _mm512_reduce_add_epi32(a.v); }
 inline IVec add(IVec a, IVec b) { return {_mm512_add_epi32(a.v, b.v)}; }
-// 2^n for small integers n
-inline Vec power_of_two(IVec n) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
-}
 template <int kShift>
 inline IVec splat_shifted(const int32_t* p) {
     return {_mm512_slli_epi32(_mm512_set1_epi32(*p), kShift)};

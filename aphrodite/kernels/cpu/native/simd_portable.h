@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kDotRows = 1;
 constexpr int kFloatRows = 1;
-constexpr int kQueryRows = 4;
 constexpr int kResultVecs = 1;
 constexpr int kLanes = 16;
 
@@ -81,14 +80,20 @@ inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
 inline Vec max(const Vec& a, const Vec& b) {
     return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-inline Vec min(const Vec& a, const Vec& b) {
-    return make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+// |a| < 2^22, else as it is
+inline Vec round_to_whole(const Vec& a) {
+    return make([&](int i) {
+        const float magic = 12582912.0f;  // 1.5 * 2^23
+        const float rounded = (a.v[i] + magic) - magic;
+        return a.v[i] < 4194304.0f ? rounded : a.v[i];
+    });
 }
-inline Vec abs(const Vec& a) {
-    return make([&](int i) { return a.v[i] < 0 ? -a.v[i] : a.v[i]; });
-}
-inline Vec select_less(const Vec& x, const Vec& limit, const Vec& a, const Vec& b) {
-    return make([&](int i) { return x.v[i] < limit.v[i] ? a.v[i] : b.v[i]; });
+inline Vec scale_by_power(const Vec& a, const Vec& n) {
+    return make([&](int i) {
+        const float low = n.v[i] > -126.0f ? n.v[i] : -126.0f, bounded = low < 127.0f ? low : 127.0f;
+        const float scaled = a.v[i] * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(bounded) + 127) << 23);
+        return n.v[i] < -126.0f ? 0.0f : scaled;
+    });
 }
 inline Vec select_lanes(int low, int high, const Vec& a, const Vec& b) {
     return make([&](int i) { return i >= low && i < high ? a.v[i] : b.v[i]; });
@@ -104,6 +109,15 @@ inline float maximum(const Vec& a) {
     float result = a.v[0];
     for (int i = 1; i < kLanes; ++i) result = a.v[i] > result ? a.v[i] : result;
     return result;
+}
+inline float largest_magnitude(const Vec& a, const Vec& b) {
+    uint32_t largest = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        const uint32_t x = float_to_bits(a.v[i]) & 0x7fffffff, y = float_to_bits(b.v[i]) & 0x7fffffff;
+        const uint32_t larger = x > y ? x : y;
+        largest = larger > largest ? larger : largest;
+    }
+    return bits_to_float(largest);
 }
 
 inline IVec izero() {
@@ -126,9 +140,6 @@ inline int32_t sum(const IVec& a) {
 }
 inline IVec add(const IVec& a, const IVec& b) {
     return make_int([&](int i) { return a.v[i] + b.v[i]; });
-}
-inline Vec power_of_two(const IVec& n) {
-    return make([&](int i) { return bits_to_float(static_cast<uint32_t>(n.v[i] + 127) << 23); });
 }
 template <int kShift>
 inline IVec splat_shifted(const int32_t* p) {

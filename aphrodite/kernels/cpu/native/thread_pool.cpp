@@ -183,6 +183,7 @@ void Team::reset(int size) {
 }
 
 void Team::barrier() {
+    if (size_ == 1) return;
     const uint32_t generation = generation_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
         arrived_.store(0, std::memory_order_relaxed);

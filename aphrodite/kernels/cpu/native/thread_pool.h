@@ -47,6 +47,7 @@ public:
         barrier();
     }
 
+    // Waits for all workers of the region.
     void barrier();
 
 private:
