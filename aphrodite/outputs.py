@@ -7,7 +7,7 @@ from typing import Literal
 
 from aphrodite.core.plan import TokenLogprobs, TokenTrace
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 
 @dataclass(slots=True)
@@ -27,6 +27,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None  # with finish_reason "error"
+    warnings: list[str] = field(default_factory=list)  # with the end: what could not be done as asked
     sampler_trace: list[TokenTrace] | None = None  # one a token of `token_ids`, if asked for
 
 

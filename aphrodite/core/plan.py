@@ -6,6 +6,7 @@ included. A plan carries only what changed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from aphrodite.sampling.params import SamplingParams
@@ -32,13 +33,22 @@ class RowStep(NamedTuple):
     samples: bool  # the last computed position is the last known one, so a new token comes out
 
 
+class RowRewind(NamedTuple):
+    """A row forgets its tokens from `position` on; its step in the same plan computes on from there."""
+
+    row: int
+    position: int
+    barred: list[int]  # never to be chosen at `position`; empty: whatever was barred there may be chosen again
+
+
 class StepPlan(NamedTuple):
-    """One step of the engine. Order of application: ends, starts, steps."""
+    """One step of the engine. Order of application: ends, starts, rewinds, steps."""
 
     step_id: int
     ends: list[int]  # rows whose request is gone
     starts: list[RowStart]
     steps: list[RowStep]
+    rewinds: Sequence[RowRewind] = ()
 
     @property
     def num_tokens(self) -> int:

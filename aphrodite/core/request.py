@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.outputs import FinishReason
@@ -35,6 +35,38 @@ class RequestUpdate(NamedTuple):
     num_cached_tokens: int = 0  # prompt tokens whose KV was already there
     error: str | None = None  # with finish_reason "error"
     traces: list[TokenTrace] | None = None  # one a new token, if asked for
+    warning: str | None = None  # what the guard could not keep out of the answer
+
+
+class OutputToken(NamedTuple):
+    """A sampled token and what was asked for beside it."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    trace: TokenTrace | None
+
+
+class Rewind(NamedTuple):
+    """Take the answer back to `num_tokens` tokens."""
+
+    num_tokens: int
+    barred: list[int]  # not to be chosen as the next token; empty: what was barred there may be chosen again
+
+
+class TokenGuard(Protocol):
+    """Looks at an answer's tokens before they leave, and may hold them back or have the answer go back.
+
+    Attributes:
+        warning: what the guard could not keep out of the answer, once there is something.
+    """
+
+    warning: str | None
+
+    def push(self, token: OutputToken, finish_reason: FinishReason | None) -> list[OutputToken] | Rewind:
+        """Take the next token; returns those that may leave now. All held ones leave with the one that ends it."""
+
+    def relent(self) -> Rewind | None:
+        """The next token cannot be chosen; None if nothing that the guard barred can be the reason."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +83,7 @@ class Request:
     seed: int  # 64 bits, unsigned
     priority: int = 0  # lower runs sooner, under policy "priority"
     cache_salt: bytes | None = None  # only requests with equal salts share blocks
+    guard: TokenGuard | None = None
 
     # Set by the scheduler when the request is added.
     tokens: array[int] = field(init=False)  # int32, known ones: prompt and output
@@ -72,6 +105,8 @@ class Request:
 
     num_cached_tokens: int = field(init=False, default=0)
     num_preemptions: int = field(init=False, default=0)
+    num_rewinds: int = field(init=False, default=0)
+    rewind: Rewind | None = field(init=False, default=None)  # the runner has yet to hear of it
     num_prompt_logprobs: int = field(init=False, default=0)  # handed out so far
 
     @property
@@ -99,6 +134,27 @@ class Request:
         """
         known = len(self.tokens) + self.num_pending
         return self.num_computed if known >= self.max_total and self.samples else known
+
+    def go_back(self, rewind: Rewind, block_size: int) -> list[int]:
+        """Forget tokens of the answer and whatever is in flight; returns the blocks that are not needed any more.
+
+        The last token that stays is computed again, to bring logits. If the cache knows its block, that is given
+        back and filled anew, since a block that others may read is never written.
+        """
+        num_tokens = len(self.prompt_token_ids) + rewind.num_tokens
+        del self.tokens[num_tokens:]
+        del self.digests[num_tokens // block_size :]
+        last = (num_tokens - 1) // block_size
+        computed = last * block_size if last < self.num_registered else num_tokens - 1
+        self.num_computed = self.num_committed = min(self.num_committed, computed)
+        kept = -(-self.num_computed // block_size)
+        dropped = self.blocks[kept:]
+        del self.blocks[kept:]
+        self.num_registered = min(self.num_registered, kept)
+        self.num_pending = 0
+        self.num_rewinds += 1
+        self.rewind = rewind
+        return dropped
 
     @property
     def awaits_prompt_logprobs(self) -> bool:

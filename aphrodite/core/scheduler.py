@@ -21,16 +21,26 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
 
 from aphrodite.core.block_pool import BlockPool
-from aphrodite.core.plan import RowResult, RowStart, RowStep, StepPlan, StepResult, TokenLogprobs, TokenTrace
+from aphrodite.core.invariants import check_requests
+from aphrodite.core.plan import (
+    RowResult,
+    RowRewind,
+    RowStart,
+    RowStep,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    TokenTrace,
+)
 from aphrodite.core.prefix_cache import BlockHasher
-from aphrodite.core.request import ForkGroup, Request, RequestStatus, RequestUpdate
+from aphrodite.core.repetition import repeats
+from aphrodite.core.request import ForkGroup, OutputToken, Request, RequestStatus, RequestUpdate, Rewind
 from aphrodite.core.scheduler_config import SchedulerConfig, SchedulerStats
 from aphrodite.core.waiting_queue import WaitingQueue
 from aphrodite.errors import InvalidRequestError, QueueFullError
@@ -52,7 +62,8 @@ class _Draft:
     budget: int
     starts: list[RowStart] = field(default_factory=list)
     steps: list[RowStep] = field(default_factory=list)
-    requests: list[tuple[Request, int]] = field(default_factory=list)  # beside `steps`; see `_InFlight`
+    rewinds: list[RowRewind] = field(default_factory=list)
+    requests: list[tuple[Request, int, int]] = field(default_factory=list)  # beside `steps`; see `_InFlight`
 
 
 class _InFlight(NamedTuple):
@@ -60,7 +71,8 @@ class _InFlight(NamedTuple):
     for a late result to find its own request, or to find that it has ended."""
 
     plan: StepPlan
-    requests: list[tuple[Request, int]]  # beside `plan.steps`: whose it is, and its `num_preemptions` then
+    # Beside `plan.steps`: whose it is, and its `num_preemptions` and `num_rewinds` then.
+    requests: list[tuple[Request, int, int]]
 
 
 class Scheduler:
@@ -193,7 +205,7 @@ class Scheduler:
                 candidate = None
         if not draft.steps:
             return None
-        plan = StepPlan(draft.step_id, self._ended_rows, draft.starts, draft.steps)
+        plan = StepPlan(draft.step_id, self._ended_rows, draft.starts, draft.steps, draft.rewinds)
         self._ended_rows = []
         self._next_step_id += 1
         self._inflight.append(_InFlight(plan, draft.requests))
@@ -328,8 +340,14 @@ class Scheduler:
         end = start + count
         samples = end == len(request.tokens) + request.num_pending and request.samples
         assert request.row is not None
+        if request.rewind is not None:
+            # The plan that brings the row's next step brings the news, so if it fails the request fails with it.
+            position = request.num_prompt_tokens + request.rewind.num_tokens
+            draft.rewinds.append(RowRewind(request.row, position, request.rewind.barred))
+            request.rewind = None
+            blocks, reset = list(request.blocks), True
         draft.steps.append(RowStep(request.row, start, count, blocks, reset, samples))
-        draft.requests.append((request, request.num_preemptions))
+        draft.requests.append((request, request.num_preemptions, request.num_rewinds))
         draft.budget -= count
         request.num_computed = end
         request.num_pending += samples
@@ -362,27 +380,38 @@ class Scheduler:
         if len(result.rows) != len(steps):
             raise RuntimeError(f"step {plan.step_id}: {len(result.rows)} results for {len(steps)} rows")
         updates: list[RequestUpdate] = []
-        for step, (request, generation), row in zip(steps, requests, result.rows, strict=True):
+        for step, (request, preemptions, rewinds), row in zip(steps, requests, result.rows, strict=True):
             if row.row != step.row:
                 raise RuntimeError(f"step {plan.step_id}: result for row {row.row} in place of row {step.row}")
             request.num_inflight -= 1
-            request.num_pending -= step.samples
             if request.status is RequestStatus.FINISHED:
                 if request.num_inflight == 0:
                     self._release_row(request)
-            elif row.error is not None:
-                updates.append(self._end(request, "error", error=row.error))
+                continue
+            if rewinds != request.num_rewinds:
+                continue  # a step of tokens that are taken back, which no longer counts as pending
+            request.num_pending -= step.samples
+            if row.error is not None:
+                update = self._fail(request, row.error)
             else:
-                update = self._apply(request, generation, step, row)
-                if update is not None:
-                    updates.append(update)
+                update = self._apply(request, preemptions, step, row)
+            if update is not None:
+                updates.append(update)
         return updates
 
-    def _apply(self, request: Request, generation: int, step: RowStep, row: RowResult) -> RequestUpdate | None:
+    def _fail(self, request: Request, error: str) -> RequestUpdate | None:
+        """No token could be chosen: end the request, unless what its guard barred may be the reason."""
+        relented = None if request.guard is None else request.guard.relent()
+        if relented is None:
+            return self._end(request, "error", error=error)
+        self._go_back(request, relented)
+        return None
+
+    def _apply(self, request: Request, preemptions: int, step: RowStep, row: RowResult) -> RequestUpdate | None:
         """One row's result, for a request that goes on so far."""
         prompt_logprobs = self._take_prompt_logprobs(request, step, row) if row.prompt_logprobs else None
         # A preempted request's tokens count, its computed positions are gone.
-        if generation == request.num_preemptions:
+        if preemptions == request.num_preemptions:
             request.num_committed = step.start + step.count
             if request.num_committed - request.num_registered * self.config.block_size >= self.config.block_size:
                 self._register(request)
@@ -398,14 +427,52 @@ class Scheduler:
         if token is None:
             raise RuntimeError(f"row {step.row} of request {request.request_id} brought no token")
         request.tokens.append(token)
+        finish_reason, stop_reason = self._finish_reason(request, token)
+        if request.guard is not None:
+            return self._guarded(request, row, prompt_logprobs, finish_reason, stop_reason)
         logprobs = None if row.logprobs is None else [row.logprobs]
         traces = None if row.trace is None else [row.trace]
-        finish_reason, stop_reason = self._finish_reason(request, token)
         if finish_reason is not None:
             return self._end(request, finish_reason, [token], logprobs, prompt_logprobs, stop_reason, traces=traces)
         return RequestUpdate(
             request.request_id, [token], logprobs, prompt_logprobs, None, None, request.num_cached_tokens, None, traces
         )
+
+    def _guarded(
+        self,
+        request: Request,
+        row: RowResult,
+        prompt_logprobs: list[TokenLogprobs] | None,
+        finish_reason: FinishReason | None,
+        stop_reason: int | None,
+    ) -> RequestUpdate | None:
+        """`_apply` for the new last token of a request whose guard decides what leaves."""
+        assert request.guard is not None
+        assert row.token_id is not None
+        verdict = request.guard.push(OutputToken(row.token_id, row.logprobs, row.trace), finish_reason)
+        if isinstance(verdict, Rewind):
+            self._go_back(request, verdict)
+            verdict, finish_reason = [], None
+        token_ids = [token.token_id for token in verdict]
+        logprobs = [token.logprobs for token in verdict if token.logprobs is not None] or None
+        traces = [token.trace for token in verdict if token.trace is not None] or None
+        if finish_reason is not None:
+            update = self._end(request, finish_reason, token_ids, logprobs, prompt_logprobs, stop_reason, traces=traces)
+        elif token_ids or prompt_logprobs is not None:
+            update = RequestUpdate(
+                request.request_id, token_ids, logprobs, prompt_logprobs, None, None, request.num_cached_tokens,
+                None, traces,
+            )  # fmt: skip
+        else:
+            return None
+        return update._replace(warning=request.guard.warning)
+
+    def _go_back(self, request: Request, rewind: Rewind) -> None:
+        """Take back the request's last tokens, wherever it stands; a step in flight is dropped when it comes."""
+        self._pool.release(request.go_back(rewind, self.config.block_size))
+        if request.status is RequestStatus.ENDING:  # it had all its tokens, and now lacks some
+            request.status = RequestStatus.PREEMPTED
+            self._preempted.push(request)
 
     def _finish_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
         """Whether the token just appended ends the request, and the stop token id that did."""
@@ -416,7 +483,12 @@ class Scheduler:
                 return "stop", None
             if token in params.stop_token_ids:
                 return "stop", token
-        return ("length" if len(request.tokens) >= request.max_total else None), None
+        if len(request.tokens) >= request.max_total:
+            return "length", None
+        detection = params.repetition_detection
+        if detection is not None and repeats(request.tokens, request.num_prompt_tokens, detection):
+            return "repetition", None
+        return None, None
 
     def _take_prompt_logprobs(self, request: Request, step: RowStep, row: RowResult) -> list[TokenLogprobs] | None:
         """The entries of a result that were not handed out before a preemption."""
@@ -546,36 +618,26 @@ class Scheduler:
                 retry_after=_RETRY_AFTER_SECONDS,
             )
 
-    # Self-check.
-
     def check(self) -> None:
         """Verify that blocks, references, rows and queues add up. O(everything); for tests and idle moments.
 
         Raises:
             RuntimeError: an invariant is broken.
         """
-        running, waiting = self._running, self._waiting.requests()
-        preempted = self._preempted.requests()
-        self._pool.check(request.blocks for request in running)
-        if any(a.key >= b.key for a, b in pairwise(running)):
-            raise RuntimeError("running requests are out of order")
-        held = [r for r in self._requests.values() if r.group is not None and r in r.group.held]
-        ending = [r for r in self._requests.values() if r.status is RequestStatus.ENDING]
-        places = [*running, *waiting, *preempted, *held, *ending]
-        if len(places) != len(self._requests) or {r.request_id for r in places} != self._requests.keys():
-            raise RuntimeError("a request stands in two places, or in none")
-        if (len(waiting), len(preempted), len(held)) != (len(self._waiting), len(self._preempted), self._num_held):
-            raise RuntimeError("queues have lost count")
-        inflight = {id(r): r for entry in self._inflight for r, _ in entry.requests}
-        owners = {id(r): r for r in (*running, *preempted, *ending)} | inflight
+        self._pool.check(request.blocks for request in self._running)
+        check_requests(
+            self._requests,
+            running=self._running,
+            waiting=self._waiting.requests(),
+            preempted=self._preempted.requests(),
+            inflight=[request for entry in self._inflight for request, *_ in entry.requests],
+        )
+        held = sum(request in request.group.held for request in self._requests.values() if request.group is not None)
+        if held != self._num_held:
+            raise RuntimeError("groups have lost count")
+        owners = {id(r): r for r in self._requests.values()} | {
+            id(r): r for entry in self._inflight for r, *_ in entry.requests
+        }
         rows = [r.row for r in owners.values()] + self._free_rows
         if sorted(r for r in rows if r is not None) != list(range(self.config.max_num_seqs)):
             raise RuntimeError(f"rows are lost or owned twice: {rows}")
-        if any(r.row is not None for r in (*waiting, *held)):
-            raise RuntimeError("a request that has not begun has a row")
-        for request in (*running, *preempted, *ending):
-            flights = sum(r is request for entry in self._inflight for r, _ in entry.requests)
-            if flights != request.num_inflight or not 0 <= request.num_pending <= flights:
-                raise RuntimeError(f"request {request.request_id}: steps in flight miscounted")
-            if request.num_committed > len(request.tokens) or request.num_committed > request.num_computed:
-                raise RuntimeError(f"request {request.request_id}: progress is inconsistent")

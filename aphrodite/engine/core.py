@@ -13,8 +13,10 @@ from aphrodite.core.plan import RowResult, StepPlan, StepResult
 from aphrodite.core.request import Request, RequestUpdate
 from aphrodite.core.scheduler import Scheduler
 from aphrodite.engine.messages import AddRequest, EngineStats
+from aphrodite.engine.phrase_bans import PhraseGuard, has_bans
 from aphrodite.errors import InvalidRequestError, QueueFullError
 from aphrodite.runner.runner import DeviceStep, Runner
+from aphrodite.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +24,16 @@ STEP_FAILED = "the engine could not compute this request's step; the server's lo
 
 
 class EngineCore:
-    """Takes requests, runs steps, returns what each step brought. Not thread-safe: one caller drives it."""
+    """Takes requests, runs steps, returns what each step brought. Not thread-safe: one caller drives it.
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    Args:
+        tokenizer: for requests with bans on their text; without it those are answered by an error.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None = None) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self._tokenizer = tokenizer
         self._in_flight: deque[tuple[StepPlan, Future[DeviceStep]]] = deque()
         self._refused: list[RequestUpdate] = []
         self._num_steps = 0
@@ -47,12 +54,20 @@ class EngineCore:
             for request_id, seed in zip(message.request_ids, message.seeds, strict=True)
         ]
         try:
+            if has_bans(message.params):
+                for request in group:
+                    request.guard = self._phrase_guard(message)
             self.scheduler.add(group)
         except (InvalidRequestError, QueueFullError) as error:
             self._refused.extend(
                 RequestUpdate(request_id, [], finish_reason="error", error=str(error))
                 for request_id in message.request_ids
             )
+
+    def _phrase_guard(self, message: AddRequest) -> PhraseGuard:
+        if self._tokenizer is None:
+            raise InvalidRequestError("this engine has no tokenizer, so it cannot ban text", param="banned_strings")
+        return PhraseGuard(self._tokenizer, message.prompt_token_ids, message.params)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests now; ids that are unknown or already over are ignored."""

@@ -39,11 +39,16 @@ class AnswerStream:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
         )
-        self._stops = StopMatcher(params.stop, include=params.include_stop_str_in_output) if params.stop else None
+        self._stops = (
+            StopMatcher(params.stop, regexes=params.stop_regex, include=params.include_stop_str_in_output)
+            if params.stop or params.stop_regex
+            else None
+        )
         self._held: deque[HeldToken] = deque()
         self._text_length = 0  # characters detokenized
         self._released_length = 0  # of those, released
-        self._stop_string: str | None = None  # the stop string that matched
+        self._stop_string: str | None = None  # the stop string or regex that matched
+        self._warning: str | None = None
 
     def push(self, update: RequestUpdate) -> CompletionOutput | None:
         """Take an update; returns what may be released now, None if nothing.
@@ -53,6 +58,7 @@ class AnswerStream:
         """
         if self.finished:
             return None
+        self._warning = update.warning or self._warning
         # The token that ended the answer is part of it, its text is not (unless asked for).
         silent_last = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
         text = ""
@@ -92,7 +98,7 @@ class AnswerStream:
         """The answer has ended: release what was held for a character or a stop string."""
         text = self._release(self._detokenizer.flush())
         if self._stops is not None and self._stop_string is None:
-            rest = self._stops.flush()
+            rest, self._stop_string = self._stops.finish()
             self._released_length += len(rest)
             text += rest
         return text
@@ -131,6 +137,8 @@ class AnswerStream:
         piece.finish_reason = reason
         piece.stop_reason = stop_reason
         piece.error = error
+        if self._warning is not None:
+            piece.warnings.append(self._warning)
         return piece
 
 
@@ -236,6 +244,7 @@ def merge_outputs(pieces: list[RequestOutput]) -> RequestOutput:
             answer.finish_reason = part.finish_reason
             answer.stop_reason = part.stop_reason
             answer.error = part.error
+            answer.warnings.extend(part.warnings)
     for index in sorted(answers):
         answers[index].text = "".join(texts[index])
         merged.outputs.append(answers[index])

@@ -39,6 +39,13 @@ class IncrementalDetokenizer:
     def _has_text(self, token_ids: Iterable[int]) -> bool:
         return any(i not in self._skip and self._tokenizer.token_bytes(i) for i in token_ids)
 
+    def save(self) -> tuple[bytes, int, bool]:
+        """What is remembered of the tokens so far, for `restore`."""
+        return self.pending, self._strip, self._at_start
+
+    def restore(self, state: tuple[bytes, int, bool]) -> None:
+        self.pending, self._strip, self._at_start = state
+
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; often the token's own text, sometimes none."""
         try:

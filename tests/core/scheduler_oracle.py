@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Iterable
+from itertools import takewhile
 
 from aphrodite.core.plan import RowResult, RowStart, StepPlan, StepResult, TokenLogprobs
-from aphrodite.core.request import Request, RequestUpdate
+from aphrodite.core.request import OutputToken, Request, RequestUpdate, Rewind
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
 from aphrodite.sampling.params import SamplingParams
 
@@ -20,9 +22,57 @@ VOCAB = 12
 EOS = 0
 
 
-def sampled(history: tuple[int, ...], seed: int) -> int:
-    """The token after `history`."""
-    return random.Random(f"{seed}:{history}").randrange(VOCAB)
+def sampled(history: tuple[int, ...], seed: int, barred: Iterable[int] = ()) -> int | None:
+    """The token after `history`: the first of an order in which they come; None if all are barred."""
+    order = random.Random(f"{seed}:{history}").sample(range(VOCAB), VOCAB)
+    return next((token for token in order if token not in barred), None)
+
+
+class SequenceGuard:
+    """Keeps sequences of tokens out of an answer, going back to their first token up to `limit` times there."""
+
+    def __init__(self, banned: tuple[tuple[int, ...], ...], limit: int) -> None:
+        self.banned, self.limit = banned, limit
+        self.warning: str | None = None
+        self.tokens: list[OutputToken] = []
+        self.num_released = 0
+        self.barred: dict[int, list[int]] = {}
+        self.waived: set[int] = set()
+
+    def push(self, token: OutputToken, finish_reason: str | None) -> list[OutputToken] | Rewind:
+        self.tokens.append(token)
+        ids = tuple(token.token_id for token in self.tokens)
+        for sequence in self.banned:
+            # What was let go as harmless may begin a match after all, once another token follows it.
+            begin = max(len(ids) - len(sequence), self.num_released)
+            if ids[-len(sequence) :] == sequence:
+                if begin not in self.waived:
+                    return self.go_back(begin)
+                self.warning = "let through"
+        held = max((n for s in self.banned for n in range(len(s)) if n <= len(ids) and s[:n] == ids[len(ids) - n :]))
+        end = len(ids) - (0 if finish_reason else held)
+        released = self.tokens[self.num_released : end]
+        self.num_released = max(end, self.num_released)
+        return released
+
+    def go_back(self, position: int) -> Rewind:
+        self.barred = {p: ids for p, ids in self.barred.items() if p <= position}
+        self.waived = {p for p in self.waived if p <= position}
+        barred = self.barred.setdefault(position, [])
+        barred.append(self.tokens[position].token_id)
+        if len(barred) > self.limit:
+            return self.waive(position)
+        del self.tokens[position:]
+        return Rewind(position, list(barred))
+
+    def waive(self, position: int) -> Rewind:
+        self.barred[position] = []
+        self.waived.add(position)
+        del self.tokens[position:]
+        return Rewind(position, [])
+
+    def relent(self) -> Rewind | None:
+        return self.waive(len(self.tokens)) if self.barred.get(len(self.tokens)) else None
 
 
 def expected_answer(request: Request, config: SchedulerConfig) -> tuple[list[int], str, int | None]:
@@ -31,17 +81,31 @@ def expected_answer(request: Request, config: SchedulerConfig) -> tuple[list[int
     limit = min(config.max_model_len, config.num_blocks * config.block_size)
     if params.max_tokens is not None:
         limit = min(limit, len(history) + params.max_tokens)
-    output: list[int] = []
+    prompt = len(history)
+    guard = None if request.guard is None else SequenceGuard(request.guard.banned, request.guard.limit)
+    barred: dict[int, list[int]] = {}
     while len(history) < limit:
-        token = sampled(history, request.seed)
-        may_stop = len(output) >= params.min_tokens
-        output.append(token)
-        history += (token,)
-        if may_stop and token in config.eos_token_ids and not params.ignore_eos:
-            return output, "stop", None
-        if may_stop and token in params.stop_token_ids:
-            return output, "stop", token
-    return output, "length", None
+        token = sampled(history, request.seed, barred.get(len(history) - prompt, ()))
+        finish, stop = None, None
+        if token is not None:
+            may_stop = len(history) - prompt >= params.min_tokens
+            history += (token,)
+            if may_stop and token in config.eos_token_ids and not params.ignore_eos:
+                finish = "stop"
+            elif may_stop and token in params.stop_token_ids:
+                finish, stop = "stop", token
+            elif len(history) == limit:
+                finish = "length"
+        if guard is not None:
+            verdict = guard.relent() if token is None else guard.push(OutputToken(token, None, None), finish)
+            if isinstance(verdict, Rewind):
+                history = history[: prompt + verdict.num_tokens]
+                barred = {p: ids for p, ids in barred.items() if p < verdict.num_tokens}
+                barred[verdict.num_tokens] = verdict.barred
+                continue
+        if finish is not None:
+            return list(history[prompt:]), finish, stop
+    return list(history[prompt:]), "length", None
 
 
 class FakeRow:
@@ -51,6 +115,9 @@ class FakeRow:
         self.tokens = list(start.prompt_token_ids)
         self.table: list[int] = []
         self.fresh = True
+        self.barred: dict[int, list[int]] = {}
+        self.rewound = False
+        self.num_own = 0  # leading blocks of the table that the row had before
 
 
 class FakeRunner:
@@ -79,6 +146,14 @@ class FakeRunner:
             self.started.add(start.request_id)
             self.rows[start.row] = FakeRow(start, self.salts[start.request_id])
         assert len({step.row for step in plan.steps}) == len(plan.steps)
+        for row, position, barred in plan.rewinds:
+            (step,) = (step for step in plan.steps if step.row == row)
+            assert step.reset_blocks
+            self.rows[row].rewound = True
+            assert len(self.rows[row].start.prompt_token_ids) <= position <= len(self.rows[row].tokens)
+            del self.rows[row].tokens[position:]
+            self.rows[row].barred = {p: ids for p, ids in self.rows[row].barred.items() if p < position}
+            self.rows[row].barred[position] = barred
         for step in plan.steps:
             self._bind(step)
         written: set[tuple[int, int]] = set()
@@ -91,8 +166,13 @@ class FakeRunner:
 
     def _bind(self, step) -> None:
         row = self.rows[step.row]
+        row.num_own = 0
         if step.reset_blocks:
+            if row.rewound:  # a row that went back without losing its blocks names those that it keeps
+                pairs = zip(row.table, step.blocks, strict=False)
+                row.num_own = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
             row.table = []
+        row.rewound = False
         assert step.reset_blocks or not row.fresh, "a new row's first step carries its whole table"
         row.fresh = False
         row.table = row.table + step.blocks
@@ -113,7 +193,7 @@ class FakeRunner:
         for position in range(step.start):
             era, content = self.slots.get((row.table[position // size], position % size), (-1, None))
             assert failing or content == self._content(row, position), f"stale KV at {position}"
-            if step.reset_blocks and name not in self.siblings:
+            if step.reset_blocks and name not in self.siblings and position >= row.num_own * size:
                 assert failing or era == self.era, "found a prefix that a reset had forgotten"
         for position in range(step.start, end):
             slot = (row.table[position // size], position % size)
@@ -139,8 +219,10 @@ class FakeRunner:
         token = None
         if step.samples:
             assert end == len(row.tokens), "samples from a position that is not the last"
-            token = sampled(tuple(row.tokens), row.start.seed)
-            row.tokens.append(token)
+            token = sampled(tuple(row.tokens), row.start.seed, row.barred.get(len(row.tokens), ()))
+            row.tokens.append(0 if token is None else token)
+            if token is None:
+                return RowResult(step.row, error="nothing is left to choose")
         if row.start.request_id in self.failing:
             return RowResult(step.row, error="injected")
         return RowResult(step.row, token_id=token, prompt_logprobs=prompt_logprobs)
@@ -168,7 +250,16 @@ class Harness:
         self.ended: dict[str, RequestUpdate] = {}
         self.plans: list[StepPlan] = []
 
-    def add(self, *prompts: list[int], salt: bytes | None = None, priority: int = 0, n: int = 1, **params) -> list[str]:
+    def add(
+        self,
+        *prompts: list[int],
+        salt: bytes | None = None,
+        priority: int = 0,
+        n: int = 1,
+        banned: tuple[tuple[int, ...], ...] = (),
+        limit: int = 3,
+        **params,
+    ) -> list[str]:
         """Add each prompt as a group of `n`; returns the request ids."""
         ids = []
         for prompt in prompts:
@@ -176,6 +267,7 @@ class Harness:
             for _ in range(n):
                 name = f"r{len(self.requests)}"
                 request = Request(name, list(prompt), SamplingParams(**params), len(self.requests), priority, salt)
+                request.guard = SequenceGuard(banned, limit) if banned else None
                 self.requests[name] = request
                 self.runner.salts[name] = salt
                 group.append(request)

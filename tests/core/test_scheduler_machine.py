@@ -60,10 +60,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, b"", b"tenant"]),
         params=PARAMS,
+        banned=st.one_of(
+            st.just(()),
+            st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3).map(tuple), max_size=VOCAB).map(tuple),
+            # One or two tokens are in every text, so these make the answer go back all the time.
+            st.sets(st.integers(0, VOCAB - 1), min_size=6).map(lambda ids: tuple((i,) for i in sorted(ids))),
+        ),
+        limit=st.sampled_from([1, 3, VOCAB + 1]),
     )
-    def add(self, text, share, n, priority, salt, params):
+    def add(self, text, share, n, priority, salt, params, banned, limit):
         length = 1 + int(share * (self.harness.config.capacity - 2))
-        self.harness.add(text[:length], n=n, priority=priority, salt=salt, **params)
+        self.harness.add(text[:length], n=n, priority=priority, salt=salt, banned=banned, limit=limit, **params)
 
     @rule()
     def step(self):

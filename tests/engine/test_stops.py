@@ -35,7 +35,8 @@ def run(pieces: list[str], stops: tuple[str, ...], include: bool) -> tuple[list[
             matched = stop
             break
     else:
-        shown.append(matcher.flush())
+        rest, matched = matcher.finish()
+        shown.append(rest)
     return shown, matched
 
 
@@ -88,7 +89,7 @@ def test_nothing_comes_after_a_match(include: bool) -> None:
     assert matcher.push("hello</") == ("hello", None)
     assert matcher.push("s> and more") == ("</s>" if include else "", "</s>")
     assert matcher.push("more") == ("", None)
-    assert matcher.flush() == ""
+    assert matcher.finish() == ("", None)
 
 
 def test_a_match_at_the_very_start_leaves_no_text() -> None:
@@ -99,7 +100,7 @@ def test_no_stops_and_empty_stops_pass_everything_at_once() -> None:
     for stops in ((), ("",)):
         matcher = StopMatcher(stops, include=False)
         assert matcher.push("anything") == ("anything", None)
-        assert matcher.flush() == ""
+        assert matcher.finish() == ("", None)
 
 
 def test_a_match_inside_a_longer_candidate_is_found() -> None:
