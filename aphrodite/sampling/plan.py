@@ -4,10 +4,10 @@ The default order (rank, stage):
 
     first, in every order: logit_bias (10), min_tokens (20), allowed_token_ids (30), token_bans (40),
         token_ban_ranges (50), bad_words (60)
-    then: penalties (200), temperature (400) or dynatemp (410), top_nsigma (500), top_k (600), top_p (610),
-        top_a (700), min_p (800), tfs (900), eta_cutoff (1000), epsilon_cutoff (1100), typical_p (1200),
-        quadratic (1300), xtc (1400), skew (1500)
-    last: the draw, or the argmax of a greedy request
+    then: dry (100), penalties (200) or ranged_penalties (210), no_repeat_ngram (300), temperature (400) or
+        dynatemp (410), top_nsigma (500), top_k (600), top_p (610), top_a (700), min_p (800), tfs (900),
+        eta_cutoff (1000), epsilon_cutoff (1100), typical_p (1200), quadratic (1300), xtc (1400), skew (1500)
+    last, in every order: mirostat (2000), adaptive_p (2100); then the draw, or the argmax of a greedy request
 
 It is the classic Aphrodite order. Each stage works on what the one before left, so top_p's mass is that of
 top_k's survivors. A request can have another order: `temperature_last` moves temperature behind xtc;
@@ -61,13 +61,15 @@ def stage_order(params: SamplingParams) -> tuple[Stage, ...]:
     """All stages in the order in which this request wants them; constraints lead in every order."""
     stages = {stage.name: stage for stage in all_stages()}
     fixed = {name for name, stage in stages.items() if stage.constraint or stage.selector}
-    names = [name for name in stages if name != "dynatemp"]  # it goes wherever temperature goes
+    names = [name for name, stage in stages.items() if stage.stands_in_for is None]
     if params.sampler_priority:
         names = arrange(names, [name for name in stage_names(params.sampler_priority) if name not in fixed])
     elif params.temperature_last:
         names.remove("temperature")
         names.insert(names.index("xtc") + 1, "temperature")
-    names.insert(names.index("temperature") + 1, "dynatemp")
+    for name, stage in stages.items():
+        if stage.stands_in_for is not None:
+            names.insert(names.index(stage.stands_in_for) + 1, name)
     return tuple(stages[name] for name in names)
 
 

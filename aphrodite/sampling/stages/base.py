@@ -91,6 +91,7 @@ class Stage(ABC):
         sampler_id: the number that stands for this step in a numeric `sampler_priority`.
         parameters: the fields of SamplingParams it reads, all of them.
         rows: of a stage from another package: rows that it adds to the table (`sampling/extensions.py`).
+        stands_in_for: the stage whose place it takes in every order, for requests that want another form of it.
         constraint: a hard rule (bias, bans, grammars): it runs before the others in every order, and
             what it masks stays masked.
         keeps_argmax: never masks or demotes the most likely token, so greedy rows skip it.
@@ -107,6 +108,7 @@ class Stage(ABC):
     parameters: ClassVar[tuple[str, ...]]
     rows: ClassVar[tuple[ParamRow, ...]] = ()
     sampler_id: ClassVar[int | None] = None
+    stands_in_for: ClassVar[str | None] = None
     constraint: ClassVar[bool] = False
     keeps_argmax: ClassVar[bool] = False
     greedy_skips: ClassVar[bool] = False

@@ -30,6 +30,7 @@ class DynamicTemperature(Stage):
     name = "dynatemp"
     rank = 410
     sampler_id = 5
+    stands_in_for = "temperature"
     parameters = (
         "dynamic_temperature",
         "dynatemp_min",

@@ -36,6 +36,7 @@ class RangedPenalties(Stage):
     name = "ranged_penalties"
     rank = 210
     sampler_id = 6
+    stands_in_for = "penalties"
     parameters = (*PENALTIES.parameters, "repetition_penalty_range", "repetition_penalty_slope", "repetition_decay")
 
     def is_neutral(self, params: SamplingParams) -> bool:
