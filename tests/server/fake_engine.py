@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from aphrodite.chat.template import ChatTemplate
-from aphrodite.core.plan import TokenLogprobs
+from aphrodite.core.plan import StageTrace, TokenLogprobs, TokenTrace
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.messages import EngineStats
 from aphrodite.engine.output import RequestStream
@@ -178,6 +178,12 @@ class FakeEngine:
         ended = step >= len(story) and not params.ignore_eos
         token = EOS if ended else story[(step + shift) % len(story)]
         logprobs = None if params.logprobs is None else [self._logprobs(token, params.logprobs)]
+        if params.sampler_trace:
+            stages = [
+                StageTrace("model", 258, 2, 0.25, [0, token], [0.5, 0.25]),
+                StageTrace("xtc", 1, 1, 1.0, [token], [1.0]),
+            ]
+            common["traces"] = [TokenTrace(token, True, stages)]
         reason = None
         if ended or (token in params.stop_token_ids and step >= params.min_tokens):
             reason = "stop"
