@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-_PENALTIES = ("penalties", "ranged_penalties")  # a request has one of the two
-
 _IDS: dict[int, tuple[str, ...]] = {
     0: ("top_k", "top_p"),
     1: ("top_a",),
@@ -18,7 +16,7 @@ _IDS: dict[int, tuple[str, ...]] = {
     3: ("tfs",),
     4: ("typical_p",),
     5: ("temperature",),
-    6: _PENALTIES,
+    6: ("penalties",),
     7: ("dry",),
     8: ("no_repeat_ngram",),
     9: ("top_nsigma",),
@@ -32,9 +30,7 @@ _KOBOLD_IDS = {**{number: _IDS[number] for number in range(7)}, 0: ("top_k",), 2
 _NAMES: dict[str, tuple[str, ...]] = {
     "top_p_top_k": ("top_k", "top_p"),
     **dict.fromkeys(("temp", "dynatemp", "dynamic_temperature"), ("temperature",)),
-    **dict.fromkeys(
-        ("repetition_penalty", "frequency_penalty", "presence_penalty", "rep_pen", "penalties"), _PENALTIES
-    ),
+    **dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty", "rep_pen"), ("penalties",)),
     "no_repeat_ngram_size": ("no_repeat_ngram",),
     **dict.fromkeys(("nsigma", "top_n_sigma"), ("top_nsigma",)),
     **dict.fromkeys(("typical", "typ_p"), ("typical_p",)),

@@ -6,13 +6,31 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
-import sampling_reference as reference
+import reference
 import torch
 
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
+from aphrodite.sampling.vocabulary import Vocabulary
 
 EOS = 2
+
+
+class FakeTokenizer:
+    """Tokens 0 to 2 are special, 5 and 6 hold newlines, token n > 6 is spelled `tn `."""
+
+    special_ids = frozenset({0, 1, EOS})
+    newlines = frozenset({5, 6})
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [int(word[1:]) for word in text.split()]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return text_of(token_id)
+
+
+def text_of(token_id: int) -> bytes:
+    return b"\n" * (token_id - 4) if token_id in FakeTokenizer.newlines else f"t{token_id} ".encode()
 
 
 class Harness:
@@ -29,6 +47,7 @@ class Harness:
             self.num_prompt,
             torch.device("cpu"),
             native=native,
+            vocabulary=Vocabulary(vocab_size, FakeTokenizer()),
         )
         self.vocab_size = vocab_size
         self.rows: dict[int, reference.Row] = {}
@@ -37,21 +56,14 @@ class Harness:
         self.token_ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
         self.num_prompt[row] = len(prompt)
         self.sampler.start(row, params, seed, prompt)
-        ending = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
         self.rows[row] = reference.Row(
             list(prompt),
             [],
             seed,
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            params.repetition_penalty,
-            params.frequency_penalty,
-            params.presence_penalty,
-            params.logit_bias,
-            params.min_tokens,
-            tuple(ending),
+            params,
+            frozenset({EOS}),
+            FakeTokenizer.special_ids | FakeTokenizer.newlines,
+            text_of,
         )
 
     def end(self, row: int) -> None:
@@ -59,7 +71,7 @@ class Harness:
         del self.rows[row]
 
     def expect(self, logits: np.ndarray, rows: Sequence[int]) -> list[reference.Outcome]:
-        """What the reference says about the rows as they are."""
+        """What the reference says about the rows as they are; they stay so."""
         return [reference.sample(raw, copy.deepcopy(self.rows[row])) for raw, row in zip(logits, rows, strict=True)]
 
     def sample(self, logits: np.ndarray, rows: Sequence[int]) -> Sampled:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import sampling_reference as reference
+import reference
 import torch
 
 from aphrodite.kernels.cpu.sampling import load
