@@ -15,8 +15,8 @@ class CompletionOutput:
     """One of a request's `n` answers.
 
     In a stream `text`, `token_ids`, `logprobs` and `sampler_trace` hold what is new since the last piece; in a whole
-    result they hold everything. `stop_reason` is the stop string or stop token id that ended it.
-    Text may lag behind tokens while a stop string or a character is still incomplete.
+    result they hold everything. `stop_reason` is the stop string, stop regex or stop token id that
+    ended it. Text may lag behind tokens while a stop or a character is still incomplete.
     """
 
     index: int

@@ -105,10 +105,11 @@ class RegexSet:
             reached: list[int] = []
             for place in places:
                 instruction = self._program[place]
-                if isinstance(instruction, Consume) and instruction.then not in taken:
-                    if instruction.chars.contains(char):
-                        taken.add(instruction.then)
-                        reached.append(instruction.then)
+                if not isinstance(instruction, Consume) or instruction.then in taken:
+                    continue
+                if instruction.chars.contains(char):
+                    taken.add(instruction.then)
+                    reached.append(instruction.then)
             if not reached:
                 continue
             groups.append(tuple(sorted(reached)))

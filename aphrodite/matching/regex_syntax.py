@@ -1,7 +1,7 @@
 """Regular expressions of a documented subset, compiled to a small non-deterministic program.
 
 Syntax (the common part of Python's `re` and RE2): literals, `.`, `[...]` and `[^...]` with ranges, `\\d \\w \\s \\D
-\\W \\S`, `\\n \\r \\t \\f \\v \\0 \\xHH \\uHHHH`, escaped punctuation, groups `( )`, `(?: )`, `(?P<name> )`, alternation,
+\\W \\S`, `\\n \\r \\t \\f \\v \\0 \\xHH \\uHHHH`, escaped punctuation, groups `( )`, `(?: )`, `(?P<name> )`, `|`,
 `* + ? {m} {m,} {,n} {m,n}` (a `?` behind them changes nothing: the match that ends first is taken anyway), `^ $ \\A
 \\Z \\b \\B`, and the flags `(?ims)` at the start. Classes are those of Unicode. What needs backtracking (back
 references, look-around, possessive and atomic groups) is refused, so every program runs in time linear in the
@@ -206,7 +206,7 @@ class _Compiler:
         if bounds is None:
             return node
         self._take("?")
-        if self._peek() and self._peek() in "*+?" or self._repeats_again():
+        if self._repeats_again():
             raise self._error("repeats a repetition; put it into a group")
         low, high = bounds
 

@@ -30,7 +30,7 @@ class Scanner(Protocol):
     def live_start(self) -> int: ...
 
     def push(self, text: str) -> Match | None:
-        """Read `text`, up to the end of the first match: `position` tells how far. Call again with the rest to go on."""
+        """Read `text` up to the end of the first match; `position` tells how far. To go on, push the rest."""
 
     def finish(self) -> Match | None:
         """The text has ended; a match that only its end completes."""

@@ -49,7 +49,7 @@ class SequenceGuard:
                 if begin not in self.waived:
                     return self.go_back(begin)
                 self.warning = "let through"
-        held = max((n for s in self.banned for n in range(len(s)) if n <= len(ids) and s[:n] == ids[len(ids) - n :]))
+        held = max(n for s in self.banned for n in range(len(s)) if n <= len(ids) and s[:n] == ids[len(ids) - n :])
         end = len(ids) - (0 if finish_reason else held)
         released = self.tokens[self.num_released : end]
         self.num_released = max(end, self.num_released)

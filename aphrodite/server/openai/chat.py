@@ -17,6 +17,7 @@ from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.chunks import ChunkWriter
+from aphrodite.server.openai.finish import openai_finish_reason, stop_reason
 from aphrodite.server.openai.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from aphrodite.server.openai.prompts import truncation
@@ -173,7 +174,7 @@ class _Answer:
             answer.index,
             answer.text,
             logprobs=chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
-            finish_reason=answer.finish_reason,
+            finish_reason=openai_finish_reason(answer),
             usage=counting.usage() if counting else None,
             extra=self._extra(answer),
         )
@@ -183,14 +184,16 @@ class _Answer:
             "index": answer.index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
             "logprobs": chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": openai_finish_reason(answer),
             **self._extra(answer),
         }
 
     def _extra(self, answer: CompletionOutput) -> dict[str, Any]:
         extra: dict[str, Any] = {}
         if answer.finish_reason is not None:
-            extra["stop_reason"] = answer.stop_reason
+            extra["stop_reason"] = stop_reason(answer)
+        if answer.warnings:
+            extra["warnings"] = answer.warnings
         if self._fields.return_token_ids:
             extra["token_ids"] = answer.token_ids
         if answer.sampler_trace is not None:

@@ -18,6 +18,7 @@ from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.chunks import ChunkWriter
+from aphrodite.server.openai.finish import openai_finish_reason, stop_reason
 from aphrodite.server.openai.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.logprobs import (
     TextOffsets,
@@ -203,7 +204,7 @@ class _Answer:
             number * self._generation.params.n + answer.index,
             text,
             logprobs=logprobs,
-            finish_reason=answer.finish_reason,
+            finish_reason=openai_finish_reason(answer),
             usage=counting.usage() if counting else None,
             extra=extra,
         )
@@ -226,14 +227,16 @@ class _Answer:
             "index": number * self._generation.params.n + answer.index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": openai_finish_reason(answer),
             **extra,
         }
 
     def _extra(self, answer: CompletionOutput) -> dict[str, Any]:
         extra: dict[str, Any] = {}
         if answer.finish_reason is not None:
-            extra["stop_reason"] = answer.stop_reason
+            extra["stop_reason"] = stop_reason(answer)
+        if answer.warnings:
+            extra["warnings"] = answer.warnings
         if self._fields.return_token_ids:
             extra["token_ids"] = answer.token_ids
         if answer.sampler_trace is not None:

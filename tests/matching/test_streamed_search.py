@@ -1,0 +1,213 @@
+"""Streamed searching against plain searches of the whole text: Python's `re`, and `str.endswith`."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from aphrodite.errors import InvalidRequestError
+from aphrodite.matching import phrases as phrases_module
+from aphrodite.matching import regex as regex_module
+from aphrodite.matching.phrases import PhraseScanner, PhraseSet
+from aphrodite.matching.regex import MAX_LOOK_BACK, RegexScanner, RegexSet
+from aphrodite.matching.regex_syntax import MAX_INSTRUCTIONS
+from aphrodite.matching.scanner import Match, Scanner
+
+ALPHABET = "abAB _.\né"
+texts = st.text(ALPHABET, max_size=30)
+phrase_sets = st.lists(st.text(ALPHABET, min_size=1, max_size=5), min_size=1, max_size=12)
+
+
+@st.composite
+def split_texts(draw: st.DrawFn) -> list[str]:
+    text = draw(texts)
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    return [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+
+
+ATOMS = ["a", "b", "A", "é", " ", r"\.", ".", "[ab]", "[^a]", r"\w", r"\s", r"\W", r"[^\s]", "[a-bA]", r"\n"]
+CONDITIONS = [r"\b", r"\B", "^", "$"]
+REPETITIONS = ["*", "+", "?", "{2}", "{1,2}", "{2,}", "{0,1}", "*?", "+?"]
+
+
+def _extend(children: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.one_of(
+        st.lists(children, min_size=1, max_size=3).map("".join),
+        st.tuples(children, children).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
+        st.tuples(children, st.sampled_from(REPETITIONS)).map(lambda pair: f"({pair[0]}){pair[1]}"),
+    )
+
+
+patterns = st.recursive(st.sampled_from(ATOMS + CONDITIONS), _extend, max_leaves=6)
+flags = st.sampled_from(["", "i", "m", "s", "im"])
+
+
+def oracle(flags: str, pattern: str) -> str:
+    """The pattern for `re`, whose `$` would also match before a newline that ends the text."""
+    return f"(?{flags}:{pattern})" if "m" in flags else f"(?{flags or '-i'}:{pattern})".replace("$", r"\Z")
+
+
+def ends_first(pattern: str, text: str) -> tuple[int, int] | None:
+    """(start, end) of the match that ends first, of those the one that begins first; by trying all."""
+    for end in range(1, len(text) + 1):
+        # Only a look ahead can fix the end without hiding from \b and $ what comes behind it.
+        bounded = re.compile(f"{pattern}(?=(?s:.{{{len(text) - end}}})\\Z)")
+        for start in range(end):
+            found = bounded.match(text, start)
+            if found is not None and found.end() == end:
+                return start, end
+    return None
+
+
+def search(scanner: Scanner, pieces: list[str]) -> Match | None:
+    """The first match; on the way, everything before `live_start` must be certain to be outside of it."""
+    certain = 0
+    match = None
+    for piece in pieces:
+        match = scanner.push(piece)
+        if match is not None:
+            break
+        assert certain <= scanner.live_start <= scanner.position
+        certain = scanner.live_start
+    else:
+        match = scanner.finish()
+    assert match is None or match.start >= certain
+    return match
+
+
+@settings(max_examples=400, deadline=None)
+@given(split_texts(), flags, patterns)
+@example(["a", "b"], "", r"\ba\b|ab")
+@example(["aab"], "", "a+b")
+@example(["ab", "\n"], "m", "b$")
+@example(["a b"], "", r"a\b")
+def test_a_regex_finds_what_trying_every_place_finds(pieces: list[str], flags: str, pattern: str) -> None:
+    try:
+        regexes = RegexSet((f"(?{flags}){pattern}" if flags else pattern,))
+    except InvalidRequestError:
+        assert re.compile(re.sub(r"\\[bB]|\^|\$", "(?:)", pattern)).fullmatch("") is not None
+        return
+    match = search(RegexScanner(regexes), pieces)
+    assert (match and (match.start, match.end)) == ends_first(oracle(flags, pattern), "".join(pieces))
+
+
+@settings(deadline=None)
+@given(split_texts(), st.lists(patterns, min_size=2, max_size=4))
+def test_of_several_regexes_the_one_that_ends_first_is_named(pieces: list[str], several: list[str]) -> None:
+    try:
+        regexes = RegexSet(tuple(several))
+    except InvalidRequestError:
+        return
+    text = "".join(pieces)
+    match = search(RegexScanner(regexes), pieces)
+    found = [(span[1], span[0], index) for index, p in enumerate(several) if (span := ends_first(oracle("", p), text))]
+    assert (match and (match.end, match.start, match.pattern)) == (
+        (min(found)[0], min(found)[1], several[min(found)[2]]) if found else None
+    )
+
+
+@given(split_texts(), phrase_sets)
+def test_phrases_are_found_where_the_first_one_ends(pieces: list[str], phrases: list[str]) -> None:
+    text = "".join(pieces)
+    expected = None
+    for end in range(1, len(text) + 1):
+        ending = [phrase for phrase in phrases if text.endswith(phrase, 0, end)]
+        if ending:
+            longest = max(ending, key=len)
+            expected = Match(end - len(longest), end, longest)
+            break
+    assert search(PhraseScanner(PhraseSet(phrases)), pieces) == expected
+
+
+@given(texts, phrase_sets)
+def test_searching_on_finds_every_end_of_a_phrase(text: str, phrases: list[str]) -> None:
+    scanner = PhraseScanner(PhraseSet(phrases))
+    ends = []
+    while (match := scanner.push(text[scanner.position :])) is not None:
+        ends.append(match.end)
+    assert ends == [end for end in range(1, len(text) + 1) if any(text.endswith(p, 0, end) for p in phrases)]
+
+
+@pytest.mark.parametrize("scanner", [PhraseScanner(PhraseSet(["abab", "b a"])), RegexScanner(RegexSet(("a.*b a",)))])
+def test_a_restored_search_goes_on_as_if_nothing_had_happened(scanner: Scanner) -> None:
+    assert scanner.push("xab") is None
+    saved, live = scanner.save(), scanner.live_start
+    first = scanner.push("ab a")
+    scanner.push("b a and more")
+    scanner.restore(saved)
+    assert scanner.live_start == live
+    assert scanner.push("ab a") == first is not None
+
+
+def test_forgotten_states_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "abcabdabeab" * 50
+    phrases = [f"{a}{b}{c}!" for a in "abcde" for b in "abcde" for c in "abcde"]
+    pattern = r"(a|b)\w{3,7}(c|d)e!"
+    spacious = [PhraseScanner(PhraseSet(phrases)), RegexScanner(RegexSet((pattern,)))]
+    monkeypatch.setattr(phrases_module, "MAX_STATES", 3)
+    monkeypatch.setattr(regex_module, "MAX_SIZE", 10)
+    cramped = [PhraseScanner(PhraseSet(phrases)), RegexScanner(RegexSet((pattern,)))]
+    for wide, narrow in zip(spacious, cramped, strict=True):
+        for char in text:
+            assert wide.push(char) == narrow.push(char)
+            assert wide.live_start == narrow.live_start
+        assert wide.push("abce!") == narrow.push("abce!")
+
+
+def test_a_partial_match_is_given_up_after_the_look_back() -> None:
+    scanner = RegexScanner(RegexSet(("a[^!]*!",)))
+    assert scanner.push("a" + "." * (MAX_LOOK_BACK - 1)) is None
+    assert scanner.live_start == 0
+    assert scanner.push(".") is None
+    assert scanner.live_start == scanner.position
+    assert scanner.push("!") is None
+    match = scanner.push("a!")
+    assert match is not None
+    assert match.end - match.start == 2
+
+
+def test_a_hostile_pattern_keeps_a_bounded_automaton(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A backtracking engine needs 2^n attempts here, an eager determinisation 2^12 states.
+    monkeypatch.setattr(regex_module, "MAX_SIZE", 1000)
+    regexes = RegexSet((r"(a*)*(a|aa)+b", r"(a|b)*a(a|b){12}c"))
+    scanner = RegexScanner(regexes)
+    assert scanner.push("ab" * 20 + "a" * 3000) is not None
+    assert scanner.push("a" * 3000) is None
+    assert regexes._size <= 1000 + MAX_INSTRUCTIONS
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("a*", "empty text"),
+        (r"\b", "empty text"),
+        ("(", "closing parenthesis"),
+        ("a)", "opening"),
+        ("[a", "too early"),
+        ("a\\", "too early"),
+        ("*a", "nothing to repeat"),
+        ("a**", "repeats a repetition"),
+        ("a++", "repeats a repetition"),
+        ("a{3}{3}", "repeats a repetition"),
+        (r"(a)\1", "back reference"),
+        ("(?=a)b", "look-around"),
+        ("(?<!a)b", "look-around"),
+        ("(?>a)b", "not supported"),
+        ("(?P<1>a)", "proper name"),
+        (r"\q", "not supported"),
+        (r"\x1", "hexadecimal"),
+        ("[b-a]", "range"),
+        ("a{2,1}", "repeats"),
+        ("a{1001}", "more than 1000"),
+        ("(a{100}){100}", "too large"),
+        ("((((b{0}){1000}){1000}){1000}){1000}a", "too large"),
+        ("(" * 60 + "a" + ")" * 60, "deep"),
+    ],
+)
+def test_what_is_no_pattern_of_the_subset_is_refused_with_the_reason(pattern: str, why: str) -> None:
+    with pytest.raises(InvalidRequestError, match=why):
+        RegexSet((pattern,))
