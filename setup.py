@@ -67,13 +67,22 @@ class BuildNative(build_ext):
         compiler: Any = self.compiler
         headers = [str(path) for path in sorted(NATIVE.glob("*.h"))]
 
-        def compile_one(source: str) -> list[str]:
-            return compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                extra_postargs=COMMON_FLAGS + flags_for(source),
-                depends=headers,
+        def compile_with(source: str, flags: list[str]) -> list[str]:
+            objects: list[str] = compiler.compile(
+                [source], output_dir=self.build_temp, extra_postargs=COMMON_FLAGS + flags, depends=headers
             )
+            return objects
+
+        def compile_one(source: str) -> list[str]:
+            flags = flags_for(source)
+            try:
+                return compile_with(source, flags)
+            except Exception:
+                if not flags:
+                    raise
+                # A compiler that does not know the instruction set leaves it out of the library.
+                self.announce(f"{source}: built without {' '.join(flags)}", level=3)
+                return compile_with(source, [])
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = [name for names in pool.map(compile_one, sorted(ext.sources)) for name in names]

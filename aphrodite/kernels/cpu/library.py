@@ -42,8 +42,8 @@ class NativeLibrary:
 def _load() -> NativeLibrary | NativeUnavailable:
     if not LIBRARY_PATH.exists():
         return NativeUnavailable(
-            "the native CPU library was not built at installation: no C++ compiler was found. "
-            "Install g++ or clang++ and reinstall the package"
+            "the native CPU library was not built at installation, most likely for want of a C++17 compiler; "
+            "install g++ or clang++ and reinstall the package"
         )
     try:
         cdll = ctypes.CDLL(str(LIBRARY_PATH))

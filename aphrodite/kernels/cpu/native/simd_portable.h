@@ -1,204 +1,229 @@
-// Sixteen lanes in plain C++ that compilers vectorise (SSE2, NEON). See simd_avx512.h for what the names mean.
+// Sixteen lanes as four 16-byte vectors of GCC's and Clang's vector extension, which fit SSE2 and NEON.
+// See simd_avx512.h for what the names mean.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "half.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace aph {
 namespace {
 
 constexpr int kDotRows = 1;
 constexpr int kFloatRows = 1;
-constexpr int kResultVecs = 1;
-constexpr int kLanes = 16;
+constexpr int kResultVecs = 3;
+constexpr int kParts = 4;
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef uint32_t Word4 __attribute__((vector_size(16)));
+typedef uint16_t Half4 __attribute__((vector_size(8)));
 
 struct Vec {
-    float v[kLanes];
+    Float4 v[kParts];
 };
 struct IVec {
-    int32_t v[kLanes];
+    Int4 v[kParts];
 };
 struct Bytes {
-    uint8_t v[4 * kLanes];
+    Word4 v[kParts];
 };
 struct Shorts {
-    int16_t v[2 * kLanes];
+    Word4 v[kParts];
 };
 
-template <class F>
-inline Vec make(F lane) {
-    Vec out;
-    for (int i = 0; i < kLanes; ++i) out.v[i] = lane(i);
-    return out;
-}
-template <class F>
-inline IVec make_int(F lane) {
-    IVec out;
-    for (int i = 0; i < kLanes; ++i) out.v[i] = lane(i);
+template <class Result, class F>
+inline Result each(F part) {
+    Result out;
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) out.v[i] = part(i);
     return out;
 }
 
+template <class Part, class Pointer>
+inline Part load_part(Pointer p) {
+    Part part;
+    std::memcpy(&part, p, sizeof part);
+    return part;
+}
+// mask lanes are all ones or zero
+inline Float4 choose(Int4 mask, Float4 a, Float4 b) { return (Float4)((mask & (Int4)a) | (~mask & (Int4)b)); }
+
 inline Vec splat(float x) {
-    return make([=](int) { return x; });
+    return each<Vec>([=](int) { return Float4{x, x, x, x}; });
 }
 inline Vec zero() { return splat(0); }
 inline Vec load(const float* p) {
-    return make([=](int i) { return p[i]; });
+    return each<Vec>([=](int i) { return load_part<Float4>(p + 4 * i); });
 }
+// half_to_float of half.h
 inline Vec load(const uint16_t* half) {
-    return make([=](int i) { return half_to_float(half[i]); });
+    return each<Vec>([=](int i) {
+        const Word4 bits = __builtin_convertvector(load_part<Half4>(half + 4 * i), Word4);
+        const Word4 magnitude = (bits & 0x7fff) << 13;
+        const Word4 scaled = (Word4)((Float4)magnitude * bits_to_float(0x77800000));
+        const Word4 special = (Word4)((Int4)magnitude >= 0x0f800000);
+        return (Float4)((bits & 0x8000) << 16 | (special & (magnitude | 0x7f800000)) | (~special & scaled));
+    });
 }
 inline Vec load_bfloat(const uint16_t* p) {
-    return make([=](int i) { return bfloat_to_float(p[i]); });
+    return each<Vec>(
+        [=](int i) { return (Float4)(__builtin_convertvector(load_part<Half4>(p + 4 * i), Word4) << 16); });
 }
 inline void store(float* p, const Vec& a) { std::memcpy(p, a.v, sizeof a.v); }
 inline void store(uint16_t* half, const Vec& a) {
-    for (int i = 0; i < kLanes; ++i) half[i] = float_to_half(a.v[i]);
+    float lanes[16];
+    store(lanes, a);
+    for (int i = 0; i < 16; ++i) half[i] = float_to_half(lanes[i]);
 }
 inline Vec add(const Vec& a, const Vec& b) {
-    return make([&](int i) { return a.v[i] + b.v[i]; });
+    return each<Vec>([&](int i) { return a.v[i] + b.v[i]; });
 }
 inline Vec sub(const Vec& a, const Vec& b) {
-    return make([&](int i) { return a.v[i] - b.v[i]; });
+    return each<Vec>([&](int i) { return a.v[i] - b.v[i]; });
 }
 inline Vec mul(const Vec& a, const Vec& b) {
-    return make([&](int i) { return a.v[i] * b.v[i]; });
+    return each<Vec>([&](int i) { return a.v[i] * b.v[i]; });
 }
 inline Vec div(const Vec& a, const Vec& b) {
-    return make([&](int i) { return a.v[i] / b.v[i]; });
+    return each<Vec>([&](int i) { return a.v[i] / b.v[i]; });
 }
-// Unfused where the processor may lack the instruction; the library is compiled without contraction.
+// In two roundings: not every processor has one instruction for it.
 inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
-#if defined(__aarch64__)
-    return make([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
-#else
-    return make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
-#endif
+    return each<Vec>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
 inline Vec max(const Vec& a, const Vec& b) {
-    return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+    return each<Vec>([&](int i) { return choose(a.v[i] > b.v[i], a.v[i], b.v[i]); });
+}
+inline Int4 to_int4(Float4 a) {
+    const Float4 magic = Float4{} + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer, to nearest even
+    return (Int4)(a + magic) - (Int4)magic;
 }
 // |a| < 2^22, else as it is
 inline Vec round_to_whole(const Vec& a) {
-    return make([&](int i) {
-        const float magic = 12582912.0f;  // 1.5 * 2^23
-        const float rounded = (a.v[i] + magic) - magic;
-        return a.v[i] < 4194304.0f ? rounded : a.v[i];
+    return each<Vec>([&](int i) {
+        const Float4 rounded = __builtin_convertvector(to_int4(a.v[i]), Float4);
+        return choose(a.v[i] < 4194304.0f, rounded, a.v[i]);
     });
 }
 inline Vec scale_by_power(const Vec& a, const Vec& n) {
-    return make([&](int i) {
-        const float low = n.v[i] > -126.0f ? n.v[i] : -126.0f, bounded = low < 127.0f ? low : 127.0f;
-        const float scaled = a.v[i] * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(bounded) + 127) << 23);
-        return n.v[i] < -126.0f ? 0.0f : scaled;
+    return each<Vec>([&](int i) {
+        const Float4 smallest = Float4{} - 126.0f, largest = Float4{} + 127.0f;
+        const Float4 low = choose(n.v[i] > smallest, n.v[i], smallest);
+        const Int4 exponent = to_int4(choose(low < largest, low, largest)) + 127;
+        const Float4 scaled = a.v[i] * (Float4)(exponent << 23);
+        return choose(n.v[i] < smallest, Float4{}, scaled);
     });
 }
 inline Vec select_lanes(int low, int high, const Vec& a, const Vec& b) {
-    return make([&](int i) { return i >= low && i < high ? a.v[i] : b.v[i]; });
+    return each<Vec>([&](int i) {
+        const Int4 lane = Int4{0, 1, 2, 3} + 4 * i;
+        return choose((lane >= low) & (lane < high), a.v[i], b.v[i]);
+    });
 }
 inline float sum(const Vec& a) {
-    float folded[kLanes];
-    std::memcpy(folded, a.v, sizeof folded);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) folded[i] += folded[i + width];
-    return folded[0];
+    const Float4 all = (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]);
+    return (all[0] + all[1]) + (all[2] + all[3]);
 }
 inline float maximum(const Vec& a) {
-    float result = a.v[0];
-    for (int i = 1; i < kLanes; ++i) result = a.v[i] > result ? a.v[i] : result;
+    float lanes[16];
+    store(lanes, a);
+    float result = lanes[0];
+    for (int i = 1; i < 16; ++i) result = lanes[i] > result ? lanes[i] : result;
     return result;
 }
 inline float largest_magnitude(const Vec& a, const Vec& b) {
-    uint32_t largest = 0;
-    for (int i = 0; i < kLanes; ++i) {
-        const uint32_t x = float_to_bits(a.v[i]) & 0x7fffffff, y = float_to_bits(b.v[i]) & 0x7fffffff;
-        const uint32_t larger = x > y ? x : y;
-        largest = larger > largest ? larger : largest;
-    }
-    return bits_to_float(largest);
+    Int4 largest{};
+    const auto include = [&](Float4 x) {
+        const Int4 bits = (Int4)x & 0x7fffffff;
+        largest = (Int4)choose(bits > largest, (Float4)bits, (Float4)largest);
+    };
+    for (int i = 0; i < kParts; ++i) include(a.v[i]), include(b.v[i]);
+    int32_t result = 0;
+    for (int i = 0; i < 4; ++i) result = largest[i] > result ? largest[i] : result;
+    return bits_to_float(static_cast<uint32_t>(result));
 }
 
 inline IVec izero() {
-    return make_int([](int) { return 0; });
+    return each<IVec>([](int) { return Int4{}; });
 }
-// To nearest even, without a library call; |a| < 2^22 wherever the kernels use it, else (NaN too) any integer.
+// |a| < 2^22; else any integer
 inline IVec to_int(const Vec& a) {
-    return make_int([&](int i) {
-        const float magic = 12582912.0f;  // 1.5 * 2^23
-        return static_cast<int32_t>(float_to_bits(a.v[i] + magic) - float_to_bits(magic));
-    });
+    return each<IVec>([&](int i) { return to_int4(a.v[i]); });
 }
 inline Vec to_float(const IVec& a) {
-    return make([&](int i) { return static_cast<float>(a.v[i]); });
+    return each<Vec>([&](int i) { return __builtin_convertvector(a.v[i], Float4); });
 }
 inline int32_t sum(const IVec& a) {
-    int32_t total = 0;
-    for (int i = 0; i < kLanes; ++i) total += a.v[i];
-    return total;
+    const Int4 all = (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]);
+    return (all[0] + all[1]) + (all[2] + all[3]);
 }
 inline IVec add(const IVec& a, const IVec& b) {
-    return make_int([&](int i) { return a.v[i] + b.v[i]; });
+    return each<IVec>([&](int i) { return a.v[i] + b.v[i]; });
 }
 template <int kShift>
 inline IVec splat_shifted(const int32_t* p) {
     const int32_t x = *p * (1 << kShift);
-    return make_int([=](int) { return x; });
+    return each<IVec>([=](int) { return Int4{x, x, x, x}; });
 }
 inline void store_shorts(int16_t* p, const IVec& a) {
-    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(a.v[i]);
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(a.v[i / 4][i % 4]);
 }
 inline void store_bytes(int8_t* p, const IVec& a) {
-    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i / 4][i % 4]);
 }
 
 inline Bytes load_bytes(const uint8_t* p) {
-    Bytes out;
-    std::memcpy(out.v, p, sizeof out.v);
-    return out;
+    return each<Bytes>([=](int i) { return load_part<Word4>(p + 16 * i); });
 }
 inline Bytes low_nibbles(const Bytes& a) {
-    Bytes out;
-    for (int i = 0; i < 4 * kLanes; ++i) out.v[i] = a.v[i] & 15;
-    return out;
+    return each<Bytes>([&](int i) { return a.v[i] & 0x0f0f0f0f; });
 }
 inline Bytes high_nibbles(const Bytes& a) {
-    Bytes out;
-    for (int i = 0; i < 4 * kLanes; ++i) out.v[i] = static_cast<uint8_t>(a.v[i] >> 4);
-    return out;
+    return each<Bytes>([&](int i) { return a.v[i] >> 4 & 0x0f0f0f0f; });
 }
 inline Bytes add_fifth_bit(const Bytes& a, const uint8_t* plane) {
-    Bytes out;
-    for (int i = 0; i < 4 * kLanes; ++i) out.v[i] = static_cast<uint8_t>(a.v[i] | (plane[i / 8] >> (i % 8) & 1) << 4);
-    return out;
+    // Four bits, spread to the fifth bit of four bytes by a product that puts bit b at 8 b + 4.
+    const auto spread = [](uint32_t bits) { return (bits & 15) * 0x02040810u & 0x10101010u; };
+    return each<Bytes>([&](int i) {
+        const uint32_t low = plane[2 * i], high = plane[2 * i + 1];
+        return a.v[i] | Word4{spread(low), spread(low >> 4), spread(high), spread(high >> 4)};
+    });
 }
 inline Shorts even_bytes(const Bytes& a) {
-    Shorts out;
-    for (int i = 0; i < 2 * kLanes; ++i) out.v[i] = a.v[2 * i];
-    return out;
+    return each<Shorts>([&](int i) { return a.v[i] & 0x00ff00ff; });
 }
 inline Shorts odd_bytes(const Bytes& a) {
-    Shorts out;
-    for (int i = 0; i < 2 * kLanes; ++i) out.v[i] = a.v[2 * i + 1];
-    return out;
+    return each<Shorts>([&](int i) { return a.v[i] >> 8 & 0x00ff00ff; });
 }
 template <int kIndex>
 inline Vec byte_to_float(const Bytes& a) {
-    return make([&](int i) { return static_cast<float>(a.v[4 * i + kIndex]); });
+    return each<Vec>(
+        [&](int i) { return __builtin_convertvector((Int4)(a.v[i] >> (8 * kIndex) & 0xff), Float4); });
+}
+inline Int4 dot4(Int4 sum, Word4 a, Word4 b) {
+#if defined(__SSE2__)
+    return sum + (Int4)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    const Int4 x = (Int4)a, y = (Int4)b;
+    return sum + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
 }
 inline IVec dot(const IVec& sum, const Shorts& a, const int32_t* word) {
-    int16_t b[2];
-    std::memcpy(b, word, sizeof b);
-    return make_int([&](int i) { return sum.v[i] + a.v[2 * i] * b[0] + a.v[2 * i + 1] * b[1]; });
+    const Word4 b = Word4{} + static_cast<uint32_t>(*word);
+    return each<IVec>([&](int i) { return dot4(sum.v[i], a.v[i], b); });
 }
 template <bool kFullRange>
 inline IVec dot(const IVec& sum, const Bytes& a, const int32_t* word) {
     int8_t b[4];
     std::memcpy(b, word, sizeof b);
-    return make_int([&](int i) {
-        return sum.v[i] + a.v[4 * i] * b[0] + a.v[4 * i + 1] * b[1] + a.v[4 * i + 2] * b[2] + a.v[4 * i + 3] * b[3];
-    });
+    const auto pair = [](int low, int high) { return (low & 0xffff) | static_cast<int32_t>(high * 65536); };
+    const int32_t even = pair(b[0], b[2]), odd = pair(b[1], b[3]);
+    return dot(dot(sum, even_bytes(a), &even), odd_bytes(a), &odd);
 }
 
 }  // namespace
