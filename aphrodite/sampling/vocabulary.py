@@ -65,10 +65,17 @@ class Vocabulary:
         inside = 0
         while inside < len(text) and text[inside] & 0xC0 == 0x80:
             inside += 1
-        ids = [self._byte_tokens.get(byte, -1) for byte in text[:inside]]
-        if -1 in ids or not text[inside:]:
-            return [] if -1 in ids else ids
+        ids: list[int] = []
+        done = 0
+        while done < inside:
+            end = next((end for end in range(inside, done, -1) if text[done:end] in self._inner_tokens), None)
+            if end is None:
+                return []
+            ids.append(self._inner_tokens[text[done:end]])
+            done = end
         rest = text[inside:]
+        if not rest:
+            return ids
         for lead in ("", "\n"):
             tokens = self._tokenizer.encode(lead + rest.decode("utf-8", "replace"), add_special_tokens=False)
             suffix = _suffix_spelling(tokens, rest, self._tokenizer.token_bytes)
@@ -77,11 +84,12 @@ class Vocabulary:
         return []
 
     @cached_property
-    def _byte_tokens(self) -> dict[int, int]:
-        """Tokens of one byte that is only part of a character."""
+    def _inner_tokens(self) -> dict[bytes, int]:
+        """Tokens that begin inside a character, by their bytes."""
         data, starts = self.texts
-        single = np.flatnonzero(np.diff(starts) == 1)
-        return {int(data[starts[token]]): int(token) for token in reversed(single) if data[starts[token]] >= 0x80}
+        tokens = np.flatnonzero(np.diff(starts) > 0)
+        inner = tokens[data[starts[tokens]] & 0xC0 == 0x80]
+        return {self.token_bytes(token): token for token in reversed(inner.tolist())}
 
 
 def _suffix_spelling(tokens: Sequence[int], text: bytes, token_bytes: Callable[[int], bytes]) -> list[int] | None:
