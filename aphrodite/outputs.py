@@ -36,6 +36,7 @@ class RequestOutput:
     """A request's answers so far, or the next piece of them.
 
     `prompt_logprobs` has one entry a prompt token, the first None, and comes with the first piece.
+    `queue_seconds` is how long the request waited for its first step.
     """
 
     request_id: str
@@ -45,3 +46,4 @@ class RequestOutput:
     num_cached_tokens: int = 0
     prompt: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    queue_seconds: float | None = None

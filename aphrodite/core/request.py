@@ -36,6 +36,7 @@ class RequestUpdate(NamedTuple):
     error: str | None = None  # with finish_reason "error"
     traces: list[TokenTrace] | None = None  # one a new token, if asked for
     warning: str | None = None  # what the guard could not keep out of the answer
+    queue_seconds: float | None = None  # with a request's first news: from its coming to its first step
 
 
 class OutputToken(NamedTuple):

@@ -36,6 +36,8 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._in_flight: deque[tuple[StepPlan, Future[DeviceStep]]] = deque()
         self._refused: list[RequestUpdate] = []
+        self._came: dict[str, float] = {}  # when each request that has not begun came
+        self._queued: dict[str, float] = {}  # seconds that requests had waited, until their first news says so
         self._num_steps = 0
         self._host_seconds: deque[float] = deque(maxlen=64)
         self._forward_seconds: deque[float] = deque(maxlen=64)
@@ -58,6 +60,8 @@ class EngineCore:
                 for request in group:
                     request.guard = self._phrase_guard(message)
             self.scheduler.add(group)
+            now = time.perf_counter()
+            self._came.update((request_id, now) for request_id in message.request_ids)
         except (InvalidRequestError, QueueFullError) as error:
             self._refused.extend(
                 RequestUpdate(request_id, [], finish_reason="error", error=str(error))
@@ -72,6 +76,9 @@ class EngineCore:
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests now; ids that are unknown or already over are ignored."""
         self.scheduler.abort(request_ids)
+        for request_id in request_ids:
+            self._came.pop(request_id, None)
+            self._queued.pop(request_id, None)
 
     def has_work(self) -> bool:
         return bool(self._in_flight or self._refused) or self.scheduler.has_unfinished()
@@ -84,15 +91,22 @@ class EngineCore:
             plan = self.scheduler.schedule()
             if plan is None:
                 break
+            for start in plan.starts:
+                self._queued[start.request_id] = began - self._came.pop(start.request_id, began)
             self._in_flight.append((plan, self.runner.launch(plan)))
         if self._in_flight:
             plan, pending = self._in_flight.popleft()
             result, forward_seconds = self._collect(plan, pending)
-            updates.extend(self.scheduler.commit(plan, result))
+            updates.extend(self._with_queue_times(self.scheduler.commit(plan, result)))
             self._num_steps += 1
             self._forward_seconds.append(forward_seconds)
             self._host_seconds.append(time.perf_counter() - began - forward_seconds)
         return updates
+
+    def _with_queue_times(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
+        if not self._queued:
+            return updates
+        return [update._replace(queue_seconds=self._queued.pop(update.request_id, None)) for update in updates]
 
     def _collect(self, plan: StepPlan, pending: Future[DeviceStep]) -> tuple[StepResult, float]:
         try:

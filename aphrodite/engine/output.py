@@ -174,6 +174,7 @@ class RequestStream:
             [None] if params.prompt_logprobs is not None else None
         )
         self._prompt_logprobs_sent = False
+        self._queue_seconds: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -188,6 +189,8 @@ class RequestStream:
         if ended_before:
             return None
         self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
+        if self._queue_seconds is None:
+            self._queue_seconds = update.queue_seconds
         piece = answer.push(update)
         if answer.finished:
             self._unfinished -= 1
@@ -202,6 +205,7 @@ class RequestStream:
             finished=self._unfinished == 0,
             num_cached_tokens=self._num_cached_tokens,
             prompt_logprobs=self._take_prompt_logprobs(),
+            queue_seconds=self._queue_seconds,
         )
 
     def _take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
@@ -228,6 +232,7 @@ def merge_outputs(pieces: list[RequestOutput]) -> RequestOutput:
         outputs=[],
         finished=whole.finished,
         num_cached_tokens=whole.num_cached_tokens,
+        queue_seconds=whole.queue_seconds,
     )
     texts: dict[int, list[str]] = {}
     for piece in pieces:

@@ -63,6 +63,7 @@ class ServerMetrics:
         self.time_to_first_token = Histogram(_TTFT_BOUNDS)
         self.inter_token_latency = Histogram(_ITL_BOUNDS)
         self.e2e_latency = Histogram(_E2E_BOUNDS)
+        self.queue_time = Histogram(_E2E_BOUNDS)
         self.http: Counter[tuple[str, str, str]] = Counter()
 
     def count_http(self, route: str, method: str, status: int) -> None:
@@ -89,6 +90,8 @@ class RequestTimer:
         if self._last is None:
             metrics.time_to_first_token.observe(now - self._began)
             metrics.prompt_tokens += len(output.prompt_token_ids)
+            if output.queue_seconds is not None:
+                metrics.queue_time.observe(output.queue_seconds)
             self._last = [0.0] * len(self._tokens)
         for answer in output.outputs:
             self._observe_answer(answer, self._last, now)
@@ -182,6 +185,7 @@ class MetricsPage:
         for name, doc, histogram in (
             ("time_to_first_token_seconds", "From the request to its first token.", metrics.time_to_first_token),
             ("inter_token_latency_seconds", "Between two pieces of one answer.", metrics.inter_token_latency),
+            ("request_queue_time_seconds", "From the request to its first step.", metrics.queue_time),
             ("e2e_request_latency_seconds", "From the request to its end.", metrics.e2e_latency),
         ):
             buckets = HistogramMetricFamily(f"aphrodite:{name}", doc, labels=["model_name"])

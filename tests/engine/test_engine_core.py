@@ -149,6 +149,18 @@ def test_an_aborted_request_leaves_its_prefix_and_its_neighbours(make_core: Make
     assert core.stats().prefix_hits - hits == (len(PROMPTS[5]) - 1) // 16 * 16
 
 
+def test_the_first_news_says_how_long_a_request_waited(make_core: MakeCore) -> None:
+    core = make_core(max_num_seqs=1)
+    add(core, "first", PROMPTS[0])
+    add(core, "second", PROMPTS[1])
+    waited = {}
+    for update in drain_updates(core):
+        if update.queue_seconds is not None:
+            assert update.request_id not in waited
+            waited[update.request_id] = update.queue_seconds
+    assert 0 <= waited["first"] < waited["second"]
+
+
 def test_a_step_that_raises_fails_its_requests_only(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core()
     expected = alone(make_core)["0"]
