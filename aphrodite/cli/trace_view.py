@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from aphrodite.core.plan import StageTrace, TokenTrace
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_WIDE = 100  # columns from which stages and tokens stand side by side
-_BAR = 20
+_WIDE = 132  # columns from which stages and tokens stand side by side
+_MEDIUM = 76  # columns from which the tokens' probabilities in the model are shown
+_WIDE_BAR, _NARROW_BAR = 16, 12
 _CHOSEN, _OTHER, _FAINT = "bold green", "cyan", "dim"
 
 
@@ -37,6 +38,8 @@ class TraceView:
     def __init__(self, token_text: Callable[[int], str], width: int) -> None:
         self._token_text = token_text
         self._wide = width >= _WIDE
+        self._with_model = width >= _MEDIUM
+        self._bar = _WIDE_BAR if self._with_model else _NARROW_BAR
 
     def panel(self, number: int, trace: TokenTrace) -> Panel:
         """One token; `number` counts the answer's tokens from 1."""
@@ -44,7 +47,7 @@ class TraceView:
         stages, tokens = self._stages(trace), self._tokens(trace)
         body: RenderableType
         if self._wide:
-            body = Table.grid(padding=(0, 4))
+            body = Table.grid(padding=(0, 3))
             body.add_row(stages, tokens)
         else:
             body = Group(stages, Text(), tokens)
@@ -57,10 +60,10 @@ class TraceView:
 
     def _stages(self, trace: TokenTrace) -> Table:
         table = _table("stage", "candidates", "", "", "chosen", "")
-        table.columns[0].min_width = 14
+        table.columns[0].min_width = 14 if self._with_model else None
         for column in (1, 3, 4, 5):
             table.columns[column].justify = "right"
-            table.columns[column].min_width = 7
+            table.columns[column].min_width = 7 if self._with_model else None
         first = trace.stages[0]
         table.add_row(Text(first.stage, style=_FAINT), "", "", f"{first.candidates:,}", *_chances(first))
         for before, after in pairwise(trace.stages):
@@ -86,22 +89,24 @@ class TraceView:
         if trace.token_id not in last.top_ids:
             rows.append((last.rank, trace.token_id, last.probability))
             in_model.setdefault(trace.token_id, first.probability)
-        table = _table("", "", "token", "", "at the end", "in the model")
-        table.columns[2].min_width = 14
-        for column in (1, 4, 5):
-            table.columns[column].justify = "right"
+        table = _table("", "", "token", "", "at the end", *(["in model"] if self._with_model else []))
+        table.columns[2].no_wrap = False
+        table.columns[2].min_width = 14 if self._with_model else None
+        for column in table.columns[1], *table.columns[4:]:
+            column.justify = "right"
         for rank, token_id, probability in rows:
             chosen = token_id == trace.token_id
             style = _CHOSEN if chosen else _OTHER
             was = first.probability if chosen else in_model.get(token_id)
-            table.add_row(
+            cells = [
                 Text("▶" if chosen else " ", style=style),
                 Text(f"{rank:,}", style=_FAINT),
                 Text(self._quoted(token_id), style=style),
-                Text(bar(probability, _BAR), style=style),
+                Text(bar(probability, self._bar), style=style),
                 Text(percent(probability), style=style),
                 Text("" if was is None else percent(was), style=_FAINT),
-            )
+            ]
+            table.add_row(*cells[: len(table.columns)])
         return table
 
     def _quoted(self, token_id: int) -> str:

@@ -10,7 +10,7 @@ from aphrodite.core.plan import StageTrace, TokenTrace
 def percent(probability: float) -> str:
     """A probability for people, with three significant digits: `41.2 %`, `0.00312 %`."""
     share = 100.0 * probability
-    return "100 %" if share >= 99.95 else f"{share:.3g} %" if share >= 0.0001 else "below 0.0001 %"
+    return "100 %" if share >= 99.95 else f"{share:.3g} %" if share >= 0.0001 or not share else "<0.0001 %"
 
 
 def why(trace: TokenTrace) -> str:

@@ -679,7 +679,8 @@ def from_mapping(fields: Mapping[str, Any], *, base: SamplingParams | None = Non
 def to_mapping(params: SamplingParams) -> dict[str, Any]:
     """What differs from the defaults as a request's fields, in JSON's types: `from_mapping` takes it back."""
     fields: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
-    return fields | fields.pop("extensions", {})
+    extra: dict[str, Any] = fields.pop("extensions", {})
+    return {**fields, **extra}
 
 
 def validate(params: SamplingParams, *, vocab_size: int, max_model_len: int, max_logprobs: int) -> None:

@@ -170,4 +170,10 @@ def test_words() -> None:
     assert why(TokenTrace(1, True, [model, stage_of("xtc", 1, 1, 1.0)])).startswith("The only candidate left; ")
     greedy = TokenTrace(1, False, [stage_of("model", 9, 1, 0.5)])
     assert why(greedy) == "The most likely of 9 candidates, with 50 %; no stage was active."
-    assert [percent(share) for share in (1.0, 0.9996, 0.123456, 1e-9)] == ["100 %", "100 %", "12.3 %", "below 0.0001 %"]
+    assert [percent(share) for share in (0.0, 1.0, 0.9996, 0.123456, 1e-9)] == [
+        "0 %",
+        "100 %",
+        "100 %",
+        "12.3 %",
+        "<0.0001 %",
+    ]
