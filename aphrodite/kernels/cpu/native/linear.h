@@ -57,9 +57,7 @@ inline void dot_rows(const uint8_t* tile, int64_t blocks, const int32_t* words, 
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) result[m] = zero();
     for (int64_t b = 0; b < blocks; ++b) {
-        if constexpr (kWidth <= 4)
-            for (int line = 0; line < info.block_bytes(); line += 64)
-                __builtin_prefetch(tile + kPrefetchBytes + line);
+        for (int line = 0; line < info.block_bytes(); line += 64) __builtin_prefetch(tile + kPrefetchBytes + line);
         IVec sums[kRows];
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
