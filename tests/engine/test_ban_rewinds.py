@@ -202,7 +202,7 @@ def test_an_engine_without_a_tokenizer_says_so(tiny_model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llm(smollm2_path: Path) -> Iterator[LLM]:
-    with LLM(smollm2_path, max_model_len=512, kv_cache_memory=64 << 20, max_num_seqs=4) as llm:
+    with LLM(smollm2_path, max_model_len=512, kv_cache_memory=64 << 20, max_num_seqs=4, threads=1) as llm:
         yield llm
 
 
