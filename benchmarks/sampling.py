@@ -1,6 +1,6 @@
 """Time of sampling per row for common settings, beside the time that reading the logits once would take.
 
-    python benchmarks/sampling.py [--vocab 49152] [--rows 1 8 32] [--torch]
+    python benchmarks/sampling.py [--vocab 49152] [--rows 1 8 32] [--history 1000 32000] [--torch]
 
 "limit" is the time in which one core reads a row of float32 logits at the bandwidth it reaches on a
 buffer of the batch's size. Logits are shaped like a model's: a normal bulk with a long upper tail.
@@ -17,6 +17,7 @@ import torch
 
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
+from aphrodite.sampling.vocabulary import Vocabulary
 
 PROMPT = 200
 SETTINGS = {
@@ -44,13 +45,13 @@ def model_like(rows: int, vocab: int) -> torch.Tensor:
     return torch.from_numpy(logits.astype(np.float32))
 
 
-def median_us(sampler: Sampler, logits: torch.Tensor, rows: list[int], repeats: int) -> float:
-    """Median microseconds of one call; the copy that restores the logits is not counted."""
+def median_us(sampler: Sampler, logits: torch.Tensor, rows: list[int], repeats: int, first: int = PROMPT) -> float:
+    """Median microseconds of one call from position `first` on; the copy that restores the logits is not counted."""
     times = []
     for step in range(repeats):
         fresh = logits.clone()
         began = time.perf_counter()
-        sampler.sample(fresh, rows, [PROMPT + step] * len(rows))
+        sampler.sample(fresh, rows, [first + step] * len(rows))
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6
 
@@ -81,15 +82,78 @@ def measure(count: int, vocab: int, *, native: bool, repeats: int) -> None:
         print(f"{name:40}{call:10.1f}{call / count:10.1f}{call / count / limit:8.1f}")
 
 
+HISTORY_SETTINGS = {
+    "DRY": SamplingParams(temperature=0.0, dry_multiplier=0.8),
+    "DRY, no breakers": SamplingParams(temperature=0.0, dry_multiplier=0.8, dry_sequence_breakers=()),
+    "no_repeat_ngram_size 4": SamplingParams(temperature=0.0, no_repeat_ngram_size=4),
+    "repetition_penalty_range 1024": SamplingParams(
+        temperature=0.0, repetition_penalty=1.1, repetition_penalty_range=1024
+    ),
+}
+
+
+class Words:
+    """A tokenizer whose every 16th token ends a line."""
+
+    special_ids: frozenset[int] = frozenset()
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return []
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"\n" if token_id % 16 == 0 else b" word"
+
+
+def histories(length: int, vocab: int) -> dict[str, np.ndarray]:
+    """Token ids like a text's (Zipf's law, and phrases that come back), and one phrase over and over."""
+    generator = np.random.default_rng(2)
+    text = np.minimum(generator.zipf(1.3, length), vocab) - 1
+    for _ in range(length // 64):
+        source, target = generator.integers(0, length - 12, 2)
+        text[target : target + 12] = text[source : source + 12]
+    return {"text": text, "loop": np.resize(np.arange(1, 8), length)}
+
+
+def measure_history(count: int, vocab: int, lengths: list[int], *, native: bool, repeats: int) -> None:
+    """What stages that look at the history add to a greedy call."""
+    logits = model_like(count, vocab)
+    vocabulary = Vocabulary(vocab, Words())
+    print(f"\n{count} rows x {vocab} logits: microseconds a row beyond greedy, by the history's length and kind")
+    kinds = [(length, kind) for length in lengths for kind in histories(64, vocab)]
+    print(f"{'settings':40}" + "".join(f"{f'{length} {kind}':>14}" for length, kind in kinds))
+    cells: dict[str, list[float]] = {}
+    for length, kind in kinds:
+        tokens = histories(length, vocab)[kind]
+        history = torch.from_numpy(np.tile(np.resize(tokens, length + repeats + 1).astype(np.int32), (count, 1)))
+        prompts = torch.full((count,), length)
+        base = None
+        for name, params in {"greedy": SamplingParams(temperature=0.0), **HISTORY_SETTINGS}.items():
+            device = torch.device("cpu")
+            sampler = Sampler(
+                count, vocab, frozenset({0}), history, prompts, device, native=native, vocabulary=vocabulary
+            )
+            for row in range(count):
+                sampler.start(row, params, row, tokens.tolist())
+            call = median_us(sampler, logits, list(range(count)), repeats, first=length)
+            base = call if base is None else base
+            cells.setdefault(name, []).append((call - base) / count)
+    for name in HISTORY_SETTINGS:
+        print(f"{name:40}" + "".join(f"{cell:14.1f}" for cell in cells[name]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--torch", action="store_true", help="measure the torch stages instead of the native path")
+    parser.add_argument("--history", type=int, nargs="*", default=[1000, 32000], help="lengths of histories")
     arguments = parser.parse_args()
     for count in arguments.rows:
         measure(count, arguments.vocab, native=not arguments.torch, repeats=arguments.repeats)
+        measure_history(
+            count, arguments.vocab, arguments.history, native=not arguments.torch, repeats=arguments.repeats
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Breakers:
         descriptor: the structure that points to them.
     """
 
-    def __init__(self, size: int, single: npt.NDArray[np.int64], tails: dict[int, set[tuple[int, ...]]]) -> None:
+    def __init__(self, size: int, single: npt.NDArray[np.int32], tails: dict[int, set[tuple[int, ...]]]) -> None:
         self._tails = tails
         self._by_tail: dict[torch.device, TailTable] = {}
         flags = np.zeros(size, np.uint8)
@@ -59,7 +59,7 @@ class Breakers:
     @classmethod
     def none(cls, size: int) -> Breakers:
         """No breakers at all, for a vocabulary of `size` tokens."""
-        return cls(size, np.zeros(0, np.int64), {})
+        return cls(size, np.zeros(0, np.int32), {})
 
     def by_tail(self, device: torch.device) -> TailTable:
         """The same for torch operations."""
@@ -81,7 +81,7 @@ class Breakers:
 @lru_cache(maxsize=64)
 def compile_breakers(texts: tuple[str, ...], vocabulary: Vocabulary) -> Breakers:
     """The breakers `texts`; the same object for the same texts."""
-    single = [np.zeros(0, np.int64)]
+    single = [np.zeros(0, np.int32)]
     tails: dict[int, set[tuple[int, ...]]] = {}
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -95,13 +95,13 @@ def compile_breakers(texts: tuple[str, ...], vocabulary: Vocabulary) -> Breakers
     return Breakers(vocabulary.size, np.unique(np.concatenate(single)), tails)
 
 
-def _find(breaker: bytes, vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int64], dict[int, npt.NDArray[np.int64]]]:
+def _find(breaker: bytes, vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int32], dict[int, npt.NDArray[np.int32]]]:
     """Tokens that contain the breaker, and the other tokens by how much of its beginning they end with."""
-    data, starts = vocabulary.texts
+    data, starts, owners = vocabulary.texts
     places = np.flatnonzero(data == breaker[0])  # where the breaker may begin
-    tokens = np.searchsorted(starts, places, side="right") - 1
+    tokens = owners[places]
     ends = starts[tokens + 1]
-    heads: dict[int, npt.NDArray[np.int64]] = {}
+    heads: dict[int, npt.NDArray[np.int32]] = {}
     for matched in range(1, len(breaker)):
         at_end = places + matched == ends
         if at_end.any():

@@ -27,6 +27,7 @@ class TokenTexts(NamedTuple):
 
     data: npt.NDArray[np.uint8]
     starts: npt.NDArray[np.int64]  # [size + 1]
+    tokens: npt.NDArray[np.int32]  # whose byte each of `data` is
 
 
 class Vocabulary:
@@ -47,14 +48,16 @@ class Vocabulary:
     @cached_property
     def texts(self) -> TokenTexts:
         texts = [self._tokenizer.token_bytes(token_id) for token_id in range(self.size)]
+        lengths = [len(text) for text in texts]
         starts = np.zeros(self.size + 1, np.int64)
-        np.cumsum([len(text) for text in texts], out=starts[1:])
-        return TokenTexts(np.frombuffer(b"".join(texts), np.uint8), starts)
+        np.cumsum(lengths, out=starts[1:])
+        tokens = np.repeat(np.arange(self.size, dtype=np.int32), lengths)
+        return TokenTexts(np.frombuffer(b"".join(texts), np.uint8), starts, tokens)
 
     @cached_property
     def newline_ids(self) -> frozenset[int]:
         """Tokens that hold a newline."""
-        data, starts = self.texts
+        data, starts, _ = self.texts
         return frozenset((np.searchsorted(starts, np.flatnonzero(data == 0x0A), side="right") - 1).tolist())
 
     def encode_inside(self, text: bytes) -> list[int]:
@@ -86,7 +89,7 @@ class Vocabulary:
     @cached_property
     def _inner_tokens(self) -> dict[bytes, int]:
         """Tokens that begin inside a character, by their bytes."""
-        data, starts = self.texts
+        data, starts, _ = self.texts
         tokens = np.flatnonzero(np.diff(starts) > 0)
         inner = tokens[data[starts[tokens]] & 0xC0 == 0x80]
         return {self.token_bytes(token): token for token in reversed(inner.tolist())}
