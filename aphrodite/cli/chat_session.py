@@ -82,7 +82,11 @@ class ChatSession:
 
     def _regenerate(self, argument: str) -> Reply:
         del self.turns[self._last_message() + 1 :]
-        return Reply(answer=True)
+        if self.params.seed is None or self.params.seed == -1:
+            return Reply(answer=True)
+        # With the same seed it would be the same answer.
+        self.params = msgspec.structs.replace(self.params, seed=self.params.seed + 1)
+        return Reply(f"seed is {self.params.seed} now.", answer=True)
 
     def _edit(self, argument: str) -> Reply:
         if argument:

@@ -85,6 +85,12 @@ class TestSession:
         assert session.handle("/regenerate").answer
         assert session.turns == [user("one"), assistant("1"), user("two")]
 
+    def test_regenerate_moves_a_fixed_seed_on(self):
+        session = self.session()
+        session.handle("/set seed 5")
+        assert "6" in session.handle("/regenerate").note
+        assert session.params.seed == 6
+
     def test_regenerate_after_an_answer_that_never_came(self):
         session = self.session()
         session.handle("three")
