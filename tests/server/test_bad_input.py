@@ -39,6 +39,8 @@ def accepted(row: ParamRow, value: Any) -> bool:
     if row.kind in ("int", "float"):
         if isinstance(value, bool) or not isinstance(value, int | float) or (row.kind == "int" and value != int(value)):
             return False
+        if param.off is not None and value == param.off:
+            return True
         low = param.ge is None or value >= param.ge
         return low and (param.gt is None or value > param.gt) and (param.le is None or value <= param.le)
     if row.kind == "bool":
@@ -50,9 +52,11 @@ def accepted(row: ParamRow, value: Any) -> bool:
         return isinstance(items, list) and all(
             isinstance(i, str) and 0 < len(i) <= (param.max_length or 1e9) for i in items
         )
-    if row.kind == "ints":
-        fits = isinstance(value, list) and len(value) <= (param.max_items or 1e9)
-        return fits and all(isinstance(i, int) and 0 <= i < 258 for i in value)
+    if row.kind in ("ints", "order", "ranges", "sequences"):
+        if row.kind in ("ints", "order") and param.in_text and value == "":
+            value = []
+        fits = isinstance(value, list) and param.min_items <= len(value) <= (param.max_items or 1e9)
+        return fits and all(row.kind == "ints" and isinstance(i, int) and 0 <= i < 258 for i in value)
     return isinstance(value, dict) and all(k.isdigit() and int(k) < 258 and abs(v) <= 100 for k, v in value.items())
 
 
@@ -60,7 +64,7 @@ def within_this_model(name: str, value: Any) -> bool:
     """Bounds that come from the model or from other fields."""
     if value is None or isinstance(value, str | list | dict):
         return True
-    limits = {"max_tokens": 498, "min_tokens": 2, "logprobs": 20, "prompt_logprobs": 20}
+    limits = {"max_tokens": 498, "min_tokens": 2, "logprobs": 20, "prompt_logprobs": 20, "dynatemp_min": 0}
     return value <= limits.get(name, 2**70)
 
 
