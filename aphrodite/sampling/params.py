@@ -605,6 +605,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     extensions: dict[str, Any] = {}  # parameters of installed extensions, by name; a Struct copies it
 
 
+_FIELDS = frozenset(SamplingParams.__struct_fields__)
+
+
 @cache
 def parameter_table() -> tuple[ParamRow, ...]:
     """All rows: those of `SamplingParams` in its order, then those of installed extensions."""
@@ -635,7 +638,7 @@ def parameter(name: str) -> Param:
 
 def parameter_value(params: SamplingParams, row: ParamRow) -> Any:
     """What `params` hold for a row of the table."""
-    if row.name in SamplingParams.__struct_fields__:
+    if row.name in _FIELDS:
         return getattr(params, row.name)
     return params.extensions.get(row.name, row.default)
 
@@ -649,6 +652,7 @@ def from_mapping(fields: Mapping[str, Any], *, base: SamplingParams | None = Non
     Raises:
         InvalidRequestError: an unknown name, or a value of a wrong type or out of bounds.
     """
+    fields = _with_kobold_bans(fields)
     names = canonical_names()
     for name in fields:
         if name not in names:
@@ -670,7 +674,7 @@ def from_mapping(fields: Mapping[str, Any], *, base: SamplingParams | None = Non
             if row.kind == "order":
                 _check_order(values[row.name], given[0][0])
     base = base or SamplingParams()
-    extra = {name: values.pop(name) for name in list(values) if name not in SamplingParams.__struct_fields__}
+    extra = {name: values.pop(name) for name in list(values) if name not in _FIELDS}
     if extra:
         values["extensions"] = {**base.extensions, **extra}
     return msgspec.structs.replace(base, **values)
@@ -681,6 +685,15 @@ def to_mapping(params: SamplingParams) -> dict[str, Any]:
     fields: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
     extra: dict[str, Any] = fields.pop("extensions", {})
     return {**fields, **extra}
+
+
+def _with_kobold_bans(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """KoboldCpp's `banned_tokens` is a list of texts, which are phrases; numbers are token ids everywhere."""
+    banned, phrases = fields.get("banned_tokens"), fields.get("banned_strings")
+    if not isinstance(banned, list) or not banned or not all(isinstance(text, str) for text in banned):
+        return fields
+    others = {name: value for name, value in fields.items() if name != "banned_tokens"}
+    return {**others, "banned_strings": [*phrases, *banned] if isinstance(phrases, list) else phrases or banned}
 
 
 def validate(params: SamplingParams, *, vocab_size: int, max_model_len: int, max_logprobs: int) -> None:
@@ -695,11 +708,11 @@ def validate(params: SamplingParams, *, vocab_size: int, max_model_len: int, max
         InvalidRequestError: names the field; what is wrong, why, and what to do.
     """
     for name in params.extensions:
-        if name not in canonical_names() or name in SamplingParams.__struct_fields__:
+        if name not in canonical_names() or name in _FIELDS:
             raise InvalidRequestError(f"`{name}` is no parameter of an installed extension.", param=name)
     for row in parameter_table():
         value = parameter_value(params, row)
-        if value is None and row.nullable:
+        if value is row.default or (value is None and row.nullable):  # most are; defaults are valid
             continue
         check(row, value, row.name)
         if row.param.vocabulary:

@@ -42,8 +42,9 @@ class Param(NamedTuple):
 
     Bounds apply to numbers, and to each value of a collection; `vocabulary` says that the integers
     (or keys) are token ids. `off` is another spelling of the default that clients send, `in_text` says that
-    they send lists as text too (JSON, or with commas), `regex` that strings are regular expressions. `stage` is the sampler that the parameter belongs to, if
-    its place can be chosen; `kind` is needed where the type does not tell it.
+    they send lists as text too (JSON, or with commas), `regex` that strings are regular expressions. `stage` is
+    the sampler that the parameter belongs to, if its place can be chosen; `kind` is needed where the type does
+    not tell it.
     """
 
     doc: str
@@ -352,9 +353,8 @@ def _check_loop(row: ParamRow, value: Any, name: str) -> None:
         typed(number, int, f"{name}[{part}]", "an integer")
         least, most = (2, MAX_LOOP_COUNT) if part == "min_count" else (1, MAX_LOOP_PATTERN)
         if not least <= number <= most:
-            raise field_error(
-                f"{name}[{part}]", number, f"is out of bounds: it must be {least} to {most}", f"Meaning: {row.param.doc}"
-            )
+            why = f"is out of bounds: it must be {least} to {most}"
+            raise field_error(f"{name}[{part}]", number, why, f"Meaning: {row.param.doc}")
     if value.min_pattern_size > value.max_pattern_size:
         raise field_error(name, value, "has a smallest pattern above its largest", "Swap them.")
 

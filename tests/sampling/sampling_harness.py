@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import reference
@@ -72,7 +73,8 @@ class Harness:
 
     def expect(self, logits: np.ndarray, rows: Sequence[int]) -> list[reference.Outcome]:
         """What the reference says about the rows as they are; they stay so."""
-        return [reference.sample(raw, copy.deepcopy(self.rows[row])) for raw, row in zip(logits, rows, strict=True)]
+        copies = [replace(self.rows[row], state=copy.deepcopy(self.rows[row].state)) for row in rows]
+        return [reference.sample(raw, row) for raw, row in zip(logits, copies, strict=True)]
 
     def sample(self, logits: np.ndarray, rows: Sequence[int]) -> Sampled:
         """Sample and append the chosen tokens; `logits` [len(rows), vocab] is left alone."""

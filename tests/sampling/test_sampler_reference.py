@@ -108,7 +108,7 @@ valid_params = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     params=st.lists(valid_params, min_size=1, max_size=4),
     vocab=st.sampled_from([7, 100, 8193]),

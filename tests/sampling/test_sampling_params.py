@@ -18,7 +18,7 @@ from aphrodite.sampling.params import (
     parameter_table,
     validate,
 )
-from aphrodite.sampling.table import bounds_text
+from aphrodite.sampling.table import TokenBanRange, bounds_text
 
 VOCAB = 1000
 
@@ -154,3 +154,87 @@ def test_alias_is_named_as_the_client_spelled_it() -> None:
 def test_parameters_need_no_torch() -> None:
     program = "import sys, aphrodite.sampling.params as p; p.parameter_table(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+KOBOLD = ("penalties", "top_k", "top_a", "tfs", "typical_p", "top_p", "min_p", "temperature")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"typical": 0.5, "nsigma": 1.5, "tfs_z": 0.9}, {"typical_p": 0.5, "top_nsigma": 1.5, "tfs": 0.9}),
+        ({"typ_p": 0.5, "top_n_sigma": -1}, {"typical_p": 0.5}),
+        (
+            {"dynatemp_low": 0.5, "max_temp": 2, "temp_exponent": 1.5},
+            {"dynatemp_min": 0.5, "dynatemp_max": 2.0, "dynatemp_exponent": 1.5},
+        ),
+        ({"eps_cutoff": 3}, {"epsilon_cutoff": 3.0}),
+        ({"custom_token_bans": [3, 4, 3]}, {"custom_token_bans": (3, 4)}),
+        ({"custom_token_bans": "3, 4"}, {"custom_token_bans": (3, 4)}),
+        ({"custom_token_bans": "[3, 4]"}, {"custom_token_bans": (3, 4)}),
+        ({"custom_token_bans": ""}, {}),
+        ({"banned_tokens": [5]}, {"custom_token_bans": (5,)}),
+        ({"banned_tokens": ["a b", "c"]}, {"banned_strings": ("a b", "c")}),
+        ({"banned_tokens": ["c"], "banned_strings": ["a"]}, {"banned_strings": ("a", "c")}),
+        ({"allowed_token_ids": [1, 2]}, {"allowed_token_ids": (1, 2)}),
+        ({"bad_words": '["a", "b"]'}, {"bad_words": ("a", "b")}),
+        ({"bad_words": "[draft"}, {"bad_words": ("[draft",)}),
+        ({"bad_words_ids": [[1, 2], [3]]}, {"bad_words_ids": ((1, 2), (3,))}),
+        ({"token_ban_ranges": [[[1, 2], 0, 5]]}, {"token_ban_ranges": (TokenBanRange((1, 2), 0, 5),)}),
+        ({"sampler_priority": ["Top_P", "temperature"]}, {"sampler_priority": ("top_p", "temperature")}),
+        ({"sampler_priority": '["min_p", "typ_p"]'}, {"sampler_priority": ("min_p", "typical_p")}),
+        (
+            {"samplers": ["top_k", "top-n-sigma", "temperature"]},
+            {"sampler_priority": ("top_k", "top_nsigma", "temperature")},
+        ),
+        ({"sampler_priority": [0, 2, 7]}, {"sampler_priority": ("top_k", "top_p", "min_p", "dry")}),
+        ({"sampler_order": [6, 0, 1, 3, 4, 2, 5]}, {"sampler_priority": KOBOLD}),
+        ({"sampler_priority": ["top_p_top_k", "top_p"]}, {"sampler_priority": ("top_k", "top_p")}),
+        ({"sampler_priority": []}, {}),
+    ],
+)
+def test_spellings_of_sampler_fields(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    params = from_mapping(fields)
+    assert params == msgspec.structs.replace(SamplingParams(), **expected)
+    check(params)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("sampler_priority", value) for value in ("temprature", ["x"], [14], [-1], [True], [None], {}, 5, ["seed"])],
+        ("sampler_priority", list(range(14)) * 5),
+        ("sampler_order", ["logit_bias"]),
+        *[("custom_token_bans", value) for value in ("1,x", "1;2", "-1", [VOCAB], "9" * 30, "[" * 100_000, {})],
+        *[("allowed_token_ids", value) for value in ([], "", [VOCAB], [1.5])],
+        *[("bad_words", value) for value in ([""], ["x" * 257], ["a"] * 1025, 5, [5])],
+        *[("bad_words_ids", value) for value in ([[]], [1], [[VOCAB]], "x", [["a"]])],
+        *[
+            ("token_ban_ranges", value)
+            for value in ([[1, 0, 5]], [[[1], 0]], [[[1], -1, 5]], [[[], 0, 5]], [[[VOCAB], 0, 1]])
+        ],
+        *[("token_ban_ranges", value) for value in ("x", [[[1], 0.5, 1]], [[[1], 0, True]], [[[1], 0, 2**40]])],
+        *[("xtc_probability", value) for value in (-0.1, 1.1)],
+        *[("smoothing_curve", value) for value in (0.5, 101)],
+        ("dynatemp_min", 1.0),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_bad_sampler_fields_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        check(from_mapping({name: value}))
+    assert raised.value.param == name or canonical_names()[name] == raised.value.param
+    assert len(str(raised.value)) < 1000
+
+
+def test_params_made_by_hand_are_checked_too() -> None:
+    check(SamplingParams(sampler_priority=("temperature", "min_p"), token_ban_ranges=(TokenBanRange((1,), 0, 1),)))
+    for params in (
+        SamplingParams(sampler_priority=("no_such",)),
+        SamplingParams(token_ban_ranges=(TokenBanRange((VOCAB,), 0, 1),)),
+        SamplingParams(bad_words_ids=((1, VOCAB),)),
+        SamplingParams(allowed_token_ids=()),
+    ):
+        with pytest.raises(InvalidRequestError):
+            check(params)

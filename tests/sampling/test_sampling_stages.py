@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling_harness import Harness
+from sampling_harness import EOS, Harness
 
 from aphrodite.sampling import plan as plan_module
-from aphrodite.sampling.params import SamplingParams, parameter_table
+from aphrodite.sampling.params import SamplingParams, from_mapping, parameter_table
 from aphrodite.sampling.pipeline import Sampler
-from aphrodite.sampling.plan import DEFAULT_ORDER, compile_plan
+from aphrodite.sampling.plan import DEFAULT_ORDER, compile_plan, stage_order
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
+from aphrodite.sampling.stages.guard import GuardedStage
 from aphrodite.sampling.stages.registry import all_stages
 
 INFO = RowInfo(100, frozenset({2}), 3, torch.device("cpu"))
@@ -140,3 +141,77 @@ def test_end_tokens_outside_the_vocabulary_are_ignored(native: bool) -> None:
     sampler.start(0, SamplingParams(temperature=0.0, min_tokens=3), 1, [1])
     logits = torch.tensor([[0.0, 1.0, 9.0, 0.0, 0.0, 0.0, 0.0]])
     assert sampler.sample(logits, [0], [1]).token_ids.tolist() == [1]
+
+
+DEFAULT = [stage.name for stage in all_stages() if not stage.constraint and not isinstance(stage, GuardedStage)]
+KOBOLD = [
+    *("dry", "penalties", "ranged_penalties", "no_repeat_ngram", "top_k", "top_nsigma", "top_a", "tfs", "typical_p"),
+    *("top_p", "min_p", "eta_cutoff", "epsilon_cutoff", "temperature", "dynatemp", "quadratic", "xtc", "skew"),
+    *("mirostat", "adaptive_p"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, DEFAULT),
+        ({"temperature_last": True}, [*DEFAULT[:4], *DEFAULT[6:17], "temperature", "dynatemp", *DEFAULT[17:]]),
+        ({"sampler_order": [6, 0, 1, 3, 4, 2, 5]}, KOBOLD),
+        ({"sampler_priority": ["dry"]}, DEFAULT),
+        ({"sampler_priority": ["adaptive_p", "mirostat"]}, DEFAULT),
+        (
+            {"sampler_priority": ["xtc", "TEMPERATURE", "dry"], "temperature_last": True},
+            ["xtc", *DEFAULT[1:16], "dry", *DEFAULT[17:]],
+        ),
+    ],
+)
+def test_orders(fields: dict[str, Any], expected: list[str]) -> None:
+    """Stages that are named swap places among themselves; constraints lead and selectors close in every order."""
+    order = [stage for stage in stage_order(from_mapping(fields)) if not isinstance(stage, GuardedStage)]
+    leading = [stage.name for stage in order if stage.constraint]
+    assert [stage.name for stage in order] == [*leading, *expected]
+
+
+def test_greedy_requests_take_the_most_likely_token_whatever_shapes_the_draw() -> None:
+    shaping = {"xtc_probability": 1.0, "typical_p": 0.1, "smoothing_factor": 1.0, "smoothing_curve": 5.0, "skew": 3.0}
+    logits = np.random.default_rng(0).normal(size=(1, 50)).astype(np.float32)
+    harness = Harness(1, 50, native=True)
+    harness.start(0, SamplingParams(temperature=0.0, adaptive_target=0.2, **shaping), 1, [3])
+    assert harness.sample(logits, [0]).token_ids.tolist() == [int(logits.argmax())]
+
+
+@pytest.mark.parametrize("protect", [False, True])
+def test_xtc_can_spare_newlines_and_special_tokens(protect: bool) -> None:
+    logits = np.full((1, 20), -9.0, np.float32)
+    logits[0, [EOS, 5, 8, 9]] = [5.0, 4.0, 3.0, 2.0]  # end of sequence, a newline, two words
+    harness = Harness(1, 20, native=True)
+    harness.start(0, SamplingParams(xtc_probability=1.0, xtc_threshold=0.01, xtc_protect=protect, top_k=4), 1, [3])
+    drawn = {int(harness.sample(logits, [0]).token_ids) for _ in range(200)}
+    assert drawn == ({EOS, 5, 9} if protect else {9})
+
+
+def test_bad_words_are_barred_where_the_answer_holds_their_beginning() -> None:
+    logits = np.zeros((1, 10), np.float32)
+    harness = Harness(1, 10, native=True)
+    # The prompt ends with the word's opening, which does not count.
+    harness.start(0, SamplingParams(temperature=0.0, bad_words_ids=((0,), (1, 2), (3, 1, 4))), 1, [1])
+    answer = []
+    for best in (0, 2, 3, 1, 2, 4, 1, 4, 1, 2):
+        logits[:] = 0
+        logits[0, best], logits[0, 9] = 2, 1
+        answer.append(int(harness.sample(logits, [0]).token_ids))
+    #                0 barred, 2 is free after the prompt's 1, 2 barred after 1, 4 free after 1 9, ...
+    assert answer == [9, 2, 3, 1, 9, 4, 1, 4, 1, 9]
+    harness.sample(logits, [0])
+
+
+def test_a_row_that_constraints_leave_empty_says_so() -> None:
+    harness = Harness(3, 10, native=True)
+    harness.start(0, from_mapping({"allowed_token_ids": [1, 2], "custom_token_bans": [1, 2]}), 1, [1])
+    harness.start(1, from_mapping({"allowed_token_ids": [1, 2], "top_k": 1}), 1, [1])
+    harness.start(2, from_mapping({"skew": 1.0}), 1, [1])
+    logits = np.zeros((3, 10), np.float32)
+    logits[2, 3] = np.nan
+    sampled = harness.sample(logits, [0, 1, 2])
+    assert sampled.ok.tolist() == [False, True, False]
+    assert sampled.exhausted.tolist() == [True, False, False]
