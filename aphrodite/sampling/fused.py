@@ -1,37 +1,68 @@
-"""The fast path: whole plans of the common stages in one native call a row.
+"""The fast path: whole plans in one native call for all their rows.
 
-It computes what the stages compute (`stages/` in the default order) and takes the same draw. A plan that
-it does not know goes through the stages; the choice never depends on the rest of the batch.
+A stage that names a `native` operation is one step of its row's program; the library runs the program on the
+few candidates that are left once a stage has truncated, and takes the same draw as the stages would. A plan
+with a stage that has none goes through the torch stages; the choice never depends on the rest of the batch.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from aphrodite.kernels.cpu import library
 from aphrodite.kernels.cpu import sampling as native_sampling
-from aphrodite.sampling.params import SamplingParams
-from aphrodite.sampling.plan import DEFAULT_ORDER, SamplingPlan
-from aphrodite.sampling.stages.base import RowState, SamplerInfo
-from aphrodite.sampling.stages.penalties import TokenCounts
+from aphrodite.kernels.cpu.sampler_ops import NativeStep
+from aphrodite.sampling.logprobs import LogprobTensors
+from aphrodite.sampling.plan import SamplingPlan
+from aphrodite.sampling.stages.base import SamplerInfo
 
 logger = logging.getLogger(__name__)
 
-STAGES = frozenset({"logit_bias", "min_tokens", "penalties", "temperature", "top_k", "top_p", "min_p"})
+
+class Choices(NamedTuple):
+    """What was chosen for L rows; `Sampled` says what it means."""
+
+    token_ids: torch.Tensor  # [L] int32
+    ok: torch.Tensor  # [L] bool
+    exhausted: torch.Tensor  # [L] bool
+
+    @staticmethod
+    def empty(count: int, device: torch.device) -> Choices:
+        flags = torch.zeros(2, count, dtype=torch.bool, device=device)
+        return Choices(torch.zeros(count, dtype=torch.int32, device=device), flags[0], flags[1])
 
 
 class FusedSampler:
-    """Parameters of the rows that the native library samples, and the call that does it."""
+    """Programs of the rows that the native library samples, and the call that does it.
+
+    Attributes:
+        rows: those that take this path.
+        wanted: of these, how many top log-probabilities each wants, where it wants any.
+    """
 
     def __init__(self, native: native_sampling.NativeSampling, info: SamplerInfo) -> None:
         self.native = native
+        self.rows: set[int] = set()
+        self.wanted: dict[int, int] = {}
         self._table = np.zeros(info.num_rows, native_sampling.ROW)
-        self._buffers: dict[int, list[np.ndarray]] = {}  # what a row of the table points to
+        self._programs: dict[int, native_sampling.Program] = {}
+        self._everybody = np.arange(info.num_rows, dtype=np.int32)
+        self._rows = np.zeros(info.num_rows, np.int32)
+        self._positions = np.zeros(info.num_rows, np.int32)
+        self._history = info.token_ids  # kept alive; the batch holds its address
+        self._batch = native_sampling.Batch(
+            vocab=info.vocab_size,
+            rows=self._rows.ctypes.data,
+            positions=self._positions.ctypes.data,
+            table=self._table.ctypes.data,
+            history=info.token_ids.data_ptr(),
+            history_stride=info.token_ids.stride(0),
+        )
 
     @staticmethod
     def open(info: SamplerInfo) -> FusedSampler | None:
@@ -43,52 +74,95 @@ class FusedSampler:
             return None
         return FusedSampler(native, info)
 
-    def accepts(self, plan: SamplingPlan) -> bool:
-        """Whether all of the plan's stages are known here, in the known order."""
-        return plan.steps.keys() <= STAGES and plan.order == DEFAULT_ORDER
-
-    def start(self, row: int, params: SamplingParams, plan: SamplingPlan, seed: int, counts: RowState | None) -> None:
-        """Fill the row's parameters; `counts` is the penalties' state where the plan has penalties."""
-        entry = self._table[row]
-        steps = plan.steps
-        entry["seed"] = seed
-        entry["temperature"] = 0.0 if plan.greedy else params.temperature
-        entry["top_k"] = steps["top_k"].prepared if "top_k" in steps else 0
-        entry["top_p"] = params.top_p if "top_p" in steps else 1.0
-        entry["log_min_p"] = steps["min_p"].values[0] if "min_p" in steps else -math.inf
-        entry["repetition"] = params.repetition_penalty
-        entry["frequency"] = params.frequency_penalty
-        entry["presence"] = params.presence_penalty
-        entry["counts_slot"] = counts.slot(row) if isinstance(counts, TokenCounts) and "penalties" in steps else -1
-        entry["mask_dropped"] = plan.logprobs is not None and plan.processed_logprobs
-        bias_ids, bias = steps["logit_bias"].prepared if "logit_bias" in steps else (_EMPTY, _EMPTY)
-        free_from, ending_ids = steps["min_tokens"].prepared if "min_tokens" in steps else (0, _EMPTY)
-        buffers = [
-            bias_ids.numpy().astype(np.int32),
-            bias.numpy().astype(np.float32),
-            ending_ids.numpy().astype(np.int32),
-        ]
-        self._buffers[row] = buffers
-        entry["free_from"], entry["bias_count"], entry["ending_count"] = free_from, len(bias_ids), len(ending_ids)
-        for name, buffer in zip(("bias_ids", "bias", "ending_ids"), buffers, strict=True):
-            entry[name] = buffer.ctypes.data
+    def start(self, row: int, plan: SamplingPlan, seed: int, num_prompt: int) -> bool:
+        """Take the row if every stage of its plan has a native operation, and say whether."""
+        steps: list[NativeStep] = []
+        for step in plan.steps.values():
+            native_steps = step.stage.native_steps(step.values, step.prepared)
+            if native_steps is None:
+                return False
+            steps.extend(native_steps)
+        program = self._programs[row] = native_sampling.Program(steps, self._history.shape[1] + 1)
+        self.rows.add(row)
+        if plan.logprobs is not None:
+            self.wanted[row] = plan.logprobs
+        self._table[row] = (
+            seed,
+            program.ops.ctypes.data,
+            0,
+            len(program.ops),
+            0,
+            plan.greedy,
+            num_prompt,
+            -1 if plan.logprobs is None else plan.logprobs,
+            plan.processed_logprobs,
+        )
+        return True
 
     def end(self, row: int) -> None:
-        self._buffers.pop(row, None)
+        self.rows.remove(row)
+        self.wanted.pop(row, None)
+        del self._programs[row]
 
     def sample(
         self,
         logits: torch.Tensor,
-        entries: Sequence[int],
+        entries: Sequence[int] | None,
         rows: Sequence[int],
         positions: Sequence[int],
-        counts: RowState | None,
-        token_ids: torch.Tensor,
-        ok: torch.Tensor,
-    ) -> None:
-        """Sample `entries` of `logits` [L, vocab], whose rows are `rows`; writes token_ids and ok there."""
-        table = counts.table if isinstance(counts, TokenCounts) else None
-        self.native.sample(logits, entries, rows, positions, self._table, table, token_ids, ok)
+        barred: Mapping[int, Set[int]],
+        choices: Choices,
+    ) -> tuple[LogprobTensors | None, dict[int, int]]:
+        """Sample `entries` (None: all) of `logits` [L, vocab], whose rows are `rows`.
 
+        Args:
+            barred: tokens that a row may not choose now.
+            choices: written at `entries`.
 
-_EMPTY = torch.empty(0)
+        Returns:
+            Log-probabilities of the entries that want any, and the number of top tokens that each wants.
+        """
+        count = len(rows)
+        self._rows[:count] = rows
+        self._positions[:count] = positions
+        places = self._everybody if entries is None else np.array(entries, np.int32)
+        batch = self._batch
+        batch.logits, batch.stride, batch.count = logits.data_ptr(), logits.stride(0), count
+        batch.entries = places.ctypes.data
+        batch.token_ids, batch.ok, batch.exhausted = (tensor.data_ptr() for tensor in choices)
+        wanted = self._wanted_by(entries, rows) if self.wanted else {}
+        outputs = self._logprob_outputs(len(logits), max(wanted.values())) if wanted else None
+        masks = self._bar(barred)
+        self.native.sample(batch)
+        for row in masks:
+            self._table[row]["barred_count"] = 0
+        if outputs is None:
+            return None, wanted
+        if len(wanted) == len(logits):
+            return LogprobTensors(choices.token_ids.long(), *outputs), wanted
+        index = torch.tensor(list(wanted))
+        return LogprobTensors(choices.token_ids[index].long(), *(output[index] for output in outputs)), wanted
+
+    def _wanted_by(self, entries: Sequence[int] | None, rows: Sequence[int]) -> dict[int, int]:
+        numbers = range(len(rows)) if entries is None else entries
+        return {entry: self.wanted[row] for entry, row in zip(numbers, rows, strict=True) if row in self.wanted}
+
+    def _logprob_outputs(self, num_entries: int, top: int) -> list[torch.Tensor]:
+        """Tensors of all entries for the library to write to."""
+        top = self._batch.top = min(top, self._batch.vocab)
+        outputs = [
+            torch.empty(num_entries, dtype=torch.float32),
+            torch.empty(num_entries, dtype=torch.int32),
+            torch.empty(num_entries, top, dtype=torch.int32),
+            torch.empty(num_entries, top, dtype=torch.float32),
+        ]
+        batch = self._batch
+        batch.logprobs, batch.ranks, batch.top_ids, batch.top_logprobs = (output.data_ptr() for output in outputs)
+        return outputs
+
+    def _bar(self, barred: Mapping[int, Set[int]]) -> dict[int, np.ndarray]:
+        """Point the rows at their barred tokens; the result is what has to live until they are sampled."""
+        masks = {row: np.array(sorted(token_ids), np.int32) for row, token_ids in barred.items()}
+        for row, mask in masks.items():
+            self._table[row]["barred"], self._table[row]["barred_count"] = mask.ctypes.data, len(mask)
+        return masks

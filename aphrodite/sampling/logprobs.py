@@ -6,9 +6,11 @@ Ranks and lists order tokens by (logit descending, token id ascending), as the s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from aphrodite.core.plan import TokenLogprobs
 from aphrodite.kernels.cpu.sampling import NativeSampling
@@ -33,6 +35,21 @@ class LogprobTensors(NamedTuple):
             self.top_ids[number, : len(top_logprobs)].tolist(),
             top_logprobs,
         )
+
+
+def join_logprobs(parts: Sequence[LogprobTensors]) -> LogprobTensors:
+    """One table of the parts' tokens, in their order; shorter lists are filled up with logprobs of -inf."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.top_ids.shape[1] for part in parts)
+    missing = [(0, width - part.top_ids.shape[1]) for part in parts]
+    return LogprobTensors(
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.ranks for part in parts]),
+        torch.cat([pad(part.top_ids, fill) for part, fill in zip(parts, missing, strict=True)]),
+        torch.cat([pad(part.top_logprobs, fill, value=-torch.inf) for part, fill in zip(parts, missing, strict=True)]),
+    )
 
 
 def gather_logprobs(

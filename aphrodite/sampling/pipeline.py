@@ -8,7 +8,7 @@ row goes depends on its own plan alone.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.errors import RequestFailedError
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.sampling.draw import draw
-from aphrodite.sampling.fused import FusedSampler
-from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs
+from aphrodite.sampling.fused import Choices, FusedSampler
+from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs, join_logprobs
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.plan import SamplingPlan, compile_plan
 from aphrodite.sampling.random import signed_seed
@@ -89,7 +89,7 @@ class Sampler:
         self._eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._plans: dict[int, SamplingPlan] = {}
         self._states: dict[str, RowState | None] = {}
-        self._fused_rows: set[int] = set()
+        self._fused_rows: Set[int] = frozenset() if self._fused is None else self._fused.rows
         self._barred: dict[int, dict[int, set[int]]] = {}  # row -> position -> token ids; only rows with any
         self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._columns = _columns(all_stages())
@@ -104,6 +104,8 @@ class Sampler:
         shared = self._info
         info = RowInfo(shared.vocab_size, self._eos_token_ids, len(prompt_token_ids), shared.device, self._vocabulary)
         plan = self._plans[row] = compile_plan(params, info)
+        if self._fused is not None and not plan.trace and self._fused.start(row, plan, seed, len(prompt_token_ids)):
+            return
         self._seeds[row] = signed_seed(seed)
         for name, step in plan.steps.items():
             if step.values:
@@ -113,18 +115,16 @@ class Sampler:
             state = self._states[name]
             if state is not None:
                 state.start(row, prompt_token_ids)
-        if self._fused is not None and not plan.trace and self._fused.accepts(plan):
-            self._fused_rows.add(row)
-            self._fused.start(row, params, plan, seed, self._states.get("penalties"))
 
     @torch.inference_mode()
     def end(self, row: int) -> None:
         """The row's request is gone and the row is free."""
-        if self._fused is not None and row in self._fused_rows:
-            self._fused_rows.remove(row)
-            self._fused.end(row)
+        plan = self._plans.pop(row)
         self._barred.pop(row, None)
-        for name in self._plans.pop(row).steps:
+        if self._fused is not None and row in self._fused_rows:
+            self._fused.end(row)
+            return
+        for name in plan.steps:
             state = self._states[name]
             if state is not None:
                 state.end(row)
@@ -145,6 +145,8 @@ class Sampler:
         barred = self._barred.get(row, {})
         for later in [barred_at for barred_at in barred if barred_at > position]:
             del barred[later]
+        if row in self._fused_rows:
+            return
         for name in self._plans[row].steps:
             state = self._states[name]
             if state is not None:
@@ -177,27 +179,12 @@ class Sampler:
         if logits.shape != (len(rows), self._info.vocab_size) or logits.dtype != torch.float32:
             raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype} for {len(rows)} rows")
         logits = logits.contiguous()
-        batch = _Batch([self._plans[row] for row in rows], rows, positions)
-        token_ids = torch.zeros(len(rows), dtype=torch.int32, device=logits.device)
-        ok = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
-        exhausted = torch.zeros_like(ok)
-        report = _LogprobReport(batch, logits)
-        if self._barred:
-            self._mask_barred(logits, batch)
-        fused = [entry for entry, row in enumerate(rows) if row in self._fused_rows]
-        if self._fused is not None and fused:
-            part = batch if len(fused) == len(rows) else batch.take(fused)
-            counts = self._states.get("penalties")
-            self._fused.sample(logits, fused, part.rows, part.positions, counts, token_ids, ok)
-            for entry in fused if not bool(ok[fused].all()) else ():
-                exhausted[entry] = bool((logits[entry] < torch.inf).all()) and not ok[entry]
-            report.processed(fused, logits, fused)
-        traces: dict[int, TraceTensors] = {}
-        if len(fused) < len(rows):
-            traces = self._sample_by_stages(logits, batch, token_ids, ok, exhausted, report)
-        self._observe(batch, token_ids)
-        tensors = report.gather(token_ids, None if self._fused is None else self._fused.native)
-        return Sampled(token_ids, ok, exhausted, tensors, report.wanted, traces)
+        choices = Choices.empty(len(rows), logits.device)
+        barred = self._barred_at(rows, positions) if self._barred else {}
+        if self._fused is not None and self._fused.rows.issuperset(rows):
+            tensors, wanted = self._fused.sample(logits, None, rows, positions, barred, choices)
+            return Sampled(*choices, tensors, wanted, {})
+        return self._sample_mixed(logits, rows, positions, barred, choices)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:
@@ -216,22 +203,43 @@ class Sampler:
         tensors = gather_logprobs(logits, target_ids.to(device=logits.device, dtype=torch.int64), k, native)
         return [tensors.entry(entry, k) for entry in range(len(logits))]
 
-    def _mask_barred(self, logits: torch.Tensor, batch: _Batch) -> None:
-        for entry, (row, position) in enumerate(zip(batch.rows, batch.positions, strict=True)):
-            token_ids = self._barred.get(row, {}).get(position)
-            if token_ids:
-                logits[entry].index_fill_(0, self._index(sorted(token_ids)), -torch.inf)
-
-    def _sample_by_stages(
+    def _sample_mixed(
         self,
         logits: torch.Tensor,
-        batch: _Batch,
-        token_ids: torch.Tensor,
-        ok: torch.Tensor,
-        exhausted: torch.Tensor,
-        report: _LogprobReport,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        barred: Mapping[int, Set[int]],
+        choices: Choices,
+    ) -> Sampled:
+        """Sample rows of which some or all go through the stages; arguments as those of `FusedSampler.sample`."""
+        parts: list[LogprobTensors] = []
+        wanted: dict[int, int] = {}
+        fused = [entry for entry, row in enumerate(rows) if row in self._fused_rows]
+        if self._fused is not None and fused:
+            taken = [rows[entry] for entry in fused], [positions[entry] for entry in fused]
+            tensors, wanted = self._fused.sample(logits, fused, *taken, barred, choices)
+            parts = [] if tensors is None else [tensors]
+        batch = _Batch([self._plans[row] for row in rows], rows, positions)
+        report = _LogprobReport(batch, logits, skip=self._fused_rows)
+        for entry, row in enumerate(rows):
+            if row in barred and row not in self._fused_rows:
+                logits[entry].index_fill_(0, self._index(sorted(barred[row])), -torch.inf)
+        traces = self._sample_by_stages(logits, batch, choices, report)
+        self._observe(batch, choices.token_ids)
+        if report.wanted:
+            parts.append(report.gather(choices.token_ids, None if self._fused is None else self._fused.native))
+            wanted.update(report.wanted)
+        return Sampled(*choices, join_logprobs(parts) if parts else None, wanted, traces)
+
+    def _barred_at(self, rows: Sequence[int], positions: Sequence[int]) -> dict[int, set[int]]:
+        """The tokens that each row may not choose now, of rows with any."""
+        here = {row: self._barred.get(row, {}).get(position) for row, position in zip(rows, positions, strict=True)}
+        return {row: token_ids for row, token_ids in here.items() if token_ids}
+
+    def _sample_by_stages(
+        self, logits: torch.Tensor, batch: _Batch, choices: Choices, report: _LogprobReport
     ) -> dict[int, TraceTensors]:
-        """Sample the rows that the fast path leaves; writes their entries of the [L] tensors, returns traces."""
+        """Sample the rows that the fast path leaves; writes their entries of `choices`, returns traces."""
         traces: dict[int, TraceTensors] = {}
         native = None if self._fused is None else self._fused.native
         for entries in batch.by_order(skip=self._fused_rows):
@@ -244,9 +252,9 @@ class Sampler:
             after = left.amax(-1)
             finite = before.isfinite() & after.isfinite()
             chosen = torch.where(finite, self._choose(left, part), 0).to(torch.int32)
-            token_ids[index] = chosen
-            ok[index] = finite
-            exhausted[index] = (before < torch.inf) & (after == -torch.inf)
+            choices.token_ids[index] = chosen
+            choices.ok[index] = finite
+            choices.exhausted[index] = (before < torch.inf) & (after == -torch.inf)
             report.processed(entries, left, range(len(entries)))
             if tracer is not None:
                 traces[entries[0]] = tracer.finish(chosen, drawn=not part.plans[0].greedy, native=native)
@@ -306,7 +314,7 @@ class Sampler:
         for name, state in self._states.items():
             if state is None:
                 continue
-            members = [entry for entry, plan in enumerate(batch.plans) if name in plan.steps]
+            members = batch.members(name, skip=self._fused_rows)
             if len(members) == len(batch.rows):
                 state.observe(batch.rows, token_ids)
             elif members:
@@ -333,6 +341,11 @@ class _Batch(NamedTuple):
             [self.positions[entry] for entry in entries],
         )
 
+    def members(self, stage: str, skip: Container[int]) -> list[int]:
+        """Entries that have the stage, without those of rows in `skip`."""
+        pairs = enumerate(zip(self.plans, self.rows, strict=True))
+        return [entry for entry, (plan, row) in pairs if stage in plan.steps and row not in skip]
+
     def by_order(self, skip: Container[int]) -> list[list[int]]:
         """Entries grouped by their plans' order of stages, without those of rows in `skip`; traced ones alone."""
         groups: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
@@ -346,23 +359,22 @@ class _Batch(NamedTuple):
 class _LogprobReport:
     """Keeps the logits whose log-probabilities are wanted: raw ones before the stages, processed ones after."""
 
-    def __init__(self, batch: _Batch, logits: torch.Tensor) -> None:
-        self.wanted = {entry: plan.logprobs for entry, plan in enumerate(batch.plans) if plan.logprobs is not None}
+    def __init__(self, batch: _Batch, logits: torch.Tensor, skip: Container[int]) -> None:
+        pairs = enumerate(zip(batch.plans, batch.rows, strict=True))
+        self.wanted = {
+            entry: plan.logprobs for entry, (plan, row) in pairs if plan.logprobs is not None and row not in skip
+        }
         self._processed = {entry for entry in self.wanted if batch.plans[entry].processed_logprobs}
-        self._logits = logits[list(self.wanted)] if self.wanted else None
+        self._logits = logits[list(self.wanted)]
 
     def processed(self, entries: Sequence[int], logits: torch.Tensor, places: Sequence[int]) -> None:
         """Take the logits after the stages, `logits[places]`, of those of `entries` that want them."""
-        if self._logits is None or not self._processed:
-            return
         for entry, place in zip(entries, places, strict=True):
             if entry in self._processed:
                 self._logits[list(self.wanted).index(entry)] = logits[place]
 
-    def gather(self, token_ids: torch.Tensor, native: NativeSampling | None) -> LogprobTensors | None:
-        """For the chosen `token_ids` [L]."""
-        if self._logits is None:
-            return None
+    def gather(self, token_ids: torch.Tensor, native: NativeSampling | None) -> LogprobTensors:
+        """For the chosen `token_ids` [L], where any are wanted."""
         return gather_logprobs(self._logits, token_ids[list(self.wanted)].long(), max(self.wanted.values()), native)
 
 

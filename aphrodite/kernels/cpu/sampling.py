@@ -12,29 +12,83 @@ import numpy.typing as npt
 import torch
 
 from aphrodite.kernels.cpu import library
+from aphrodite.kernels.cpu.sampler_ops import NativeStep
 
-# SamplerRow of native/sampling.h; `align` makes the offsets those of C.
-ROW = np.dtype(
+# Structures of native/sampling.h; `align` makes the offsets those of C.
+MAX_VALUES = 8
+OP = np.dtype(
     [
-        ("seed", np.uint64),
-        ("bias_ids", np.uint64),
-        ("bias", np.uint64),
-        ("ending_ids", np.uint64),
-        ("bias_count", np.int32),
-        ("ending_count", np.int32),
-        ("free_from", np.int32),
-        ("counts_slot", np.int32),
-        ("repetition", np.float32),
-        ("frequency", np.float32),
-        ("presence", np.float32),
-        ("temperature", np.float32),
-        ("top_k", np.int32),
-        ("top_p", np.float32),
-        ("log_min_p", np.float32),
-        ("mask_dropped", np.int32),
+        ("code", np.int32),
+        ("count", np.int32),
+        ("ids", np.uint64),
+        ("amounts", np.uint64),
+        ("data", np.uint64),
+        ("values", np.float32, MAX_VALUES),
     ],
     align=True,
 )
+ROW = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("ops", np.uint64),
+        ("barred", np.uint64),
+        ("op_count", np.int32),
+        ("barred_count", np.int32),
+        ("greedy", np.int32),
+        ("num_prompt", np.int32),
+        ("logprobs", np.int32),
+        ("processed", np.int32),
+    ],
+    align=True,
+)
+
+
+class Batch(ctypes.Structure):
+    """What one call samples, and where it writes."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("vocab", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("entries", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("history", ctypes.c_void_p),
+        ("history_stride", ctypes.c_int64),
+        ("token_ids", ctypes.c_void_p),
+        ("ok", ctypes.c_void_p),
+        ("exhausted", ctypes.c_void_p),
+        ("top", ctypes.c_int32),
+        ("logprobs", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("top_ids", ctypes.c_void_p),
+        ("top_logprobs", ctypes.c_void_p),
+    )
+
+
+class Program:
+    """A row's operations in the library's layout, with the memory that they point to.
+
+    Args:
+        max_positions: that the row may have, the one behind its last token included.
+    """
+
+    def __init__(self, steps: Sequence[NativeStep], max_positions: int) -> None:
+        self.ops = np.zeros(len(steps), OP)
+        self._memory: list[npt.NDArray[Any]] = []
+        for op, step in zip(self.ops, steps, strict=True):
+            op["code"], op["count"] = step.op, len(step.token_ids)
+            op["values"][: len(step.values)] = step.values
+            op["ids"] = self._keep(np.array(step.token_ids, np.int32))
+            op["amounts"] = self._keep(np.array(step.amounts, np.float32))
+            data = np.zeros(max_positions, np.float32) if step.numbers else step.data
+            op["data"] = 0 if data is None else self._keep(data)
+
+    def _keep(self, values: npt.NDArray[Any]) -> int:
+        self._memory.append(values)
+        return values.ctypes.data if values.size else 0
 
 
 class NativeSampling:
@@ -45,49 +99,22 @@ class NativeSampling:
         pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
         self._cdll.aph_sampler_kernels.argtypes = [ctypes.c_char_p]
         self._cdll.aph_sampler_kernels.restype = pointer
-        self._cdll.aph_sample.argtypes = [pointer, pointer, i64, i32, i64, *[pointer] * 7]
+        self._cdll.aph_sample.argtypes = [pointer, pointer]
         self._cdll.aph_sample.restype = None
         self._cdll.aph_logprobs.argtypes = [pointer, pointer, i64, i32, i64, pointer, i32, *[pointer] * 4]
         self._cdll.aph_logprobs.restype = None
         self._cdll.aph_uniforms.argtypes = [pointer, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, i32, pointer]
         self._cdll.aph_uniforms.restype = None
-        if self._cdll.aph_sampler_row_bytes() != ROW.itemsize:
+        sizes = (i32 * 3)()
+        self._cdll.aph_sampler_sizes.restype = None
+        self._cdll.aph_sampler_sizes(sizes)
+        if list(sizes) != [ROW.itemsize, OP.itemsize, ctypes.sizeof(Batch)]:
             raise RuntimeError("the native CPU library lays out sampler rows differently; reinstall the package")
         self._kernels: int = self._cdll.aph_sampler_kernels(isa.encode())
 
-    def sample(
-        self,
-        logits: torch.Tensor,
-        entries: Sequence[int],
-        rows: Sequence[int],
-        positions: Sequence[int],
-        table: npt.NDArray[np.void],
-        counts: torch.Tensor | None,
-        token_ids: torch.Tensor,
-        ok: torch.Tensor,
-    ) -> None:
-        """Sample `entries` of `logits` [L, vocab] in place, with parameters `table[rows]`.
-
-        Args:
-            counts: [slots, vocab] int32, `TokenCounts.table`, if any of the rows has a slot.
-            token_ids: [L] int32, ok: [L] bool; written at `entries`.
-        """
-        indices = np.array((entries, rows, positions), dtype=np.int32)
-        first, step = indices.ctypes.data, indices.strides[0]
-        self._cdll.aph_sample(
-            self._kernels,
-            logits.data_ptr(),
-            logits.stride(0),
-            logits.shape[1],
-            len(entries),
-            first,
-            first + step,
-            first + 2 * step,
-            table.ctypes.data,
-            None if counts is None else counts.data_ptr(),
-            token_ids.data_ptr(),
-            ok.data_ptr(),
-        )
+    def sample(self, batch: Batch) -> None:
+        """Sample the batch's rows of logits in place; all memory that it points to is the caller's."""
+        self._cdll.aph_sample(self._kernels, ctypes.byref(batch))
 
     def logprobs(
         self, logits: torch.Tensor, token_ids: torch.Tensor, k: int

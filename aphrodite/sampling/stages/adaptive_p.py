@@ -13,8 +13,11 @@ latter never changes, which leaves this average.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.selection import SelectionState
@@ -41,6 +44,9 @@ class AdaptiveP(Stage):
 
     def new_state(self, info: SamplerInfo) -> SelectionState:
         return SelectionState(info)
+
+    def native_steps(self, values: Sequence[float], prepared: int) -> Sequence[NativeStep]:
+        return (NativeStep(NativeOp.ADAPTIVE_P, values, numbers=True),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         target, decay = values[:, :, None].unbind(1)

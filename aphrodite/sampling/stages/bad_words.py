@@ -7,10 +7,12 @@ have that gap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 
@@ -48,6 +50,13 @@ class BadWords(Stage):
             torch.tensor([len(word) - 1 for word in words], dtype=torch.int64, device=info.device),
             torch.tensor([word[-1] for word in words], dtype=torch.int64, device=info.device),
         )
+
+    def native_steps(self, values: Sequence[float], prepared: Words) -> Sequence[NativeStep]:
+        flat: list[int] = []
+        for opening, last in zip(prepared.openings.tolist(), prepared.last.tolist(), strict=True):
+            word = [token for token in opening if token != _ANY] + [last]
+            flat += [len(word), *word]
+        return (NativeStep(NativeOp.BAD_WORDS, token_ids=flat),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         for row, number, position, words in zip(logits, context.rows, context.positions, context.prepared, strict=True):

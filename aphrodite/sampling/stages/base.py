@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams, parameter
 from aphrodite.sampling.table import ParamRow
 
@@ -101,6 +102,8 @@ class Stage(ABC):
         truncation: drops unlikely tokens; left out of plans with a stage that replaces truncation.
         replaces_truncation: decides alone how much of the distribution is left (mirostat).
         selector: runs after all others in every order, for it decides what the draw chooses from.
+        native: the native library's operation for it. A row that has a stage without one runs as torch
+            operations altogether; so do traced rows. Stages of other packages have none.
     """
 
     name: ClassVar[str]
@@ -116,6 +119,7 @@ class Stage(ABC):
     truncation: ClassVar[bool] = False
     replaces_truncation: ClassVar[bool] = False
     selector: ClassVar[bool] = False
+    native: ClassVar[NativeOp | None] = None
 
     def is_neutral(self, params: SamplingParams) -> bool:
         """Whether it would change nothing; then the plan leaves it out."""
@@ -142,6 +146,14 @@ class Stage(ABC):
     def prepare(self, params: SamplingParams, info: RowInfo) -> Any:
         """Data of no fixed size, made once a request and kept with its plan."""
         return None
+
+    def native_steps(self, values: Sequence[float], prepared: Any) -> Sequence[NativeStep] | None:
+        """This stage in a row's native program, or None if it has to run as `apply`.
+
+        Args:
+            values, prepared: what `values` and `prepare` returned for the row.
+        """
+        return None if self.native is None else (NativeStep(self.native, values),)
 
     def new_state(self, info: SamplerInfo) -> RowState | None:
         """The memory shared by all rows of this stage, or None if it needs none."""

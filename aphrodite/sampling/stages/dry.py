@@ -13,6 +13,7 @@ allowed_length tokens is not looked at.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from aphrodite.kernels.cpu import history as native_history
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.breakers import Breakers, compile_breakers
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, Stage, StageContext
@@ -76,6 +78,9 @@ class Dry(Stage):
     def new_state(self, info: SamplerInfo) -> MatchLengths | None:
         """None where the native library reads the history itself."""
         return None if info.native else MatchLengths(info)
+
+    def native_steps(self, values: Sequence[float], prepared: DryRow) -> Sequence[NativeStep]:
+        return (NativeStep(NativeOp.DRY, data=prepared.record),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         rows: list[DryRow] = list(context.prepared)

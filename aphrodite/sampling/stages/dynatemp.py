@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import Stage, StageContext
 from aphrodite.sampling.stages.distribution import entropy
@@ -39,6 +40,7 @@ class DynamicTemperature(Stage):
         "dynatemp_exponent",
         "temperature",
     )
+    native = NativeOp.DYNAMIC_TEMPERATURE
     keeps_argmax = True
 
     def is_neutral(self, params: SamplingParams) -> bool:

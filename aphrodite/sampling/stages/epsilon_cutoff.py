@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import Stage, StageContext
 
@@ -20,6 +21,7 @@ class EpsilonCutoff(Stage):
     rank = 1100
     sampler_id = 11
     parameters = ("epsilon_cutoff",)
+    native = NativeOp.EPSILON_CUTOFF
     keeps_argmax = True
     truncation = True
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import Stage, StageContext
 from aphrodite.sampling.stages.distribution import entropy
@@ -17,6 +18,7 @@ class EtaCutoff(Stage):
     rank = 1000
     sampler_id = 10
     parameters = ("eta_cutoff",)
+    native = NativeOp.ETA_CUTOFF
     keeps_argmax = True
     truncation = True
 

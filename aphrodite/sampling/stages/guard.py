@@ -45,6 +45,9 @@ class GuardedStage(Stage):
             return _FAILED
         return self._call(self.guarded.prepare, params, info, otherwise=_FAILED)
 
+    def native_steps(self, values: Sequence[float], prepared: Any) -> None:
+        return None
+
     def new_state(self, info: SamplerInfo) -> RowState | None:
         state = self._call(self.guarded.new_state, info, otherwise=_FAILED)
         return None if state is None else _GuardedState(self, state)

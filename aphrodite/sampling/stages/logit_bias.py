@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 
@@ -27,6 +30,12 @@ class LogitBias(Stage):
             torch.tensor(list(bias.keys()), dtype=torch.int64, device=info.device),
             torch.tensor(list(bias.values()), dtype=torch.float32, device=info.device),
         )
+
+    def native_steps(
+        self, values: Sequence[float], prepared: tuple[torch.Tensor, torch.Tensor]
+    ) -> Sequence[NativeStep]:
+        token_ids, bias = prepared
+        return (NativeStep(NativeOp.BIAS, token_ids=token_ids.tolist(), amounts=bias.tolist()),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         for row, (token_ids, bias) in zip(logits, context.prepared, strict=True):

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import Stage, StageContext
 
@@ -15,6 +16,7 @@ class MinP(Stage):
     rank = 800
     sampler_id = 2
     parameters = ("min_p",)
+    native = NativeOp.MIN_P
     keeps_argmax = True
     truncation = True
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 
@@ -27,6 +30,10 @@ class MinTokens(Stage):
         return info.num_prompt + params.min_tokens, torch.tensor(
             ending_token_ids(params, info), dtype=torch.int64, device=info.device
         )
+
+    def native_steps(self, values: Sequence[float], prepared: tuple[int, torch.Tensor]) -> Sequence[NativeStep]:
+        free_from, token_ids = prepared
+        return (NativeStep(NativeOp.MASK, (0, free_from), token_ids.tolist()),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         for row, position, (free_from, token_ids) in zip(logits, context.positions, context.prepared, strict=True):

@@ -13,9 +13,11 @@ The most likely token always stays. Plans with mirostat have no other truncation
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.distribution import keep_longest_prefix
@@ -42,6 +44,9 @@ class Mirostat(Stage):
 
     def new_state(self, info: SamplerInfo) -> SelectionState:
         return SelectionState(info)
+
+    def native_steps(self, values: Sequence[float], prepared: tuple[int, int]) -> Sequence[NativeStep]:
+        return (NativeStep(NativeOp.MIROSTAT, values, numbers=True),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         _, tau, eta = values[:, :, None].unbind(1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from aphrodite.kernels.cpu import history as native_history
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.matches import MatchLengths
@@ -28,6 +31,9 @@ class NoRepeatNgram(Stage):
     def new_state(self, info: SamplerInfo) -> MatchLengths | None:
         """None where the native library reads the history itself."""
         return None if info.native else MatchLengths(info)
+
+    def native_steps(self, values: Sequence[float], prepared: int) -> Sequence[NativeStep]:
+        return (NativeStep(NativeOp.NO_REPEAT_NGRAM, (prepared,)),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         native = native_history.load() if context.state is None else None

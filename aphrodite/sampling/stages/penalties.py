@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.row_table import RowTable
@@ -68,6 +69,7 @@ class Penalties(Stage):
     rank = 200
     sampler_id = 6
     parameters = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    native = NativeOp.PENALTIES
 
     def is_neutral(self, params: SamplingParams) -> bool:
         return is_ranged(params) or self.changes_nothing(params)

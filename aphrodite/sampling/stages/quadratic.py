@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import Stage, StageContext
 
@@ -19,6 +20,7 @@ class Quadratic(Stage):
     rank = 1300
     sampler_id = 12
     parameters = ("smoothing_factor", "smoothing_curve")
+    native = NativeOp.QUADRATIC
     greedy_skips = True
 
     def is_neutral(self, params: SamplingParams) -> bool:

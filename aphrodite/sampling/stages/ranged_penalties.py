@@ -12,10 +12,12 @@ own weight; the presence penalty has the weight of the last one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 from aphrodite.sampling.stages.penalties import STAGE as PENALTIES
@@ -52,6 +54,9 @@ class RangedPenalties(Stage):
 
     def prepare(self, params: SamplingParams, info: RowInfo) -> Ranges:
         return Ranges(info.num_prompt, max(params.repetition_penalty_range, 0), params.repetition_decay)
+
+    def native_steps(self, values: Sequence[float], prepared: Ranges) -> Sequence[NativeStep]:
+        return (NativeStep(NativeOp.RANGED_PENALTIES, (*values, prepared.size, prepared.decay)),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         repetition, frequency, presence, slope = values[:, :, None].unbind(1)

@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import Stage, StageContext
 from aphrodite.sampling.stages.distribution import row_sums
@@ -23,6 +24,7 @@ class Skew(Stage):
     name = "skew"
     rank = 1500
     parameters = ("skew",)
+    native = NativeOp.SKEW
     greedy_skips = True
 
     def values(self, params: SamplingParams) -> tuple[float, ...]:

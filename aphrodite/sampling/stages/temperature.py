@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import Stage, StageContext
 from aphrodite.sampling.stages.dynatemp import temperature_range
@@ -18,6 +19,7 @@ class Temperature(Stage):
     rank = 400
     sampler_id = 5
     parameters = ("temperature",)
+    native = NativeOp.TEMPERATURE
     keeps_argmax = True
 
     def is_neutral(self, params: SamplingParams) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.stages.base import Stage, StageContext
 from aphrodite.sampling.stages.distribution import keep_longest_prefix
 
@@ -20,6 +21,7 @@ class TailFree(Stage):
     rank = 900
     sampler_id = 3
     parameters = ("tfs",)
+    native = NativeOp.TAIL_FREE
     keeps_argmax = True
     truncation = True
 

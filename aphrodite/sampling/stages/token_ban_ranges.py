@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 
@@ -28,6 +31,12 @@ class TokenBanRanges(Stage):
                 torch.tensor(entry.tokens, dtype=torch.int64, device=info.device),
             )
             for entry in params.token_ban_ranges
+        ]
+
+    def native_steps(self, values: Sequence[float], prepared: list[tuple[range, torch.Tensor]]) -> Sequence[NativeStep]:
+        return [
+            NativeStep(NativeOp.MASK, (positions.start, positions.stop), banned.tolist())
+            for positions, banned in prepared
         ]
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:

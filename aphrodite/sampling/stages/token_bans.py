@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 
@@ -26,6 +30,9 @@ class TokenBans(Stage):
             info.eos_token_ids.union(params.custom_token_bans) if params.ban_eos_token else params.custom_token_bans
         )
         return torch.tensor(sorted(banned), dtype=torch.int64, device=info.device)
+
+    def native_steps(self, values: Sequence[float], prepared: torch.Tensor) -> Sequence[NativeStep]:
+        return (NativeStep(NativeOp.MASK, (0, math.inf), prepared.tolist()),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         for row, banned in zip(logits, context.prepared, strict=True):

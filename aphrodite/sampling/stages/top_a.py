@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import Stage, StageContext
 
@@ -15,6 +16,7 @@ class TopA(Stage):
     rank = 700
     sampler_id = 1
     parameters = ("top_a",)
+    native = NativeOp.TOP_A
     keeps_argmax = True
     truncation = True
 

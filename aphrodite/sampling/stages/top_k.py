@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 
@@ -15,6 +16,7 @@ class TopK(Stage):
     rank = 600
     sampler_id = 0
     parameters = ("top_k",)
+    native = NativeOp.TOP_K
     keeps_argmax = True
     truncation = True
 

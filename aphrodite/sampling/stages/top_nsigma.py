@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.stages.base import Stage, StageContext
 from aphrodite.sampling.stages.distribution import row_sums
 
@@ -17,6 +18,7 @@ class TopNSigma(Stage):
     rank = 500
     sampler_id = 9
     parameters = ("top_nsigma",)
+    native = NativeOp.TOP_NSIGMA
     keeps_argmax = True
     truncation = True
 

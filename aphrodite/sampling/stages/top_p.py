@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.stages.base import Stage, StageContext
 from aphrodite.sampling.stages.distribution import keep_longest_prefix
 
@@ -18,6 +19,7 @@ class TopP(Stage):
     rank = 610
     sampler_id = 0
     parameters = ("top_p",)
+    native = NativeOp.TOP_P
     keeps_argmax = True
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:

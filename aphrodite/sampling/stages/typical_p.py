@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp
 from aphrodite.sampling.stages.base import Stage, StageContext
 from aphrodite.sampling.stages.distribution import entropy, keep_longest_prefix
 
@@ -17,6 +18,7 @@ class TypicalP(Stage):
     rank = 1200
     sampler_id = 4
     parameters = ("typical_p",)
+    native = NativeOp.TYPICAL_P
     greedy_skips = True
     truncation = True
 

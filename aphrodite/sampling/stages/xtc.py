@@ -9,9 +9,11 @@ but never removed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.random import Use, uniforms_at
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
@@ -39,6 +41,9 @@ class XTC(Stage):
         if info.vocabulary is not None:
             protected |= info.vocabulary.special_ids | info.vocabulary.newline_ids
         return torch.tensor(sorted(protected), dtype=torch.int64, device=info.device)
+
+    def native_steps(self, values: Sequence[float], prepared: torch.Tensor | None) -> Sequence[NativeStep]:
+        return (NativeStep(NativeOp.XTC, values, () if prepared is None else prepared.tolist()),)
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         probability, threshold = values[:, :, None].unbind(1)

@@ -1,6 +1,7 @@
 // Sampling for a batch of rows. Parameters of all rows live in a table that Python fills when a request starts.
 #include "sampling.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -10,27 +11,41 @@
 namespace aph {
 namespace {
 
+constexpr size_t kPadding = 64;  // entries past the vocabulary that a whole vector may write
+
 // A worker's memory, kept between calls.
 class Workspace {
 public:
-    SamplerScratch reserve(int32_t vocab) {
-        const size_t size = static_cast<size_t>(vocab), blocks = (size + kSampleBlock - 1) / kSampleBlock;
-        if (keys_.size() < size) {
-            keys_.resize(size);
-            weights_.resize(size);
-            bins_.resize(size);
-            maxima_.resize(blocks);
-            selected_.resize(blocks);
-            mass_.resize(kMassBins);
+    const SamplerScratch& reserve(int32_t entries) {
+        const size_t size = static_cast<size_t>(entries) + kPadding;
+        if (keys_.size() < 2 * size) {
+            floats_.resize(5 * size);
+            ints_.resize(3 * size);
+            keys_.resize(2 * size);
+            maxima_.resize(2 * (size / kSampleBlock + 1));
+            float* floats = floats_.data();
+            int32_t* ints = ints_.data();
+            scratch_ = {floats,
+                        ints,
+                        floats + size,
+                        floats + 2 * size,
+                        floats + 3 * size,
+                        floats + 4 * size,
+                        ints + size,
+                        keys_.data(),
+                        keys_.data() + size,
+                        ints + 2 * size,
+                        maxima_.data(),
+                        maxima_.data() + maxima_.size() / 2};
         }
-        return {maxima_.data(), selected_.data(), keys_.data(), weights_.data(), bins_.data(), mass_.data()};
+        return scratch_;
     }
 
 private:
+    std::vector<float> floats_, maxima_;
+    std::vector<int32_t> ints_;
     std::vector<uint64_t> keys_;
-    std::vector<float> weights_, maxima_, selected_;
-    std::vector<uint16_t> bins_;
-    std::vector<double> mass_;
+    SamplerScratch scratch_{};
 };
 
 thread_local Workspace workspace;
@@ -50,8 +65,9 @@ void each_row(int64_t count, F& f) {
 }  // namespace
 }  // namespace aph
 
+using aph::LogprobOut;
+using aph::SamplerBatch;
 using aph::SamplerKernels;
-using aph::SamplerRow;
 
 // The kernels of an instruction set as `aph_select_isa` names it; null if there are none.
 APH_API const void* aph_sampler_kernels(const char* isa) {
@@ -60,33 +76,38 @@ APH_API const void* aph_sampler_kernels(const char* isa) {
     return aph::sampler_kernels_portable();
 }
 
-APH_API int32_t aph_sampler_row_bytes() { return sizeof(SamplerRow); }
+// Bytes of a row's parameters, of one operation and of a batch.
+APH_API void aph_sampler_sizes(int32_t* sizes) {
+    sizes[0] = sizeof(aph::SamplerRow);
+    sizes[1] = sizeof(aph::SamplerOp);
+    sizes[2] = sizeof(SamplerBatch);
+}
 
-// `count` rows of `logits`, `stride` floats apart; `entries` names the row of logits, `rows` the row of `table`, of each.
-// Writes token_ids[entry] (0 where it failed) and ok[entry].
-APH_API void aph_sample(const void* kernels, float* logits, int64_t stride, int32_t vocab, int64_t count,
-                        const int32_t* entries, const int32_t* rows, const int32_t* positions, const SamplerRow* table,
-                        const int32_t* counts, int32_t* token_ids, uint8_t* ok) {
+// Writes token_ids[entry] (0 where it failed) and ok[entry] of every row, and its log-probabilities if it wants them.
+APH_API void aph_sample(const void* kernels, const SamplerBatch* batch) {
     auto one = [&](int64_t i) {
-        const SamplerRow& row = table[rows[i]];
-        const int32_t entry = entries[i];
-        const int32_t* history = row.counts_slot < 0 ? nullptr : counts + static_cast<int64_t>(row.counts_slot) * vocab;
+        const int64_t entry = batch->entries[i], row = batch->rows[i];
+        const LogprobOut out{batch->top, batch->logprobs + entry, batch->ranks + entry,
+                             batch->top_ids + entry * batch->top, batch->top_logprobs + entry * batch->top};
         const int32_t token = static_cast<const SamplerKernels*>(kernels)->sample(
-            logits + entry * stride, vocab, row, history, positions[i], aph::workspace.reserve(vocab));
-        token_ids[entry] = token < 0 ? 0 : token;
-        ok[entry] = token >= 0;
+            batch->logits + entry * batch->stride, batch->vocab, batch->table[row],
+            batch->history + row * batch->history_stride, batch->positions[i], out,
+            aph::workspace.reserve(std::max(batch->vocab, batch->positions[i])));
+        batch->token_ids[entry] = token < 0 ? 0 : token;
+        batch->ok[entry] = token >= 0;
+        batch->exhausted[entry] = token == aph::kNothingLeft;
     };
-    aph::each_row(count, one);
+    aph::each_row(batch->count, one);
 }
 
 // For `count` rows of `logits`: log-probability and rank of token_ids[i], and the k most likely tokens.
-APH_API void aph_logprobs(const void* kernels, const float* logits, int64_t stride, int32_t vocab, int64_t count,
+APH_API void aph_logprobs(const void* kernels, float* logits, int64_t stride, int32_t vocab, int64_t count,
                           const int64_t* token_ids, int32_t k, float* logprobs, int32_t* ranks, int32_t* top_ids,
                           float* top_logprobs) {
     auto one = [&](int64_t i) {
         static_cast<const SamplerKernels*>(kernels)->logprobs(
-            logits + i * stride, vocab, static_cast<int32_t>(token_ids[i]), k, logprobs + i, ranks + i, top_ids + i * k,
-            top_logprobs + i * k, aph::workspace.reserve(vocab));
+            logits + i * stride, vocab, static_cast<int32_t>(token_ids[i]),
+            {k, logprobs + i, ranks + i, top_ids + i * k, top_logprobs + i * k}, aph::workspace.reserve(vocab));
     };
     aph::each_row(count, one);
 }

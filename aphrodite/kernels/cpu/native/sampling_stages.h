@@ -1,0 +1,268 @@
+// Stages that shape and truncate the distribution: what each operation of a row's program does to its candidates
+// (aphrodite/sampling/stages has the definitions, and the same stages as torch operations).
+#pragma once
+#include "sampling_history.h"
+#include "sampling_selection.h"
+
+namespace aph {
+namespace {
+
+constexpr float kLowestTemperature = 1e-5f;
+constexpr double kFlat = 1e-9;       // stages/tfs.py
+constexpr float kFarthest = -1e6f;   // stages/quadratic.py
+constexpr double kSmallest = 1e-37;  // stages/skew.py
+constexpr double kTailError = 1e-8;  // stages/skew.py
+constexpr float kNoStep = -36.74f;   // logarithm of half of float64's epsilon: such a step does not change C = 1
+
+// Shapes. The caller has measured the row, so its maximum is finite, except for `temperature`.
+
+void temperature(Row& row, float divisor) {
+    transform(row, [divisor](F32 x) { return x / divisor; });
+}
+
+// values: lowest, highest - lowest, exponent.
+void dynamic_temperature(Row& row, const SamplerOp& op) {
+    const int32_t left = count_survivors(row, row.x, {-kLargest, INT32_MAX}, -kLargest);
+    const double share = moments_of(row).entropy / std::log(static_cast<double>(std::max(left, 2)));
+    const double bent = std::pow(std::min(std::max(share, 0.0), 1.0), static_cast<double>(op.values[2]));
+    temperature(row, std::max(static_cast<float>(op.values[0] + op.values[1] * bent), kLowestTemperature));
+}
+
+// values: k, s.
+void quadratic(Row& row, const SamplerOp& op) {
+    const float k = op.values[0], s = op.values[1], max = row.max;
+    transform(row, [=](F32 x) {
+        const F32 distance = larger(x - max, splat(kFarthest));
+        const F32 smoothed = max + distance * distance * (s * distance - k);
+        return select(x == -kInf, x, smoothed);
+    });
+}
+
+// Logarithms of the steps of C^a along the sorted keys, into scratch.y at the indices that the keys came from.
+void skew_head(Row& row, int32_t count, double mass, double a) {
+    double cumulative = 0, reached = 0;
+    for (int32_t i = 0; i < count; ++i) {
+        const int32_t index = index_of(row.scratch.keys[i]);
+        cumulative += std::exp(static_cast<double>(row.x[index] - row.max)) / mass;
+        const double power = std::pow(std::min(cumulative, 1.0), a);
+        row.scratch.y[index] = static_cast<float>(std::log(std::max(power - reached, kSmallest)));
+        reached = power;
+    }
+}
+
+// Sum of exp(logit - max) of the logits below a threshold.
+double mass_below(const Row& row, float threshold) {
+    double sum = 0;
+    for (int32_t block = 0; block < row.blocks(); ++block) {
+        F32 part = F32{};
+        each_vector(row, row.x, block, [&](F32 x, int32_t) {
+            part += select((x < threshold) & (x > -kInf), exp_negative(x - row.max), F32{});
+        });
+        sum += total(part);
+    }
+    return sum;
+}
+
+// values: a. Where C is nearly 1, d(C^a) = a * p whatever the order, so the tail is not sorted.
+void skew(Row& row, const SamplerOp& op) {
+    const double a = op.values[0], rough_mass = mass_of(row);
+    float reach = 8.0f;
+    double below = mass_below(row, row.max - reach);
+    while (std::fabs(a - 1) * below / rough_mass > kTailError) {
+        reach = reach < 32.0f ? 2 * reach : kInf;
+        below = mass_below(row, row.max - reach);
+    }
+    const int32_t count = collect_keys(row, row.max - reach);
+    sort_keys(row.scratch, count);
+    // C must not reach 1 before its time, so the sum of the head is that of the same float64 numbers.
+    double mass = below;
+    for (int32_t i = 0; i < count; ++i) mass += std::exp(static_cast<double>(value_of(row.scratch.keys[i]) - row.max));
+    std::fill(row.scratch.y, row.scratch.y + row.count, -kInf);
+    skew_head(row, count, mass, a);
+    const float shift = static_cast<float>(std::log(a) - std::log(mass)) - row.max;
+    const float no_step = row.max + kNoStep + static_cast<float>(std::log(mass)), smallest = std::log(kSmallest);
+    for (int32_t index = 0; index < row.count; ++index) {
+        const float head = row.scratch.y[index], x = row.x[index];
+        if (head > -kInf) row.x[index] = head;
+        else if (x > -kInf) row.x[index] = x < no_step ? smallest : x + shift;
+    }
+    row.measured = false;
+}
+
+// Truncations.
+
+void top_k(Row& row, const SamplerOp& op) {
+    if (op.values[0] < row.count) keep(row, row.x, top_k_cut(row, static_cast<int32_t>(op.values[0])));
+}
+
+void top_p(Row& row, const SamplerOp& op) { keep(row, row.x, top_p_cut(row, op.values[0])); }
+
+void min_p(Row& row, const SamplerOp& op) { keep_at_least(row, row.max + op.values[0]); }
+
+// values: n.
+void top_nsigma(Row& row, const SamplerOp& op) {
+    const float max = row.max;
+    double sum = 0, squares = 0;
+    int64_t left = 0;
+    for (int32_t block = 0; block < row.blocks(); ++block)
+        each_vector(row, row.x, block, [&](F32 x, int32_t) {
+            const I32 there = x > -kInf;
+            sum += total(select(there, x - max, F32{}));
+            left += __builtin_popcount(bits_of(there));
+        });
+    const float mean = static_cast<float>(sum / static_cast<double>(left));
+    for (int32_t block = 0; block < row.blocks(); ++block) {
+        F32 part = F32{};
+        each_vector(row, row.x, block, [&](F32 x, int32_t) {
+            const F32 off = (x - max) - mean;
+            part += select(x > -kInf, off * off, F32{});
+        });
+        squares += total(part);
+    }
+    const double sigma = std::sqrt(squares / static_cast<double>(left));
+    if (sigma <= kLargest) keep_at_least(row, max - static_cast<float>(op.values[0] * sigma));
+}
+
+// values: ln a.
+void top_a(Row& row, const SamplerOp& op) {
+    const double highest = -std::log(mass_of(row));
+    keep_at_least(row, row.max + static_cast<float>(std::min(op.values[0] + highest, 0.0)));
+}
+
+// values: ln epsilon.
+void epsilon_cutoff(Row& row, const SamplerOp& op) {
+    const double normalizer = std::log(mass_of(row));
+    keep_at_least(row, row.max + static_cast<float>(std::min(op.values[0] + normalizer, 0.0)));
+}
+
+// values: ln eta.
+void eta_cutoff(Row& row, const SamplerOp& op) {
+    const Moments moments = moments_of(row);
+    const double lowest = std::min<double>(op.values[0], op.values[0] / 2.0 - moments.entropy);
+    keep_at_least(row, row.max + static_cast<float>(std::min(lowest + std::log(moments.mass), 0.0)));
+}
+
+// How many of `count` sorted keys stay, and whether entries with at most the weight `rest` could change that.
+struct TailCut {
+    int32_t kept;
+    bool certain;
+};
+
+TailCut tail_free_cut(const Row& row, int32_t count, double z, bool whole) {
+    double* reached = reinterpret_cast<double*>(row.scratch.spare);
+    const int32_t zeros = whole ? std::min(2, row.vocab - count) : 0, places = count + zeros - 2;
+    if (places < 1) return {1, false};
+    double first = 0, second = 0, total = 0;
+    for (int32_t i = 0; i < count + zeros; ++i) {
+        double p = 0;
+        if (i < count) p = std::exp(static_cast<double>(value_of(row.scratch.keys[i]) - row.max));
+        if (i >= 2) reached[i - 2] = total += std::fabs(p - 2 * second + first);
+        first = second;
+        second = p;
+    }
+    const double unknown = whole ? 0 : 2 * first;
+    if (total <= kFlat) return {row.vocab, whole};
+    const auto end = reached + places;
+    const auto fewest = std::upper_bound(reached, end, z * total), most = std::upper_bound(reached, end, z * (total + unknown));
+    return {static_cast<int32_t>(fewest - reached) + 1, whole || (fewest == most && most < end)};
+}
+
+// values: z.
+void tail_free(Row& row, const SamplerOp& op) {
+    if (row.vocab < 3) return;
+    for (float reach : {8.0f, 14.0f, 20.0f, kInf}) {
+        const int32_t count = collect_keys(row, row.max - reach);
+        sort_keys(row.scratch, count);
+        const TailCut cut = tail_free_cut(row, count, op.values[0], reach == kInf);
+        if (!cut.certain && reach < kInf) continue;
+        if (cut.kept < count) {
+            const uint64_t last = row.scratch.keys[cut.kept - 1];
+            keep(row, row.x, {value_of(last), index_of(last)});
+        }
+        return;
+    }
+}
+
+// values: tau. Orders by |-ln p - H|, and stops where the mass reaches tau.
+void typical_p(Row& row, const SamplerOp& op) {
+    const Moments moments = moments_of(row);
+    const float offset = static_cast<float>(moments.entropy - std::log(moments.mass)), max = row.max;
+    Search search = new_search(row);
+    float top = -kInf;
+    for (int32_t index = 0; index < row.count; index += kLanes) {
+        F32 x = splat(-kInf);
+        std::memcpy(&x, row.x + index, std::min(kLanes, row.count - index) * sizeof(float));
+        const F32 surprise = (x - max) + offset, typicality = select(surprise > 0.0f, -surprise, surprise);
+        const F32 weight = select(x == -kInf, F32{}, exp_negative(x - max));
+        const I32 places = lane_numbers() + index;
+        store(row.scratch.measure + index, typicality);
+        store(search.y + index, typicality);
+        store(search.w + index, weight);
+        std::memcpy(search.index + index, &places, sizeof places);
+        top = std::max(top, largest(typicality));
+    }
+    search.count = row.count;
+    keep(row, row.scratch.measure, prefix_cut(search, row.scratch, top, op.values[0] * moments.mass));
+}
+
+// values: probability, ln threshold; ids: tokens that are never removed, ascending.
+void xtc(Row& row, const SamplerOp& op, const Context& context) {
+    Stream stream = context.stream;
+    stream.use = kUseXtc;
+    if (!(uniforms_at(stream, I32{})[0] < op.values[0])) return;
+    const float below = op.values[1] + static_cast<float>(std::log(mass_of(row)));
+    const int32_t count = below > 0 ? 0 : collect_keys(row, row.max + below);
+    if (count < 2) return;
+    const uint64_t* keys = row.scratch.keys;
+    const uint64_t spared = *std::min_element(keys, keys + count);
+    for (int32_t i = 0; i < count; ++i) {
+        const int32_t index = index_of(keys[i]);
+        if (keys[i] == spared || std::binary_search(op.ids, op.ids + op.count, row.token(index))) continue;
+        row.x[index] = -kInf;
+    }
+    row.measured = false;
+}
+
+// Operations that need no maximum; false if it is none of them.
+bool run_unmeasured(Row& row, const SamplerOp& op, const Context& context) {
+    switch (op.code) {
+        case SamplerOpCode::Mask: mask(row, op, context); return true;
+        case SamplerOpCode::Allow: allow(row, op); return true;
+        case SamplerOpCode::Bias: bias(row, op); return true;
+        case SamplerOpCode::BadWords: bad_words(row, op, context); return true;
+        case SamplerOpCode::Penalties: penalties(row, op, context); return true;
+        case SamplerOpCode::RangedPenalties: ranged_penalties(row, op, context); return true;
+        case SamplerOpCode::Dry: dry(row, op, context); return true;
+        case SamplerOpCode::NoRepeatNgram: no_repeat_ngram(row, op, context); return true;
+        case SamplerOpCode::Temperature: temperature(row, op.values[0]); return true;
+        default: return false;
+    }
+}
+
+// Runs one operation; false if the row is bad or nothing is left of it.
+bool run(Row& row, const SamplerOp& op, const Context& context, Selection& selection) {
+    if (run_unmeasured(row, op, context)) return true;
+    if (!measure(row)) return false;
+    switch (op.code) {
+        case SamplerOpCode::DynamicTemperature: dynamic_temperature(row, op); break;
+        case SamplerOpCode::TopNSigma: top_nsigma(row, op); break;
+        case SamplerOpCode::TopK: top_k(row, op); break;
+        case SamplerOpCode::TopP: top_p(row, op); break;
+        case SamplerOpCode::TopA: top_a(row, op); break;
+        case SamplerOpCode::MinP: min_p(row, op); break;
+        case SamplerOpCode::TailFree: tail_free(row, op); break;
+        case SamplerOpCode::EtaCutoff: eta_cutoff(row, op); break;
+        case SamplerOpCode::EpsilonCutoff: epsilon_cutoff(row, op); break;
+        case SamplerOpCode::TypicalP: typical_p(row, op); break;
+        case SamplerOpCode::Quadratic: quadratic(row, op); break;
+        case SamplerOpCode::Xtc: xtc(row, op, context); break;
+        case SamplerOpCode::Skew: skew(row, op); break;
+        case SamplerOpCode::Mirostat: mirostat(row, op, context, selection); break;
+        case SamplerOpCode::AdaptiveP: adaptive_p(row, op, context, selection); break;
+        default: break;
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace aph
