@@ -113,6 +113,10 @@ def test_a_greedy_row_says_so(make: Callable[[int], Rows]) -> None:
         {"repetition_penalty": 1.2, "presence_penalty": 0.5, "temperature": 0.8, "top_p": 0.7},
         {"xtc_probability": 0.5, "xtc_threshold": 0.05, "min_p": 0.02, "temperature": 1.5, "temperature_last": True},
         {"logit_bias": {3: 5.0}, "min_tokens": 5, "typical_p": 0.9},
+        {"mirostat_mode": 2, "temperature": 1.2},
+        {"adaptive_target": 0.3, "min_p": 0.05},
+        {"dry_multiplier": 0.8, "dry_sequence_breakers": (), "no_repeat_ngram_size": 2, "dynatemp_range": 0.5},
+        {"repetition_penalty": 1.2, "repetition_penalty_range": 3, "skew": 0.3, "sampler_priority": ("skew", "min_p")},
     ],
 )
 def test_tracing_changes_no_token(make: Callable[[int], Rows], fields: dict[str, object]) -> None:
