@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from aphrodite.matching.regex_syntax import Accept, Condition, Consume, Require, Split, compile_program, is_kind
+from aphrodite.matching.regex_syntax import (
+    Accept,
+    CharSet,
+    Condition,
+    Consume,
+    Require,
+    Split,
+    compile_program,
+    is_kind,
+)
 from aphrodite.matching.scanner import Match
 
 MAX_LOOK_BACK = 2048  # characters; a partial match that is longer is given up
@@ -52,6 +61,11 @@ class RegexSet:
     def __init__(self, patterns: tuple[str, ...]) -> None:
         self.patterns = patterns
         self._program, self._start = compile_program(patterns)
+        self._accepts = {place: found.pattern for place, found in enumerate(self._program) if isinstance(found, Accept)}
+        self._consumes = {place: found for place, found in enumerate(self._program) if isinstance(found, Consume)}
+        numbers: dict[CharSet, int] = {}
+        # Many instructions share a set of characters, and one step asks each set once.
+        self._set_numbers = {place: numbers.setdefault(c.chars, len(numbers)) for place, c in self._consumes.items()}
         self._states: dict[tuple[tuple[tuple[int, ...], ...], _Around], _State] = {}
         self._size = 0
         self.root = self.state((), "")
@@ -90,10 +104,11 @@ class RegexSet:
         """Each group's consuming places, the group that begins here last; and the first group that accepts."""
         seen: set[int] = set()
         expanded = [self._closure(group, seen, state.before, after) for group in (*state.groups, (self._start,))]
-        for number, places in enumerate(expanded):
-            patterns = [found.pattern for place in places if isinstance(found := self._program[place], Accept)]
-            if patterns:
-                return expanded, (min(patterns), number)
+        if not seen.isdisjoint(self._accepts):
+            for number, places in enumerate(expanded):
+                patterns = [self._accepts[place] for place in places if place in self._accepts]
+                if patterns:
+                    return expanded, (min(patterns), number)
         return expanded, None
 
     def _consume(self, expanded: list[list[int]], char: str, after: _Around) -> _Edge:
@@ -101,28 +116,29 @@ class RegexSet:
         groups: list[tuple[int, ...]] = []
         origins: list[int] = []
         accepted: tuple[int, int] | None = None
+        seen: set[int] = set()
+        holds: dict[int, bool] = {}
         for origin, places in enumerate(expanded):
             reached: list[int] = []
             for place in places:
-                instruction = self._program[place]
-                if not isinstance(instruction, Consume) or instruction.then in taken:
+                consume = self._consumes.get(place)
+                if consume is None or consume.then in taken:
                     continue
-                if instruction.chars.contains(char):
-                    taken.add(instruction.then)
-                    reached.append(instruction.then)
+                number = self._set_numbers[place]
+                if number not in holds:
+                    holds[number] = consume.chars.contains(char)
+                if holds[number]:
+                    taken.add(consume.then)
+                    reached.append(consume.then)
             if not reached:
                 continue
             groups.append(tuple(sorted(reached)))
             origins.append(origin)
             if accepted is None:
-                accepted = self._accepts_at_once(reached, origin)
+                # Complete whatever comes next; what did not accept for an earlier group need not be tried again.
+                ends = [place for place in self._closure(groups[-1], seen, None, None) if place in self._accepts]
+                accepted = (min(self._accepts[place] for place in ends), origin) if ends else None
         return _Edge(self.state(tuple(groups), after), tuple(origins), accepted, False)
-
-    def _accepts_at_once(self, places: list[int], origin: int) -> tuple[int, int] | None:
-        """The match that is complete whatever comes next."""
-        reached = self._closure(tuple(places), set(), None, None)
-        patterns = [found.pattern for place in reached if isinstance(found := self._program[place], Accept)]
-        return (min(patterns), origin) if patterns else None
 
     def _closure(
         self, places: tuple[int, ...], seen: set[int], before: _Around | None, after: _Around | None

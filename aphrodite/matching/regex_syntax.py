@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from aphrodite.errors import InvalidRequestError
 
-MAX_INSTRUCTIONS = 4096  # of all of a request's patterns together
+MAX_INSTRUCTIONS = 2048  # of all of a request's patterns together
 MAX_NESTING = 40
 MAX_REPEAT = 1000
 
