@@ -64,8 +64,9 @@ class Mirostat(Stage):
 
 def _truncate_by_surprise(logits: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
     """Version 2. [R, vocab], [R, 1]."""
-    lowest = torch.minimum(logits.logsumexp(-1, keepdim=True) - mu * _LN2, logits.amax(-1, keepdim=True))
-    return logits.masked_fill_(logits < lowest, -torch.inf)
+    log_probability = logits.log_softmax(-1)
+    best = log_probability.amax(-1, keepdim=True)
+    return logits.masked_fill_(log_probability < torch.minimum(-mu * _LN2, best), -torch.inf)
 
 
 def _truncate_by_rank(logits: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 from aphrodite.sampling.stages.penalties import STAGE as PENALTIES
 from aphrodite.sampling.stages.penalties import is_ranged
 
+_UNIT = 2.0**32
 _LEAST_FACTOR = 0.01  # a slope above 1 could turn a repetition penalty below 1 negative
 
 
@@ -76,8 +77,9 @@ class RangedPenalties(Stage):
         nearest = torch.full_like(logits, 2**31, dtype=torch.int64)
         nearest.scatter_reduce_(1, history, torch.where(counted, distance, 2**31), "amin")
         in_answer = counted & (distance < answers)
-        amount = torch.zeros_like(logits)
-        amount.scatter_add_(1, history, torch.where(in_answer, weight(distance), 0.0).to(logits.dtype))
+        # In whole numbers, whose sum does not depend on the order in which a GPU adds.
+        parts = (torch.where(in_answer, weight(distance), 0.0) * _UNIT).round().to(torch.int64)
+        amount = torch.zeros_like(nearest).scatter_add_(1, history, parts).to(logits.dtype) / _UNIT
         last = weight(nearest)
         factor = (1 + (repetition - 1) * last).clamp(min=_LEAST_FACTOR)
         penalized = torch.where(logits > 0, logits / factor, logits * factor)
