@@ -303,7 +303,7 @@ void Program::pack(const Op& op, Team& team, int worker) {
 // the core that wrote it. Few rows are not divided, so that weights are read once.
 RowSpans Program::spans(int64_t rows, int threads) const {
     constexpr int64_t kSpanRows = 64;
-    const int64_t span = rows < 2 * kSpanRows * threads ? (rows < 32 * threads ? rows : ceil_div(rows, 8 * threads) * 8)
+    const int64_t span = rows < 2 * kSpanRows * threads ? (rows < 16 * threads ? rows : ceil_div(rows, 8 * threads) * 8)
                                                         : kSpanRows;
     return {span, ceil_div(rows, span), rows};
 }
