@@ -549,13 +549,15 @@ def mirostat(logits: np.ndarray, row: Row) -> np.ndarray:
     mu = _steered("mirostat", row, 2 * p.mirostat_tau)
     order = ranked(logits)[: len(left(logits))]
     if p.mirostat_mode == 1:
-        top = np.log(softmax(logits)[order[:100]])
+        top = logits[order[:100]]  # their differences are the logarithms of the ratios of probabilities
         ranks = np.arange(1, len(top) + 1)
         t, b = np.log(ranks[1:] / ranks[:-1]), top[:-1] - top[1:]
-        s = (t * b).sum() / (t * t).sum()
-        k = ((s - 1) * 2**mu / (1 - len(logits) ** (1 - s))) ** (1 / s)
+        with np.errstate(all="ignore"):
+            s = (t * b).sum() / (t * t).sum()
+            k = ((s - 1) * 2**mu / (1 - len(logits) ** (1 - s))) ** (1 / s)
+        k = 1.0 if math.isnan(k) else min(k, len(order))  # NaN: there is nothing to estimate from
         row.decide(k - math.floor(k) - 0.5)
-        logits = _prefix(logits, order, round(min(k, len(order))), logits, row)
+        logits = _prefix(logits, order, round(k), logits, row)
     else:
         logits = _threshold(logits, logits.max() - math.log(softmax(logits).max()) - mu * math.log(2), row)
     with np.errstate(divide="ignore"):

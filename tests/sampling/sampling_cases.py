@@ -63,6 +63,25 @@ FIELDS: dict[str, Callable[[Random, int], Fields]] = {
         "xtc_protect": bool(g.integers(2)),
     },
     "skew": lambda g, v: {"skew": _between(g, -1.5, 1.5)},
+    "dry": lambda g, v: {
+        "dry_multiplier": _between(g, 0.2, 2),
+        "dry_base": _between(g, 1, 2.5),
+        "dry_allowed_length": int(g.integers(0, 3)),
+        "dry_range": int(g.integers(0, 30)),
+        "dry_sequence_breakers": ["\n", "7"][: g.integers(0, 3)],
+    },
+    "ranged_penalties": lambda g, v: {
+        **FIELDS["penalties"](g, v),
+        "rep_pen_range": int(g.integers(1, 30)),
+        "rep_pen_slope": _between(g, 0.2, 1),
+    },
+    "no_repeat_ngram": lambda g, v: {"no_repeat_ngram_size": int(g.integers(1, 4))},
+    "mirostat": lambda g, v: {
+        "mirostat": int(g.integers(1, 3)),
+        "mirostat_tau": _between(g, 1, 8),
+        "mirostat_eta": _between(g, 0.05, 1),
+    },
+    "adaptive_p": lambda g, v: {"adaptive_target": _between(g, 0.05, 0.9), "adaptive_decay": _between(g, 0, 1)},
 }
 
 ORDERED = (

@@ -16,7 +16,7 @@ from aphrodite.sampling.plan import compile_plan
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, StageContext
 from aphrodite.sampling.vocabulary import Vocabulary
 
-HISTORY = {"dry", "no_repeat_ngram", "mirostat", "adaptive_p"}  # see test_history_stages.py
+HISTORY = {"dry", "ranged_penalties", "no_repeat_ngram", "mirostat", "adaptive_p"}  # see test_history_stages.py
 VOCAB, DRAWS = 60, 100_000
 
 

@@ -21,6 +21,7 @@ class TopP(Stage):
     parameters = ("top_p",)
     native = NativeOp.TOP_P
     keeps_argmax = True
+    truncation = True
 
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         normalizer = logits.to(torch.float64).logsumexp(-1, keepdim=True)
