@@ -19,14 +19,14 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from operator import attrgetter
-from typing import NamedTuple
 
 import msgspec
 
 from aphrodite.core.block_pool import BlockPool
+from aphrodite.core.draft import Draft, InFlight
+from aphrodite.core.finish import finish_reason_of
 from aphrodite.core.invariants import check_requests
 from aphrodite.core.plan import (
     RowResult,
@@ -39,7 +39,6 @@ from aphrodite.core.plan import (
     TokenTrace,
 )
 from aphrodite.core.prefix_cache import BlockHasher
-from aphrodite.core.repetition import repeats
 from aphrodite.core.request import ForkGroup, OutputToken, Request, RequestStatus, RequestUpdate, Rewind
 from aphrodite.core.scheduler_config import SchedulerConfig, SchedulerStats
 from aphrodite.core.waiting_queue import WaitingQueue
@@ -52,27 +51,6 @@ __all__ = ["RequestUpdate", "Scheduler", "SchedulerConfig", "SchedulerStats"]
 _RETRY_AFTER_SECONDS = 1.0
 _NO_BLOCKS: list[int] = []  # shared by the many steps that need no new block; never changed
 _by_key = attrgetter("key")
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making."""
-
-    step_id: int
-    budget: int
-    starts: list[RowStart] = field(default_factory=list)
-    steps: list[RowStep] = field(default_factory=list)
-    rewinds: list[RowRewind] = field(default_factory=list)
-    requests: list[tuple[Request, int, int]] = field(default_factory=list)  # beside `steps`; see `_InFlight`
-
-
-class _InFlight(NamedTuple):
-    """A plan whose result has not arrived. Requests are held here themselves, not by row: nothing else is needed
-    for a late result to find its own request, or to find that it has ended."""
-
-    plan: StepPlan
-    # Beside `plan.steps`: whose it is, and its `num_preemptions` and `num_rewinds` then.
-    requests: list[tuple[Request, int, int]]
 
 
 class Scheduler:
@@ -94,7 +72,7 @@ class Scheduler:
         self._num_held = 0
         self._free_rows = list(range(config.max_num_seqs))  # a heap: low rows keep a batch dense
         self._ended_rows: list[int] = []  # to be named in the next plan's `ends`
-        self._inflight: deque[_InFlight] = deque()
+        self._inflight: deque[InFlight] = deque()
         self._num_arrivals = 0
         self._next_step_id = 0
         self._num_preemptions = 0
@@ -181,7 +159,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if nothing can run before a result arrives or a request comes."""
-        draft = _Draft(self._next_step_id, self.config.max_num_batched_tokens)
+        draft = Draft(self._next_step_id, self.config.max_num_batched_tokens)
         if self._forming:
             self._release_held()
         running = self._running
@@ -208,7 +186,7 @@ class Scheduler:
         plan = StepPlan(draft.step_id, self._ended_rows, draft.starts, draft.steps, draft.rewinds)
         self._ended_rows = []
         self._next_step_id += 1
-        self._inflight.append(_InFlight(plan, draft.requests))
+        self._inflight.append(InFlight(plan, draft.requests))
         return plan
 
     def _next_waiting(self) -> Request | None:
@@ -219,7 +197,7 @@ class Scheduler:
             return fresh
         return resumed
 
-    def _advance(self, request: Request, index: int, draft: _Draft) -> bool:
+    def _advance(self, request: Request, index: int, draft: Draft) -> bool:
         """Plan a share of the step for the running request at `index`; False if it lacks blocks."""
         known = len(request.tokens) + request.num_pending
         count = known - request.num_computed
@@ -244,7 +222,7 @@ class Scheduler:
             self._take(request, draft, count, blocks, reset=False)
         return granted == missing
 
-    def _admit(self, request: Request, index: int, draft: _Draft) -> bool:
+    def _admit(self, request: Request, index: int, draft: Draft) -> bool:
         """Give a waiting request blocks, and a row if it has none, and plan its share; False if it does not fit.
 
         Those behind `index` give way. A member of a group whose prompt is being computed is held instead.
@@ -312,7 +290,7 @@ class Scheduler:
             group.leader = request
         return found, None
 
-    def _start(self, request: Request, draft: _Draft) -> None:
+    def _start(self, request: Request, draft: Draft) -> None:
         """Move an admitted request among the running ones."""
         if request.status is RequestStatus.PREEMPTED:
             self._preempted.pop()
@@ -334,7 +312,7 @@ class Scheduler:
             budget = min(budget, self.config.prompt_logprobs_chunk)
         return min(count, max(1, budget - num_behind))
 
-    def _take(self, request: Request, draft: _Draft, count: int, blocks: list[int], *, reset: bool) -> None:
+    def _take(self, request: Request, draft: Draft, count: int, blocks: list[int], *, reset: bool) -> None:
         """Put `count` positions of a running request into the plan."""
         start = request.num_computed
         end = start + count
@@ -420,14 +398,12 @@ class Scheduler:
                 return self._end(request, "length", prompt_logprobs=prompt_logprobs)
             if prompt_logprobs is None:
                 return None
-            return RequestUpdate(
-                request.request_id, [], None, prompt_logprobs, num_cached_tokens=request.num_cached_tokens
-            )
+            return RequestUpdate(request.request_id, [], None, prompt_logprobs, None, None, request.num_cached_tokens)
         token = row.token_id
         if token is None:
             raise RuntimeError(f"row {step.row} of request {request.request_id} brought no token")
         request.tokens.append(token)
-        finish_reason, stop_reason = self._finish_reason(request, token)
+        finish_reason, stop_reason = finish_reason_of(request, token, self.config.eos_token_ids)
         if request.guard is not None:
             return self._guarded(request, row, prompt_logprobs, finish_reason, stop_reason)
         logprobs = None if row.logprobs is None else [row.logprobs]
@@ -459,10 +435,8 @@ class Scheduler:
         if finish_reason is not None:
             update = self._end(request, finish_reason, token_ids, logprobs, prompt_logprobs, stop_reason, traces=traces)
         elif token_ids or prompt_logprobs is not None:
-            update = RequestUpdate(
-                request.request_id, token_ids, logprobs, prompt_logprobs, None, None, request.num_cached_tokens,
-                None, traces,
-            )  # fmt: skip
+            cached, name = request.num_cached_tokens, request.request_id
+            update = RequestUpdate(name, token_ids, logprobs, prompt_logprobs, None, None, cached, None, traces)
         else:
             return None
         return update._replace(warning=request.guard.warning)
@@ -473,22 +447,6 @@ class Scheduler:
         if request.status is RequestStatus.ENDING:  # it had all its tokens, and now lacks some
             request.status = RequestStatus.PREEMPTED
             self._preempted.push(request)
-
-    def _finish_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
-        """Whether the token just appended ends the request, and the stop token id that did."""
-        params = request.params
-        # The sampler masks these tokens until `min_tokens` others are out.
-        if request.num_output_tokens > params.min_tokens:
-            if token in self.config.eos_token_ids and not params.ignore_eos:
-                return "stop", None
-            if token in params.stop_token_ids:
-                return "stop", token
-        if len(request.tokens) >= request.max_total:
-            return "length", None
-        detection = params.repetition_detection
-        if detection is not None and repeats(request.tokens, request.num_prompt_tokens, detection):
-            return "repetition", None
-        return None, None
 
     def _take_prompt_logprobs(self, request: Request, step: RowStep, row: RowResult) -> list[TokenLogprobs] | None:
         """The entries of a result that were not handed out before a preemption."""
@@ -624,20 +582,18 @@ class Scheduler:
         Raises:
             RuntimeError: an invariant is broken.
         """
+        inflight = [request for entry in self._inflight for request, *_ in entry.requests]
         self._pool.check(request.blocks for request in self._running)
         check_requests(
             self._requests,
             running=self._running,
             waiting=self._waiting.requests(),
             preempted=self._preempted.requests(),
-            inflight=[request for entry in self._inflight for request, *_ in entry.requests],
+            inflight=inflight,
         )
         held = sum(request in request.group.held for request in self._requests.values() if request.group is not None)
         if held != self._num_held:
             raise RuntimeError("groups have lost count")
-        owners = {id(r): r for r in self._requests.values()} | {
-            id(r): r for entry in self._inflight for r, *_ in entry.requests
-        }
-        rows = [r.row for r in owners.values()] + self._free_rows
+        rows = [r.row for r in {id(r): r for r in (*self._requests.values(), *inflight)}.values()] + self._free_rows
         if sorted(r for r in rows if r is not None) != list(range(self.config.max_num_seqs)):
             raise RuntimeError(f"rows are lost or owned twice: {rows}")
