@@ -1,6 +1,6 @@
-"""Time of sampling per row for common settings, beside the time that reading the logits once would take.
+"""Time of sampling per row for each stage and common settings, beside the time that reading the logits once would take.
 
-    python benchmarks/sampling.py [--vocab 49152] [--rows 1 8 32] [--history 1000 32000] [--torch]
+    python benchmarks/sampling.py [--vocab 49152 128256] [--rows 1 32 128] [--history 1000 32000] [--torch]
 
 "limit" is the time in which one core reads a row of float32 logits at the bandwidth it reaches on a
 buffer of the batch's size. Logits are shaped like a model's: a normal bulk with a long upper tail.
@@ -19,20 +19,46 @@ from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.vocabulary import Vocabulary
 
-PROMPT = 200
+PROMPT = 1000
 SETTINGS = {
     "greedy": SamplingParams(temperature=0.0),
     "temperature 1": SamplingParams(),
     "temperature 0.8": SamplingParams(temperature=0.8),
+    "dynatemp 0.5 to 1.5": SamplingParams(dynatemp_min=0.5, dynatemp_max=1.5),
+    "logit_bias of 5": SamplingParams(logit_bias=dict.fromkeys(range(5), 1.0)),
+    "penalties": SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1),
+    "penalties, range 512": SamplingParams(repetition_penalty=1.1, repetition_penalty_range=512),
+    "no_repeat_ngram_size 4": SamplingParams(no_repeat_ngram_size=4),
+    "dry 0.8": SamplingParams(dry_multiplier=0.8),
+    "top_nsigma 1.5": SamplingParams(top_nsigma=1.5),
     "top_k 40": SamplingParams(top_k=40),
     "top_p 0.9": SamplingParams(top_p=0.9),
+    "top_a 0.2": SamplingParams(top_a=0.2),
     "min_p 0.05": SamplingParams(min_p=0.05),
-    "penalties, greedy": SamplingParams(temperature=0.0, repetition_penalty=1.1, presence_penalty=0.2),
+    "tfs 0.95": SamplingParams(tfs=0.95),
+    "eta_cutoff 0.0003": SamplingParams(eta_cutoff=0.0003),
+    "epsilon_cutoff 0.0003": SamplingParams(epsilon_cutoff=0.0003),
+    "typical_p 0.9": SamplingParams(typical_p=0.9),
+    "quadratic 0.3": SamplingParams(smoothing_factor=0.3),
+    "xtc 1.0, 0.1": SamplingParams(xtc_probability=1.0, xtc_threshold=0.1),
+    "skew 0.5": SamplingParams(skew=0.5),
+    "mirostat 2": SamplingParams(mirostat_mode=2, mirostat_tau=5.0, mirostat_eta=0.1),
+    "adaptive_p 0.5, min_p 0.05": SamplingParams(adaptive_target=0.5, min_p=0.05),
     "temperature, top_p, min_p, penalties": SamplingParams(
         temperature=0.8, top_p=0.95, min_p=0.02, repetition_penalty=1.1, frequency_penalty=0.1
     ),
+    "role-play preset": SamplingParams(
+        repetition_penalty=1.1,
+        dry_multiplier=0.8,
+        min_p=0.05,
+        xtc_probability=0.5,
+        xtc_threshold=0.1,
+        temperature=1.1,
+        temperature_last=True,
+    ),
     "temperature 5, top_p 0.99 (flat)": SamplingParams(temperature=5.0, top_p=0.99),
     "temperature 1, 5 logprobs": SamplingParams(logprobs=5),
+    "temperature, min_p, 5 logprobs": SamplingParams(temperature=0.8, min_p=0.05, logprobs=5),
 }
 
 
@@ -71,11 +97,14 @@ def measure(count: int, vocab: int, *, native: bool, repeats: int) -> None:
     limit = read_limit_us(logits)
     print(f"\n{count} rows x {vocab} logits, reading a row once: {limit:.1f} us (one core)")
     print(f"{'settings':40}{'us/call':>10}{'us/row':>10}{'x read':>8}")
-    prompt = np.random.default_rng(1).integers(0, vocab, PROMPT).tolist()
-    history = torch.zeros(count, PROMPT + repeats + 1, dtype=torch.int32)
+    tokens = histories(PROMPT + repeats + 1, vocab)["text"].astype(np.int32)
+    prompt = tokens[:PROMPT].tolist()
+    history = torch.from_numpy(np.tile(tokens, (count, 1)))
     lengths = torch.full((count,), PROMPT)
+    vocabulary = Vocabulary(vocab, Words())
     for name, params in SETTINGS.items():
-        sampler = Sampler(count, vocab, frozenset({0}), history, lengths, torch.device("cpu"), native=native)
+        device = torch.device("cpu")
+        sampler = Sampler(count, vocab, frozenset({0}), history, lengths, device, native=native, vocabulary=vocabulary)
         for row in range(count):
             sampler.start(row, params, row, prompt)
         call = median_us(sampler, logits, list(range(count)), repeats)
@@ -143,17 +172,18 @@ def measure_history(count: int, vocab: int, lengths: list[int], *, native: bool,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 128256])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--torch", action="store_true", help="measure the torch stages instead of the native path")
     parser.add_argument("--history", type=int, nargs="*", default=[1000, 32000], help="lengths of histories")
     arguments = parser.parse_args()
-    for count in arguments.rows:
-        measure(count, arguments.vocab, native=not arguments.torch, repeats=arguments.repeats)
-        measure_history(
-            count, arguments.vocab, arguments.history, native=not arguments.torch, repeats=arguments.repeats
-        )
+    native, repeats = not arguments.torch, arguments.repeats
+    for vocab in arguments.vocab:
+        for count in arguments.rows:
+            measure(count, vocab, native=native, repeats=repeats)
+            if arguments.history:
+                measure_history(count, vocab, arguments.history, native=native, repeats=repeats)
 
 
 if __name__ == "__main__":
