@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import RunningServer
 from fake_engine import STORY
 
 from aphrodite.sampling.params import canonical_names
 from aphrodite.server.openai import warnings
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.openai.warnings import MAX_WARNINGS, field_warnings
+
+if TYPE_CHECKING:
+    from conftest import RunningServer
 
 ENDPOINTS = {
     "/v1/completions": {"prompt": "x"},
