@@ -38,15 +38,22 @@ void quadratic(Row& row, const SamplerOp& op) {
     });
 }
 
-// Logarithms of the steps of C^a along the sorted keys, into scratch.y at the indices that the keys came from.
+// Logarithms of the steps of C^a along the sorted keys, into scratch.y at the indices that the keys came from. A
+// small step is its slope in the middle, a * C^(a - 1) * p, to within (p / C)^2.
 void skew_head(Row& row, int32_t count, double mass, double a) {
-    double cumulative = 0, reached = 0;
+    constexpr double kSmallStep = 1e-4;
+    const double shift = std::log(a) - std::log(mass);
+    double cumulative = 0;
     for (int32_t i = 0; i < count; ++i) {
         const int32_t index = index_of(row.scratch.keys[i]);
-        cumulative += std::exp(static_cast<double>(row.x[index] - row.max)) / mass;
-        const double power = std::pow(std::min(cumulative, 1.0), a);
-        row.scratch.y[index] = static_cast<float>(std::log(std::max(power - reached, kSmallest)));
-        reached = power;
+        const double below = row.x[index] - row.max, p = std::exp(below) / mass, before = cumulative;
+        cumulative = std::min(before + p, 1.0);
+        double step;
+        if (p < kSmallStep * before && cumulative > before)
+            step = below + shift + (a - 1) * std::log(0.5 * (before + cumulative));
+        else
+            step = std::log(std::max(std::pow(cumulative, a) - std::pow(before, a), kSmallest));
+        row.scratch.y[index] = static_cast<float>(step);
     }
 }
 
