@@ -102,9 +102,9 @@ class NativeExecutor:
     @staticmethod
     def declines(spec: ModelSpec, weights: Mapping[str, RawTensor], *, block_size: int = KV_BLOCK) -> str | None:
         """Why the executor cannot run this model, or None if it can."""
-        unavailable = native_library.unavailable_reason()
-        if unavailable is not None:
-            return unavailable
+        library = native_library.load()
+        if library is None:
+            return native_library.unavailable_reason()
         if block_size != KV_BLOCK:
             return f"its KV cache has blocks of {KV_BLOCK} positions, not {block_size}"
         if spec.head_dim % 16 != 0 or spec.rotary.dim > spec.head_dim:
@@ -113,8 +113,13 @@ class NativeExecutor:
             return f"more than {MAX_QUERY_GROUP} query heads share a key head"
         for name in _linear_names(spec):
             rows, columns = weights[name].shape
-            if columns % BLOCK_COLUMNS != 0 or (name.endswith(".gate.weight") and rows % BLOCK_COLUMNS != 0):
-                return f"{name} is [{rows}, {columns}], not a multiple of {BLOCK_COLUMNS} columns"
+            if tiles_bytes(library, weights[name].qtype, rows, columns) == 0:
+                return (
+                    f"{name} is {weights[name].qtype.name} [{rows}, {columns}]; it needs another type "
+                    f"or a multiple of {BLOCK_COLUMNS} columns"
+                )
+            if name.endswith(".gate.weight") and rows % BLOCK_COLUMNS != 0:
+                return f"{name} has {rows} rows, not a multiple of {BLOCK_COLUMNS}"
         return None
 
     @property

@@ -1,4 +1,4 @@
-// Attention over the paged cache. Included after a simd_*.h and math.h.
+// Attention over the paged cache. Included after a simd_*.h and lane_math.h.
 //
 // Softmax runs over tiles of 128 positions, counted from position 0 of the sequence: each gives an unnormalised
 // output, a maximum and a sum (the online softmax of arXiv 1805.02867), merged in the order of tiles. A query's

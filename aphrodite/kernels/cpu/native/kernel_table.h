@@ -1,6 +1,6 @@
 // All kernels over the lanes that were included before.
 #pragma once
-#include "math.h"
+#include "lane_math.h"
 // the order matters: each uses the ones above
 #include "rows.h"
 // products pack their results

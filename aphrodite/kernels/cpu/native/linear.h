@@ -1,4 +1,4 @@
-// Matrix products of packed rows with tiles of 16 weight rows. Included after a simd_*.h, math.h and rows.h.
+// Matrix products of packed rows with tiles of 16 weight rows. Included after a simd_*.h, lane_math.h and rows.h.
 //
 // Cost: a tile of C columns costs C / 2 16-bit or C / 4 8-bit dot instructions a row, and its bytes once per group
 // of rows. Quants are unpacked in registers, once for every kDotRows rows; integer sums of a block of 32 are exact.

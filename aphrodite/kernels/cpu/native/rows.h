@@ -1,4 +1,4 @@
-// Kernels over single rows: packing for products, norm, rotary, cache writes. Included after a simd_*.h and math.h.
+// Kernels over single rows: packing for products, norm, rotary, cache writes. Included after a simd_*.h and lane_math.h.
 #pragma once
 #include <cstring>
 
