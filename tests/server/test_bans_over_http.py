@@ -85,9 +85,7 @@ async def test_what_cannot_be_banned_is_named_in_the_choice(server: RunningServe
     assert answer.choices[0].text == "x" * 40
     (warning,) = answer.choices[0].model_extra["warnings"]  # type: ignore[index]
     assert "could not be avoided" in warning
-    stream = await server.client.completions.create(
-        model=MODEL, prompt=PROMPT, stream=True, **GREEDY, extra_body=extra
-    )
+    stream = await server.client.completions.create(model=MODEL, prompt=PROMPT, stream=True, **GREEDY, extra_body=extra)
     last = [chunk async for chunk in stream][-1].choices[0]
     assert last.model_extra is not None
     assert last.model_extra["warnings"] == [warning]
