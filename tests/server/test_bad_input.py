@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import RunningServer, running_server
 from fake_engine import STORY, FakeEngine
+from running import RunningServer, running_server
 
 from aphrodite.sampling.params import parameter_table
 from aphrodite.sampling.table import ParamRow

@@ -10,9 +10,9 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
-from conftest import RunningServer, running_server
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
+from running import RunningServer, running_server
 
 from aphrodite.config import EngineConfig
 from aphrodite.engine.async_engine import AsyncEngine

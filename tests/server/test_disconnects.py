@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import pytest
-from conftest import RunningServer, running_server
 from fake_engine import STORY, FakeEngine, FakeModel
+from running import RunningServer, running_server
 
 
 async def open_request(server: RunningServer, path: str, body: dict[str, Any]) -> asyncio.StreamWriter:

@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import running_server
 from fake_engine import FakeEngine
+from running import running_server
 
 from aphrodite.errors import ConfigError
 from aphrodite.server.config import ServerConfig

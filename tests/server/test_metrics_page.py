@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import RunningServer, running_server
 from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
+from running import RunningServer, running_server
 
 from aphrodite.errors import QueueFullError
 from aphrodite.server.metrics import Histogram

@@ -10,10 +10,10 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import RunningServer, running_server
 from fake_engine import BOS, STORY, FakeEngine, FakeModel
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from running import RunningServer, running_server
 
 from aphrodite.errors import EngineDeadError, QueueFullError
 

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from conftest import running_server
 from fake_engine import FakeEngine
 from hypothesis import HealthCheck, Phase, given, settings
+from running import running_server
 
 from aphrodite.sampling.params import canonical_names
 from aphrodite.server.app import Application

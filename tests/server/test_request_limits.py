@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import RunningServer, running_server
+from running import RunningServer, running_server
 
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.errors import ApiError

@@ -15,7 +15,7 @@ from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.openai.warnings import MAX_WARNINGS, field_warnings
 
 if TYPE_CHECKING:
-    from conftest import RunningServer
+    from running import RunningServer
 
 ENDPOINTS = {
     "/v1/completions": {"prompt": "x"},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import RunningServer, running_server
 from fake_engine import BOS, EOS
+from running import RunningServer, running_server
 
 
 @pytest.mark.parametrize("prefix", ["", "/v1"])
