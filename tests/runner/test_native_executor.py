@@ -207,20 +207,21 @@ def test_models_that_it_cannot_run_are_declined_with_a_reason() -> None:
 
 
 def test_real_model_is_close_to_transformers(smollm2_path: Path, smollm2_oracle: Any) -> None:
-    """Bounds about twice what was measured; int8 keeps most of the greedy choices."""
+    """Random tokens, harder than text: bounds about twice the worst of three draws, one of which holds a token that
+    magnifies every error about thirty times; int8 keeps most of the greedy choices."""
     checkpoint = open_checkpoint(smollm2_path)
-    tokens = np.random.default_rng(2).integers(0, checkpoint.spec.vocab_size, 96).tolist()
+    draws = [np.random.default_rng(seed).integers(0, checkpoint.spec.vocab_size, 96).tolist() for seed in range(3)]
     with torch.no_grad():
-        expected = smollm2_oracle(torch.tensor([tokens])).logits[0]
+        expected = smollm2_oracle(torch.tensor(draws)).logits
     bounds = (
         ("float32", "float32", 1e-3, 5e-5, 1.0),
-        ("int16", "float16", 0.06, 6e-3, 0.98),
-        ("int8", "float16", 3.0, 0.4, 0.8),
+        ("int16", "float16", 0.3, 8e-3, 0.98),
+        ("int8", "float16", 35.0, 0.6, 0.8),
     )
     for activations, kv_dtype, most, mean, agreement in bounds:
         executor = _executor(checkpoint.spec, checkpoint.weights, activations=activations, kv_dtype=kv_dtype)
         assert executor.weight_bytes <= 1.15 * checkpoint.weight_bytes
-        logits = Sequences(executor, [tokens]).step({0: len(tokens)})[0]
+        logits = torch.stack([Sequences(executor, [draw]).step({0: len(draw)})[0].clone() for draw in draws])
         difference = (logits - expected).abs()
         assert difference.max() < most
         assert difference.mean() < mean
