@@ -119,10 +119,6 @@ class Request:
         return len(self.tokens) - len(self.prompt_token_ids)
 
     @property
-    def output_token_ids(self) -> list[int]:
-        return self.tokens[len(self.prompt_token_ids) :].tolist()
-
-    @property
     def samples(self) -> bool:
         """False for a request that only computes its prompt (`max_tokens=0`)."""
         return self.max_total > len(self.prompt_token_ids)

@@ -98,7 +98,6 @@ class AsyncEngine:
         self._answer_numbers = itertools.count()
         self._ping_numbers = itertools.count()
         self._pongs: dict[int, asyncio.Future[None]] = {}
-        self._closing = False
         self._reader = asyncio.create_task(self._read(), name="engine-reader")
 
     @classmethod
@@ -194,15 +193,9 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """End the engine process; requests that still run fail with EngineDeadError."""
-        self._closing = True
         self._reader.cancel()
         await self._process.close()
         self._die(EngineDeadError("the engine was shut down"))
-
-    def kill(self) -> None:
-        """End the engine process at once."""
-        self._closing = True
-        self._process.kill()
 
     def _submit(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int, cache_salt: str | None

@@ -22,9 +22,8 @@ class Rows:
         num_prompt: `[num_rows]` int32, prompt lengths.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int, num_blocks: int) -> None:
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
         self.block_size = block_size
-        self.num_blocks = num_blocks
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = torch.zeros(num_rows, max_model_len + 1, dtype=torch.int32)
         self.num_prompt = torch.zeros(num_rows, dtype=torch.int32)
@@ -77,6 +76,3 @@ class Rows:
     def append(self, rows: list[int], positions: list[int], token_ids: torch.Tensor) -> None:
         """Write the sampled `token_ids` `[L]` at `positions` of `rows`."""
         self._token_ids[rows, positions] = token_ids.numpy()
-
-    def token(self, row: int, position: int) -> int:
-        return int(self._token_ids[row, position])

@@ -73,7 +73,7 @@ class Runner:
     ) -> None:
         executor.allocate_kv_cache(num_blocks)
         self.executor = executor
-        self.rows = Rows(num_rows, max_model_len, executor.block_size, num_blocks)
+        self.rows = Rows(num_rows, max_model_len, executor.block_size)
         self.sampler = Sampler(
             num_rows=num_rows,
             vocab_size=executor.spec.vocab_size,

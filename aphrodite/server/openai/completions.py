@@ -18,7 +18,7 @@ from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.chunks import ChunkWriter
-from aphrodite.server.openai.finish import openai_finish_reason, stop_reason
+from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
 from aphrodite.server.openai.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.logprobs import (
     TextOffsets,
@@ -35,7 +35,6 @@ from aphrodite.server.openai.protocol import (
     refuse_unsupported,
     sampling_params,
 )
-from aphrodite.server.openai.trace import sampler_trace
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.sse import EventResponse, EventStream
 
@@ -232,16 +231,7 @@ class _Answer:
         }
 
     def _extra(self, answer: CompletionOutput) -> dict[str, Any]:
-        extra: dict[str, Any] = {}
-        if answer.finish_reason is not None:
-            extra["stop_reason"] = stop_reason(answer)
-        if answer.warnings:
-            extra["warnings"] = answer.warnings
-        if self._fields.return_token_ids:
-            extra["token_ids"] = answer.token_ids
-        if answer.sampler_trace is not None:
-            extra["sampler_trace"] = sampler_trace(answer.sampler_trace, self._names)
-        return extra
+        return answer_extras(answer, self._names, token_ids=self._fields.return_token_ids)
 
     def _echo(self, number: int) -> tuple[str, dict[str, Any] | None]:
         """A prompt's text and, if log-probabilities were asked for, its tokens'; made once for all its answers."""
