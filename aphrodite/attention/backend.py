@@ -16,15 +16,22 @@ from aphrodite.runner.inputs import ForwardInputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """What a back end must support: the model's heads, the cache's blocks, dtype and device of both."""
+    """What a back end must support: the model's heads, the cache's blocks, dtype and device of both.
 
-    num_layers: int
+    `windows` has an entry a layer: how many latest positions a query sees, itself included; None for all.
+    """
+
+    windows: tuple[int | None, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
     block_size: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
 
     @property
     def group(self) -> int:
@@ -49,19 +56,33 @@ class KVCache(NamedTuple):
     values: torch.Tensor
 
 
+class QueryKeyTransform(NamedTuple):
+    """What becomes of a layer's queries and keys before they meet: a norm for each head, if any, then rotation.
+
+    Attributes:
+        cos, sin: `[max_model_len, rotated / 2]` float32: pairs (i, i + rotated / 2) of the first `rotated`
+            dimensions of a head turn by their position's angle (arXiv 2104.09864).
+        query_norms, key_norms: a weight `[head_dim]` a layer, or empty where the model has none.
+        norm_eps: of these norms.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    query_norms: tuple[torch.Tensor, ...] = ()
+    key_norms: tuple[torch.Tensor, ...] = ()
+    norm_eps: float = 0.0
+
+
 class StepAttention(Protocol):
     """Attention of one step."""
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
-    ) -> torch.Tensor:
-        """Write K and V of this step's tokens, then attend.
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """Transform queries and keys, write K and V of this step's tokens, then attend.
 
         Args:
             layer: index of the layer.
-            query: `[rows, heads, head_dim]`, rotated; rows beyond the step's T tokens are padding.
-            key, value: `[rows, kv_heads, head_dim]`, key rotated.
-            window: latest positions that a query sees, itself included; None for all.
+            qkv: `[rows, (heads + 2 * kv_heads) * head_dim]`, queries, keys, values; it may be overwritten. Rows
+                beyond the step's T tokens are padding.
 
         Returns:
             `[rows, heads * head_dim]`; padding rows are finite and otherwise meaningless.
@@ -77,4 +98,4 @@ class AttentionBackend(Protocol):
         """A zeroed cache of `num_blocks` blocks for every layer."""
 
     def begin_step(self, inputs: ForwardInputs, cache: KVCache) -> StepAttention:
-        """Prepare a step."""
+        """Prepare a step; `positions` may have rows beyond the step's T tokens, which are padding."""

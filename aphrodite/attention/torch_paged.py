@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from aphrodite.attention.backend import AttentionShape, KVCache, StepAttention
+from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform, StepAttention
 from aphrodite.attention.step_plan import MAX_QUERIES, AttentionGroup, StepPlanner
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.runner.inputs import ForwardInputs
@@ -33,8 +33,9 @@ class TiledAttention:
 
     name = "torch tiled"
 
-    def __init__(self, shape: AttentionShape) -> None:
+    def __init__(self, shape: AttentionShape, transform: QueryKeyTransform) -> None:
         self._shape = shape
+        self._transform = transform
         self._tile = shape.block_size * max(1, KEY_TILE // shape.block_size)
 
     @staticmethod
@@ -58,7 +59,7 @@ class TiledAttention:
             query_multiple=ROW_MULTIPLE,
             row_multiple=ROW_MULTIPLE,
         )
-        return _PagedStep(self._shape, inputs, cache, planner, self._attend)
+        return _PagedStep(self._shape, self._transform, inputs, cache, planner, self._attend)
 
     def verify(self) -> bool:
         """Whether this machine's batched products give a row the same bits in every shape that occurs."""
@@ -110,8 +111,9 @@ class SdpaAttention:
 
     name = "torch sdpa"
 
-    def __init__(self, shape: AttentionShape) -> None:
+    def __init__(self, shape: AttentionShape, transform: QueryKeyTransform) -> None:
         self._shape = shape
+        self._transform = transform
 
     def allocate(self, num_blocks: int) -> KVCache:
         return _allocate(self._shape, num_blocks)
@@ -127,7 +129,7 @@ class SdpaAttention:
             query_multiple=1,
             row_multiple=1,
         )
-        return _PagedStep(self._shape, inputs, cache, planner, self._attend)
+        return _PagedStep(self._shape, self._transform, inputs, cache, planner, self._attend)
 
     def _attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
@@ -158,31 +160,44 @@ class _PagedStep:
     def __init__(
         self,
         shape: AttentionShape,
+        transform: QueryKeyTransform,
         inputs: ForwardInputs,
         cache: KVCache,
         planner: StepPlanner,
         attend: _GroupAttention,
     ) -> None:
         self._shape = shape
+        self._transform = transform
         self._slots = inputs.slot_mapping
+        self._cos = transform.cos.index_select(0, inputs.positions)[:, None]  # [rows, 1, rotated / 2]
+        self._sin = transform.sin.index_select(0, inputs.positions)[:, None]
         self._cache = cache
         self._planner = planner
         self._attend = attend
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        shape = self._shape
+        query, key, value = qkv.view(qkv.shape[0], -1, shape.head_dim).split(
+            (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1
+        )
+        if self._transform.query_norms:
+            query = self._norm(query, self._transform.query_norms[layer])
+            key = self._norm(key, self._transform.key_norms[layer])
+        query, key = rotate(query, self._cos, self._sin), rotate(key, self._cos, self._sin)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         num_tokens = self._slots.shape[0]
         keys.flatten(1, 2).index_copy_(1, self._slots, key[:num_tokens].transpose(0, 1))
         values.flatten(1, 2).index_copy_(1, self._slots, value[:num_tokens].transpose(0, 1))
-        out = query.new_zeros(query.shape[0], self._shape.num_heads * self._shape.head_dim)
-        for group in self._planner.groups(window):
+        out = query.new_zeros(query.shape[0], shape.num_heads * shape.head_dim)
+        for group in self._planner.groups(shape.windows[layer]):
             attended = self._attend(
                 self._fold(query, group), self._gather(keys, group), self._gather(values, group), group
             )
             out.index_copy_(0, group.query_rows[: group.num_queries], self._unfold(attended, group))
         return out
+
+    def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(heads, (self._shape.head_dim,), weight, self._transform.norm_eps)
 
     def _gather(self, cache: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
         """`[kv_heads, B, K, head_dim]` of a layer's cache."""
@@ -206,6 +221,21 @@ class _PagedStep:
         rows = rows.reshape(shape.num_kv_heads, group.batch, queries, shape.group, shape.head_dim)
         rows = rows.permute(1, 2, 0, 3, 4).reshape(group.batch * queries, -1)
         return rows[: group.num_queries]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs (i, i + rotated / 2) of `[rows, heads, head_dim]` in float32; the rest passes through.
+
+    Args:
+        cos, sin: `[rows, 1, rotated / 2]` float32.
+    """
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., :half] = first * cos - second * sin
+    out[..., half : 2 * half] = second * cos + first * sin
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
 
 
 def _allocate(shape: AttentionShape, num_blocks: int) -> KVCache:

@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+Activation = Literal["silu", "gelu_tanh"]
+
 _GELU_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
 
 
-def gated_activation(gate_up: torch.Tensor, kind: Literal["silu", "gelu_tanh"]) -> torch.Tensor:
+def gated_activation(gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
     """act(gate) * up for `gate_up` `[T, 2 * intermediate]`, gate first.
 
     In float32 both are written as gate / (1 + exp(-u)): torch's own kernels treat the last few values of

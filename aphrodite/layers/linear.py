@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from aphrodite.kernels.dispatch import Choice, Declined, choose, log_once
+from aphrodite.layers.activation import Activation, gated_activation
 from aphrodite.layers.dense import short_name, stack_dense, to_dense
 from aphrodite.layers.invariant import decline_invariant, invariant_matmul
 from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
 from aphrodite.quantization.types import RawTensor
 
 
+class RmsNorm(NamedTuple):
+    """Root-mean-square normalisation (arXiv 1910.07467)."""
+
+    weight: torch.Tensor  # [hidden]
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
 class Linear(Protocol):
-    """y = x W^T + b."""
+    """A product with a weight, and what stands before and behind it, so that a kernel may do all at once."""
 
     choice: Choice
 
@@ -28,8 +39,39 @@ class Linear(Protocol):
     def nbytes(self) -> int:
         """Bytes of weight and bias."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[T, in]` -> `[T, out]`, both of the compute dtype."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: RmsNorm | None = None,
+        activation: Activation | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """act(norm(x) W^T + b) + residual, all of the compute dtype.
+
+        Args:
+            x: `[T, in]`.
+            norm: applied to `x` first.
+            activation: the weight is (gate, up) and the result is act(gate) * up.
+            residual: `[T, out]`, added last; its memory may become the result's.
+
+        Returns:
+            `[T, out]`, or `[T, out / 2]` with an activation.
+        """
+
+
+def unfused(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    norm: RmsNorm | None,
+    activation: Activation | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """`Linear.__call__`, one operation after the other; `product` is x W^T + b."""
+    out = product(x if norm is None else norm(x))
+    if activation is not None:
+        out = gated_activation(out, activation)
+    return out if residual is None else residual + out
 
 
 class DenseLinear:
@@ -45,7 +87,17 @@ class DenseLinear:
     def nbytes(self) -> int:
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: RmsNorm | None = None,
+        activation: Activation | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return unfused(self._product, x, norm, activation, residual)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if not self.invariant:
             return F.linear(x, self.weight, self.bias)
         out = invariant_matmul(x, self.weight)
@@ -64,7 +116,17 @@ class Int4Linear:
     def nbytes(self) -> int:
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: RmsNorm | None = None,
+        activation: Activation | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return unfused(self._product, x, norm, activation, residual)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         out = matmul_int4(x, self.weight)
         return out if self.bias is None else out.add_(self.bias)
 

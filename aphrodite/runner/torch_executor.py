@@ -14,13 +14,14 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from aphrodite.attention.backend import AttentionShape, KVCache
+from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
 from aphrodite.attention.choice import choose_attention
 from aphrodite.attention.torch_paged import TiledAttention
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
 from aphrodite.layers.invariant import ROW_MULTIPLE, row_blocks
 from aphrodite.layers.linear import DenseLinear
+from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.decoder import Decoder
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
@@ -59,7 +60,7 @@ class TorchExecutor:
         self.device = device
         self._dtype = dtype
         self._shape = AttentionShape(
-            num_layers=spec.num_layers,
+            windows=spec.windows,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -67,8 +68,9 @@ class TorchExecutor:
             dtype=dtype,
             device=device,
         )
-        self._attention, self._attention_choice = choose_attention(self._shape)
-        self._decoder = Decoder(spec, load_weights(spec, weights, dtype, device), max_model_len)
+        cos, sin = (torch.from_numpy(table).to(device) for table in rotary_tables(spec.rotary, max_model_len))
+        self._attention, self._attention_choice = choose_attention(self._shape, QueryKeyTransform(cos, sin))
+        self._decoder = Decoder(spec, load_weights(spec, weights, dtype, device))
         self._cache: KVCache | None = None
         self._row_multiple = ROW_MULTIPLE if isinstance(self._attention, TiledAttention) else 1
         self._invariance = self._measure_invariance()
@@ -88,12 +90,13 @@ class TorchExecutor:
         if self._cache is None:
             raise RuntimeError("allocate_kv_cache must be called before forward")
         with torch.inference_mode():
-            step = self._attention.begin_step(inputs, self._cache)
-            hidden = self._decoder.forward(self._pad(inputs.token_ids), self._pad(inputs.positions), step)
+            step = self._attention.begin_step(inputs._replace(positions=self._pad(inputs.positions)), self._cache)
+            hidden = self._decoder.forward(self._pad(inputs.token_ids), step)
             wanted = inputs.logits_index.shape[0]
             if wanted == 0:
                 return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.device)
-            return self._decoder.logits(hidden.index_select(0, self._pad(inputs.logits_index)))[:wanted]
+            logits = self._decoder.logits(hidden.index_select(0, self._pad(inputs.logits_index)))
+            return logits[:wanted].float()
 
     def describe(self) -> dict[str, str]:
         weights = self._decoder.weights

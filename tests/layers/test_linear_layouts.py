@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from aphrodite.attention.torch_paged import rotate
 from aphrodite.errors import ModelFormatError
 from aphrodite.kernels import reference
 from aphrodite.layers.activation import gated_activation
 from aphrodite.layers.linear import DenseLinear, Int4Linear, build_linear
-from aphrodite.models.decoder import _rotate
 from aphrodite.quantization.types import QuantType, RawTensor
 
 CPU = torch.device("cpu")
@@ -114,5 +114,5 @@ def test_rotation_equals_the_reference_and_leaves_the_rest_of_a_head_alone() -> 
     cos, sin = torch.randn(2, 9, 6, dtype=torch.float64)
     positions = torch.tensor([8, 0, 3, 3, 1], dtype=torch.int32)
     expected = reference.apply_rotary(x, positions, cos, sin)
-    torch.testing.assert_close(_rotate(x, cos[positions][:, None], sin[positions][:, None]), expected)
+    torch.testing.assert_close(rotate(x, cos[positions][:, None], sin[positions][:, None]), expected)
     assert torch.equal(expected[..., 12:], x[..., 12:])
