@@ -177,9 +177,9 @@ class _PagedStep:
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         shape = self._shape
-        query, key, value = qkv.view(qkv.shape[0], -1, shape.head_dim).split(
-            (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1
-        )
+        heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
+        rotated = shape.num_heads + shape.num_kv_heads
+        query, key, value = heads[:, : shape.num_heads], heads[:, shape.num_heads : rotated], heads[:, rotated:]
         if self._transform.query_norms:
             query = self._norm(query, self._transform.query_norms[layer])
             key = self._norm(key, self._transform.key_norms[layer])
