@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -21,3 +22,28 @@ class ForwardInputs(NamedTuple):
     context_lens: torch.Tensor  # [R] int32, positions in the cache after this step
     block_tables: torch.Tensor  # [R, max_blocks] int32, row-contiguous (stride(0) may exceed max_blocks)
     logits_index: torch.Tensor  # [L] int32, token rows whose logits are wanted, ascending
+
+
+class HostLengths(NamedTuple):
+    """A ragged step's lengths as the host knows them, without padding."""
+
+    query: np.ndarray  # [R] int32, tokens that the step computes
+    context: np.ndarray  # [R] int32, positions in the cache after the step
+
+
+class DeviceInputs(NamedTuple):
+    """`ForwardInputs` of an accelerator: block tables stay where they are, and decode steps may be padded.
+
+    A padding token has slot -1 and a padding sequence the spare row `num_rows` and no context.
+    """
+
+    token_ids: torch.Tensor  # [T] int32
+    positions: torch.Tensor  # [T] int32
+    slot_mapping: torch.Tensor  # [T] int64: block * block_size + offset, or -1: K and V are written nowhere
+    query_start: torch.Tensor  # [R + 1] int32, prefix sums of tokens per sequence
+    context_lens: torch.Tensor  # [R] int32, positions in the cache after this step
+    rows: torch.Tensor  # [R] int32: the blocks of sequence r are those of block_tables[rows[r]]
+    block_tables: torch.Tensor  # [num_rows + 1, max_blocks] int32
+    logits_index: torch.Tensor  # [L] int32, token rows whose logits are wanted
+    lengths: HostLengths | None  # None: one token a sequence and logits of each, as in a captured graph
+    attention_table: torch.Tensor  # [n] int32: what the attention back end's `stage_step` made of `lengths`
