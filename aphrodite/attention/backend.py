@@ -16,7 +16,7 @@ from aphrodite.runner.inputs import ForwardInputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """What a back end must support: the model's heads, the cache's blocks, dtype and device of both.
+    """What a back end must support: the model's heads, the cache's blocks, dtypes of both, the device.
 
     `windows` has an entry a layer: how many latest positions a query sees, itself included; None for all.
     """
@@ -27,6 +27,7 @@ class AttentionShape:
     head_dim: int
     block_size: int
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     device: torch.device
 
     @property
@@ -45,7 +46,7 @@ class AttentionShape:
     @property
     def bytes_per_block(self) -> int:
         """K and V of one block over all layers."""
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.cache_dtype.itemsize
         return per_token * self.block_size
 
 

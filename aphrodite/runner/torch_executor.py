@@ -14,15 +14,14 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
+from aphrodite.attention.backend import AttentionShape, KVCache
 from aphrodite.attention.choice import choose_attention
 from aphrodite.attention.torch_paged import TiledAttention
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
 from aphrodite.layers.invariant import ROW_MULTIPLE, row_blocks
 from aphrodite.layers.linear import DenseLinear
-from aphrodite.layers.rotary import rotary_tables
-from aphrodite.models.decoder import Decoder
+from aphrodite.models.decoder import Decoder, query_key_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
 from aphrodite.quantization.types import RawTensor
@@ -68,9 +67,10 @@ class TorchExecutor:
             dtype=dtype,
             device=device,
         )
-        cos, sin = (torch.from_numpy(table).to(device) for table in rotary_tables(spec.rotary, max_model_len))
-        self._attention, self._attention_choice = choose_attention(self._shape, QueryKeyTransform(cos, sin))
-        self._decoder = Decoder(spec, load_weights(spec, weights, dtype, device))
+        loaded = load_weights(spec, weights, dtype, device)
+        transform = query_key_transform(spec, loaded, max_model_len)
+        self._attention, self._attention_choice = choose_attention(self._shape, transform)
+        self._decoder = Decoder(spec, loaded)
         self._cache: KVCache | None = None
         self._row_multiple = ROW_MULTIPLE if isinstance(self._attention, TiledAttention) else 1
         self._invariance = self._measure_invariance()
