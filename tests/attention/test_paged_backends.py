@@ -34,6 +34,7 @@ def shape_of(
         head_dim=dim,
         block_size=block_size,
         dtype=dtype,
+        cache_dtype=dtype,
         device=torch.device("cpu"),
     )
 
