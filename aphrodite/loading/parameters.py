@@ -1,7 +1,8 @@
 """The decoder's parameters: their canonical names and shapes, derived from a `ModelSpec`.
 
     embed.weight, layers.{i}.attn_norm.weight, layers.{i}.{q,k,v,o}.{weight,bias},
-    layers.{i}.mlp_norm.weight, layers.{i}.{gate,up,down}.{weight,bias}, norm.weight, head.weight
+    layers.{i}.{q_norm,k_norm}.weight, layers.{i}.mlp_norm.weight, layers.{i}.{gate,up,down}.{weight,bias},
+    norm.weight, head.weight
 
 Families map these names to those of a checkpoint; executors ask for weights by them.
 """
@@ -32,6 +33,9 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         prefix = f"layers.{layer}."
         shapes[prefix + "attn_norm.weight"] = (hidden,)
         shapes[prefix + "mlp_norm.weight"] = (hidden,)
+        if spec.qk_norm:
+            shapes[prefix + "q_norm.weight"] = (spec.head_dim,)
+            shapes[prefix + "k_norm.weight"] = (spec.head_dim,)
         for name, rows, columns, bias in linears:
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
@@ -71,6 +75,8 @@ HF_NAMES = NameTable(
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
         "v": "self_attn.v_proj",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
         "o": "self_attn.o_proj",
         "mlp_norm": "post_attention_layernorm",
         "gate": "mlp.gate_proj",
@@ -87,6 +93,8 @@ GGUF_NAMES = NameTable(
         "q": "attn_q",
         "k": "attn_k",
         "v": "attn_v",
+        "q_norm": "attn_q_norm",
+        "k_norm": "attn_k_norm",
         "o": "attn_output",
         "mlp_norm": "ffn_norm",
         "gate": "ffn_gate",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from aphrodite.attention.backend import StepAttention
+from aphrodite.attention.backend import QueryKeyTransform, StepAttention
 from aphrodite.layers.linear import RmsNorm
+from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import DecoderWeights, LayerWeights
 
@@ -47,3 +48,15 @@ class Decoder:
         residual = layer.o(attention(index, qkv), residual=residual)
         gated = layer.gate_up(residual, norm=RmsNorm(layer.mlp_norm, eps), activation=self.spec.activation)
         return layer.down(gated, residual=residual)
+
+
+def query_key_transform(spec: ModelSpec, weights: DecoderWeights, max_model_len: int) -> QueryKeyTransform:
+    """What the attention back end does to queries and keys; tables reach to `max_model_len` positions."""
+    cos, sin = (torch.from_numpy(table).to(weights.embed.device) for table in rotary_tables(spec.rotary, max_model_len))
+    return QueryKeyTransform(
+        cos,
+        sin,
+        query_norms=tuple(layer.q_norm for layer in weights.layers if layer.q_norm is not None),
+        key_norms=tuple(layer.k_norm for layer in weights.layers if layer.k_norm is not None),
+        norm_eps=spec.norm_eps,
+    )

@@ -11,8 +11,9 @@ from aphrodite.models.families.common import Family
 from aphrodite.models.families.llama import LLAMA
 from aphrodite.models.families.mistral import MISTRAL
 from aphrodite.models.families.qwen2 import QWEN2
+from aphrodite.models.families.qwen3 import QWEN3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 
 def family_of_config(config: ConfigReader) -> Family:

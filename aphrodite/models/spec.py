@@ -33,7 +33,8 @@ class ModelSpec:
     """Shape and kinds of a decoder-only transformer.
 
     `windows` has one entry a layer: how many latest positions (the current one included) a query of
-    that layer sees, or None for all.
+    that layer sees, or None for all. With `qk_norm` every head of q and k is RMS-normalised before rotation, by one
+    weight for all heads of q and one for those of k.
     """
 
     family: str
@@ -50,6 +51,7 @@ class ModelSpec:
     windows: tuple[int | None, ...]
     activation: Literal["silu", "gelu_tanh"] = "silu"
     tied_head: bool = False
+    qk_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False

@@ -2,7 +2,7 @@
 
 Canonical names: embed.weight, norm.weight, head.weight (absent when tied), and for each layer i
 layers.{i}.attn_norm.weight, layers.{i}.mlp_norm.weight and layers.{i}.{q,k,v,o,gate,up,down}.weight
-with .bias where the spec says so.
+with .bias where the spec says so, and layers.{i}.{q_norm,k_norm}.weight with norms of heads.
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ class LayerWeights:
     mlp_norm: torch.Tensor  # [hidden]
     gate_up: Linear  # hidden -> 2 * intermediate, gate first
     down: Linear  # intermediate -> hidden
+    q_norm: torch.Tensor | None = None  # [head_dim], for every head of q
+    k_norm: torch.Tensor | None = None  # [head_dim]
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         return (self.qkv, self.o, self.gate_up, self.down)
+
+    @property
+    def norms(self) -> tuple[torch.Tensor, ...]:
+        found = (self.attn_norm, self.mlp_norm, self.q_norm, self.k_norm)
+        return tuple(norm for norm in found if norm is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +59,7 @@ class DecoderWeights:
 
     @property
     def nbytes(self) -> int:
-        norms = self.norm.nbytes + sum(layer.attn_norm.nbytes + layer.mlp_norm.nbytes for layer in self.layers)
+        norms = self.norm.nbytes + sum(norm.nbytes for layer in self.layers for norm in layer.norms)
         tied = isinstance(self.head, DenseLinear) and self.head.weight is self.embed
         embed = 0 if tied else self.embed.nbytes
         return embed + norms + sum(linear.nbytes for linear in self.linears)
@@ -83,7 +90,7 @@ class _Loader:
         spec = self._spec
         embed = to_dense(self._take("embed.weight", spec.vocab_size, spec.hidden_size), self._dtype, self._device)
         layers = tuple(self._layer(index) for index in range(spec.num_layers))
-        norm = self._vector("norm.weight")
+        norm = self._vector("norm.weight", spec.hidden_size)
         if spec.tied_head:
             head: Linear = DenseLinear(embed, None, Choice("tied to the embedding", ()))
         else:
@@ -97,14 +104,16 @@ class _Loader:
         kv = spec.num_kv_heads * spec.head_dim
         hidden, intermediate = spec.hidden_size, spec.intermediate_size
         return LayerWeights(
-            attn_norm=self._vector(name + "attn_norm.weight"),
+            attn_norm=self._vector(name + "attn_norm.weight", hidden),
             qkv=self._linear([name + "q", name + "k", name + "v"], [attention, kv, kv], hidden, bias=spec.qkv_bias),
             o=self._linear([name + "o"], [hidden], attention, bias=spec.output_bias),
-            mlp_norm=self._vector(name + "mlp_norm.weight"),
+            mlp_norm=self._vector(name + "mlp_norm.weight", hidden),
             gate_up=self._linear(
                 [name + "gate", name + "up"], [intermediate, intermediate], hidden, bias=spec.mlp_bias
             ),
             down=self._linear([name + "down"], [hidden], intermediate, bias=spec.mlp_bias),
+            q_norm=self._vector(name + "q_norm.weight", spec.head_dim) if spec.qk_norm else None,
+            k_norm=self._vector(name + "k_norm.weight", spec.head_dim) if spec.qk_norm else None,
         )
 
     def _linear(self, names: list[str], rows: list[int], columns: int, *, bias: bool) -> Linear:
@@ -112,8 +121,8 @@ class _Loader:
         biases = [self._take(f"{name}.bias", out) if bias else None for name, out in zip(names, rows, strict=True)]
         return build_linear(parts, biases, self._dtype, self._device)
 
-    def _vector(self, name: str) -> torch.Tensor:
-        return to_dense(self._take(name, self._spec.hidden_size), self._dtype, self._device)
+    def _vector(self, name: str, size: int) -> torch.Tensor:
+        return to_dense(self._take(name, size), self._dtype, self._device)
 
     def _take(self, name: str, *shape: int) -> RawTensor:
         raw = self._tensors.get(name)

@@ -98,6 +98,7 @@ class NativeExecutor:
         self._cache: NativeMemory | None = None
         self._num_blocks = 0
         self._logits = torch.empty(0)
+        self._described: tuple[ForwardInputs, StepDesc, torch.Tensor] | None = None  # the latest step
 
     @staticmethod
     def declines(spec: ModelSpec, weights: Mapping[str, RawTensor], *, block_size: int = KV_BLOCK) -> str | None:
@@ -109,6 +110,8 @@ class NativeExecutor:
             return f"its KV cache has blocks of {KV_BLOCK} positions, not {block_size}"
         if spec.head_dim % 16 != 0 or spec.rotary.dim > spec.head_dim:
             return f"head size {spec.head_dim} is not a multiple of 16 or is below the rotary size {spec.rotary.dim}"
+        if spec.qk_norm and spec.head_dim % BLOCK_COLUMNS != 0:
+            return f"norms of heads need a head size that is a multiple of {BLOCK_COLUMNS}, not {spec.head_dim}"
         if spec.num_heads // spec.num_kv_heads > MAX_QUERY_GROUP:
             return f"more than {MAX_QUERY_GROUP} query heads share a key head"
         for name in _linear_names(spec):
@@ -137,6 +140,7 @@ class NativeExecutor:
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Reserve the cache; its pages are taken from the system as blocks are first written."""
         self._cache = NativeMemory(self._library, num_blocks * self.kv_bytes_per_block)
+        self._described = None
         self._num_blocks = num_blocks
 
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:
@@ -168,6 +172,16 @@ class NativeExecutor:
     def _forward(self, inputs: ForwardInputs, nanoseconds: int | None) -> torch.Tensor:
         if self._cache is None:
             raise RuntimeError("allocate_kv_cache must be called before forward")
+        # A decoding batch comes in the same tensors step after step; describing them costs more than scheduling.
+        if self._described is None or self._described[0] is not inputs:
+            self._described = (inputs, *self._describe(inputs, self._cache))
+        _, step, logits = self._described
+        step.nanoseconds = nanoseconds
+        self._program.run(step)
+        return logits
+
+    def _describe(self, inputs: ForwardInputs, cache: NativeMemory) -> tuple[StepDesc, torch.Tensor]:
+        """The library's view of a step, and where its logits go."""
         _check_layout(inputs)
         rows = inputs.logits_index.shape[0]
         if self._logits.shape[0] < rows:
@@ -186,13 +200,11 @@ class NativeExecutor:
             inputs.block_tables.shape[1],
             rows,
             self._logits.data_ptr(),
-            self._cache.address,
+            cache.address,
             self._num_blocks,
             self.threads,
-            nanoseconds,
         )
-        self._program.run(step)
-        return self._logits[:rows]
+        return step, self._logits[:rows]
 
 
 class _PackedWeights:
@@ -296,7 +308,16 @@ def _compile_attention(compiler: _Compiler, spec: ModelSpec, layer: int, buffers
     norm = compiler.vector(f"{prefix}attn_norm.weight")
     builder.add_op(OpKind.RMS_NORM, source=residual, packs=list(packs.values()), vector=norm, value=spec.norm_eps)
     builder.add_op(OpKind.LINEAR, output=qkv, weights=projections)
-    builder.add_op(OpKind.ROTARY_KV, source=qkv, layer=layer)
+    # The operation reads the norm of q from this vector and the norm of k from the next.
+    head_norms = [compiler.vector(f"{prefix}{part}_norm.weight") for part in "qk" if spec.qk_norm]
+    builder.add_op(
+        OpKind.ROTARY_KV,
+        source=qkv,
+        layer=layer,
+        vector=head_norms[0] if head_norms else 0,
+        flag=int(spec.qk_norm),
+        value=spec.norm_eps,
+    )
     builder.add_op(
         OpKind.ATTENTION,
         source=qkv,

@@ -65,6 +65,7 @@ class TorchExecutor:
             head_dim=spec.head_dim,
             block_size=block_size,
             dtype=dtype,
+            cache_dtype=dtype,
             device=device,
         )
         loaded = load_weights(spec, weights, dtype, device)

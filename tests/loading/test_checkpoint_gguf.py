@@ -23,11 +23,13 @@ from aphrodite.quantization.types import QuantType
 HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4, 2, 16, 64
 GGUF_MODULES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 CANONICAL = {
     "attn_norm": "attn_norm", "ffn_norm": "mlp_norm", "attn_q": "q", "attn_k": "k", "attn_v": "v",
+    "attn_q_norm": "q_norm", "attn_k_norm": "k_norm",
     "attn_output": "o", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down",
     "token_embd": "embed", "output_norm": "norm", "output": "head",
 }  # fmt: skip
@@ -59,7 +61,11 @@ def gguf_tensors(model: transformers.PreTrainedModel, *, permute: bool) -> dict[
 
 
 def tiny(kind: str = "llama", **arguments: Any) -> transformers.PreTrainedModel:
-    config_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind]
+    config_class = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }[kind]
     config = config_class(
         vocab_size=VOCAB, hidden_size=HEADS * HEAD_DIM, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=128, **arguments,
@@ -146,6 +152,23 @@ def test_qwen2_rows_are_in_halves_already(tmp_path: Path) -> None:
     assert_same_weights(path, model)
     spec = open_checkpoint(path).spec
     assert (spec.family, spec.qkv_bias, spec.output_bias) == ("qwen2", True, False)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_qwen3_has_norms_of_heads_and_heads_of_their_own_size(tmp_path: Path, tied: bool) -> None:
+    model = tiny("qwen3", head_dim=32, tie_word_embeddings=tied)
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        writer.add_key_length(32)
+        writer.add_value_length(32)
+        writer.add_rope_dimension_count(32)
+        writer.add_rope_freq_base(1e6)
+
+    path = write(tmp_path / "tiny.gguf", gguf_tensors(model, permute=False), edit, architecture="qwen3")
+    assert_same_weights(path, model)
+    spec = open_checkpoint(path).spec
+    assert (spec.family, spec.qk_norm, spec.qkv_bias, spec.tied_head) == ("qwen3", True, False, tied)
+    assert (spec.head_dim, spec.hidden_size, spec.rotary.dim, spec.rotary.theta) == (32, 64, 32, 1e6)
 
 
 def test_quantized_rows_equal_those_that_transformers_reads(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 MODULES = {
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
+    "k": "self_attn.k_proj",
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
+    "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
     "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
 
@@ -188,6 +190,26 @@ def test_qwen2_has_biases_and_windows_in_late_layers(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "config.json").read_text())
     del values["layer_types"]
     (tmp_path / "config.json").write_text(json.dumps(values))
+    assert open_checkpoint(tmp_path).spec.windows == (None, 50)
+
+
+@pytest.mark.parametrize(("tied", "biased"), [(False, True), (True, False)])
+def test_qwen3_has_norms_of_heads_and_heads_of_their_own_size(tmp_path: Path, tied: bool, biased: bool) -> None:
+    config = transformers.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=tied, attention_bias=biased)
+    model = save(tmp_path, config)
+    assert_same_weights(tmp_path, model)
+    spec = open_checkpoint(tmp_path).spec
+    assert (spec.family, spec.head_dim, spec.qk_norm, spec.tied_head) == ("qwen3", 16, True, tied)
+    assert (spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.windows) == (biased, biased, False, (None, None))
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert open_checkpoint(tmp_path, load_format="dummy").spec.head_dim == transformers.Qwen3Config().head_dim
+
+
+def test_qwen3_may_have_windows_in_late_layers(tmp_path: Path) -> None:
+    config = transformers.Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=50, max_window_layers=1)
+    save(tmp_path, config)
     assert open_checkpoint(tmp_path).spec.windows == (None, 50)
 
 

@@ -58,6 +58,8 @@ def tiny_weights(spec: ModelSpec, types: Mapping[str, QuantType] | QuantType) ->
             add(f"layers.{layer}.{part}.weight", rows, columns)
             if biased.get(part, spec.mlp_bias):
                 add_vector(f"layers.{layer}.{part}.bias", rows, 0.0)
+        for part in "qk" if spec.qk_norm else "":
+            add_vector(f"layers.{layer}.{part}_norm.weight", spec.head_dim, 1.0)
         add_vector(f"layers.{layer}.attn_norm.weight", hidden, 1.0)
         add_vector(f"layers.{layer}.mlp_norm.weight", hidden, 1.0)
     add_vector("norm.weight", hidden, 1.0)
@@ -101,6 +103,8 @@ class ReferenceModel:
         heads = self._linear(layer, part, x).reshape(len(x), -1, self.spec.head_dim).swapaxes(0, 1)
         if part == "v":
             return heads
+        if self.spec.qk_norm:
+            heads = self._norm(heads, f"layers.{layer}.{part}_norm.weight")
         half = self.spec.rotary.dim // 2
         cos, sin = self.cos[: len(x)], self.sin[: len(x)]
         a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]

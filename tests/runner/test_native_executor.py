@@ -33,6 +33,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], Mapping[str, QuantType] | QuantType]] 
     "windows": ({"windows": (None, 24, 150)}, QuantType.Q8_0),
     "head size 80": ({"head_dim": 80, "num_heads": 2, "num_kv_heads": 2, "rotary": RotarySpec(dim=80)}, QuantType.Q4_1),
     "partial rotary": ({"head_dim": 32, "rotary": RotarySpec(dim=24)}, QuantType.Q4_1),
+    "norms of heads": (
+        {"qk_norm": True, "head_dim": 32, "num_heads": 4, "rotary": RotarySpec(dim=32)},
+        QuantType.Q4_1,
+    ),
     "linear scaling": ({"rotary": RotarySpec(dim=16, scaling="linear", factor=2.0)}, QuantType.Q4_1),
 }
 
@@ -197,6 +201,7 @@ def test_models_that_it_cannot_run_are_declined_with_a_reason() -> None:
     assert NativeExecutor.declines(spec, weights) is None
     assert "blocks of 16" in str(NativeExecutor.declines(spec, weights, block_size=32))
     assert "head size 24" in str(NativeExecutor.declines(tiny_spec(head_dim=24), weights))
+    assert "multiple of 32, not 16" in str(NativeExecutor.declines(tiny_spec(qk_norm=True), weights))
     narrow = tiny_spec(hidden_size=48)
     reason = NativeExecutor.declines(narrow, tiny_weights(narrow, QuantType.F32))
     assert "multiple of 32" in str(reason)

@@ -15,6 +15,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from aphrodite.errors import ModelFormatError
@@ -81,6 +83,28 @@ def test_qwen2_biases_equal_transformers() -> None:
     assert model.model.layers[0].self_attn.q_proj.bias is not None
     assert model.model.layers[0].self_attn.o_proj.bias is None
     assert_equal_to_transformers(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{"head_dim": 32}, {"tie_word_embeddings": True}, {"attention_bias": True, "num_key_value_heads": 6}]
+)
+def test_qwen3_norms_of_heads_equal_transformers(options: dict[str, Any]) -> None:
+    assert_equal_to_transformers(tiny_model(Qwen3ForCausalLM, Qwen3Config, **options))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_norms_of_heads_keep_rows_independent(threads: int) -> None:
+    driver = Driver(executor_of(tiny_model(Qwen3ForCausalLM, Qwen3Config)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone, chunked, neighbour = (driver.add(tokens) for tokens in (prompts(211)[2], prompts(211)[2], [7] * 50))
+        (expected,) = driver.step([(alone, 300)])
+        got = [driver.step([(chunked, 131), (neighbour, 37)])[0], driver.step([(neighbour, 2), (chunked, 1)])[1]]
+        got.append(driver.step([(chunked, 168)])[0])
+        assert torch.equal(torch.cat(got), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=[None, 40], ids=["full", "window"])

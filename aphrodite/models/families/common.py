@@ -52,11 +52,16 @@ def decoder_from_config(
     *,
     family: str,
     windows: tuple[int | None, ...] | None = None,
+    default_head_dim: int | None = None,
+    qk_norm: bool = False,
     qkv_bias: bool = False,
     output_bias: bool = False,
     mlp_bias: bool = False,
 ) -> ModelSpec:
     """The spec that config.json's common keys describe; `windows` None means full attention.
+
+    Args:
+        default_head_dim: where the key is absent; None divides the hidden size by the heads.
 
     Raises:
         ModelFormatError: a value is missing, mistyped, out of bounds or contradicts another.
@@ -65,7 +70,7 @@ def decoder_from_config(
     hidden_size = config.read("hidden_size", int, low=2, high=MAX_WIDTH)
     num_heads = config.read("num_attention_heads", int, low=1, high=MAX_WIDTH)
     num_kv_heads = config.read("num_key_value_heads", int, num_heads, low=1, high=num_heads)
-    head_dim = config.read("head_dim", int, hidden_size // num_heads, low=2, high=MAX_WIDTH)
+    head_dim = config.read("head_dim", int, default_head_dim or hidden_size // num_heads, low=2, high=MAX_WIDTH)
     _check_heads(config, "num_key_value_heads", num_heads, num_kv_heads, "head_dim", head_dim)
     rotary = rotary_from_config(config, head_dim)
     return ModelSpec(
@@ -83,13 +88,16 @@ def decoder_from_config(
         windows=windows or (None,) * num_layers,
         activation=config.choice("hidden_act", _ACTIVATIONS, "silu"),
         tied_head=config.read("tie_word_embeddings", bool, False),
+        qk_norm=qk_norm,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=mlp_bias,
     )
 
 
-def decoder_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor], *, family: str) -> ModelSpec:
+def decoder_from_gguf(
+    config: ConfigReader, tensors: Mapping[str, RawTensor], *, family: str, qk_norm: bool = False
+) -> ModelSpec:
     """The spec that GGUF's common keys describe; biases and a tied head show in the tensors' names.
 
     Raises:
@@ -123,6 +131,7 @@ def decoder_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor], *,
         rotary=rotary.spec,
         windows=(window or None,) * num_layers,
         tied_head="output.weight" not in tensors,
+        qk_norm=qk_norm,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,

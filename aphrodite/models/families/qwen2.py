@@ -11,10 +11,11 @@ from aphrodite.quantization.types import RawTensor
 
 
 def _from_config(config: ConfigReader) -> ModelSpec:
-    return decoder_from_config(config, family="qwen2", qkv_bias=True, windows=_windows(config))
+    return decoder_from_config(config, family="qwen2", qkv_bias=True, windows=late_windows(config))
 
 
-def _windows(config: ConfigReader) -> tuple[int | None, ...]:
+def late_windows(config: ConfigReader) -> tuple[int | None, ...]:
+    """Windows of a config.json that may give them to layers from `max_window_layers` on, or layer by layer."""
     num_layers = layer_count(config)
     if not config.read("use_sliding_window", bool, False):
         return (None,) * num_layers

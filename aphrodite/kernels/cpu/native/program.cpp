@@ -361,9 +361,13 @@ void Program::rotary_kv(const Op& op, Team& team, int worker) {
             float* row = buffers_[op.input] + t * widths_[op.input];
             const float* cos = desc_.cos + step_.positions[t] * half;
             const float* sin = desc_.sin + step_.positions[t] * half;
-            for (int64_t h = 0; h < group; ++h) kernels_.rotate(row + (kv_head * group + h) * head_dim, cos, sin, half);
+            const auto turn = [&](float* head, int32_t norm) {
+                if (op.flag) kernels_.rms_norm(head, vectors_[norm], op.value, head_dim, head);
+                kernels_.rotate(head, cos, sin, half);
+            };
+            for (int64_t h = 0; h < group; ++h) turn(row + (kv_head * group + h) * head_dim, op.vector);
             float* key = row + (desc_.heads + kv_head) * head_dim;
-            kernels_.rotate(key, cos, sin, half);
+            turn(key, op.vector + 1);
             const int64_t block = step_.slots[t] / kKvBlock;
             char* target = layer_cache(op.layer) +
                            (block * block_elements() + kv_head * 2 * head_dim * kKvBlock) * element;

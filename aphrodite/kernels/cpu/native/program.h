@@ -13,7 +13,8 @@ enum class OpKind : int32_t {
     Pack = 2,       // packs = input
     Linear = 3,     // output (+)= weights x their packs
     Gated = 4,      // packs = act(gate) * up, weights gate, up; flag = GateKind
-    RotaryKv = 5,   // rotates q and k of input in place, writes k and v into the cache of layer
+    RotaryKv = 5,   // rotates q and k of input in place, writes k and v into the cache of layer; if flag, every head of
+                    // q and k is normed first, by vector (q) and vector + 1 (k), value = eps
     Attention = 6,  // output = attention of input's q over the cache of layer, value = scale
     Gather = 7,     // output row i = input row logits_index[i]
 };
@@ -33,7 +34,7 @@ struct Op {
     int32_t vector;
     int32_t layer;
     int32_t window;
-    int32_t flag;          // Linear: accumulate; Gated: GateKind
+    int32_t flag;          // Linear: accumulate; Gated: GateKind; RotaryKv: norms
     float value;
 };
 
