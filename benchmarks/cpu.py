@@ -1,10 +1,11 @@
 """Every CPU figure that we claim, beside this machine's bandwidth and beside llama.cpp where it is installed.
 
-    make bench-cpu                      all of it (about ten minutes)
+    make bench-cpu                      all of it (about seven minutes)
     make bench-cpu ARGS="--only decode --rounds 7"
 
 Engines take turns within each round, so that a slow minute of the machine meets all of them; figures are medians
-over the rounds. Close other programs first: with two cores, one busy neighbour halves everything.
+over the rounds. Decode is timed on top of prompts that are computed once, before the rounds. Close other programs
+first: with two cores, one busy neighbour halves everything.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -26,13 +27,16 @@ import served
 from peers.llama_cpp_client import LlamaCppPeer
 
 from aphrodite.cli.bench import print_table
-from aphrodite.cli.bench_offline import Run, summarize, time_once
+from aphrodite.cli.bench_offline import random_prompts, time_generate
 from aphrodite.cli.console import progress_bar, stderr
 from aphrodite.cli.machine import cpu_model, instruction_sets, read_bandwidth, usable_cores
 from aphrodite.llm import LLM
 
-DECODE_STEPS = 64
+PEER = "llama.cpp"
 MODES = {"default": "int16", "fast": "int8"}  # name -> activations
+BLOCK = 16
+# Targets in tokens a second were set on a machine where llama.cpp decodes one stream at this rate.
+PEER_RATE_OF_TARGETS = 131.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Workload:
     context: int
     reach: dict[str, float]
     relative: bool = False
+    steps: int = 64  # of a timing of decode
+    with_peer: bool = True
 
     @property
     def label(self) -> str:
@@ -56,16 +62,29 @@ class Workload:
         """Tokens that one timing makes: of a step, of a prefill."""
         return self.streams if self.kind == "decode" else self.context
 
+    @property
+    def input_len(self) -> int:
+        """Prompt tokens before decode, such that the context is right on average and all but one are whole blocks."""
+        return (self.context - self.steps // 2 + BLOCK // 2) // BLOCK * BLOCK + 1
+
 
 WORKLOADS = (
     Workload("decode", 1, 256, {"default": 2.2, "fast": 2.8}, relative=True),
     Workload("decode", 1, 1500, {}),
-    Workload("decode", 8, 256, {"default": 950}),
-    Workload("decode", 32, 256, {"default": 1200}),
+    Workload("decode", 8, 256, {"default": 950}, steps=32),
+    Workload("decode", 32, 256, {"default": 1200}, steps=32),
     Workload("prefill", 1, 512, {"default": 2300, "fast": 3200}),
-    Workload("prefill", 1, 2048, {"default": 1900, "fast": 2600}),
+    # llama.cpp needs ten seconds a round for this one, and no target compares with it.
+    Workload("prefill", 1, 2048, {"default": 1900, "fast": 2600}, with_peer=False),
 )
 HOST_LIMITS_MS = {1: 0.4, 32: 1.5}
+
+
+class Timing(NamedTuple):
+    """Of a decode step or of a prefill. Seconds; `host` is the engine's own share of a step."""
+
+    seconds: float
+    host: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,99 +100,140 @@ class Row:
     host_ms: float | None
     gb_per_second: float | None
     peer_ratio: float | None
-    reach: str
-    reached: bool | None
+    reach: float | None
+    relative: bool  # `reach` is a multiple of llama.cpp's rate
+
+    def verdict(self, machine: float | None) -> str:
+        """The target and whether it is met; one in tokens a second also scaled to this machine's speed."""
+        if self.reach is None:
+            return ""
+        if self.relative:
+            met = None if self.peer_ratio is None else self.peer_ratio >= self.reach
+            return f"{self.reach} × llama.cpp{_mark(met)}"
+        text = f"{self.reach:,.0f}{_mark(self.rate >= self.reach)}"
+        if machine is None:
+            return text
+        return f"{text}, scaled {self.reach * machine:,.0f}{_mark(self.rate >= self.reach * machine)}"
+
+
+def _mark(met: bool | None) -> str:
+    return "" if met is None else (" ✓" if met else " ✗")
+
+
+class EngineTimer:
+    """One engine on one workload. The prefix cache holds the prompts of decode between timings."""
+
+    def __init__(self, llm: LLM, workload: Workload) -> None:
+        self._llm = llm
+        self._workload = workload
+        self._source = random.Random(0)
+        if workload.kind == "decode":
+            self._prompts = self._fresh_prompts(workload.streams, workload.input_len)
+            time_generate(llm, self._prompts, 1)
+
+    def time(self) -> Timing:
+        llm, workload = self._llm, self._workload
+        if workload.kind == "prefill":
+            return Timing(time_generate(llm, self._fresh_prompts(1, workload.context), 1))
+        short = time_generate(llm, self._prompts, 1)
+        long = time_generate(llm, self._prompts, workload.steps + 1)
+        return Timing((long - short) / workload.steps, llm.stats().host_ms / 1e3)
+
+    def bytes_per_step(self) -> int | None:
+        """Weights and KV cache that a decode step reads."""
+        if self._workload.kind != "decode":
+            return None
+        info = self._llm.info
+        positions = self._workload.streams * self._workload.context
+        return info.weight_bytes + positions * info.kv_bytes_per_block // info.block_size
+
+    def _fresh_prompts(self, count: int, length: int) -> list[list[int]]:
+        return random_prompts(self._source, self._llm.info.vocab_size, [length] * count)
+
+
+class PeerTimer:
+    """llama.cpp on one workload; its worker keeps the prompts of decode between timings."""
+
+    def __init__(self, peer: LlamaCppPeer, workload: Workload) -> None:
+        self._peer = peer
+        self._workload = workload
+
+    def time(self) -> Timing:
+        workload = self._workload
+        if workload.kind == "prefill":
+            return Timing(self._peer.prefill(length=workload.context))
+        return Timing(self._peer.decode(streams=workload.streams, start=workload.input_len, steps=workload.steps))
+
+    def bytes_per_step(self) -> None:
+        return None
 
 
 def measure_workload(workload: Workload, engines: dict[str, LLM], peer: LlamaCppPeer | None, rounds: int) -> list[Row]:
     """One warm-up round and `rounds` that count, engines in turn."""
-    shape = {"batch_size": workload.streams, "input_len": workload.context, "output_len": DECODE_STEPS}
-    if workload.kind == "decode":
-        shape["input_len"] = workload.context - DECODE_STEPS // 2
-    source = random.Random(0)
-    runs: dict[str, list[Run]] = {mode: [] for mode in engines}
-    peer_seconds: list[float] = []
+    timers: dict[str, EngineTimer | PeerTimer] = {mode: EngineTimer(llm, workload) for mode, llm in engines.items()}
+    if peer is not None and workload.with_peer:
+        timers[PEER] = PeerTimer(peer, workload)
+    timings: dict[str, list[Timing]] = {name: [] for name in timers}
     with progress_bar(stderr(), unit="rounds") as bar:
         for _ in bar.track(range(rounds + 1), description=workload.label):
-            for mode, llm in engines.items():
-                runs[mode].append(time_once(llm, source, **shape))
-            if peer is not None:
-                peer_seconds.append(_ask_peer(peer, workload))
-    peer_rate = workload.tokens / statistics.median(peer_seconds[1:]) if peer_seconds else None
-    rows = []
-    for mode, llm in engines.items():
-        result = summarize(llm, runs[mode][1:], **shape)
-        times = [run.step if workload.kind == "decode" else run.ttft for run in runs[mode][1:]]
-        bandwidth = result.bytes_per_second / 1e9 if workload.kind == "decode" else None
-        host = result.host * 1e3 if workload.kind == "decode" else None
-        rows.append(_row(workload, mode, times, host, bandwidth, peer_rate))
-    if peer_seconds:
-        rows.append(_row(workload, "llama.cpp", peer_seconds[1:], None, None, None))
-    return rows
+            for name, timer in timers.items():
+                timings[name].append(timer.time())
+    peer_rate = workload.tokens / _median_seconds(timings[PEER][1:]) if PEER in timings else None
+    return [
+        _row(workload, name, timings[name][1:], timer.bytes_per_step(), peer_rate) for name, timer in timers.items()
+    ]
 
 
-def _ask_peer(peer: LlamaCppPeer, workload: Workload) -> float:
-    if workload.kind == "prefill":
-        return peer.prefill(length=workload.context)
-    return peer.decode(streams=workload.streams, context=workload.context, steps=DECODE_STEPS)
+def _median_seconds(timings: list[Timing]) -> float:
+    return statistics.median(timing.seconds for timing in timings)
 
 
 def _row(
-    workload: Workload,
-    engine: str,
-    times: list[float],
-    host: float | None,
-    bandwidth: float | None,
-    peer_rate: float | None,
+    workload: Workload, engine: str, timings: list[Timing], bytes_per_step: int | None, peer_rate: float | None
 ) -> Row:
-    rate = workload.tokens / statistics.median(times)
-    target = workload.reach.get(engine)
-    reach, reached = "", None
-    if target is not None and workload.relative:
-        reach = f"{target} × llama.cpp"
-        reached = rate / peer_rate >= target if peer_rate else None
-    elif target is not None:
-        reach, reached = f"{target:,.0f}", rate >= target
+    seconds = _median_seconds(timings)
+    host = [timing.host for timing in timings if timing.host is not None]
+    rate = workload.tokens / seconds
     return Row(
         workload=workload.label,
         engine=engine,
         rate=rate,
-        lowest=workload.tokens / max(times),
-        highest=workload.tokens / min(times),
-        ms=statistics.median(times) * 1e3,
-        host_ms=host,
-        gb_per_second=bandwidth,
-        peer_ratio=rate / peer_rate if peer_rate else None,
-        reach=reach,
-        reached=reached,
+        lowest=workload.tokens / max(timing.seconds for timing in timings),
+        highest=workload.tokens / min(timing.seconds for timing in timings),
+        ms=seconds * 1e3,
+        host_ms=statistics.median(host) * 1e3 if host else None,
+        gb_per_second=bytes_per_step / seconds / 1e9 if bytes_per_step is not None else None,
+        peer_ratio=rate / peer_rate if peer_rate and engine != PEER else None,
+        reach=workload.reach.get(engine),
+        relative=workload.relative,
     )
 
 
+def machine_factor(rows: list[Row]) -> float | None:
+    """How fast this machine is beside the one of the targets, by llama.cpp's decode of one stream."""
+    rates = [row.rate for row in rows if row.engine == PEER and row.workload == WORKLOADS[0].label]
+    return rates[0] / PEER_RATE_OF_TARGETS if rates else None
+
+
 def print_rows(rows: list[Row], bandwidth: float) -> None:
-    heads = [
-        "workload",
-        "engine",
-        "tok/s",
-        "lowest–highest",
-        "ms",
-        "host ms",
-        "GB/s",
-        "of read",
-        "× llama.cpp",
-        "reach",
-    ]
+    names = ["workload", "engine", "tok/s", "lowest–highest", "ms", "host ms", "GB/s", "of read"]
+    machine = machine_factor(rows)
     cells = []
     for row in rows:
         share = "" if row.gb_per_second is None else f"{row.gb_per_second * 1e9 / bandwidth:.0%}"
-        verdict = "" if row.reached is None else (" ✓" if row.reached else " ✗")
         cells.append(
             [
                 *(row.workload, row.engine, f"{row.rate:,.0f}", f"{row.lowest:,.0f}–{row.highest:,.0f}"),
                 *(f"{row.ms:,.2f}", _number(row.host_ms, 3), _number(row.gb_per_second, 1), share),
-                *(_number(row.peer_ratio, 2), row.reach + verdict),
+                *(_number(row.peer_ratio, 2), row.verdict(machine)),
             ]
         )
-    print_table(heads, cells)
+    print_table([*names, "× llama.cpp", "reach"], cells)
+    if machine is not None:
+        print(
+            f"Scaled: targets in tok/s come from a machine where llama.cpp decodes {PEER_RATE_OF_TARGETS:.0f} tok/s;"
+            f" here it is {machine:.2f} of that."
+        )
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -199,7 +259,7 @@ def further_checks(rows: list[Row]) -> list[str]:
 
 
 def _verdict(what: str, figure: str, reach: str, good: bool) -> str:
-    return f"{what}: {figure} (reach {reach}) {'✓' if good else '✗'}"
+    return f"{what}: {figure} (reach {reach}){_mark(good)}"
 
 
 def weights_line(llm: LLM) -> str:

@@ -31,9 +31,9 @@ class LlamaCppPeer:
         probe = subprocess.run([str(PYTHON), "-c", "import llama_cpp"], capture_output=True, text=True, check=False)
         return None if probe.returncode == 0 else "its installation is incomplete; run `make peers` again"
 
-    def decode(self, *, streams: int, context: int, steps: int) -> float:
-        """Seconds of a step."""
-        return self._ask({"kind": "decode", "streams": streams, "context": context, "steps": steps})
+    def decode(self, *, streams: int, start: int, steps: int) -> float:
+        """Seconds of a step, on average over `steps` that follow prompts of `start` tokens."""
+        return self._ask({"kind": "decode", "streams": streams, "start": start, "steps": steps})
 
     def prefill(self, *, length: int) -> float:
         """Seconds to the first token."""

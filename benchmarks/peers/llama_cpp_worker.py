@@ -2,9 +2,10 @@
 
     python llama_cpp_worker.py MODEL.gguf --threads 2
 
-A request is a line of JSON, `{"kind": "decode", "streams": 8, "context": 256, "steps": 64}` or
+A request is a line of JSON, `{"kind": "decode", "streams": 8, "start": 225, "steps": 64}` or
 `{"kind": "prefill", "length": 512}`; the answer is a line of JSON with `seconds` (of a step, of a prefill).
-Between requests it does nothing, so it can be measured in turn with another engine.
+Prompts of decode stay in the cache for requests of the same start. Between requests it does nothing, so it can be
+measured in turn with another engine.
 """
 
 from __future__ import annotations
@@ -40,10 +41,26 @@ class LlamaCpp:
         if not self._context:
             sys.exit("llama.cpp cannot make a context")
         self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
+        self._memory = api.llama_get_memory(self._context)
         self._batch = api.llama_batch_init(BATCH, 0, 1)
+        self._streams = streams
+        self._filled: tuple[int, int] | None = None  # prompt length and the token after it, in all sequences
 
     def clear(self) -> None:
-        api.llama_memory_clear(api.llama_get_memory(self._context), True)
+        api.llama_memory_clear(self._memory, True)
+        self._filled = None
+
+    def fill(self, start: int) -> int:
+        """Make every sequence hold a prompt of `start` tokens, computed only once; returns the token after it."""
+        if self._filled is None or self._filled[0] != start:
+            self.clear()
+            token = self.prefill(random_tokens(self, start), 0)
+            for sequence in range(1, self._streams):
+                api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+            self._filled = start, token
+        for sequence in range(self._streams):
+            api.llama_memory_seq_rm(self._memory, sequence, start, -1)
+        return self._filled[1]
 
     def decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
         """Compute rows of (token, position, sequence, wants logits)."""
@@ -73,11 +90,9 @@ class LlamaCpp:
         return self.argmax(last % BATCH)
 
 
-def time_decode(engine: LlamaCpp, *, streams: int, context: int, steps: int) -> float:
-    """Mean seconds of a step of `streams` sequences whose contexts are `context` on average."""
-    engine.clear()
-    start = context - steps // 2
-    tokens = [engine.prefill(random_tokens(engine, start), sequence) for sequence in range(streams)]
+def time_decode(engine: LlamaCpp, *, streams: int, start: int, steps: int) -> float:
+    """Mean seconds of a step of `streams` sequences, over `steps` that follow prompts of `start` tokens."""
+    tokens = [engine.fill(start)] * streams
     began = time.perf_counter()
     for step in range(steps):
         engine.decode([(token, start + step, sequence, True) for sequence, token in enumerate(tokens)])
