@@ -1,18 +1,25 @@
-"""Checkpoint tensors as dense tensors of the compute dtype, converted piece by piece."""
+"""Checkpoint tensors as dense tensors of the compute dtype, converted piece by piece.
+
+For an accelerator, dense values travel as the file has them, through pinned memory, and are converted there; blocks
+of quantized values are expanded on the host. Cost: one read of the file and one copy of its bytes (for blocks, of
+float32 values), with the copy to the device behind the read of the next piece.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.quantization.dequantize import dequantize
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.quantization.types import NoiseTensor, QuantType, RawTensor
 
-_PIECE_VALUES = 4 * 1024 * 1024  # float32 values in flight; bounds what conversion needs above its result
+_PIECE_VALUES = 4 * 1024 * 1024  # values in flight; bounds what conversion needs above its result
+_STORED = {QuantType.F32: torch.float32, QuantType.F16: torch.float16, QuantType.BF16: torch.bfloat16}
 
 
 def to_dense(raw: RawTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -53,18 +60,35 @@ def _warn_of_loss(parts: Sequence[RawTensor], dtype: torch.dtype) -> None:
 
 
 def _convert(raw: RawTensor, out: torch.Tensor) -> None:
+    on_host = out.device.type == "cpu"
+    if isinstance(raw, NoiseTensor) and not on_host:
+        generator = torch.Generator(out.device).manual_seed(raw.seed)
+        out.normal_(0.0, raw.standard_deviation, generator=generator)
+        return
+    for piece, target in _pieces(raw, out):
+        target.copy_(torch.from_numpy(dequantize(piece)) if on_host else _send(piece, out.device))
+        if out.dtype == torch.float16 and not bool(torch.isfinite(target).all()):
+            raise ModelFormatError(
+                f"tensor {raw.name} has values outside the range of float16; use --dtype bfloat16 or float32"
+            )
+
+
+def _pieces(raw: RawTensor, out: torch.Tensor) -> Iterator[tuple[RawTensor, torch.Tensor]]:
+    """Rows of a matrix, as many at a time as may be in flight, and where they go; a vector is one piece."""
     if len(raw.shape) == 1:
-        _store(raw, out)
+        yield raw, out
         return
     step = max(1, _PIECE_VALUES // raw.shape[1])
     for first in range(0, raw.shape[0], step):
         data = raw.data[first : first + step]
-        _store(RawTensor(raw.name, (data.shape[0], raw.shape[1]), raw.qtype, data), out[first : first + step])
+        yield RawTensor(raw.name, (data.shape[0], raw.shape[1]), raw.qtype, data), out[first : first + step]
 
 
-def _store(raw: RawTensor, out: torch.Tensor) -> None:
-    out.copy_(torch.from_numpy(dequantize(raw)))
-    if out.dtype == torch.float16 and not bool(torch.isfinite(out).all()):
-        raise ModelFormatError(
-            f"tensor {raw.name} has values outside the range of float16; use --dtype bfloat16 or float32"
-        )
+def _send(raw: RawTensor, device: torch.device) -> torch.Tensor:
+    """`raw` on `device`, as it is stored or as float32 if that is in blocks. Does not wait for the copy: torch's
+    allocator keeps the pinned memory until it is done."""
+    dtype = _STORED.get(raw.qtype)
+    values = np.ascontiguousarray(raw.data if dtype is not None else dequantize(raw)).reshape(-1).view(np.uint8)
+    staged = torch.empty(values.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.copyto(staged.numpy(), values)
+    return staged.to(device, non_blocking=True).view(dtype or torch.float32).view(raw.shape)

@@ -1,6 +1,7 @@
 """Random weights for a model of which only the configuration is at hand (benchmarks, tests).
 
-Never zeros: an idle multiplication is not what is to be measured, and uniform logits hide errors.
+Never zeros: an idle multiplication is not what is to be measured, and uniform logits hide errors. On an accelerator
+the values are others than on the host, made where they are needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from aphrodite.loading.parameters import parameter_shapes
 from aphrodite.loading.weights import Parameter, Weights
 from aphrodite.models.spec import ModelSpec
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.quantization.types import NoiseTensor, QuantType, RawTensor
 
 STANDARD_DEVIATION = 0.02
 # Values are cut out of one pool of this prime length, so that large models are made at the speed of a
@@ -40,8 +41,7 @@ def dummy_weights(spec: ModelSpec, qtype: QuantType = QuantType.BF16, seed: int 
             load = partial(_ones, name, shape)
             parameters[name] = Parameter(shape, QuantType.F32, load)
         else:
-            start = zlib.crc32(f"{seed}:{name}".encode()) % _POOL_LENGTH
-            parameters[name] = Parameter(shape, qtype, partial(_cut, name, shape, qtype, pool, start))
+            parameters[name] = Parameter(shape, qtype, partial(_noise, name, shape, qtype, pool, seed))
     return Weights(parameters)
 
 
@@ -60,7 +60,13 @@ def _ones(name: str, shape: tuple[int, ...]) -> RawTensor:
     return RawTensor(name, shape, QuantType.F32, np.ones((1, *shape), "<f4").view(np.uint8))
 
 
-def _cut(name: str, shape: tuple[int, ...], qtype: QuantType, pool: np.ndarray, start: int) -> RawTensor:
+def _noise(name: str, shape: tuple[int, ...], qtype: QuantType, pool: np.ndarray, seed: int) -> NoiseTensor:
+    own = zlib.crc32(f"{seed}:{name}".encode())
+    make = partial(_cut, shape, qtype, pool, own % _POOL_LENGTH)
+    return NoiseTensor(name, shape, qtype, standard_deviation=STANDARD_DEVIATION, seed=own, make=make)
+
+
+def _cut(shape: tuple[int, ...], qtype: QuantType, pool: np.ndarray, start: int) -> np.ndarray:
     count = math.prod(shape)
     values = np.empty((count, qtype.block_bytes), np.uint8)
     filled = 0
@@ -68,4 +74,4 @@ def _cut(name: str, shape: tuple[int, ...], qtype: QuantType, pool: np.ndarray, 
         piece = pool[start : start + count - filled]
         values[filled : filled + len(piece)] = piece
         filled, start = filled + len(piece), 0
-    return RawTensor(name, shape, qtype, values.reshape(math.prod(shape[:-1]), -1))
+    return values.reshape(math.prod(shape[:-1]), -1)

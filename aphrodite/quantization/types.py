@@ -6,6 +6,8 @@ Block layouts are those of the GGUF specification (ggml); dense types are little
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,3 +55,43 @@ class RawTensor:
     def take_rows(self, index: np.ndarray) -> RawTensor:
         """The same tensor with its rows reordered; lossless, since blocks lie along the columns."""
         return RawTensor(self.name, self.shape, self.qtype, self.data[index])
+
+
+class NoiseTensor(RawTensor):
+    """A tensor that no checkpoint holds: normal noise, whose bytes are made when the host first reads `data`.
+
+    A device may make noise of its own instead, from `standard_deviation` and `seed`, so that nothing has to be
+    written, converted and sent.
+    """
+
+    __slots__ = ("_bytes", "_make", "seed", "standard_deviation")
+
+    standard_deviation: float
+    seed: int
+    _make: Callable[[], np.ndarray]
+    _bytes: np.ndarray | None
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        qtype: QuantType,
+        *,
+        standard_deviation: float,
+        seed: int,
+        make: Callable[[], np.ndarray],
+    ) -> None:
+        """`make` returns what `data` shall be."""
+        values = {"name": name, "shape": shape, "qtype": qtype, "seed": seed, "_make": make, "_bytes": None}
+        for key, value in {**values, "standard_deviation": standard_deviation}.items():
+            object.__setattr__(self, key, value)
+
+    @property
+    def data(self) -> np.ndarray:
+        if self._bytes is None:
+            object.__setattr__(self, "_bytes", self._make())
+        return self._bytes  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.qtype.row_bytes(self.shape[-1])
