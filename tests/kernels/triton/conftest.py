@@ -10,7 +10,8 @@ Interpreted, on CPU tensors
 
     Without the variable the folder is not collected. Keep shapes tiny: the interpreter runs one program after another,
     each operation through numpy. Compare with `aphrodite/kernels/reference.py` in float64, by a tolerance: the
-    interpreter cuts float32 off when it stores bfloat16, where hardware rounds. Launchers must not ask for a CUDA
+    interpreter cuts float32 off when it stores bfloat16, where hardware rounds, and its `tl.dot` misreads bfloat16
+    operands (use float16 or float32 for kernels with a dot). Launchers must not ask for a CUDA
     device: take it from the tensors (`pdl_supported(x.device)` is False for CPU tensors: `launch_options` is empty).
 
 Compiled, without a driver

@@ -1,0 +1,457 @@
+"""Products of few activation rows with a weight: act(norm(x) W^T + b) + residual for up to 64 rows.
+
+Both kernels are bound by reading the weight once, `out * in * itemsize` bytes; below, arithmetic is
+`2 * rows * out * in` operations.
+
+GEMV, 1..4 rows. A block owns a few whole rows of W, walks them in chunks through a queue of register tiles and adds up
+products on the vector units: no shared memory, no matrix units, no partial sums between blocks. The first chunks are
+requested before the kernel waits for its predecessor. RMSNorm costs nothing here: the squares are summed beside the
+product, and 1 / rms scales the finished sum.
+
+Skinny GEMM, up to 64 rows. W is the M operand of the matrix units (its rows are many), the activations the N operand.
+Where W has too few rows to fill the card, blocks share a tile along `in`: each leaves a float32 partial sum, and the
+last to arrive adds them up in a fixed order, so equal inputs give equal results.
+
+The rows of a gated projection are interleaved (gate, up) pairs, so a block has both halves of a result.
+"""
+
+# ruff: noqa: RUF005  (Triton's tuples know no unpacking)
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from aphrodite.kernels.triton.activation import Activation, gated
+from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+
+GEMV_MAX_ROWS = 4
+SKINNY_MAX_ROWS = 64
+# Partial sums of the split skinny GEMM, float32 values (16 MiB), and counters of its tiles: 96 tiles are split at most.
+WORKSPACE_VALUES = 1 << 22
+WORKSPACE_TILES = 1 << 12
+
+
+class GemvConfig(NamedTuple):
+    """How a GEMV is cut: weight rows a block, values of `in` a chunk, chunks in flight, warps."""
+
+    rows: int
+    chunk: int
+    depth: int
+    warps: int
+
+
+class SkinnyConfig(NamedTuple):
+    """How a skinny GEMM is cut: tile of W (rows, values of `in`), splits of `in`, pipeline stages, warps."""
+
+    rows: int
+    chunk: int
+    splits: int
+    stages: int
+    warps: int
+
+
+class Epilogue(NamedTuple):
+    """What is applied to the product, in this order.
+
+    Attributes:
+        bias: `[out]`.
+        activation: of interleaved (gate, up) pairs, which halves the width.
+        residual: `[T, width of the result]` of x's dtype; the result replaces it.
+    """
+
+    bias: torch.Tensor | None = None
+    activation: Activation | None = None
+    residual: torch.Tensor | None = None
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def gemv_config(out_features: int, in_features: int, rows: int, itemsize: int = 2) -> GemvConfig:
+    """The cut for a weight `[out, in]` of `itemsize` bytes a value and 1..4 activation rows.
+
+    Chunks of 2,048 16-bit values won for every 8B shape (the best lie within 2-4 %); a small weight wants many small
+    blocks, so that all of it is requested at once. Sums for more activation rows take the registers of weight rows.
+    """
+    longest = 4096 // itemsize
+    fitting = [chunk for chunk in (longest, longest // 2, longest // 4) if in_features % chunk == 0]
+    chunk = fitting[0] if fitting else min(longest, max(256, triton.next_power_of_2(in_features)))
+    chunks = _ceil_div(in_features, chunk)
+    lanes = max(chunk * itemsize // 512, 1)  # warps that load 16 bytes a thread from one row
+    if out_features * in_features < 24 << 20:
+        return GemvConfig(2, chunk, min(2 if chunks <= 3 else 1, chunks), min(lanes, 4 if rows <= 2 else 8))
+    return GemvConfig(4 if rows <= 2 else 2, chunk, min(2, chunks), min(lanes, 8))
+
+
+@functools.cache
+def skinny_config(out_features: int, in_features: int, rows: int, hip: bool = False) -> SkinnyConfig:
+    """The cut for a weight `[out, in]` and up to 64 rows: `in` is split where tiles would not fill the processors.
+
+    AMD's processors have 64 KiB of shared memory, which holds two pipeline stages.
+    """
+    padded = padded_rows(rows)
+    tiles = _ceil_div(out_features, 64)
+    chunk = 256 if 48 <= tiles < 96 and padded <= 16 else 128
+    splits = 1 if tiles >= 96 else 2 if tiles >= 48 else 4
+    splits = min(splits, _ceil_div(in_features, chunk))
+    stages = 2 if hip else 3 if chunk == 256 or padded > 32 else 4
+    return SkinnyConfig(64, chunk, splits, stages, 4)
+
+
+def padded_rows(rows: int) -> int:
+    """Activation rows as the matrix units want them: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+@triton.jit
+def _load_chunk(weight, rows, start, in_features: tl.constexpr, CHUNK: tl.constexpr):
+    columns = start + tl.arange(0, CHUNK)
+    pointers = weight + rows[:, None] * in_features + columns[None, :]
+    if start + CHUNK <= in_features:
+        return tl.load(pointers, eviction_policy="evict_first")
+    return tl.load(pointers, mask=columns[None, :] < in_features, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_row(base, start, in_features: tl.constexpr, CHUNK: tl.constexpr):
+    columns = start + tl.arange(0, CHUNK)
+    if start + CHUNK <= in_features:
+        return tl.load(base + columns).to(tl.float32)
+    return tl.load(base + columns, mask=columns < in_features, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _finish_gemv(
+    total,
+    bias,
+    residual,
+    out,
+    row,
+    out_features,
+    first,
+    ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Bias, activation and residual of one activation row's `total` `[ROWS]`, and the store."""
+    index = first + tl.arange(0, ROWS)
+    if HAS_BIAS:
+        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)
+    if ACTIVATION is None:
+        width = out_features
+        result = total
+    else:
+        width = out_features // 2
+        index = first // 2 + tl.arange(0, ROWS // 2)
+        gate, up = tl.split(tl.reshape(total, (ROWS // 2, 2)))
+        result = gated(gate, up, ACTIVATION)
+    inside = index < width
+    at = row * width + index
+    if HAS_RESIDUAL:
+        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gemv_kernel(
+    x,  # [M, in]
+    x_stride,
+    norm_weight,  # [in], or anything when not HAS_NORM
+    eps,
+    weight,  # [out, in]
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # [M, width], or anything when not HAS_RESIDUAL
+    out,  # [M, width]
+    out_features,
+    in_features: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    first = tl.program_id(0) * ROWS
+    # Rows beyond the last read the last again instead of being masked.
+    rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
+    queue = ()
+    for ahead in tl.static_range(DEPTH):
+        queue = queue + (_load_chunk(weight, rows, ahead * CHUNK, in_features, CHUNK),)
+    wait_for_producer(PDL)
+    sums = ()
+    squares = ()
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros((ROWS, CHUNK), tl.float32),)
+        squares = squares + (tl.zeros((CHUNK,), tl.float32),)
+    for step in tl.static_range((in_features + CHUNK - 1) // CHUNK):
+        tile = queue[0].to(tl.float32)
+        if (step + DEPTH) * CHUNK < in_features:
+            queue = queue[1:] + (_load_chunk(weight, rows, (step + DEPTH) * CHUNK, in_features, CHUNK),)
+        else:
+            queue = queue[1:]
+        if HAS_NORM:
+            scale = _load_row(norm_weight, step * CHUNK, in_features, CHUNK)
+        new_sums = ()
+        new_squares = ()
+        for m in tl.static_range(M):
+            values = _load_row(x + m * x_stride, step * CHUNK, in_features, CHUNK)
+            if HAS_NORM:
+                new_squares = new_squares + (squares[m] + values * values,)
+                values = values * scale
+            else:
+                new_squares = new_squares + (squares[m],)
+            new_sums = new_sums + (sums[m] + tile * values[None, :],)
+        sums = new_sums
+        squares = new_squares
+    for m in tl.static_range(M):
+        total = tl.sum(sums[m], axis=1)
+        if HAS_NORM:
+            total = total * (1.0 / tl.sqrt(tl.sum(squares[m], axis=0) / in_features + eps))
+        _finish_gemv(total, bias, residual, out, m, out_features, first, ROWS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL)
+
+
+@triton.jit
+def _finish_skinny(
+    total,
+    bias,
+    residual,
+    out,
+    M,
+    out_features,
+    first,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Bias, activation and residual of `total` `[ROWS, COLUMNS]` (weight rows x activation rows), and the store."""
+    index = first + tl.arange(0, ROWS)
+    if HAS_BIAS:
+        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION is None:
+        width = out_features
+        result = total
+    else:
+        width = out_features // 2
+        index = first // 2 + tl.arange(0, ROWS // 2)
+        pairs = tl.permute(tl.reshape(total, (ROWS // 2, 2, COLUMNS)), (0, 2, 1))
+        gate, up = tl.split(pairs)
+        result = gated(gate, up, ACTIVATION)
+    row = tl.arange(0, COLUMNS)
+    inside = (index < width)[:, None] & (row < M)[None, :]
+    at = row[None, :] * width + index[:, None]
+    if HAS_RESIDUAL:
+        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_of_splits(partial, workspace, counters, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+    """Leave `partial`; the last block of a tile gets (True, the sum of all in the order of the splits)."""
+    tile = tl.program_id(0)
+    size: tl.constexpr = ROWS * COLUMNS
+    within = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    base = workspace + tile * SPLITS * size
+    tl.store(base + tl.program_id(1) * size + within, partial)
+    # Every thread's stores come before the one atomic that announces them.
+    tl.debug_barrier()
+    last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if last:
+        for split in tl.static_range(SPLITS):
+            total += tl.load(base + split * size + within, cache_modifier=".cg")
+        tl.store(counters + tile, 0)
+    return last, total
+
+
+@triton.jit(do_not_specialize=["M"])
+def _skinny_kernel(
+    x,  # [M, in]
+    x_stride,
+    weight,  # [out, in]
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # [M, width], or anything when not HAS_RESIDUAL
+    out,  # [M, width]
+    workspace,  # [tiles, SPLITS, ROWS, COLUMNS] float32
+    counters,  # [tiles] int32, zero between launches
+    M,
+    out_features,
+    in_features: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,  # M padded
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    first = tl.program_id(0) * ROWS
+    rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
+    columns = tl.minimum(tl.arange(0, COLUMNS), M - 1)
+    chunks: tl.constexpr = (in_features + CHUNK - 1) // CHUNK
+    share: tl.constexpr = (chunks + SPLITS - 1) // SPLITS
+    start = tl.program_id(1) * share
+    end = tl.minimum(start + share, chunks)
+    within = tl.arange(0, CHUNK)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    wait_for_producer(PDL)
+    for chunk in tl.range(start, end, num_stages=STAGES):
+        k = chunk * CHUNK + within
+        w_at = weight + rows[:, None] * in_features + k[None, :]
+        x_at = x + columns[None, :] * x_stride + k[:, None]
+        if in_features % CHUNK == 0:
+            w = tl.load(w_at, eviction_policy="evict_first")
+            activations = tl.load(x_at)
+        else:
+            w = tl.load(w_at, mask=k[None, :] < in_features, other=0.0, eviction_policy="evict_first")
+            activations = tl.load(x_at, mask=k[:, None] < in_features, other=0.0)
+        total = tl.dot(w, activations, total)
+    if SPLITS == 1:
+        _finish_skinny(
+            total, bias, residual, out, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
+        )
+    else:
+        last, total = _sum_of_splits(total, workspace, counters, ROWS, COLUMNS, SPLITS)
+        if last:
+            _finish_skinny(
+                total, bias, residual, out, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
+            )
+
+
+def gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: Epilogue = Epilogue(),
+    norm: tuple[torch.Tensor, float] | None = None,
+    config: GemvConfig | None = None,
+) -> torch.Tensor:
+    """act(norm(x) W^T + b) + residual for 1..4 rows.
+
+    Args:
+        x: `[T, in]`, rows may be strided, 1 <= T <= 4.
+        weight: `[out, in]` contiguous; (gate, up) rows interleaved when there is an activation.
+        norm: RMSNorm of x: weight `[in]` and epsilon.
+        config: how to cut the work; chosen by shape when None.
+
+    Returns:
+        `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
+    """
+    rows, (out_features, in_features) = x.shape[0], weight.shape
+    out = _output(x, out_features, epilogue)
+    cut = config or gemv_config(out_features, in_features, rows, weight.itemsize)
+    pdl = pdl_supported(x.device)
+    norm_weight, eps = norm if norm is not None else (x, 0.0)
+    _gemv_kernel[(_ceil_div(out_features, cut.rows),)](
+        x,
+        x.stride(0),
+        norm_weight,
+        eps,
+        weight,
+        x if epilogue.bias is None else epilogue.bias,
+        out,
+        out,
+        out_features,
+        in_features=in_features,
+        M=rows,
+        ROWS=cut.rows,
+        CHUNK=cut.chunk,
+        DEPTH=cut.depth,
+        HAS_NORM=norm is not None,
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_RESIDUAL=epilogue.residual is not None,
+        ACTIVATION=epilogue.activation,
+        PDL=pdl,
+        num_warps=cut.warps,
+        **launch_options(pdl),
+    )
+    return out
+
+
+def skinny_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: Epilogue = Epilogue(),
+    config: SkinnyConfig | None = None,
+) -> torch.Tensor:
+    """act(x W^T + b) + residual for a handful of rows.
+
+    Args:
+        x: `[T, in]` of a 16-bit dtype, rows may be strided.
+        weight: `[out, in]` contiguous; (gate, up) rows interleaved when there is an activation.
+        config: how to cut the work; chosen by shape when None.
+
+    Returns:
+        As `gemv`.
+
+    Raises:
+        ValueError: `config` needs more room for partial sums than there is.
+    """
+    rows, (out_features, in_features) = x.shape[0], weight.shape
+    out = _output(x, out_features, epilogue)
+    cut = config or skinny_config(out_features, in_features, rows, torch.version.hip is not None)
+    tiles = _ceil_div(out_features, cut.rows)
+    if cut.splits > 1 and tiles * cut.splits * cut.rows * padded_rows(rows) > WORKSPACE_VALUES:
+        raise ValueError(f"{cut} of {rows} rows and a weight {list(weight.shape)} outgrows the workspace: split less")
+    workspace, counters = _workspace(x.device) if cut.splits > 1 else (x, x)
+    pdl = pdl_supported(x.device)
+    _skinny_kernel[(tiles, cut.splits)](
+        x,
+        x.stride(0),
+        weight,
+        x if epilogue.bias is None else epilogue.bias,
+        out,
+        out,
+        workspace,
+        counters,
+        rows,
+        out_features,
+        in_features=in_features,
+        ROWS=cut.rows,
+        CHUNK=cut.chunk,
+        COLUMNS=padded_rows(rows),
+        SPLITS=cut.splits,
+        STAGES=cut.stages,
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_RESIDUAL=epilogue.residual is not None,
+        ACTIVATION=epilogue.activation,
+        PDL=pdl,
+        num_warps=cut.warps,
+        **launch_options(pdl),
+    )
+    return out
+
+
+def _output(x: torch.Tensor, out_features: int, epilogue: Epilogue) -> torch.Tensor:
+    """Where the result goes: over the residual, which each element's one writer has read before."""
+    if epilogue.residual is not None:
+        return epilogue.residual
+    width = out_features if epilogue.activation is None else out_features // 2
+    return torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
+
+
+@functools.cache
+def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums and counters of `device`, allocated once: every launch leaves the counters at zero.
+
+    One set serves all launches because kernels on the compute stream follow one another: each waits for its
+    predecessor's end before it writes. Concurrent streams would need their own.
+    """
+    return (
+        torch.empty(WORKSPACE_VALUES, dtype=torch.float32, device=device),
+        torch.zeros(WORKSPACE_TILES, dtype=torch.int32, device=device),
+    )
