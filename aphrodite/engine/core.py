@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from typing import Any
 
 from aphrodite.core.plan import RowResult, StepPlan, StepResult
 from aphrodite.core.request import Request, RequestUpdate
@@ -15,7 +15,8 @@ from aphrodite.core.scheduler import Scheduler
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.phrase_bans import PhraseGuard, has_bans
 from aphrodite.errors import InvalidRequestError, QueueFullError
-from aphrodite.runner.runner import DeviceStep, Runner
+from aphrodite.runner.data_plane import DataPlane
+from aphrodite.runner.results import Outcome
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,11 @@ class EngineCore:
         tokenizer: for requests with bans on their text; without it those are answered by an error.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, runner: DataPlane, tokenizer: Tokenizer | None = None) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._tokenizer = tokenizer
-        self._in_flight: deque[tuple[StepPlan, Future[DeviceStep]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._refused: list[RequestUpdate] = []
         self._came: dict[str, float] = {}  # when each request that has not begun came
         self._queued: dict[str, float] = {}  # seconds that requests had waited, until their first news says so
@@ -108,13 +109,15 @@ class EngineCore:
             return updates
         return [update._replace(queue_seconds=self._queued.pop(update.request_id, None)) for update in updates]
 
-    def _collect(self, plan: StepPlan, pending: Future[DeviceStep]) -> tuple[StepResult, float]:
+    def _collect(self, plan: StepPlan, pending: Any) -> Outcome:
         try:
             return self.runner.collect(plan, pending)
         except Exception:
             # Which row is to blame cannot be known here, so the step's rows fail and the engine goes on.
             logger.exception("step %d failed; its %d requests end with an error", plan.step_id, len(plan.steps))
-            return StepResult(plan.step_id, [RowResult(step.row, error=STEP_FAILED) for step in plan.steps]), 0.0
+            return Outcome(
+                StepResult(plan.step_id, [RowResult(step.row, error=STEP_FAILED) for step in plan.steps]), 0.0
+            )
 
     def reset_prefix_cache(self) -> None:
         self.scheduler.reset_prefix_cache()

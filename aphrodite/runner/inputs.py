@@ -12,7 +12,8 @@ class ForwardInputs(NamedTuple):
     """T tokens of R sequences, ragged, each sequence's tokens contiguous and in order.
 
     A sequence's last `query_start[r + 1] - query_start[r]` positions of `context_lens[r]` are computed
-    now; KV of the earlier ones is already in the cache.
+    now; KV of the earlier ones is already in the cache. A runner may hand over the same object again with other
+    numbers in its tensors, so what depends on shapes and addresses alone may be kept with the object.
     """
 
     token_ids: torch.Tensor  # [T] int32

@@ -6,11 +6,16 @@ ids are written where they are sampled, so the next step can be prepared before 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from aphrodite.core.plan import RowStep, StepPlan
 from aphrodite.runner.inputs import ForwardInputs
+
+# Columns that a decoding batch's block tables have to spare when they are made.
+_SPARE_BLOCKS = 16
 
 
 class Rows:
@@ -31,6 +36,7 @@ class Rows:
         self._num_prompt = self.num_prompt.numpy()
         self._block_tables = np.zeros((num_rows, max_blocks), dtype=np.int32)
         self._block_counts = [0] * num_rows
+        self._decoding = _DecodeBatch([], 0, self._token_ids, self._block_tables, block_size)
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what the plan changes: new prompts and block tables."""
@@ -47,19 +53,35 @@ class Rows:
                 self._block_tables[step.row, used : used + len(step.blocks)] = step.blocks
                 self._block_counts[step.row] = used + len(step.blocks)
 
-    def inputs(self, steps: list[RowStep], logits_index: np.ndarray) -> ForwardInputs:
+    def decode_inputs(self, steps: Sequence[RowStep], rows: list[int]) -> ForwardInputs:
+        """The forward pass's tensors where each of `steps`, of `rows`, computes one token and wants its logits.
+
+        The same object as in the step before as long as the rows are the same and in the same order.
+        """
+        starts = [step.start for step in steps]
+        num_blocks = max(starts) // self.block_size + 1
+        batch = self._decoding
+        if rows != batch.rows or num_blocks > batch.max_blocks:
+            width = min(num_blocks + _SPARE_BLOCKS, self._block_tables.shape[1])
+            batch = _DecodeBatch(rows, width, self._token_ids, self._block_tables, self.block_size)
+            self._decoding = batch
+            batch.copy_tables(range(len(rows)))
+        else:
+            batch.copy_tables([place for place, step in enumerate(steps) if step.blocks or step.reset_blocks])
+        return batch.advance(starts)
+
+    def inputs(self, steps: Sequence[RowStep], logits_index: np.ndarray) -> ForwardInputs:
         """The forward pass's tensors for `steps`; sequence r is `steps[r]`."""
+        # Block tables change here behind the back of the batch that decoded last.
+        self._decoding.rows = []
         rows = np.array([step.row for step in steps], dtype=np.intp)
         starts = np.array([step.start for step in steps], dtype=np.int32)
         counts = np.array([step.count for step in steps], dtype=np.int32)
         query_start = np.zeros(len(steps) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
         total = int(query_start[-1])
-        if total == len(steps):  # decode only: one token a sequence
-            token_rows, positions = rows, starts
-        else:
-            token_rows = np.repeat(rows, counts)
-            positions = np.arange(total, dtype=np.int32) + np.repeat(starts - query_start[:-1], counts)
+        token_rows = np.repeat(rows, counts)
+        positions = np.arange(total, dtype=np.int32) + np.repeat(starts - query_start[:-1], counts)
         context_lens = starts + counts
         num_blocks = -(-int(context_lens.max()) // self.block_size)
         blocks = self._block_tables[token_rows, positions // self.block_size].astype(np.int64)
@@ -73,6 +95,69 @@ class Rows:
             logits_index=torch.from_numpy(logits_index),
         )
 
-    def append(self, rows: list[int], positions: list[int], token_ids: torch.Tensor) -> None:
-        """Write the sampled `token_ids` `[L]` at `positions` of `rows`."""
-        self._token_ids[rows, positions] = token_ids.numpy()
+    def append(self, rows: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Write the sampled `token_ids` at `positions` of `rows`."""
+        known = self._token_ids
+        for row, position, token_id in zip(rows, positions, token_ids, strict=True):
+            known[row, position] = token_id
+
+
+class _DecodeBatch:
+    """Rows that decode together, one token each: inputs at fixed addresses, filled anew for every step.
+
+    Few and simple calls matter more here than their work: each runs after a forward pass that has thrown the
+    interpreter out of the processor's caches.
+
+    Args:
+        max_blocks: columns of its block tables.
+        token_ids, block_tables: those of all rows.
+    """
+
+    def __init__(
+        self, rows: list[int], max_blocks: int, token_ids: np.ndarray, block_tables: np.ndarray, block_size: int
+    ) -> None:
+        count = len(rows)
+        self.rows = rows
+        self.max_blocks = max_blocks
+        self._block_size = block_size
+        self._all_tables = block_tables
+        self._all_cells = block_tables.reshape(-1)
+        self._all_tokens = token_ids.reshape(-1)
+        places = np.array(rows, dtype=np.int64)
+        self._first_cells = places * block_tables.shape[1]
+        self._first_tokens = places * token_ids.shape[1]
+        self._index = np.zeros(count, dtype=np.int64)
+        self._offsets = np.zeros(count, dtype=np.int64)
+        self._token_ids = np.zeros(count, dtype=np.int32)
+        self._positions = np.zeros(count, dtype=np.int32)
+        self._slots = np.zeros(count, dtype=np.int64)
+        self._context_lens = np.zeros(count, dtype=np.int32)
+        self._tables = np.zeros((count, max_blocks), dtype=np.int32)
+        self._inputs = ForwardInputs(
+            token_ids=torch.from_numpy(self._token_ids),
+            positions=torch.from_numpy(self._positions),
+            slot_mapping=torch.from_numpy(self._slots),
+            query_start=torch.arange(count + 1, dtype=torch.int32),
+            context_lens=torch.from_numpy(self._context_lens),
+            block_tables=torch.from_numpy(self._tables),
+            logits_index=torch.arange(count, dtype=torch.int32),
+        )
+
+    def copy_tables(self, places: Sequence[int]) -> None:
+        """Take over the block tables of the rows at `places`."""
+        for place in places:
+            self._tables[place] = self._all_tables[self.rows[place], : self.max_blocks]
+
+    def advance(self, starts: list[int]) -> ForwardInputs:
+        """The inputs for the tokens at positions `starts`."""
+        positions, index, slots = self._positions, self._index, self._slots
+        positions[:] = starts
+        np.add(positions, 1, out=self._context_lens)
+        np.add(self._first_tokens, positions, out=index)
+        self._all_tokens.take(index, out=self._token_ids, mode="clip")
+        np.divmod(positions, self._block_size, out=(index, self._offsets))
+        index += self._first_cells
+        slots[:] = self._all_cells.take(index, mode="clip")
+        slots *= self._block_size
+        slots += self._offsets
+        return self._inputs

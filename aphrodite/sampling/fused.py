@@ -37,6 +37,20 @@ class Choices(NamedTuple):
         return Choices(torch.zeros(count, dtype=torch.int32, device=device), flags[0], flags[1])
 
 
+class HostChoices(NamedTuple):
+    """Choices in the host's memory, as torch sees it and as numpy does."""
+
+    tensors: Choices
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
+    addresses: tuple[int, int, int]
+
+    @staticmethod
+    def of(choices: Choices) -> HostChoices:
+        token_ids, ok, exhausted = choices
+        arrays = token_ids.numpy(), ok.numpy(), exhausted.numpy()
+        return HostChoices(choices, arrays, (token_ids.data_ptr(), ok.data_ptr(), exhausted.data_ptr()))
+
+
 class FusedSampler:
     """Programs of the rows that the native library samples, and the call that does it.
 
@@ -52,8 +66,10 @@ class FusedSampler:
         self._table = np.zeros(info.num_rows, native_sampling.ROW)
         self._programs: dict[int, native_sampling.Program] = {}
         self._everybody = np.arange(info.num_rows, dtype=np.int32)
+        self._everybody_address = self._everybody.ctypes.data
         self._rows = np.zeros(info.num_rows, np.int32)
         self._positions = np.zeros(info.num_rows, np.int32)
+        self._choices: dict[int, HostChoices] = {}  # by the number of rows
         self._history = info.token_ids  # kept alive; the batch holds its address
         self._batch = native_sampling.Batch(
             vocab=info.vocab_size,
@@ -104,6 +120,13 @@ class FusedSampler:
         self.wanted.pop(row, None)
         del self._programs[row]
 
+    def choices(self, count: int) -> HostChoices:
+        """Where the choices of `count` rows may go; the same memory every time."""
+        found = self._choices.get(count)
+        if found is None:
+            found = self._choices[count] = HostChoices.of(Choices.empty(count, torch.device("cpu")))
+        return found
+
     def sample(
         self,
         logits: torch.Tensor,
@@ -111,7 +134,7 @@ class FusedSampler:
         rows: Sequence[int],
         positions: Sequence[int],
         barred: Mapping[int, Set[int]],
-        choices: Choices,
+        choices: HostChoices,
     ) -> tuple[LogprobTensors | None, dict[int, int]]:
         """Sample `entries` (None: all) of `logits` [L, vocab], whose rows are `rows`.
 
@@ -125,23 +148,23 @@ class FusedSampler:
         count = len(rows)
         self._rows[:count] = rows
         self._positions[:count] = positions
-        places = self._everybody if entries is None else np.array(entries, np.int32)
+        places = None if entries is None else np.array(entries, np.int32)
         batch = self._batch
         batch.logits, batch.stride, batch.count = logits.data_ptr(), logits.stride(0), count
-        batch.entries = places.ctypes.data
-        batch.token_ids, batch.ok, batch.exhausted = (tensor.data_ptr() for tensor in choices)
+        batch.entries = self._everybody_address if places is None else places.ctypes.data
+        batch.token_ids, batch.ok, batch.exhausted = choices.addresses
         wanted = self._wanted_by(entries, rows) if self.wanted else {}
         outputs = self._logprob_outputs(len(logits), max(wanted.values())) if wanted else None
-        masks = self._bar(barred)
+        masks = self._bar(barred) if barred else {}
         self.native.sample(batch)
         for row in masks:
             self._table[row]["barred_count"] = 0
         if outputs is None:
             return None, wanted
         if len(wanted) == len(logits):
-            return LogprobTensors(choices.token_ids.long(), *outputs), wanted
+            return LogprobTensors(choices.tensors.token_ids.long(), *outputs), wanted
         index = torch.tensor(list(wanted))
-        return LogprobTensors(choices.token_ids[index].long(), *(output[index] for output in outputs)), wanted
+        return LogprobTensors(choices.tensors.token_ids[index].long(), *(output[index] for output in outputs)), wanted
 
     def _wanted_by(self, entries: Sequence[int] | None, rows: Sequence[int]) -> dict[int, int]:
         numbers = range(len(rows)) if entries is None else entries

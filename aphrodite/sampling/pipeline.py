@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence, Set
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.errors import RequestFailedError
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.sampling.draw import draw
-from aphrodite.sampling.fused import Choices, FusedSampler
+from aphrodite.sampling.fused import Choices, FusedSampler, HostChoices
 from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs, join_logprobs
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.plan import SamplingPlan, compile_plan
@@ -38,6 +39,7 @@ class Sampled(NamedTuple):
         logprobs: for the entries that want them, in the order of `wanted`.
         wanted: entries that want log-probabilities, with the number of top tokens.
         traces: of the entries that want one.
+        arrays: the first three once more, where they are in the host's memory.
     """
 
     token_ids: torch.Tensor
@@ -46,6 +48,12 @@ class Sampled(NamedTuple):
     logprobs: LogprobTensors | None
     wanted: dict[int, int]
     traces: dict[int, TraceTensors]
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def lists(self) -> tuple[list[int], list[bool], list[bool]]:
+        """`token_ids`, `ok` and `exhausted` as plain data; waits for the device."""
+        token_ids, ok, exhausted = self[:3] if self.arrays is None else self.arrays
+        return token_ids.tolist(), ok.tolist(), exhausted.tolist()
 
     def logprobs_of(self, entry: int) -> TokenLogprobs | None:
         """Plain data of one entry; waits for the device. Of no meaning where `ok` is False."""
@@ -164,9 +172,8 @@ class Sampler:
         """Let the tokens barred for the row at `position` be chosen again."""
         self._barred.get(row, {}).pop(position, None)
 
-    @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
-        """Choose a token for each row.
+        """Choose a token for each row. What is returned holds until the next call.
 
         Args:
             logits: [L, vocab] float32; may be overwritten.
@@ -178,13 +185,14 @@ class Sampler:
         """
         if logits.shape != (len(rows), self._info.vocab_size) or logits.dtype != torch.float32:
             raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype} for {len(rows)} rows")
-        logits = logits.contiguous()
-        choices = Choices.empty(len(rows), logits.device)
+        if not logits.is_contiguous():
+            logits = logits.contiguous()
         barred = self._barred_at(rows, positions) if self._barred else {}
         if self._fused is not None and self._fused.rows.issuperset(rows):
+            choices = self._fused.choices(len(rows))
             tensors, wanted = self._fused.sample(logits, None, rows, positions, barred, choices)
-            return Sampled(*choices, tensors, wanted, {})
-        return self._sample_mixed(logits, rows, positions, barred, choices)
+            return Sampled(*choices.tensors, tensors, wanted, {}, choices.arrays)
+        return self._sample_mixed(logits, rows, positions, barred)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:
@@ -203,21 +211,18 @@ class Sampler:
         tensors = gather_logprobs(logits, target_ids.to(device=logits.device, dtype=torch.int64), k, native)
         return [tensors.entry(entry, k) for entry in range(len(logits))]
 
+    @torch.inference_mode()
     def _sample_mixed(
-        self,
-        logits: torch.Tensor,
-        rows: Sequence[int],
-        positions: Sequence[int],
-        barred: Mapping[int, Set[int]],
-        choices: Choices,
+        self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int], barred: Mapping[int, Set[int]]
     ) -> Sampled:
         """Sample rows of which some or all go through the stages; arguments as those of `FusedSampler.sample`."""
+        choices = Choices.empty(len(rows), logits.device)
         parts: list[LogprobTensors] = []
         wanted: dict[int, int] = {}
         fused = [entry for entry, row in enumerate(rows) if row in self._fused_rows]
         if self._fused is not None and fused:
             taken = [rows[entry] for entry in fused], [positions[entry] for entry in fused]
-            tensors, wanted = self._fused.sample(logits, fused, *taken, barred, choices)
+            tensors, wanted = self._fused.sample(logits, fused, *taken, barred, HostChoices.of(choices))
             parts = [] if tensors is None else [tensors]
         batch = _Batch([self._plans[row] for row in rows], rows, positions)
         report = _LogprobReport(batch, logits, skip=self._fused_rows)

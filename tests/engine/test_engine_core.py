@@ -184,7 +184,7 @@ def test_non_finite_logits_fail_one_row(make_core: MakeCore, monkeypatch: pytest
     forward = core.runner.executor.forward
 
     def poisoned(inputs):  # type: ignore[no-untyped-def]
-        logits = forward(inputs)
+        logits = forward(inputs).clone()
         logits[0] = float("nan")
         return logits
 

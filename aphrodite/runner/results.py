@@ -1,0 +1,72 @@
+"""What both data planes share: which logits a step wants, and how its results are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from aphrodite.core.plan import RowStep, StepResult
+from aphrodite.sampling.extensions import installed_extensions
+
+NON_FINITE_LOGITS = (
+    "the model produced non-finite logits for this request; the weights may be damaged or overflow"
+    " in this precision: try --dtype float32"
+)
+NOTHING_ALLOWED = (
+    "no token may be chosen at this position: token bans, allowed_token_ids, bad_words and min_tokens together"
+    " leave nothing of the vocabulary; loosen them"
+)
+EXTENSION_FAILED = "; or a sampler extension failed for it: then the server's log has its error"
+
+
+class Outcome(NamedTuple):
+    """What a step brought, and the seconds that the model's forward took (on an accelerator: the whole step)."""
+
+    result: StepResult
+    forward_seconds: float
+
+
+class LogitsLayout(NamedTuple):
+    """Which token rows' logits a step wants, and where each sequence's rows of them lie."""
+
+    entries: np.ndarray  # [L] int32, token rows
+    sampling: list[int]  # indices of `entries` that sample, in the order of the sampling steps
+    prompt: dict[int, tuple[int, int]]  # step number -> slice of `entries` for prompt log-probabilities
+
+
+def logits_layout(steps: Sequence[RowStep], scored: Mapping[int, int]) -> LogitsLayout:
+    """The last token of every sampling row, and a prompt's every position where its logprobs are wanted.
+
+    Args:
+        scored: prompt lengths of the rows that want the latter.
+    """
+    if not any(step.row in scored for step in steps):
+        ends = np.cumsum(np.array([step.count for step in steps], dtype=np.int32), dtype=np.int32) - 1
+        samples = np.array([step.samples for step in steps], dtype=bool)
+        return LogitsLayout(ends[samples], list(range(int(samples.sum()))), {})
+    entries: list[int] = []
+    sampling: list[int] = []
+    prompt: dict[int, tuple[int, int]] = {}
+    first_token = 0
+    for number, step in enumerate(steps):
+        last_token = first_token + step.count - 1
+        if step.row in scored:
+            # Logits at position p speak of position p + 1, which has to lie inside the prompt.
+            inside = min(step.count, scored[step.row] - 1 - step.start)
+            if inside > 0:
+                prompt[number] = (len(entries), len(entries) + inside)
+                entries.extend(range(first_token, first_token + inside))
+        if step.samples:
+            sampling.append(len(entries))
+            entries.append(last_token)
+        first_token += step.count
+    return LogitsLayout(np.array(entries, dtype=np.int32), sampling, prompt)
+
+
+def error_of(exhausted: bool) -> str:
+    """Why a row has no token that may be shown."""
+    if exhausted:
+        return NOTHING_ALLOWED
+    return NON_FINITE_LOGITS + (EXTENSION_FAILED if installed_extensions() else "")
