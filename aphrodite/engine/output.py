@@ -139,6 +139,10 @@ class AnswerStream:
         piece.error = error
         if self._warning is not None:
             piece.warnings.append(self._warning)
+        if self._stops is not None and self._stops.exhausted:
+            piece.warnings.append(
+                "Searching for `stop_regex` took too much work and was given up: the answer may run past a match."
+            )
         return piece
 
 

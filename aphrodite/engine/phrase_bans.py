@@ -57,7 +57,6 @@ class PhraseGuard:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        self.warning: str | None = None
         self._params = params
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
@@ -77,6 +76,19 @@ class PhraseGuard:
         self._num_rewinds = 0
         self._num_let_through = 0
         self._done = False  # nothing is searched any more
+
+    @property
+    def warning(self) -> str | None:
+        """What could not be kept out of the answer, or was not searched for."""
+        told = []
+        if self._num_let_through:
+            times = "once" if self._num_let_through == 1 else f"{self._num_let_through} times"
+            told.append(f"Banned text could not be avoided and was let through {times}.")
+        if self._num_let_through and self._num_rewinds >= MAX_REWINDS:
+            told.append(f"After {MAX_REWINDS} attempts the rest of the answer was not searched.")
+        if any(ban.scanner.exhausted for ban in self._bans):
+            told.append("Searching for `banned_regex` took too much work and was given up before the answer's end.")
+        return " ".join(told) or None
 
     def push(self, token: OutputToken, finish_reason: FinishReason | None) -> list[OutputToken] | Rewind:
         if self._done:
@@ -161,10 +173,6 @@ class PhraseGuard:
     def _let_through(self) -> None:
         self._num_let_through += 1
         self._done = self._num_rewinds >= MAX_REWINDS
-        times = "once" if self._num_let_through == 1 else f"{self._num_let_through} times"
-        self.warning = f"Banned text could not be avoided and was let through {times}."
-        if self._done:
-            self.warning += f" After {MAX_REWINDS} attempts the rest of the answer was not searched."
 
     def _release(self, *, everything: bool) -> list[OutputToken]:
         count = len(self._held)

@@ -43,6 +43,11 @@ class StopMatcher:
         self._length = 0  # characters taken; of those all but `_held` were released
         self._matched = False
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether a search was given up, so that the answer may run past a stop."""
+        return any(scanner.exhausted for scanner in self._scanners)
+
     def push(self, text: str) -> tuple[str, str | None]:
         """Take more text; returns what may be shown now, and the stop if one is complete.
 

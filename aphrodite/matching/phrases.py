@@ -83,6 +83,8 @@ class PhraseScanner:
 
     __slots__ = ("_phrases", "_state", "position")
 
+    exhausted = False  # a character costs little, whatever the phrases
+
     def __init__(self, phrases: PhraseSet) -> None:
         self._phrases = phrases
         self._state = phrases.root

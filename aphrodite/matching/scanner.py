@@ -22,9 +22,13 @@ class Scanner(Protocol):
     Attributes:
         position: characters read.
         live_start: no match that is still to come begins before this character.
+        exhausted: the search would have cost too much and was given up.
     """
 
     position: int
+
+    @property
+    def exhausted(self) -> bool: ...
 
     @property
     def live_start(self) -> int: ...

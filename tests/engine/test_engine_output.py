@@ -9,6 +9,8 @@ import pytest
 from aphrodite.core.plan import TokenLogprobs
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.output import RequestStream, merge_outputs
+from aphrodite.matching import regex as regex_module
+from aphrodite.matching.regex import compile_regexes
 from aphrodite.outputs import RequestOutput
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.loader import load_tokenizer
@@ -60,6 +62,20 @@ def test_no_piece_has_half_a_character(tokenizer: Tokenizer) -> None:
     assert all(
         "\ufffd" not in part.text for piece in stream_tokens(tokenizer, ids, SamplingParams()) for part in piece.outputs
     )
+
+
+def test_a_stop_regex_that_costs_too_much_is_given_up_with_a_warning(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_regexes(("«[A-Z]{2,9}»",))  # before the budget is taken away, which would have it refused
+    monkeypatch.setattr(regex_module, "WORK_PER_CHARACTER", 0)
+    monkeypatch.setattr(regex_module, "WORK_AT_ONCE", 0)
+    ids = tokenizer.encode(STORY, add_special_tokens=False)
+    params = SamplingParams(stop_regex=("«[A-Z]{2,9}»",), stop=("tale",))
+    whole = merge_outputs(stream_tokens(tokenizer, ids, params)).outputs[0]
+    assert whole.text == STORY.removesuffix("tale.")  # stop strings are still searched for
+    assert whole.stop_reason == "tale"
+    assert any("`stop_regex` took too much work" in warning for warning in whole.warnings)
 
 
 @pytest.mark.parametrize("stop", ["«END»", "sailed", "T", ".\n\nस"])

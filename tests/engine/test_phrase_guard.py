@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from aphrodite.core.request import OutputToken, Rewind
 from aphrodite.engine.phrase_bans import MAX_BARRED, MAX_REWINDS, PhraseGuard
 from aphrodite.engine.stops import StopMatcher
+from aphrodite.matching import regex as regex_module
+from aphrodite.matching.regex import RegexScanner
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.loader import load_tokenizer
 from aphrodite.tokenizer.tokenizer import Tokenizer
@@ -190,6 +192,33 @@ def test_after_so_many_attempts_the_rest_is_not_searched(tokenizer: Tokenizer) -
     assert len(result.rewinds) == MAX_REWINDS
     assert result.warning is not None
     assert "not searched" in result.warning
+
+
+def test_a_regex_that_costs_too_much_is_given_up_and_phrases_are_not(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = guard_of(tokenizer, banned_strings=("shivers",), banned_regex=("[bB]ut .* (ran|shivers)",))
+    monkeypatch.setattr(regex_module, "WORK_PER_CHARACTER", 0)
+    released = 0
+    for token in tokenizer.encode("She sat." * 3 + " But she", add_special_tokens=False):
+        verdict = guard.push(OutputToken(token, None, None), None)
+        assert isinstance(verdict, list)
+        released += len(verdict)
+    assert guard.warning is None
+    held = guard.push(OutputToken(tokenizer.encode(" sat", add_special_tokens=False)[0], None, None), None)
+    assert held == []
+    for scanner in (ban.scanner for ban in guard._bans):
+        if isinstance(scanner, RegexScanner):
+            scanner._work = 0
+    verdicts = [
+        guard.push(OutputToken(token, None, None), None)
+        for token in tokenizer.encode(" and ran. It shivers", add_special_tokens=False)
+    ]
+    assert isinstance(verdicts[0], list)
+    assert len(verdicts[0]) > 1  # what was held for the regex
+    assert isinstance(verdicts[-1], Rewind)
+    assert guard.warning is not None
+    assert "`banned_regex` took too much work" in guard.warning
 
 
 def test_the_token_that_ends_the_answer_completes_no_ban(tokenizer: Tokenizer) -> None:

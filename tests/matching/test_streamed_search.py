@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from aphrodite.errors import InvalidRequestError
 from aphrodite.matching import phrases as phrases_module
 from aphrodite.matching import regex as regex_module
 from aphrodite.matching.phrases import PhraseScanner, PhraseSet
-from aphrodite.matching.regex import MAX_LOOK_BACK, RegexScanner, RegexSet
+from aphrodite.matching.regex import MAX_LOOK_BACK, RegexScanner, RegexSet, compile_regexes
 from aphrodite.matching.regex_syntax import MAX_INSTRUCTIONS
 from aphrodite.matching.scanner import Match, Scanner
 
@@ -178,6 +179,80 @@ def test_a_hostile_pattern_keeps_a_bounded_automaton(monkeypatch: pytest.MonkeyP
     assert scanner.push("ab" * 20 + "a" * 3000) is not None
     assert scanner.push("a" * 3000) is None
     assert regexes._size <= 1000 + MAX_INSTRUCTIONS
+
+
+HOSTILE = {  # and the characters of a text that suits them
+    (r"(a|b)*a(a|b){500}c",): "ab",
+    (r".{1000}",): "ab",
+    tuple(f"(x|y)*{'xy'[i % 2]}(x|y){{{90 + i}}}z" for i in range(5)): "xy",
+}
+EVERYDAY = [
+    (r"(?i)\b(shivers?|a chill) (ran|run|runs|running) (down|up) (his|her|my|the) spine\b",),
+    (r"(\w+), not (\w+)", r"[Ii]t wasn't .{1,80}[;,.] it was", r"(?m)^\s*(\*{3}|-{3})$"),
+    (r"\n\n(User|You|[A-Z][a-z]+):", r"<\|[a-z_]+\|>", r"[\u4e00-\u9fff]{2,}"),
+    (r"(?s)[^.]{40}!!", r"\b\w{20,}\b"),
+    ("|".join(f"{a}{b}{c}ing" for a in "bcdfgh" for b in "aeiou" for c in "klmnprst"),),
+]
+
+
+@pytest.mark.parametrize("patterns", HOSTILE)
+def test_patterns_that_would_take_too_much_work_are_refused(patterns: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidRequestError, match="too much work"):
+        compile_regexes(patterns)
+
+
+@pytest.mark.parametrize("patterns", EVERYDAY)
+def test_a_search_for_everyday_patterns_is_not_given_up(patterns: tuple[str, ...]) -> None:
+    generator = random.Random(1)
+    words = [
+        "It",
+        "wasn't",
+        "her",
+        "spine",
+        "shivers",
+        "ran",
+        "baking",
+        "cold",
+        "not",
+        "warm,",
+        "down",
+        "\n\n",
+        "-",
+        "U:",
+    ]
+    regexes = compile_regexes(patterns)
+    scanner = RegexScanner(regexes)
+    began = regexes.work
+    text = " ".join(generator.choice(words) for _ in range(4000))
+    while scanner.push(text[scanner.position :]) is not None:
+        pass
+    assert not scanner.exhausted
+    assert regexes.work - began < 20 * len(text)
+
+
+@pytest.mark.parametrize("patterns", HOSTILE)
+def test_a_search_stops_when_it_has_taken_more_work_than_its_text_may_cost(patterns: tuple[str, ...]) -> None:
+    generator = random.Random(2)
+    regexes = RegexSet(patterns)  # as if its hostility had not been noticed
+    scanner = RegexScanner(regexes)
+    text = "".join(generator.choice(HOSTILE[patterns]) for _ in range(3000))
+    for start in range(0, len(text), 4):
+        assert scanner.push(text[start : start + 4]) is None
+        assert scanner.position == start + 4
+        allowed = regex_module.WORK_AT_ONCE + regex_module.WORK_PER_CHARACTER * scanner.position
+        assert regexes.work <= allowed + 4 * MAX_INSTRUCTIONS  # one step may go over
+    assert scanner.exhausted
+    assert scanner.live_start == scanner.position  # nothing is held back for a match that will not be found
+    assert scanner.finish() is None
+
+
+def test_what_searches_share_is_paid_for_once() -> None:
+    regexes = RegexSet((r"(a|b)*a(a|b){8}c",))
+    text = "".join(random.Random(3).choice("ab") for _ in range(2000))
+    RegexScanner(regexes).push(text)
+    first = regexes.work
+    RegexScanner(regexes).push(text)
+    assert regexes.work == first
 
 
 @pytest.mark.parametrize(
