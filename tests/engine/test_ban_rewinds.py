@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -139,6 +141,69 @@ def test_preemption_while_text_is_held_does_not_change_it(
     assert core.stats().num_preemptions > 0
 
 
+SAMPLERS: dict[str, dict[str, object]] = {
+    "mirostat 1": {"mirostat_mode": 1, "mirostat_tau": 5.0, "mirostat_eta": 0.3},
+    "mirostat 2": {"mirostat_mode": 2, "mirostat_tau": 5.0, "mirostat_eta": 0.3},
+    "adaptive-p": {"adaptive_target": 0.1, "adaptive_decay": 0.7},
+    "xtc": {"xtc_probability": 0.5, "xtc_threshold": 0.005},
+    "history": {
+        "dry_multiplier": 1.0,
+        "dry_allowed_length": 1,
+        "no_repeat_ngram_size": 2,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.3,
+        "repetition_penalty_range": 12,
+    },
+}
+
+
+def details_of(updates: list[RequestUpdate]) -> dict[str, list[tuple[object, ...]]]:
+    """Tokens with their log-probabilities and traces, which are always of the tokens that leave."""
+    details: dict[str, list[tuple[object, ...]]] = {}
+    for update in updates:
+        assert update.error is None, update.error
+        assert update.logprobs is not None or not update.token_ids
+        traces = update.traces or [None] * len(update.token_ids)
+        for entry in zip(update.token_ids, update.logprobs or [], traces, strict=True):
+            assert entry[1].token_id == entry[0]
+            assert entry[2] is None or entry[2].token_id == entry[0]
+            details.setdefault(update.request_id, []).append(entry)
+    return details
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_samplers_remember_goes_back_with_the_text(
+    make_core: MakeCore, tokenizer: Tokenizer, name: str, traced: bool
+) -> None:
+    """Alone, in a batch, with a step in flight, and preempted: the same tokens, log-probabilities and traces."""
+    fields = {**FIELDS, **SAMPLERS[name], "logprobs": 2, "sampler_trace": traced}
+    params = SamplingParams(seed=7, banned_strings=BANNED, **fields)  # type: ignore[arg-type]
+    prompts = {str(number): PROMPTS[number] for number in (1, 3, 4, 5)}
+
+    def details(core: EngineCore, names: Iterable[str], params: SamplingParams = params) -> dict[str, object]:
+        for one in names:
+            core.add(AddRequest([one], [7], prompts[one], params, 0, None))
+        return dict(details_of(drain(core)))
+
+    expected: dict[str, object] = {}
+    for one in prompts:
+        expected |= details(make_core(), [one])
+    free = details(make_core(), prompts, msgspec.structs.replace(params, banned_strings=()))
+    assert expected != free, "nothing had to go back"
+    roomy = make_core()
+    blocks = -(-(max(map(len, PROMPTS)) + 24) // 16) + 3
+    tight = make_core(
+        kv_cache_memory=blocks * roomy.runner.executor.kv_bytes_per_block, max_model_len=128, async_depth=1
+    )
+    for core in (roomy, make_core(async_depth=1, max_num_batched_tokens=23), tight):
+        assert details(core, prompts) == expected
+    assert tight.stats().num_preemptions > 0
+    for found in expected.values():
+        text = tokenizer.decode([entry[0] for entry in found]).lower()  # type: ignore[attr-defined]
+        assert not any(phrase in text for phrase in BANNED)
+
+
 def test_a_prefix_left_by_rewound_answers_serves_others(make_core: MakeCore, expected: dict[str, list[int]]) -> None:
     core = make_core()
     assert answer(core) == expected
@@ -247,6 +312,39 @@ def test_stops_and_bans_work_together(llm: LLM) -> None:
     assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == (
         guarded.text[: guarded.text.index(stop)], "stop", stop,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", [{"mirostat": 2}, {"xtc_probability": 0.5, "min_p": 0.02}, {"skew": -0.5}])
+def test_everything_at_once_streams_as_it_is_written_whole(llm: LLM, sampler: dict[str, object]) -> None:
+    """Bans, stops, a seed, log-probabilities and traces together."""
+    fields = {
+        "temperature": 1.2,
+        "seed": 3,
+        "logprobs": 3,
+        "sampler_trace": True,
+        "stop_regex": [r"\w+ing\b"],
+        **sampler,
+    }
+    (free,) = write(llm, **fields)
+    banned = [word for word in free.text.split() if word.isalpha() and len(word) > 3][:2]
+    assert banned
+    fields |= {"banned_strings": banned, "banned_regex": ["[aA] b"]}
+    (whole,) = write(llm, **fields)
+    assert whole.text != free.text
+    assert not any(word.lower() in whole.text.lower() for word in (*banned, "a b"))
+    params = from_mapping({"max_tokens": 48, **fields})
+    pieces = [piece.outputs[0] for piece in llm.stream("Once upon a time", params)]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert list(chain.from_iterable(piece.token_ids for piece in pieces)) == whole.token_ids
+    assert whole.logprobs is not None
+    assert whole.sampler_trace is not None
+    assert list(chain.from_iterable(piece.logprobs or [] for piece in pieces)) == whole.logprobs
+    assert list(chain.from_iterable(piece.sampler_trace or [] for piece in pieces)) == whole.sampler_trace
+    assert [entry.token_id for entry in whole.logprobs] == whole.token_ids
+    assert [trace.token_id for trace in whole.sampler_trace] == whole.token_ids
+    assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == (whole.finish_reason, whole.stop_reason)
+    untraced = write(llm, **{**fields, "sampler_trace": False})[0]
+    assert (untraced.text, untraced.token_ids) == (whole.text, whole.token_ids)
 
 
 def test_a_stop_regex_ends_the_answer_before_its_first_match(llm: LLM) -> None:
