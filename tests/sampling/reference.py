@@ -27,7 +27,6 @@ ORDER = [
     *("min_p", "tfs", "eta_cutoff", "epsilon_cutoff", "typical_p", "quadratic", "xtc", "skew"),
 ]
 SELECTORS = ["mirostat", "adaptive_p"]  # after all others in every order
-SELECTORS = ["mirostat", "adaptive_p"]
 MIROSTAT_REPLACES = {*("top_nsigma", "top_k", "top_p", "top_a", "min_p", "tfs", "eta_cutoff", "epsilon_cutoff")} | {
     *("typical_p", "xtc")
 }
@@ -394,11 +393,14 @@ def skew(logits: np.ndarray, row: Row) -> np.ndarray:
     """exllamav2 1de4cdd draws with random^(e^-skew), so C of the sorted tokens becomes C^(e^skew)."""
     if row.params.skew == 0:
         return logits
-    order = ranked(logits)
-    powers = np.minimum(np.cumsum(softmax(logits)[order]), 1.0) ** math.exp(row.params.skew)
+    order, a = ranked(logits)[: len(left(logits))], math.exp(row.params.skew)
+    p = softmax(logits)[order]
+    c = np.minimum(np.cumsum(p), 1.0)
+    with np.errstate(divide="ignore"):
+        steps = c**a * -np.expm1(a * np.log1p(-p / c))  # C^a - (C - p)^a, exact where p is too small to change C
     result = np.full_like(logits, -math.inf)
-    result[order] = np.log(np.maximum(np.diff(powers, prepend=0.0), 1e-37))
-    return masked(result, np.isneginf(logits))
+    result[order] = np.log(np.maximum(steps, 1e-37))
+    return result
 
 
 # Truncation

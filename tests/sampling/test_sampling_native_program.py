@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 from sampling_harness import Harness
 
 from aphrodite.kernels.cpu.sampling import NativeSampling, load
@@ -70,6 +71,8 @@ STAGES: list[dict[str, Any]] = [
 ]
 KINDS = ("narrow", "wide", "ties", "masked", "equal", "model", "one")
 NEUTRAL: dict[str, Any] = {"logprobs_mode": "processed"}
+# The reference's margin below which float32 may decide either way: mass of 5e-7, or logits 1e-5 apart.
+CLOSE = 1e-5
 
 
 def logits_of(generator: np.random.Generator, vocab: int, kind: str) -> np.ndarray:
@@ -88,10 +91,16 @@ def logits_of(generator: np.random.Generator, vocab: int, kind: str) -> np.ndarr
 
 
 class Pair:
-    """The same rows on both paths."""
+    """The same rows on both paths.
+
+    Attributes:
+        close: rows whose paths parted where the float64 reference says that it was too close to call. They are left
+            out from then on, since what they remember may differ.
+    """
 
     def __init__(self, rows: list[dict[str, Any]], vocab: int, generator: np.random.Generator) -> None:
-        self.vocab = vocab
+        self.close: set[int] = set()
+        self._ended: set[int] = set()  # rows that had no token left; what follows means nothing
         self.paths = [Harness(len(rows), vocab, native=native) for native in (False, True)]
         for row, fields in enumerate(rows):
             prompt, seed = generator.integers(0, vocab, 9).tolist(), int(generator.integers(0, 2**63))
@@ -106,15 +115,27 @@ class Pair:
         """Sample all rows on both paths; returns what differs. The native rows continue from the torch tokens."""
         rows = list(range(len(logits)))
         torch_path, native_path = self.paths
+        margins = {row: self._margin(row, logits[row]) for row in rows if row not in self.close | self._ended}
         expected, found = torch_path.sample(logits, rows), native_path.sample(logits, rows)
         differences = []
-        for row in rows:
-            if (why := self._difference(row, expected, found)) is not None:
-                differences.append(f"row {row}: {why}")
+        for row, margin in margins.items():
+            if (why := self._difference(row, expected, found)) is None:
+                continue
+            if margin < CLOSE:
+                self.close.add(row)
+            else:
+                differences.append(f"row {row}: {why} (margin {margin})")
         native_path.token_ids.copy_(torch_path.token_ids)
         for row in rows:
             native_path.rows[row].output[:] = torch_path.rows[row].output
         return differences
+
+    def _margin(self, row: int, logits: np.ndarray) -> float:
+        """How close the reference's closest decision about a row is; it remembers what it needs for the next token."""
+        outcome = reference.sample(logits, self.paths[0].rows[row])
+        if outcome.token is None:
+            self._ended.add(row)
+        return outcome.margin
 
     def _difference(self, row: int, expected: Any, found: Any) -> str | None:
         if bool(expected.ok[row]) != bool(found.ok[row]) or bool(expected.exhausted[row]) != bool(found.exhausted[row]):
@@ -153,7 +174,7 @@ def test_every_stage_of_ours_has_a_native_operation() -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("vocab", [7, 97, 8193])
+@pytest.mark.parametrize("vocab", [7, 100, 8193])
 def test_each_stage_alone(isa: NativeSampling, vocab: int) -> None:
     generator = np.random.default_rng(vocab)
     pair = Pair(STAGES, vocab, generator)
@@ -161,7 +182,8 @@ def test_each_stage_alone(isa: NativeSampling, vocab: int) -> None:
     for step in range(7 if vocab < 1000 else 4):
         kinds = [KINDS[(row + step) % len(KINDS)] for row in range(len(STAGES))]
         differences += pair.step(np.stack([logits_of(generator, vocab, kind) for kind in kinds]))
-    assert len(differences) <= 2, differences  # decisions that are too close to call in float32
+    assert not differences
+    assert len(pair.close) <= 1
 
 
 def random_rows(generator: np.random.Generator, count: int) -> list[dict[str, Any]]:
@@ -178,7 +200,7 @@ def random_rows(generator: np.random.Generator, count: int) -> list[dict[str, An
     return rows
 
 
-@pytest.mark.parametrize("vocab", [7, 97, 8193])
+@pytest.mark.parametrize("vocab", [7, 100, 8193])
 def test_random_combinations_and_orders(isa: NativeSampling, vocab: int) -> None:
     generator = np.random.default_rng(vocab + 1)
     rows = random_rows(generator, 40 if vocab == 8193 else 150)
@@ -188,4 +210,5 @@ def test_random_combinations_and_orders(isa: NativeSampling, vocab: int) -> None
         kinds = [KINDS[(row + step) % len(KINDS)] for row in range(len(rows))]
         found = pair.step(np.stack([logits_of(generator, vocab, kind) for kind in kinds]))
         differences += [f"{why} {kinds[int(why.split()[1][:-1])]} {rows[int(why.split()[1][:-1])]}" for why in found]
-    assert len(differences) <= len(rows) // 40, differences
+    assert not differences
+    assert len(pair.close) <= len(rows) // 50

@@ -63,9 +63,9 @@ def _skew_sorted(logits: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
 
 
 def _steps(p: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """Steps of C^a for probabilities [R, K] float64 in order."""
-    powers = p.cumsum(-1).clamp_max_(1.0) ** exponents
-    return powers.diff(dim=-1, prepend=torch.zeros_like(powers[:, :1]))
+    """C^a - (C - p)^a of probabilities [R, K] float64 in order, exact even where p is too small to change C."""
+    cumulative = p.cumsum(-1).clamp_max_(1.0)
+    return cumulative**exponents * -torch.expm1(exponents * torch.log1p(-p / cumulative))
 
 
 def _as_logits(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

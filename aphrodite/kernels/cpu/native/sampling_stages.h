@@ -10,9 +10,11 @@ namespace {
 constexpr float kLowestTemperature = 1e-5f;
 constexpr double kFlat = 1e-9;       // stages/tfs.py
 constexpr float kFarthest = -1e6f;   // stages/quadratic.py
-constexpr double kSmallest = 1e-37;  // stages/skew.py
-constexpr double kTailError = 1e-8;  // stages/skew.py
-constexpr float kNoStep = -36.74f;   // logarithm of half of float64's epsilon: such a step does not change C = 1
+constexpr double kLogSmallest = -85.19565;  // ln 1e-37, stages/skew.py
+constexpr double kTailShare = 1e-3;  // skew's tail holds at most this share of the mass, divided by |a - 1|
+constexpr double kNoBend = 1e-7;     // relative change of a probability that skew leaves out
+constexpr int32_t kTailBins = 2048;
+constexpr float kBinsPerLogit = 64.0f;
 
 // Shapes. The caller has measured the row, so its maximum is finite, except for `temperature`.
 
@@ -38,60 +40,94 @@ void quadratic(Row& row, const SamplerOp& op) {
     });
 }
 
-// Logarithms of the steps of C^a along the sorted keys, into scratch.y at the indices that the keys came from. A
-// small step is its slope in the middle, a * C^(a - 1) * p, to within (p / C)^2.
-void skew_head(Row& row, int32_t count, double mass, double a) {
-    constexpr double kSmallStep = 1e-4;
-    const double shift = std::log(a) - std::log(mass);
-    double cumulative = 0;
-    for (int32_t i = 0; i < count; ++i) {
-        const int32_t index = index_of(row.scratch.keys[i]);
-        const double below = row.x[index] - row.max, p = std::exp(below) / mass, before = cumulative;
-        cumulative = std::min(before + p, 1.0);
-        double step;
-        if (p < kSmallStep * before && cumulative > before)
-            step = below + shift + (a - 1) * std::log(0.5 * (before + cumulative));
-        else
-            step = std::log(std::max(std::pow(cumulative, a) - std::pow(before, a), kSmallest));
-        row.scratch.y[index] = static_cast<float>(step);
-    }
-}
-
-// Sum of exp(logit - max) of the logits below a threshold.
-double mass_below(const Row& row, float threshold) {
-    double sum = 0;
-    for (int32_t block = 0; block < row.blocks(); ++block) {
-        F32 part = F32{};
-        each_vector(row, row.x, block, [&](F32 x, int32_t) {
-            part += select((x < threshold) & (x > -kInf), exp_negative(x - row.max), F32{});
-        });
-        sum += total(part);
-    }
-    return sum;
-}
-
-// values: a. Where C is nearly 1, d(C^a) = a * p whatever the order, so the tail is not sorted.
-void skew(Row& row, const SamplerOp& op) {
-    const double a = op.values[0], rough_mass = mass_of(row);
-    float reach = 8.0f;
-    double below = mass_below(row, row.max - reach);
-    while (std::fabs(a - 1) * below / rough_mass > kTailError) {
-        reach = reach < 32.0f ? 2 * reach : kInf;
-        below = mass_below(row, row.max - reach);
-    }
-    const int32_t count = collect_keys(row, row.max - reach);
-    sort_keys(row.scratch, count);
-    // C must not reach 1 before its time, so the sum of the head is that of the same float64 numbers.
+// Logarithms of the steps of C^a along the sorted keys, into scratch.y at the indices that the keys came from; behind
+// them is the mass `below`. Returns the whole row's. A small step is its slope in the middle, a * C^(a - 1) * p, to
+// within (a * p / C)^2 / 24.
+double skew_head(Row& row, int32_t count, double below, double a) {
+    constexpr double kSmallStep = 2e-3;
+    double* weights = reinterpret_cast<double*>(row.scratch.spare);
     double mass = below;
-    for (int32_t i = 0; i < count; ++i) mass += std::exp(static_cast<double>(value_of(row.scratch.keys[i]) - row.max));
+    for (int32_t i = 0; i < count; ++i)
+        mass += weights[i] = std::exp(static_cast<double>(value_of(row.scratch.keys[i]) - row.max));
+    const double scale = std::log(mass), slope = std::log(a) - scale;
+    double cumulative = 0, logarithm = 0;  // of `cumulative` / mass, which is C
+    for (int32_t i = 0; i < count; ++i) {
+        const uint64_t key = row.scratch.keys[i];
+        const double weight = weights[i], d = weight / cumulative;
+        cumulative += weight;
+        double step;
+        if (d * (1 + a) < kSmallStep) {
+            step = (value_of(key) - row.max) + slope + (a - 1) * (logarithm + d * (0.5 - d / 8));
+            logarithm += d * (1 - d * (0.5 - d / 3));
+        } else {
+            logarithm = std::min(std::log(cumulative) - scale, 0.0);
+            step = a * logarithm + std::log(-std::expm1(a * std::log1p(-weight / cumulative)));
+        }
+        row.scratch.y[index_of(key)] = static_cast<float>(std::max(step, kLogSmallest));
+    }
+    return mass;
+}
+
+// Sums of exp(logit - max) of the logits below two thresholds.
+void mass_below(const Row& row, float high, float low, double sums[2]) {
+    sums[0] = sums[1] = 0;
+    for (int32_t block = 0; block < row.blocks(); ++block) {
+        F32 parts[2] = {};
+        each_vector(row, row.x, block, [&](F32 x, int32_t) {
+            const F32 weight = select((x < high) & (x > -kInf), exp_negative(x - row.max), F32{});
+            parts[0] += weight;
+            parts[1] += select(x < low, weight, F32{});
+        });
+        for (int i = 0; i < 2; ++i) sums[i] += total(parts[i]);
+    }
+}
+
+// (a - 1) * ln C of every logit below `top`, in the middle of its bin of 1/64, into scratch.w.
+void bend_tail(const Row& row, float top, double below, double mass, double a) {
+    double sums[kTailBins] = {};
+    float bends[kTailBins];
+    const float last = kTailBins - 1;
+    for (int32_t block = 0; block < row.blocks(); ++block)
+        each_vector(row, row.x, block, [&](F32 x, int32_t first) {
+            const F32 place = (top - x) * kBinsPerLogit, weight = exp_negative(larger(x - row.max, splat(-87.0f)));
+            const I32 bins = __builtin_convertvector(select(place < last, larger(place, F32{}), splat(last)), I32);
+            float weights[kLanes];
+            store(weights, select((x < top) & (x > -kInf), weight, F32{}));
+            std::memcpy(row.scratch.index + first, &bins, sizeof bins);
+            for (int lane = 0; lane < kLanes; ++lane) sums[row.scratch.index[first + lane]] += weights[lane];
+        });
+    double above = mass - below;
+    for (int32_t bin = 0; bin < kTailBins; ++bin) {
+        bends[bin] = static_cast<float>((a - 1) * std::log(std::min((above + sums[bin] / 2) / mass, 1.0)));
+        above += sums[bin];
+    }
+    for (int32_t index = 0; index < row.count; ++index) row.scratch.w[index] = bends[row.scratch.index[index]];
+}
+
+// values: a. Only a head is sorted, behind which so little is left that C is known well enough from a histogram.
+void skew(Row& row, const SamplerOp& op) {
+    constexpr float kReaches[2] = {12.0f, 20.0f};
+    const double a = op.values[0], little = kTailShare * mass_of(row);
+    double behind[2];
+    mass_below(row, row.max - kReaches[0], row.max - kReaches[1], behind);
+    const int found = std::fabs(a - 1) * behind[0] <= little ? 0 : std::fabs(a - 1) * behind[1] <= little ? 1 : 2;
+    const float top = found < 2 ? row.max - kReaches[found] : -kInf;
+    const double below = found < 2 ? behind[found] : 0;
+    const int32_t count = collect_keys(row, top);
+    sort_keys(row.scratch, count);
     std::fill(row.scratch.y, row.scratch.y + row.count, -kInf);
-    skew_head(row, count, mass, a);
+    const double mass = skew_head(row, count, below, a);
+    if (std::fabs(a - 1) * below > kNoBend * mass) bend_tail(row, top, below, mass, a);
+    else std::fill(row.scratch.w, row.scratch.w + row.count, 0.0f);
     const float shift = static_cast<float>(std::log(a) - std::log(mass)) - row.max;
-    const float no_step = row.max + kNoStep + static_cast<float>(std::log(mass)), smallest = std::log(kSmallest);
-    for (int32_t index = 0; index < row.count; ++index) {
-        const float head = row.scratch.y[index], x = row.x[index];
-        if (head > -kInf) row.x[index] = head;
-        else if (x > -kInf) row.x[index] = x < no_step ? smallest : x + shift;
+    for (int32_t index = 0; index < row.count; index += kLanes) {
+        const size_t bytes = std::min(kLanes, row.count - index) * sizeof(float);
+        F32 x = splat(-kInf);
+        std::memcpy(&x, row.x + index, bytes);
+        const F32 head = load(row.scratch.y + index);
+        const F32 tail = larger(x + shift + load(row.scratch.w + index), splat(static_cast<float>(kLogSmallest)));
+        x = select(head > -kInf, head, select(x > -kInf, tail, x));
+        std::memcpy(row.x + index, &x, bytes);
     }
     row.measured = false;
 }
@@ -190,26 +226,45 @@ void tail_free(Row& row, const SamplerOp& op) {
     }
 }
 
+// The entries with |-ln p - H| <= `reach` as a search by that, negated, which scratch.measure holds as well (-inf for
+// some of the others); returns their weight. `offset` is H - ln(mass).
+double gather_typical(const Row& row, Search& search, float offset, float reach) {
+    double sum = 0;
+    search.count = 0;
+    for (int32_t block = 0; block < row.blocks(); ++block) {
+        float* measure = row.scratch.measure;
+        if ((row.scratch.maxima[block] - row.max) + offset < -reach) {
+            std::fill(measure + block * kSampleBlock, measure + row.end(block), -kInf);
+            continue;
+        }
+        F32 part = F32{};
+        each_vector(row, row.x, block, [&](F32 x, int32_t first) {
+            const F32 surprise = (x - row.max) + offset, typicality = select(surprise > 0.0f, -surprise, surprise);
+            store(measure + first, typicality);
+            const I32 chosen = (typicality >= -reach) & (x > -kInf);
+            const uint32_t bits = bits_of(chosen);
+            if (bits == 0) return;
+            const F32 weight = exp_negative(x - row.max);
+            part += select(chosen, weight, F32{});
+            compress(search.y + search.count, typicality, bits);
+            compress(search.w + search.count, weight, bits);
+            compress(search.index + search.count, lane_numbers() + first, bits);
+            search.count += __builtin_popcount(bits);
+        });
+        sum += total(part);
+    }
+    return sum;
+}
+
 // values: tau. Orders by |-ln p - H|, and stops where the mass reaches tau.
 void typical_p(Row& row, const SamplerOp& op) {
     const Moments moments = moments_of(row);
-    const float offset = static_cast<float>(moments.entropy - std::log(moments.mass)), max = row.max;
+    const float offset = static_cast<float>(moments.entropy - std::log(moments.mass));
+    const double target = op.values[0] * moments.mass;
     Search search = new_search(row);
-    float top = -kInf;
-    for (int32_t index = 0; index < row.count; index += kLanes) {
-        F32 x = splat(-kInf);
-        std::memcpy(&x, row.x + index, std::min(kLanes, row.count - index) * sizeof(float));
-        const F32 surprise = (x - max) + offset, typicality = select(surprise > 0.0f, -surprise, surprise);
-        const F32 weight = select(x == -kInf, F32{}, exp_negative(x - max));
-        const I32 places = lane_numbers() + index;
-        store(row.scratch.measure + index, typicality);
-        store(search.y + index, typicality);
-        store(search.w + index, weight);
-        std::memcpy(search.index + index, &places, sizeof places);
-        top = std::max(top, largest(typicality));
-    }
-    search.count = row.count;
-    keep(row, row.scratch.measure, prefix_cut(search, row.scratch, top, op.values[0] * moments.mass));
+    for (float reach : {4.0f, 8.0f, kInf})
+        if (gather_typical(row, search, offset, reach) >= target * (1 + kMassSlack)) break;
+    keep(row, row.scratch.measure, prefix_cut(search, row.scratch, 0.0f, target));
 }
 
 // values: probability, ln threshold; ids: tokens that are never removed, ascending.
