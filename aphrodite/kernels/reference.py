@@ -53,6 +53,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Causal grouped-query attention of ragged rows over a paged cache that already holds this step's K and V.
 
@@ -64,6 +65,7 @@ def paged_attention(
         block_tables: `[R, max_blocks]`; only entries within the context are read.
         scale: factor on query-key products.
         window: how many latest positions a query sees, itself included; None for all.
+        softcap: scores s become softcap * tanh(s / softcap) (arXiv 2408.00118); 0 for none.
 
     Returns:
         `[T, heads, head_dim]`.
@@ -82,5 +84,8 @@ def paged_attention(
             for head in range(query.shape[1]):
                 seen_k = k[oldest : position + 1, head // group]
                 seen_v = v[oldest : position + 1, head // group]
-                out[row, head] = torch.softmax(seen_k @ query[row, head] * scale, dim=0) @ seen_v
+                scores = seen_k @ query[row, head] * scale
+                if softcap > 0.0:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out[row, head] = torch.softmax(scores, dim=0) @ seen_v
     return out
