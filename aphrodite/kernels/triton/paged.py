@@ -1,0 +1,150 @@
+"""What the attention kernels share: reading a tile of the paged KV cache, fp8 numbers, softmax scores.
+
+Cache layout of a layer: keys and values `[num_blocks, kv_heads, block_size, head_dim]`, so the positions of a block and
+head are one contiguous piece. An fp8 cache holds e4m3 numbers (OCP 8-bit floating point, "FN" variant: no infinities,
+largest 448) with scale 1 and is seen by kernels as bytes, because not every card knows the type.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+Card = Literal["hopper", "cuda", "hip"]  # what launch parameters depend on: CUDA 9.0 and later, before that, AMD
+
+
+def card_of(device: torch.device) -> Card:
+    """The kind of card; of a CPU, where kernels are interpreted, any."""
+    if torch.version.hip is not None:
+        return "hip"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return "hopper"
+    return "cuda"
+
+
+class KVFormat(enum.IntEnum):
+    """How a kernel reads the elements of the cache."""
+
+    PLAIN = 0  # the compute dtype
+    E4M3 = 1  # fp8, converted by the hardware
+    E4M3_BITS = 2  # fp8, by shifting bits: cards without the conversion, and the interpreter
+
+
+def kv_format(cache: torch.Tensor) -> KVFormat:
+    """How kernels on the cache's device read it."""
+    if cache.dtype != torch.float8_e4m3fn:
+        return KVFormat.PLAIN
+    hardware = cache.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(cache.device) >= (8, 9)
+    return KVFormat.E4M3 if hardware else KVFormat.E4M3_BITS
+
+
+def kernel_view(cache: torch.Tensor) -> torch.Tensor:
+    """The cache as kernels take it: fp8 as uint8."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+@triton.jit
+def encode_e4m3(x):
+    """float32 -> e4m3 bits (uint8): nearest, ties to even, saturating."""
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = tl.minimum(tl.abs(x), 448.0)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    # 20 of 23 mantissa bits go, the exponent's bias falls from 127 to 7.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 the code counts steps of 2^-9, which are the units in the last place of 2^14 + x.
+    subnormal = (magnitude + 16384.0).to(tl.int32, bitcast=True) & 0xF
+    return (sign | tl.where(magnitude < 0.015625, subnormal, normal)).to(tl.uint8)
+
+
+@triton.jit
+def _decode_e4m3(code, FORMAT: tl.constexpr):
+    """e4m3 bits -> float16, exact; with E4M3_BITS the result is 2^8 too small (see `decoded_scale`)."""
+    if FORMAT == 1:
+        number = code.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        wide = code.to(tl.uint16)
+        number = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return number
+
+
+@triton.jit
+def decoded_scale(FORMAT: tl.constexpr):
+    """What products with a decoded tile must be multiplied by: moved bits keep float16's exponent bias of 15, not 7."""
+    return 256.0 if FORMAT == 2 else 1.0
+
+
+@triton.jit
+def cache_rows(table, positions, end, head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Index of each position's `[head_dim]` row in a layer's cache, int64; positions from `end` on give block 0."""
+    block = tl.load(table + positions // BLOCK_SIZE, mask=positions < end, other=0).to(tl.int64)
+    return (block * KV_HEADS + head) * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+@triton.jit
+def load_tile(
+    cache,
+    rows,
+    seen,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """`[TILE, DIM]` of keys or values; what lies beyond `seen` or HEAD_DIM is zero, for it may hold another's NaN."""
+    dims = tl.arange(0, DIM)
+    pointers = cache + rows[:, None] * HEAD_DIM + dims[None, :]
+    if MASKED and HEAD_DIM < DIM:
+        tile = tl.load(pointers, mask=seen[:, None] & (dims < HEAD_DIM)[None, :], other=0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=seen[:, None], other=0)
+    elif HEAD_DIM < DIM:
+        tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0)
+    else:
+        tile = tl.load(pointers)
+    if FORMAT != 0:
+        tile = _decode_e4m3(tile, FORMAT)
+    return tile
+
+
+@triton.jit
+def scores_log2(query, keys, scale, SOFTCAP: tl.constexpr, FORMAT: tl.constexpr):
+    """Scores times log2(e), `[M, TILE]` float32, for softmax by powers of two.
+
+    With a soft-cap c a score s becomes c * tanh(s / c) (arXiv 2408.00118, section 2).
+    """
+    products = tl.dot(query, tl.trans(keys), input_precision="ieee")
+    if SOFTCAP > 0.0:
+        ratio = products * (scale * decoded_scale(FORMAT) / SOFTCAP)
+        capped = 1.0 - 2.0 / (1.0 + tl.exp2(ratio * (2.0 * 1.4426950408889634)))  # tanh
+        scores = capped * (SOFTCAP * 1.4426950408889634)
+    else:
+        scores = products * (scale * decoded_scale(FORMAT) * 1.4426950408889634)
+    return scores
+
+
+@triton.jit
+def accumulate(acc, peak, total, scores, values, GUARD: tl.constexpr):
+    """One step of streaming softmax (arXiv 1805.02867): rescale by the new peak, add the tile.
+
+    Args:
+        acc: `[M, DIM]` float32, not normalised.
+        peak, total: `[M]` float32: largest score so far and the sum of powers of two.
+        scores: `[M, TILE]` float32, -inf where not seen.
+        GUARD: a row may have seen nothing yet.
+    """
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    if GUARD:
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    else:
+        shift = new_peak
+    weights = tl.exp2(scores - shift[:, None])
+    keep = tl.exp2(peak - shift)
+    total = total * keep + tl.sum(weights, 1)
+    acc = acc * keep[:, None]
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    return acc, new_peak, total

@@ -1,0 +1,221 @@
+"""The attention kernels in the configurations that ship."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from compiling import KernelCase
+
+from aphrodite.kernels.triton.decode_attention import (
+    RECORD,
+    DecodeConfig,
+    _decode_kernel,
+    _plan_kernel,
+    combined_at_once,
+    decode_config,
+)
+from aphrodite.kernels.triton.paged import Card, KVFormat
+from aphrodite.kernels.triton.ragged_attention import RaggedConfig, _ragged_kernel, ragged_config
+from aphrodite.kernels.triton.rotary import BLOCK_HEADS, _rotary_kernel
+
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+CARDS: dict[str, Card] = {"sm_80": "cuda", "sm_90": "hopper", "gfx942": "hip"}
+TARGETS = tuple(CARDS)
+
+
+def _rotary(
+    name: str,
+    head_dim: int,
+    *,
+    rotated: int = 0,
+    dtype: str = "bf16",
+    norm: bool = False,
+    fp8: bool = False,
+    pdl: bool = False,
+) -> KernelCase:
+    half = (rotated or head_dim) // 2
+    rest = head_dim - 2 * half
+    cache = "*u8" if fp8 else f"*{dtype}"
+    weight = f"*{dtype}" if norm else None
+    return KernelCase(
+        name=f"rotary {name}",
+        kernel=_rotary_kernel,
+        arguments={
+            "qkv": f"*{dtype}",
+            "keys": cache,
+            "values": cache,
+            "positions": "*i32",
+            "slots": "*i64",
+            "cos": "*fp32",
+            "sin": "*fp32",
+            "query_norm": weight,
+            "key_norm": weight,
+            "qkv_stride": "i32:16",
+            "norm_eps": "fp32",
+            "HEADS": 32,
+            "KV_HEADS": 8,
+            "HEAD_DIM": head_dim,
+            "HALF": half,
+            "HALF_PAD": triton.next_power_of_2(half),
+            "REST_PAD": triton.next_power_of_2(rest) if rest else 0,
+            "BLOCK_HEADS": BLOCK_HEADS,
+            "BLOCK_SIZE": 16,
+            "NORM": norm,
+            "KEEP_KEYS": True,
+            "FP8": fp8,
+            "PDL": pdl,
+        },
+        num_warps=1,
+        targets=("sm_90",) if pdl else TARGETS,
+    )
+
+
+def _decode(
+    name: str,
+    head_dim: int,
+    config: DecodeConfig,
+    targets: tuple[str, ...],
+    *,
+    group: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    kv: KVFormat = KVFormat.PLAIN,
+    softcap: float = 0.0,
+    pdl: bool = False,
+) -> KernelCase:
+    element = f"*{NAMES[dtype]}"
+    cache = element if kv is KVFormat.PLAIN else "*u8"
+    group_pad = triton.next_power_of_2(group)
+    dim = triton.next_power_of_2(head_dim)
+    pointers = {"query": element, "keys": cache, "values": cache, "out": element}
+    return KernelCase(
+        name=f"decode attention {name}",
+        kernel=_decode_kernel,
+        arguments=pointers
+        | {"records": "*i32", "counters": "*i32", "block_tables": "*i32", "partials": "*fp32", "statistics": "*fp32"}
+        | {"query_stride": "i32:16", "out_stride": "i32:16", "table_stride": "i32:16", "scale": "fp32"}
+        | {
+            "KV_HEADS": 8,
+            "GROUP": group,
+            "GROUP_PAD": group_pad,
+            "ROWS": max(16, group_pad),
+            "HEAD_DIM": head_dim,
+            "DIM": dim,
+            "BLOCK_SIZE": 16,
+            "TILE": config.tile,
+            "COMBINE": combined_at_once(group_pad, dim, config.num_warps * 32),
+            "SOFTCAP": softcap,
+            "FORMAT": int(kv),
+            "RECORD": RECORD,
+            "PDL": pdl,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        targets=targets,
+    )
+
+
+def _ragged(
+    name: str,
+    head_dim: int,
+    config: RaggedConfig,
+    targets: tuple[str, ...],
+    *,
+    group: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    kv: KVFormat = KVFormat.PLAIN,
+    window: int = 0,
+    softcap: float = 0.0,
+    pdl: bool = False,
+) -> KernelCase:
+    element = f"*{NAMES[dtype]}"
+    cache = element if kv is KVFormat.PLAIN else "*u8"
+    pointers = {"query": element, "keys": cache, "values": cache, "out": element}
+    return KernelCase(
+        name=f"ragged attention {name}",
+        kernel=_ragged_kernel,
+        arguments=pointers
+        | {"tiles": "*i32", "query_start": "*i32", "context_lens": "*i32", "rows": "*i32", "block_tables": "*i32"}
+        | {"query_stride": "i32:16", "out_stride": "i32:16", "table_stride": "i32:16", "scale": "fp32"}
+        | {
+            "KV_HEADS": 8,
+            "GROUP": group,
+            "QUERY_ROWS": config.query_rows(group),
+            "ROWS": config.rows,
+            "HEAD_DIM": head_dim,
+            "DIM": triton.next_power_of_2(head_dim),
+            "BLOCK_SIZE": 16,
+            "TILE": config.tile,
+            "WINDOW": window,
+            "SOFTCAP": softcap,
+            "FORMAT": int(kv),
+            "PDL": pdl,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        targets=targets,
+    )
+
+
+def _plan(name: str, sequences: int, window: int) -> KernelCase:
+    return KernelCase(
+        name=f"decode plan {name}",
+        kernel=_plan_kernel,
+        arguments={
+            "records": "*i32",
+            "counters": "*i32",
+            "query_start": "*i32",
+            "context_lens": "*i32",
+            "rows": "*i32",
+            "num_sequences": "i32",
+            "num_slots": "i32",
+            "num_counters": "i32",
+            "target": "i32",
+            "SEQUENCES_PAD": triton.next_power_of_2(sequences),
+            "WINDOW": window,
+            "TILE": 64,
+            "BLOCK": 1024,
+            "RECORD": RECORD,
+        },
+    )
+
+
+def _attention(target: str) -> list[KernelCase]:
+    """Both attention kernels as they ship for `target`."""
+    cases: list[KernelCase] = []
+    fp8 = KVFormat.E4M3 if target == "sm_90" else KVFormat.E4M3_BITS
+    half, single = torch.bfloat16, torch.float32
+    padded = (80, 192) if target == "sm_90" else ()
+    for head_dim in (64, 128, 256, *padded):
+        for dtype in (half, single) if head_dim in (128, 256) else (half,):
+            name = f"{head_dim} {NAMES[dtype]}"
+            decoding = decode_config(head_dim, dtype, CARDS[target])
+            extending = ragged_config(head_dim, dtype, CARDS[target])
+            cases.append(_decode(name, head_dim, decoding, (target,), dtype=dtype))
+            cases.append(_ragged(name, head_dim, extending, (target,), dtype=dtype))
+    for head_dim in (128, 256):
+        decoding = decode_config(head_dim, half, CARDS[target])
+        extending = ragged_config(head_dim, half, CARDS[target], fp8_cache=True)
+        name = f"{head_dim} fp8"
+        cases.append(_decode(name, head_dim, decoding, (target,), kv=fp8))
+        cases.append(_ragged(name, head_dim, extending, (target,), kv=fp8))
+        extending = ragged_config(head_dim, half, CARDS[target])
+        name = f"{head_dim} soft-cap and window"
+        cases.append(_decode(name, head_dim, decoding, (target,), group=8, softcap=50.0))
+        cases.append(_ragged(name, head_dim, extending, (target,), group=2, softcap=50.0, window=4096))
+    cases.append(_decode("group 1", 128, decode_config(128, half, CARDS[target]), (target,), group=1))
+    cases.append(_ragged("group 7", 128, ragged_config(128, half, CARDS[target]), (target,), group=7))
+    if target == "sm_90":
+        cases.append(_decode("pdl", 128, decode_config(128, half, CARDS[target]), (target,), pdl=True))
+        cases.append(_ragged("pdl", 128, ragged_config(128, half, CARDS[target]), (target,), pdl=True))
+    return cases
+
+
+CASES = [
+    _rotary("128", 128),
+    _rotary("128 pdl", 128, norm=True, pdl=True),
+    _rotary("80 partial fp32", 80, rotated=32, dtype="fp32", norm=True),
+    _rotary("256 norm fp8", 256, norm=True, fp8=True),
+    _plan("1", 1, 0),
+    _plan("256 window", 256, 4096),
+    *(case for target in TARGETS for case in _attention(target)),
+]
