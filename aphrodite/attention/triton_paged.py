@@ -1,0 +1,248 @@
+"""Paged attention by Triton kernels, on NVIDIA and AMD cards.
+
+A layer's step is: one kernel that norms and rotates queries and keys and writes the cache; then sequences with one
+query row by split decode attention, sequences with more by tiles, and long prompts that start at position 0 by torch's
+fused attention, which is faster there. Who goes where is decided on the host from lengths that it knows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
+from aphrodite.kernels.dispatch import Declined
+from aphrodite.kernels.triton.decode_attention import DecodePlan, decode_attention, decode_config, plan_decode
+from aphrodite.kernels.triton.paged import card_of
+from aphrodite.kernels.triton.ragged_attention import ragged_attention, ragged_config, tile_table
+from aphrodite.kernels.triton.rotary import rotary_to_cache
+from aphrodite.runner.inputs import DeviceInputs, HostLengths
+
+MAX_HEAD_DIM = 256
+DENSE_MIN = 512  # prompt tokens from which on torch's attention is used
+DENSE_MULTIPLE = 256  # and how many of them: cuDNN plans each length anew, so there must not be many different ones
+
+
+class DenseRun(NamedTuple):
+    """Prompts of equal length, one after the other, whose first `rows` tokens torch attends to."""
+
+    first_token: int
+    prompts: int
+    length: int
+    rows: int
+
+
+class Work(NamedTuple):
+    """How the sequences with several query rows are divided, for layers of one window."""
+
+    dense: tuple[DenseRun, ...]
+    tiles: np.ndarray  # [n, 2] int32, see `tile_table`
+
+
+class TritonAttention:
+    """Attention over a cache `[layers, num_blocks, kv_heads, block_size, head_dim]`, in kernels of its own.
+
+    Not batch-invariant: how a context is split depends on the batch.
+    """
+
+    name = "triton paged"
+
+    def __init__(self, shape: AttentionShape, transform: QueryKeyTransform, *, softcap: float = 0.0) -> None:
+        """Args:
+        shape: what to serve; see `decline`.
+        transform: of queries and keys.
+        softcap: bound of the scores, 0 for none.
+        """
+        self.shape = shape
+        self.transform = transform
+        self.softcap = softcap
+        card = card_of(shape.device)
+        self.decode_config = decode_config(shape.head_dim, shape.dtype, card)
+        self.ragged_config = ragged_config(
+            shape.head_dim, shape.dtype, card, fp8_cache=shape.cache_dtype == torch.float8_e4m3fn
+        )
+        self.windows = tuple(dict.fromkeys(shape.windows))
+        self._dense = card == "hopper" and shape.dtype in (torch.bfloat16, torch.float16) and softcap == 0.0
+
+    @staticmethod
+    def decline(shape: AttentionShape) -> Declined | None:
+        if shape.device.type != "cuda":
+            return Declined(f"only for CUDA and HIP devices, not {shape.device.type}")
+        if shape.head_dim > MAX_HEAD_DIM or shape.head_dim % 8 or shape.head_dim < 16:
+            return Declined(f"heads of 16 to {MAX_HEAD_DIM} dimensions in steps of 8, not {shape.head_dim}")
+        if shape.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return Declined(f"only for bfloat16, float16 and float32, not {shape.dtype}")
+        if shape.cache_dtype not in (shape.dtype, torch.float8_e4m3fn):
+            return Declined(f"a cache of {shape.dtype} or float8_e4m3fn, not {shape.cache_dtype}")
+        if shape.cache_dtype == torch.float8_e4m3fn and shape.dtype == torch.float32:
+            return Declined("no float8 cache under float32, which is there to be exact")
+        return None
+
+    def allocate(self, num_blocks: int) -> KVCache:
+        shape = self.shape
+        size = (shape.num_layers, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        return KVCache(
+            torch.zeros(size, dtype=shape.cache_dtype, device=shape.device),
+            torch.zeros(size, dtype=shape.cache_dtype, device=shape.device),
+        )
+
+    def stage_step(self, lengths: HostLengths) -> np.ndarray:
+        """What the kernels of a step need from the host, `[n] int32`: tiles of query rows by window."""
+        return np.concatenate([self.divide(lengths, window).tiles.ravel() for window in self.windows])
+
+    def begin_step(self, inputs: DeviceInputs, cache: KVCache) -> _TritonStep:
+        """Prepare a step; without `lengths` nothing here or in the step waits for the device or reads the host.
+
+        Kernels of the step read `inputs` before their predecessors have ended: between the kernel that writes these
+        tensors and the first layer must lie one that is not launched as a dependent.
+        """
+        return _TritonStep(self, inputs, cache)
+
+    def divide(self, lengths: HostLengths, window: int | None) -> Work:
+        """`divide_rows` for this model and card."""
+        tile_rows = self.ragged_config.query_rows(self.shape.group)
+        return divide_rows(lengths, window, tile_rows=tile_rows, dense=self._dense)
+
+
+def divide_rows(lengths: HostLengths, window: int | None, *, tile_rows: int, dense: bool) -> Work:
+    """How the query rows of a step are served where a sequence has more than one.
+
+    Args:
+        lengths: of the step.
+        window: of the layer: beyond it, torch's attention sees too much.
+        tile_rows: query rows of a tile.
+        dense: whether torch's attention is there.
+    """
+    query = lengths.query.astype(np.int64)
+    rows = np.zeros_like(query)
+    if dense:
+        alike = query if window is None else np.minimum(query, window)
+        fresh = (query == lengths.context) & (query >= DENSE_MIN)
+        rows = np.where(fresh, alike // DENSE_MULTIPLE * DENSE_MULTIPLE, 0)
+    runs: list[DenseRun] = []
+    starts = np.cumsum(query) - query
+    for index in np.flatnonzero(rows):
+        run = DenseRun(int(starts[index]), 1, int(query[index]), int(rows[index]))
+        last = runs[-1] if runs else None
+        if last and last[2:] == run[2:] and last.first_token + last.prompts * last.length == run.first_token:
+            runs[-1] = last._replace(prompts=last.prompts + 1)
+        else:
+            runs.append(run)
+    return Work(tuple(runs), tile_table(query, tile_rows, rows))
+
+
+class _TritonStep:
+    """One step's attention; see `StepAttention`."""
+
+    def __init__(self, backend: TritonAttention, inputs: DeviceInputs, cache: KVCache) -> None:
+        self._backend = backend
+        self._inputs = inputs
+        self._cache = cache
+        self._plans: dict[int | None, DecodePlan] = {}
+        self._dense: dict[int | None, tuple[DenseRun, ...]] = {}
+        self._tiles: dict[int | None, torch.Tensor] = {}
+        lengths = inputs.lengths
+        used = 0
+        for window in backend.windows:
+            if lengths is None or (lengths.query == 1).any():
+                self._plans[window] = plan_decode(
+                    query_start=inputs.query_start,
+                    context_lens=inputs.context_lens,
+                    rows=inputs.rows,
+                    num_kv_heads=backend.shape.num_kv_heads,
+                    window=window,
+                    config=backend.decode_config,
+                )
+            if lengths is not None:
+                work = backend.divide(lengths, window)
+                self._dense[window] = work.dense
+                self._tiles[window] = inputs.attention_table[used : used + work.tiles.size].view(-1, 2)
+                used += work.tiles.size
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        backend, inputs = self._backend, self._inputs
+        shape, transform = backend.shape, backend.transform
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        window = shape.windows[layer]
+        dense = self._dense.get(window, ())
+        rotary_to_cache(
+            qkv,
+            keys,
+            values,
+            positions=inputs.positions,
+            slot_mapping=inputs.slot_mapping,
+            cos=transform.cos,
+            sin=transform.sin,
+            num_heads=shape.num_heads,
+            query_norm=transform.query_norms[layer] if transform.query_norms else None,
+            key_norm=transform.key_norms[layer] if transform.key_norms else None,
+            norm_eps=transform.norm_eps,
+            keep_keys=bool(dense),
+        )
+        out = torch.empty((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
+        tokens = inputs.slot_mapping.shape[0]
+        if tokens < qkv.shape[0]:
+            out[tokens:].zero_()
+        for run in dense:
+            attend_dense(qkv, out, run, shape)
+        tiles = self._tiles.get(window)
+        if tiles is not None:
+            ragged_attention(
+                qkv,
+                keys,
+                values,
+                out,
+                tiles=tiles,
+                query_start=inputs.query_start,
+                context_lens=inputs.context_lens,
+                rows=inputs.rows,
+                block_tables=inputs.block_tables,
+                num_heads=shape.num_heads,
+                scale=shape.scale,
+                config=backend.ragged_config,
+                window=window,
+                softcap=backend.softcap,
+            )
+        plan = self._plans.get(window)
+        if plan is not None:
+            decode_attention(
+                qkv,
+                keys,
+                values,
+                out,
+                plan=plan,
+                block_tables=inputs.block_tables,
+                num_heads=shape.num_heads,
+                scale=shape.scale,
+                softcap=backend.softcap,
+            )
+        return out
+
+
+def attend_dense(qkv: torch.Tensor, out: torch.Tensor, run: DenseRun, shape: AttentionShape) -> None:
+    """Causal attention among the first `rows` tokens of each prompt by torch, straight from the step's q, k and v.
+
+    Args:
+        qkv: `[>= T, (heads + 2 * kv_heads) * head_dim]`, queries and keys transformed.
+        out: `[>= T, heads * head_dim]`; rows that are not the run's stay as they are.
+        run: whom to attend to.
+        shape: of the heads.
+    """
+    tokens = slice(run.first_token, run.first_token + run.prompts * run.length)
+    heads = qkv[tokens].view(run.prompts, run.length, -1, shape.head_dim)[:, : run.rows].transpose(1, 2)
+    last_key = shape.num_heads + shape.num_kv_heads
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        attended = F.scaled_dot_product_attention(
+            heads[:, : shape.num_heads],
+            heads[:, shape.num_heads : last_key],
+            heads[:, last_key:],
+            is_causal=True,
+            scale=shape.scale,
+            enable_gqa=shape.group > 1,
+        )
+    target = out[tokens].view(run.prompts, run.length, shape.num_heads, shape.head_dim)
+    target[:, : run.rows].copy_(attended.transpose(1, 2))

@@ -1,0 +1,163 @@
+"""The Triton attention back end as a whole: who serves which rows, and a step's result, interpreted on CPU tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from paged_case import PagedStep, make_step
+
+from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
+from aphrodite.attention.triton_paged import DENSE_MIN, DENSE_MULTIPLE, DenseRun, TritonAttention, divide_rows
+from aphrodite.kernels import reference
+from aphrodite.runner.inputs import DeviceInputs, HostLengths
+
+DIM, HEADS, KV_HEADS = 64, 4, 2
+
+
+def shape_of(windows: tuple[int | None, ...] = (None,), **changed: object) -> AttentionShape:
+    fields: dict[str, object] = {
+        "windows": windows,
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim": DIM,
+        "block_size": 16,
+        "dtype": torch.float32,
+        "cache_dtype": torch.float32,
+        "device": torch.device("cpu"),
+    }
+    return AttentionShape(**(fields | changed))  # type: ignore[arg-type]
+
+
+def lengths_of(pairs: list[tuple[int, int]]) -> HostLengths:
+    query, context = np.array(pairs, dtype=np.int32).T
+    return HostLengths(query, context)
+
+
+def inputs_of(step: PagedStep, lengths: HostLengths | None, table: np.ndarray) -> DeviceInputs:
+    return DeviceInputs(
+        token_ids=step.positions,
+        positions=step.positions,
+        slot_mapping=step.slot_mapping,
+        query_start=step.query_start,
+        context_lens=step.context_lens,
+        rows=step.rows,
+        block_tables=step.block_tables,
+        logits_index=step.rows,
+        lengths=lengths,
+        attention_table=torch.from_numpy(table),
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "decode_only"),
+    [([(1, 40), (1, 0), (1, 9)], True), ([(1, 40), (20, 20), (1, 3), (5, 30)], False), ([(18, 18)], False)],
+)
+def test_a_step_of_layers_with_different_windows(pairs: list[tuple[int, int]], decode_only: bool) -> None:
+    """Norm, rotation, cache write and attention of three layers, with padding rows behind the step's tokens."""
+    windows = (None, 12, None)
+    step = make_step(pairs, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
+    angles = torch.outer(torch.arange(64.0), torch.rand(DIM // 2))
+    norms = tuple(torch.rand(DIM) + 0.5 for _ in windows), tuple(torch.rand(DIM) + 0.5 for _ in windows)
+    transform = QueryKeyTransform(angles.cos(), angles.sin(), *norms, norm_eps=1e-6)
+    backend = TritonAttention(shape_of(windows), transform)
+    lengths = None if decode_only else lengths_of(pairs)
+    table = np.zeros(0, dtype=np.int32) if lengths is None else backend.stage_step(lengths)
+    cache = KVCache(*(torch.stack([c] * 3) for c in (step.keys, step.values)))
+    serve = backend.begin_step(inputs_of(step, lengths, table), cache)
+    tokens = len(step.positions)
+    for layer, window in enumerate(windows):
+        qkv = torch.cat((step.qkv, torch.full((2, step.qkv.shape[1]), 3.0)))
+        out = serve(layer, qkv)
+        assert torch.isfinite(out).all()
+        heads = step.qkv.double().view(tokens, -1, DIM)
+        query, key = (
+            reference.apply_rotary(
+                reference.rms_norm(x, norm[layer].double(), 1e-6), step.positions, *(t.double() for t in transform[:2])
+            )
+            for x, norm in zip((heads[:, :HEADS], heads[:, HEADS : HEADS + KV_HEADS]), norms, strict=True)
+        )
+        keys, values = (c[layer].double() for c in cache)
+        written = keys.transpose(1, 2).flatten(0, 1)[step.slot_mapping]
+        live = step.slot_mapping >= 0
+        torch.testing.assert_close(written[live], key[live], rtol=0, atol=1e-5)
+        fields = vars(step) | {"keys": keys, "values": values, "qkv": query.flatten(1)}
+        torch.testing.assert_close(out[:tokens].double(), PagedStep(**fields).expected(window), rtol=0, atol=1e-5)
+
+
+def test_cache_is_what_bytes_per_block_says() -> None:
+    shape = shape_of((None, None), cache_dtype=torch.float8_e4m3fn, dtype=torch.float16)
+    transform = QueryKeyTransform(torch.ones(8, DIM // 2), torch.zeros(8, DIM // 2))
+    cache = TritonAttention(shape, transform).allocate(7)
+    assert cache.keys.nbytes + cache.values.nbytes == 7 * shape.bytes_per_block
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, "not cpu"),
+        ({"device": torch.device("cuda"), "head_dim": 288}, "288"),
+        ({"device": torch.device("cuda"), "head_dim": 68}, "68"),
+        ({"device": torch.device("cuda"), "dtype": torch.float64}, "float64"),
+        ({"device": torch.device("cuda"), "cache_dtype": torch.float16}, "float16"),
+        ({"device": torch.device("cuda"), "cache_dtype": torch.float8_e4m3fn}, "float32"),
+        ({"device": torch.device("cuda"), "cache_dtype": torch.float8_e4m3fn, "dtype": torch.float16}, None),
+        ({"device": torch.device("cuda")}, None),
+    ],
+)
+def test_what_is_declined(changed: dict[str, object], reason: str | None) -> None:
+    declined = TritonAttention.decline(shape_of(**changed))
+    assert (declined is None) == (reason is None)
+    if declined is not None:
+        assert reason in declined.reason
+
+
+def covered(pairs: list[tuple[int, int]], window: int | None, dense: bool, tile_rows: int = 32) -> list[np.ndarray]:
+    """How many times each query row is served, by sequence."""
+    work = divide_rows(lengths_of(pairs), window, tile_rows=tile_rows, dense=dense)
+    counts = [np.zeros(queries, dtype=int) for queries, _ in pairs]
+    flat = np.zeros(sum(queries for queries, _ in pairs), dtype=int)
+    for run in work.dense:
+        for prompt in range(run.prompts):
+            first = run.first_token + prompt * run.length
+            flat[first : first + run.rows] += 1
+    for mine, part in zip(counts, np.split(flat, np.cumsum([queries for queries, _ in pairs])[:-1]), strict=True):
+        mine += part
+    for sequence, row in work.tiles:
+        counts[sequence][row : row + tile_rows] += 1
+    return counts
+
+
+@pytest.mark.parametrize("window", [None, 300, 100])
+@pytest.mark.parametrize("dense", [False, True])
+def test_every_row_of_a_longer_query_is_served_once(dense: bool, window: int | None) -> None:
+    pairs = [
+        (1, 9),
+        (700, 700),
+        (700, 700),
+        (DENSE_MIN, DENSE_MIN),
+        (33, 33),
+        (900, 1000),
+        (1, 1),
+        (2, 2),
+        (5000, 5000),
+    ]
+    for (queries, _), counts in zip(pairs, covered(pairs, window, dense), strict=True):
+        assert (counts == (queries > 1)).all()
+
+
+def test_equal_prompts_in_a_row_are_one_run() -> None:
+    pairs = [(1, 9), (700, 700), (700, 700), (1024, 1024), (700, 700), (700, 900)]
+    work = divide_rows(lengths_of(pairs), None, tile_rows=32, dense=True)
+    rows = 700 // DENSE_MULTIPLE * DENSE_MULTIPLE
+    assert work.dense == (
+        DenseRun(1, 2, 700, rows),
+        DenseRun(1401, 1, 1024, 1024),
+        DenseRun(2425, 1, 700, rows),
+    )
+
+
+def test_a_window_bounds_what_torch_attends_to() -> None:
+    work = divide_rows(lengths_of([(4000, 4000)]), 1000, tile_rows=32, dense=True)
+    assert work.dense == (DenseRun(0, 1, 4000, 768),)
+    assert divide_rows(lengths_of([(4000, 4000)]), 200, tile_rows=32, dense=True).dense == ()
