@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from aphrodite.core.guidance import check_shadow
 from aphrodite.core.request import Request, RequestStatus
 
 
@@ -41,3 +42,4 @@ def check_requests(
             raise RuntimeError(f"request {request.request_id}: steps in flight miscounted")
         if request.num_committed > len(request.tokens) or request.num_committed > request.num_computed:
             raise RuntimeError(f"request {request.request_id}: progress is inconsistent")
+        check_shadow(request, inflight)

@@ -31,6 +31,9 @@ class RowStep(NamedTuple):
     blocks: list[int]  # appended to the row's block table, or its whole new table if `reset_blocks`
     reset_blocks: bool
     samples: bool  # the last computed position is the last known one, so a new token comes out
+    # Where not -1: the row of the next step in the plan, which does not sample. The logits at its last position guide
+    # this row's (`sampling/guidance.py`), and the sampled token is the next one of both rows.
+    guide: int = -1
 
 
 class RowRewind(NamedTuple):

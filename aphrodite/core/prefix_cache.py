@@ -12,6 +12,11 @@ from __future__ import annotations
 import secrets
 from array import array
 from hashlib import blake2b
+from typing import NamedTuple
+
+from aphrodite.core.block_pool import BlockPool
+from aphrodite.core.request import Request, RequestStatus
+from aphrodite.core.scheduler_config import SchedulerConfig
 
 DIGEST_BYTES = 16
 
@@ -51,3 +56,75 @@ class BlockHasher:
         state = self._keyed.copy()
         state.update(b"\x00" if salt is None else b"\x01" + salt)
         return state.digest()
+
+
+class FoundPrefix(NamedTuple):
+    """Blocks that hold a request's first tokens already, and the request they are borrowed from, if so."""
+
+    blocks: list[int]
+    source: Request | None
+
+
+class PrefixCache:
+    """Finds blocks of `pool` by the tokens that they hold, and makes them findable.
+
+    Attributes:
+        num_queries: prompt tokens looked up so far.
+        num_hits: of these, tokens found.
+    """
+
+    __slots__ = ("_config", "_hasher", "_pool", "num_hits", "num_queries")
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self._config = config
+        self._pool = pool
+        self._hasher = BlockHasher(config.block_size)
+        self.num_queries = 0
+        self.num_hits = 0
+
+    def find(self, request: Request) -> FoundPrefix | None:
+        """What is there of a request's tokens, be the cache enabled or not.
+
+        At least one token is left to compute: a step has to bring logits. None: better to wait, another member
+        of its group is computing the prompt.
+        """
+        size = self._config.block_size
+        limit = (len(request.tokens) + request.num_pending - 1) // size
+        if request.awaits_prompt_logprobs:
+            limit = min(limit, request.num_prompt_logprobs // size)
+        found: list[int] = []
+        if self._config.enable_prefix_caching:
+            limit = min(limit, len(request.tokens) // size)
+            self._hasher.extend(request.digests, request.tokens, limit, request.cache_salt)
+            for digest in request.digests[:limit]:
+                block = self._pool.lookup(digest)
+                if block is None:
+                    break
+                found.append(block)
+        group = request.group
+        if group is None or len(found) >= group.num_shared_blocks or request.awaits_prompt_logprobs:
+            return FoundPrefix(found, None)
+        source = group.source(size)
+        if source is not None:
+            return FoundPrefix(source.blocks[: group.num_shared_blocks], source)
+        if request.status is RequestStatus.WAITING:
+            if any(member.status is RequestStatus.RUNNING for member in group.members):
+                return None
+            group.leader = request
+        return FoundPrefix(found, None)
+
+    def register(self, request: Request) -> None:
+        """Make a request's full blocks findable, now that their content is known and written."""
+        if not self._config.enable_prefix_caching or not request.registers:
+            return
+        full = request.num_committed // self._config.block_size
+        self._hasher.extend(request.digests, request.tokens, full, request.cache_salt)
+        for index in range(request.num_registered, full):
+            self._pool.register(request.blocks[index], request.digests[index])
+        request.num_registered = full
+
+    def count_hits(self, request: Request, source: Request | None) -> None:
+        """Count what the cache, and not `source`, another of its group, had of a request that starts."""
+        if self._config.enable_prefix_caching and source is None and request.row is None:
+            self.num_queries += request.num_prompt_tokens
+            self.num_hits += request.num_computed

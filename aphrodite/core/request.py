@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
-from aphrodite.core.plan import TokenLogprobs, TokenTrace
+from aphrodite.core.plan import RowStep, TokenLogprobs, TokenTrace
 from aphrodite.outputs import FinishReason
 from aphrodite.sampling.params import SamplingParams
 
@@ -61,7 +61,8 @@ class TokenGuard(Protocol):
         warning: what the guard could not keep out of the answer, once there is something.
     """
 
-    warning: str | None
+    @property
+    def warning(self) -> str | None: ...
 
     def push(self, token: OutputToken, finish_reason: FinishReason | None) -> list[OutputToken] | Rewind:
         """Take the next token; returns those that may leave now. All held ones leave with the one that ends it."""
@@ -85,16 +86,20 @@ class Request:
     priority: int = 0  # lower runs sooner, under policy "priority"
     cache_salt: bytes | None = None  # only requests with equal salts share blocks
     guard: TokenGuard | None = None
+    negative_prompt_ids: list[int] | None = None  # its tokens are chosen with guidance; see `core/guidance.py`
 
     # Set by the scheduler when the request is added.
     tokens: array[int] = field(init=False)  # int32, known ones: prompt and output
     max_total: int = field(init=False, default=0)  # prompt and output tokens at which it ends with "length"
     key: tuple[int, int] = field(init=False, default=(0, 0))  # order of service: (priority, arrival)
     group: ForkGroup | None = field(init=False, default=None)
+    shadow: Request | None = field(init=False, default=None)  # the sequence that guides it
+    owner: Request | None = field(init=False, default=None)  # whose shadow this is
 
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
     row: int | None = field(init=False, default=None)  # from the first step until the last one has come back
     blocks: list[int] = field(init=False, default_factory=list)  # the block table
+    untold: bool = field(init=False, default=True)  # guided ones: the runner has not heard of the whole block table
     digests: list[bytes] = field(init=False, default_factory=list)  # of its full blocks with known tokens
     num_registered: int = field(init=False, default=0)  # leading blocks of the table that the cache was told of
     registers: bool = field(init=False, default=True)  # False: its KV is older than the last reset of the cache
@@ -109,6 +114,11 @@ class Request:
     num_rewinds: int = field(init=False, default=0)
     rewind: Rewind | None = field(init=False, default=None)  # the runner has yet to hear of it
     num_prompt_logprobs: int = field(init=False, default=0)  # handed out so far
+
+    @property
+    def sequences(self) -> tuple[Request, ...]:
+        """What of it holds a row and blocks: itself, and its shadow if it has one."""
+        return (self,) if self.shadow is None else (self, self.shadow)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -156,6 +166,14 @@ class Request:
     @property
     def awaits_prompt_logprobs(self) -> bool:
         return self.params.prompt_logprobs is not None and self.num_prompt_logprobs < len(self.prompt_token_ids) - 1
+
+    def take_prompt_logprobs(self, step: RowStep, entries: list[TokenLogprobs]) -> list[TokenLogprobs] | None:
+        """Of a step's entries those that were not handed out before a preemption."""
+        if self.params.prompt_logprobs is None:
+            return None
+        fresh = entries[self.num_prompt_logprobs - step.start :]
+        self.num_prompt_logprobs += len(fresh)
+        return fresh or None
 
 
 @dataclass(slots=True, eq=False)

@@ -16,6 +16,7 @@ not waiting for its own tokens in flight, and every request becomes first or fin
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,8 @@ import msgspec
 from aphrodite.core.block_pool import BlockPool
 from aphrodite.core.draft import Draft, InFlight
 from aphrodite.core.finish import finish_reason_of
+from aphrodite.core.guidance import make_shadow, missing_blocks, pair_counts
+from aphrodite.core.held_requests import HeldRequests
 from aphrodite.core.invariants import check_requests
 from aphrodite.core.plan import (
     RowResult,
@@ -38,8 +41,8 @@ from aphrodite.core.plan import (
     TokenLogprobs,
     TokenTrace,
 )
-from aphrodite.core.prefix_cache import BlockHasher
-from aphrodite.core.request import ForkGroup, OutputToken, Request, RequestStatus, RequestUpdate, Rewind
+from aphrodite.core.prefix_cache import FoundPrefix, PrefixCache
+from aphrodite.core.request import OutputToken, Request, RequestStatus, RequestUpdate, Rewind
 from aphrodite.core.scheduler_config import SchedulerConfig, SchedulerStats
 from aphrodite.core.waiting_queue import WaitingQueue
 from aphrodite.errors import InvalidRequestError, QueueFullError
@@ -63,21 +66,19 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self._pool = BlockPool(config.num_blocks)
-        self._hasher = BlockHasher(config.block_size)
+        self._prefixes = PrefixCache(config, self._pool)
         self._requests: dict[str, Request] = {}  # all that have not finished
         self._running: list[Request] = []  # in order of service
         self._waiting = WaitingQueue()
         self._preempted = WaitingQueue()
-        self._forming: dict[ForkGroup, None] = {}  # groups with held members whose leader has been admitted
-        self._num_held = 0
+        self._held = HeldRequests(self._waiting, config.block_size)
         self._free_rows = list(range(config.max_num_seqs))  # a heap: low rows keep a batch dense
         self._ended_rows: list[int] = []  # to be named in the next plan's `ends`
         self._inflight: deque[InFlight] = deque()
         self._num_arrivals = 0
         self._next_step_id = 0
+        self._num_guided = 0  # running requests with a shadow
         self._num_preemptions = 0
-        self._prefix_queries = 0
-        self._prefix_hits = 0
 
     # Requests come and go.
 
@@ -95,10 +96,10 @@ class Scheduler:
         if any(r.prompt_token_ids != first.prompt_token_ids or r.cache_salt != first.cache_salt for r in group[1:]):
             raise ValueError("requests added together must have the same prompt and cache salt")
         self._refuse_duplicates(group)
-        prepared = [(request, *self.config.measure(request)) for request in group]
+        prepared = [(request, *self._prepare(request)) for request in group]
         self._refuse_overflow(len(group))
-        for request, tokens, max_total in prepared:
-            request.tokens, request.max_total = tokens, max_total
+        for request, tokens, max_total, shadow in prepared:
+            request.tokens, request.max_total, request.shadow = tokens, max_total, shadow
             request.key = (request.priority if self.config.policy == "priority" else 0, self._num_arrivals)
             self._num_arrivals += 1
             self._requests[request.request_id] = request
@@ -106,12 +107,7 @@ class Scheduler:
         for sibling in group[1:]:
             if sibling.params.prompt_logprobs is not None:
                 sibling.params = msgspec.structs.replace(sibling.params, prompt_logprobs=None)
-        shared = (first.num_prompt_tokens - 1) // self.config.block_size
-        if shared:
-            self._form_group(group, shared)
-        else:
-            for sibling in group[1:]:
-                self._waiting.push(sibling)
+        self._held.form_group(group)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
         """End requests now, whatever they are doing; ids that are not (or no longer) here are passed over."""
@@ -126,7 +122,8 @@ class Scheduler:
         """Forget all cached prefixes; running requests go on, and leave none of what they hold now."""
         self._pool.forget_all()
         for request in self._running:
-            request.registers = False
+            for sequence in request.sequences:
+                sequence.registers = False
 
     def has_unfinished(self) -> bool:
         return bool(self._requests)
@@ -134,7 +131,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests without blocks: not yet begun, or preempted."""
-        return len(self._waiting) + len(self._preempted) + self._num_held
+        return len(self._waiting) + len(self._preempted) + len(self._held)
 
     @property
     def num_running(self) -> int:
@@ -150,8 +147,8 @@ class Scheduler:
             num_waiting=self.num_waiting,
             num_running=self.num_running,
             kv_usage=self._pool.num_used / self._pool.num_blocks,
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
+            prefix_queries=self._prefixes.num_queries,
+            prefix_hits=self._prefixes.num_hits,
             num_preemptions=self._num_preemptions,
         )
 
@@ -160,8 +157,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if nothing can run before a result arrives or a request comes."""
         draft = Draft(self._next_step_id, self.config.max_num_batched_tokens)
-        if self._forming:
-            self._release_held()
+        self._held.release()
         running = self._running
         candidate = self._next_waiting()
         preemptions = self._num_preemptions
@@ -193,12 +189,16 @@ class Scheduler:
         """The first request in order that is not running and has, or could have, a row."""
         resumed = self._preempted.peek()
         fresh = self._waiting.peek() if self._free_rows else None
+        if fresh is not None and len(fresh.sequences) > len(self._free_rows):
+            fresh = None
         if resumed is None or (fresh is not None and fresh.key < resumed.key):
             return fresh
         return resumed
 
     def _advance(self, request: Request, index: int, draft: Draft) -> bool:
         """Plan a share of the step for the running request at `index`; False if it lacks blocks."""
+        if request.shadow is not None:
+            return self._advance_guided(request, index, draft)
         known = len(request.tokens) + request.num_pending
         count = known - request.num_computed
         if count == 0 or (known >= request.max_total and request.samples):
@@ -211,8 +211,7 @@ class Scheduler:
             self._take(request, draft, count, _NO_BLOCKS, reset=False)
             return True
         missing = -(-(count - room) // size)
-        while self._pool.num_available < missing and len(self._running) > index + 1:
-            self._preempt(self._running.pop())
+        self._make_room(missing, index + 1)
         # The last in order does not preempt itself: it computes what fits and keeps what it has.
         granted = min(missing, self._pool.num_available)
         count = min(count, room + granted * size)
@@ -232,10 +231,12 @@ class Scheduler:
         reserve = (index + 3) // 4
         if self._pool.num_available <= reserve and len(self._running) == index:
             return False
-        found = self._find_computed(request)
+        found = self._prefixes.find(request)
         if found is None:
-            self._hold(request)
+            self._held.take_first()
             return True
+        if request.shadow is not None:
+            return self._admit_guided(request, found, index, draft)
         shared, source = found
         size = self.config.block_size
         self._pool.reference(shared)
@@ -243,52 +244,17 @@ class Scheduler:
         known = len(request.tokens) + request.num_pending
         count = self._chunk(request, known - computed, draft.budget, len(self._running) - index)
         missing = -(-(computed + count) // size) - len(shared)
-        while self._pool.num_available < missing + reserve and len(self._running) > index:
-            self._preempt(self._running.pop())
-        if self._pool.num_available < missing + reserve:
+        if not self._make_room(missing + reserve, index):
             self._pool.release(shared)
             return False
         request.blocks = shared + self._pool.allocate(missing)
         request.num_computed = request.num_committed = computed
         request.registers = source is None or source.registers
         request.num_registered = len(shared)
-        if self.config.enable_prefix_caching and source is None and request.row is None:
-            self._prefix_queries += request.num_prompt_tokens
-            self._prefix_hits += computed
+        self._prefixes.count_hits(request, source)
         self._start(request, draft)
         self._take(request, draft, count, list(request.blocks), reset=True)
         return True
-
-    def _find_computed(self, request: Request) -> tuple[list[int], Request | None] | None:
-        """Blocks that hold the request's first tokens already, and the request they are borrowed from, if so.
-
-        At least one token is left to compute: a step has to bring logits. None: better to wait, another member
-        of its group is computing the prompt.
-        """
-        size = self.config.block_size
-        limit = (len(request.tokens) + request.num_pending - 1) // size
-        if request.awaits_prompt_logprobs:
-            limit = min(limit, request.num_prompt_logprobs // size)
-        found: list[int] = []
-        if self.config.enable_prefix_caching:
-            limit = min(limit, len(request.tokens) // size)
-            self._hasher.extend(request.digests, request.tokens, limit, request.cache_salt)
-            for digest in request.digests[:limit]:
-                block = self._pool.lookup(digest)
-                if block is None:
-                    break
-                found.append(block)
-        group = request.group
-        if group is None or len(found) >= group.num_shared_blocks or request.awaits_prompt_logprobs:
-            return found, None
-        source = group.source(size)
-        if source is not None:
-            return source.blocks[: group.num_shared_blocks], source
-        if request.status is RequestStatus.WAITING:
-            if any(member.status is RequestStatus.RUNNING for member in group.members):
-                return None
-            group.leader = request
-        return found, None
 
     def _start(self, request: Request, draft: Draft) -> None:
         """Move an admitted request among the running ones."""
@@ -296,21 +262,30 @@ class Scheduler:
             self._preempted.pop()
         else:
             self._waiting.pop()
-            request.row = heappop(self._free_rows)
-            draft.starts.append(
-                RowStart(request.row, request.request_id, request.prompt_token_ids, request.params, request.seed)
-            )
+            self._start_row(request, draft)
             request.num_cached_tokens = request.num_computed
-            if request.group is not None and request.group.held:
-                self._forming[request.group] = None
+            self._held.note(request)
         request.status = RequestStatus.RUNNING
         insort(self._running, request, key=_by_key)
+
+    def _start_row(self, request: Request, draft: Draft) -> None:
+        request.row = heappop(self._free_rows)
+        draft.starts.append(
+            RowStart(request.row, request.request_id, request.prompt_token_ids, request.params, request.seed)
+        )
 
     def _chunk(self, request: Request, count: int, budget: int, num_behind: int) -> int:
         """How many of `count` positions to compute now, leaving a token to each of those behind."""
         if request.awaits_prompt_logprobs:
             budget = min(budget, self.config.prompt_logprobs_chunk)
-        return min(count, max(1, budget - num_behind))
+        return min(count, max(1, budget - num_behind - self._num_guided))
+
+    def _make_room(self, wanted: int, first: int) -> bool:
+        """Preempt running requests, those from `first` on, until `wanted` blocks are available; False if they never
+        are."""
+        while self._pool.num_available < wanted and len(self._running) > first:
+            self._preempt(self._running.pop())
+        return self._pool.num_available >= wanted
 
     def _take(self, request: Request, draft: Draft, count: int, blocks: list[int], *, reset: bool) -> None:
         """Put `count` positions of a running request into the plan."""
@@ -337,16 +312,82 @@ class Scheduler:
         Its full blocks stay findable until someone needs them. Its row stays: the sampler's state lives there.
         """
         ending = request.num_wanted == request.num_computed
-        self._pool.release(request.blocks)
-        request.blocks = []
-        request.num_computed = request.num_committed = 0
-        request.num_preemptions += 1
+        for sequence in request.sequences:
+            self._pool.release(sequence.blocks)
+            sequence.blocks = []
+            sequence.num_computed = sequence.num_committed = 0
+            sequence.num_preemptions += 1
+        self._num_guided -= request.shadow is not None
         self._num_preemptions += 1
         if ending:
             request.status = RequestStatus.ENDING
         else:
             request.status = RequestStatus.PREEMPTED
             self._preempted.push(request)
+
+    # Guided requests: `core/guidance.py`.
+
+    def _prepare(self, request: Request) -> tuple[array[int], int, Request | None]:
+        """A request's prompt, the number of tokens at which it ends, and its shadow if it is guided."""
+        tokens, max_total = self.config.measure(request)
+        if request.negative_prompt_ids is None or max_total == len(tokens):
+            return tokens, max_total, None
+        shadow, max_total = make_shadow(request, max_total, self.config)
+        return tokens, max_total, shadow
+
+    def _advance_guided(self, request: Request, index: int, draft: Draft) -> bool:
+        """`_advance` for a guided request, with its shadow; nothing is planned of either if blocks are lacking."""
+        if len(request.tokens) + request.num_pending >= request.max_total or draft.budget < 2:
+            return True
+        counts = pair_counts(request, draft.budget, len(self._running) - index - 1 + self._num_guided, self.config)
+        missing = missing_blocks(request, counts, self.config.block_size)
+        if not self._make_room(sum(missing), index + 1):
+            return False
+        self._take_guided(request, draft, counts, missing)
+        return True
+
+    def _admit_guided(self, request: Request, found: FoundPrefix, index: int, draft: Draft) -> bool:
+        """`_admit` for a guided request and its shadow, of which the first has `found` blocks."""
+        assert request.shadow is not None
+        if draft.budget < 2:
+            return False
+        shadow_found = self._prefixes.find(request.shadow)
+        assert shadow_found is not None
+        for sequence, (shared, source) in zip(request.sequences, (found, shadow_found), strict=True):
+            self._pool.reference(shared)
+            sequence.blocks, sequence.untold = list(shared), True
+            sequence.num_computed = sequence.num_committed = len(shared) * self.config.block_size
+            sequence.registers = source is None or source.registers
+            sequence.num_registered = len(shared)
+        counts = pair_counts(request, draft.budget, len(self._running) - index + self._num_guided, self.config)
+        missing = missing_blocks(request, counts, self.config.block_size)
+        if not self._make_room(sum(missing) + (index + 3) // 4, index):
+            for sequence in request.sequences:
+                self._pool.release(sequence.blocks)
+                sequence.blocks = []
+                sequence.num_computed = sequence.num_committed = 0
+            return False
+        self._prefixes.count_hits(request, found.source)
+        self._start(request, draft)
+        if request.shadow.row is None:
+            self._start_row(request.shadow, draft)
+        self._num_guided += 1
+        self._take_guided(request, draft, counts, missing)
+        return True
+
+    def _take_guided(self, request: Request, draft: Draft, counts: tuple[int, int], missing: list[int]) -> None:
+        pending = request.num_pending
+        for sequence, count, wanted in zip(request.sequences, counts, missing, strict=True):
+            if count:
+                blocks = self._pool.allocate(wanted)
+                sequence.blocks += blocks
+                reset, sequence.untold = sequence.untold, False
+                self._take(sequence, draft, count, list(sequence.blocks) if reset else blocks, reset=reset)
+        if request.num_pending != pending:
+            assert request.shadow is not None
+            assert request.shadow.row is not None
+            request.shadow.num_pending += 1
+            draft.steps[-2] = draft.steps[-2]._replace(guide=request.shadow.row)
 
     # A result.
 
@@ -379,6 +420,8 @@ class Scheduler:
 
     def _fail(self, request: Request, error: str) -> RequestUpdate | None:
         """No token could be chosen: end the request, unless what its guard barred may be the reason."""
+        if request.owner is not None:
+            return self._end(request.owner, "error", error=error)
         relented = None if request.guard is None else request.guard.relent()
         if relented is None:
             return self._end(request, "error", error=error)
@@ -387,13 +430,15 @@ class Scheduler:
 
     def _apply(self, request: Request, preemptions: int, step: RowStep, row: RowResult) -> RequestUpdate | None:
         """One row's result, for a request that goes on so far."""
-        prompt_logprobs = self._take_prompt_logprobs(request, step, row) if row.prompt_logprobs else None
+        prompt_logprobs = request.take_prompt_logprobs(step, row.prompt_logprobs) if row.prompt_logprobs else None
         # A preempted request's tokens count, its computed positions are gone.
         if preemptions == request.num_preemptions:
             request.num_committed = step.start + step.count
             if request.num_committed - request.num_registered * self.config.block_size >= self.config.block_size:
-                self._register(request)
+                self._prefixes.register(request)
         if not step.samples:
+            if request.owner is not None:
+                return None
             if not request.samples and step.start + step.count == request.num_prompt_tokens:
                 return self._end(request, "length", prompt_logprobs=prompt_logprobs)
             if prompt_logprobs is None:
@@ -403,6 +448,9 @@ class Scheduler:
         if token is None:
             raise RuntimeError(f"row {step.row} of request {request.request_id} brought no token")
         request.tokens.append(token)
+        if request.shadow is not None:
+            request.shadow.tokens.append(token)
+            request.shadow.num_pending -= 1
         finish_reason, stop_reason = finish_reason_of(request, token, self.config.eos_token_ids)
         if request.guard is not None:
             return self._guarded(request, row, prompt_logprobs, finish_reason, stop_reason)
@@ -443,28 +491,13 @@ class Scheduler:
 
     def _go_back(self, request: Request, rewind: Rewind) -> None:
         """Take back the request's last tokens, wherever it stands; a step in flight is dropped when it comes."""
-        self._pool.release(request.go_back(rewind, self.config.block_size))
+        for sequence in request.sequences:
+            self._pool.release(sequence.go_back(rewind, self.config.block_size))
+        if request.shadow is not None:
+            request.shadow.rewind, request.shadow.untold = None, True  # it has nothing to sample anew
         if request.status is RequestStatus.ENDING:  # it had all its tokens, and now lacks some
             request.status = RequestStatus.PREEMPTED
             self._preempted.push(request)
-
-    def _take_prompt_logprobs(self, request: Request, step: RowStep, row: RowResult) -> list[TokenLogprobs] | None:
-        """The entries of a result that were not handed out before a preemption."""
-        if request.params.prompt_logprobs is None or row.prompt_logprobs is None:
-            return None
-        fresh = row.prompt_logprobs[request.num_prompt_logprobs - step.start :]
-        request.num_prompt_logprobs += len(fresh)
-        return fresh or None
-
-    def _register(self, request: Request) -> None:
-        """Make the request's full blocks findable, now that their content is known and written."""
-        if not self.config.enable_prefix_caching or not request.registers:
-            return
-        full = request.num_committed // self.config.block_size
-        self._hasher.extend(request.digests, request.tokens, full, request.cache_salt)
-        for index in range(request.num_registered, full):
-            self._pool.register(request.blocks[index], request.digests[index])
-        request.num_registered = full
 
     def _end(
         self,
@@ -485,25 +518,21 @@ class Scheduler:
         Its row is released only when nothing of it is in flight, so no late result meets the row's next owner.
         """
         del self._requests[request.request_id]
-        group = request.group
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
+            self._num_guided -= request.shadow is not None
         elif request.status is RequestStatus.PREEMPTED:
             self._preempted.discard(request)
-        elif request.status is RequestStatus.WAITING:
-            if group is not None and request in group.held:
-                group.held.remove(request)
-                self._num_held -= 1
-            else:
-                self._waiting.discard(request)
-        request.status = RequestStatus.FINISHED
-        self._pool.release(request.blocks)
-        request.blocks = []
-        request.num_committed = 0
-        if group is not None and group.held:
-            self._forming[group] = None
-        if request.num_inflight == 0:
-            self._release_row(request)
+        elif request.status is RequestStatus.WAITING and not self._held.discard(request):
+            self._waiting.discard(request)
+        for sequence in request.sequences:
+            sequence.status = RequestStatus.FINISHED
+            self._pool.release(sequence.blocks)
+            sequence.blocks = []
+            sequence.num_committed = 0
+            if sequence.num_inflight == 0:
+                self._release_row(sequence)
+        self._held.note(request)
         return RequestUpdate(
             request.request_id,
             token_ids or [],
@@ -522,41 +551,6 @@ class Scheduler:
             self._ended_rows.append(request.row)
             request.row = None
 
-    # Groups.
-
-    def _form_group(self, group: list[Request], num_shared_blocks: int) -> None:
-        if len(group) == 1:
-            return
-        fork = ForkGroup(leader=group[0], members=group, held=group[1:], num_shared_blocks=num_shared_blocks)
-        for request in group:
-            request.group = fork
-        self._num_held += len(fork.held)
-
-    def _hold(self, request: Request) -> None:
-        """Take the first waiting request out of the queue until its group's prompt is computed."""
-        group = request.group
-        assert group is not None
-        self._waiting.pop()
-        group.held.append(request)
-        self._num_held += 1
-        self._forming[group] = None
-
-    def _release_held(self) -> None:
-        """Queue the held members of groups whose prompt is computed, or whose leader cannot compute it any more.
-
-        In the second case the first to be admitted leads, and the others are held again unless the cache serves
-        them: the leader may have ended with the very step that computed the prompt.
-        """
-        for group in list(self._forming):
-            gone = group.leader.status in (RequestStatus.FINISHED, RequestStatus.ENDING)
-            if not gone and group.source(self.config.block_size) is None:
-                continue
-            del self._forming[group]
-            for request in group.held:
-                self._waiting.push(request)
-            self._num_held -= len(group.held)
-            group.held = []
-
     # Refusals.
 
     def _refuse_duplicates(self, group: list[Request]) -> None:
@@ -569,7 +563,7 @@ class Scheduler:
         limit = self.config.max_queued_requests
         if limit is None:
             return
-        queued = len(self._waiting) + self._num_held
+        queued = len(self._waiting) + len(self._held)
         if queued + count - len(self._free_rows) > limit:
             raise QueueFullError(
                 f"{queued} requests are waiting and at most {limit} may wait for a free place; try again later",
@@ -583,7 +577,7 @@ class Scheduler:
             RuntimeError: an invariant is broken.
         """
         inflight = [request for entry in self._inflight for request, *_ in entry.requests]
-        self._pool.check(request.blocks for request in self._running)
+        self._pool.check(sequence.blocks for request in self._running for sequence in request.sequences)
         check_requests(
             self._requests,
             running=self._running,
@@ -591,9 +585,10 @@ class Scheduler:
             preempted=self._preempted.requests(),
             inflight=inflight,
         )
-        held = sum(request in request.group.held for request in self._requests.values() if request.group is not None)
-        if held != self._num_held:
-            raise RuntimeError("groups have lost count")
-        rows = [r.row for r in {id(r): r for r in (*self._requests.values(), *inflight)}.values()] + self._free_rows
+        self._held.check(self._requests.values())
+        if sum(request.shadow is not None for request in self._running) != self._num_guided:
+            raise RuntimeError("running guided requests are miscounted")
+        unfinished = [sequence for request in self._requests.values() for sequence in request.sequences]
+        rows = [r.row for r in {id(r): r for r in (*unfinished, *inflight)}.values()] + self._free_rows
         if sorted(r for r in rows if r is not None) != list(range(self.config.max_num_seqs)):
             raise RuntimeError(f"rows are lost or owned twice: {rows}")

@@ -53,12 +53,7 @@ class SchedulerConfig:
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequestError("the prompt has no tokens; it needs at least one", param="prompt")
-        try:
-            tokens = array("i", prompt)
-        except (OverflowError, TypeError) as error:
-            raise InvalidRequestError(f"a prompt token id is not a 32-bit integer: {error}", param="prompt") from error
-        if min(tokens) < 0:
-            raise InvalidRequestError(f"prompt token id {min(tokens)} is negative", param="prompt")
+        tokens = token_array(prompt, "prompt")
         max_tokens = request.params.max_tokens
         needed = len(prompt) + (max_tokens != 0)
         if needed > self.capacity:
@@ -75,6 +70,21 @@ class SchedulerConfig:
                 code="context_length_exceeded",
             )
         return tokens, self.capacity if max_tokens is None else min(self.capacity, len(prompt) + max_tokens)
+
+
+def token_array(token_ids: list[int], name: str) -> array[int]:
+    """At least one token id as int32; `name` says in errors which field brought them.
+
+    Raises:
+        InvalidRequestError: one is negative, or no 32-bit integer.
+    """
+    try:
+        tokens = array("i", token_ids)
+    except (OverflowError, TypeError) as error:
+        raise InvalidRequestError(f"a token id of `{name}` is not a 32-bit integer: {error}", param=name) from error
+    if min(tokens) < 0:
+        raise InvalidRequestError(f"`{name}` holds the token id {min(tokens)}, which is negative", param=name)
+    return tokens
 
 
 class SchedulerStats(NamedTuple):

@@ -22,8 +22,11 @@ VOCAB = 12
 EOS = 0
 
 
-def sampled(history: tuple[int, ...], seed: int, barred: Iterable[int] = ()) -> int | None:
-    """The token after `history`: the first of an order in which they come; None if all are barred."""
+def sampled(history: tuple[object, ...], seed: int, barred: Iterable[int] = ()) -> int | None:
+    """The token after `history`: the first of an order in which they come; None if all are barred.
+
+    With guidance the history is a pair: the request's own and its shadow's.
+    """
     order = random.Random(f"{seed}:{history}").sample(range(VOCAB), VOCAB)
     return next((token for token in order if token not in barred), None)
 
@@ -75,17 +78,33 @@ class SequenceGuard:
         return self.waive(len(self.tokens)) if self.barred.get(len(self.tokens)) else None
 
 
+def longest(prompt: int, negative: tuple[int, ...] | None, max_tokens: int | None, config: SchedulerConfig) -> int:
+    """Tokens at which a sequence ends with "length"."""
+    total = min(config.max_model_len, config.num_blocks * config.block_size)
+    if max_tokens is not None:
+        total = min(total, prompt + max_tokens)
+    if negative is None or max_tokens == 0:
+        return total
+
+    def fits(total: int) -> bool:
+        pair = (total, total - prompt + len(negative))
+        blocks = sum(-(-tokens // config.block_size) for tokens in pair)
+        return max(pair) <= config.max_model_len and blocks <= config.num_blocks
+
+    return max((total for total in range(prompt, total + 1) if fits(total)), default=prompt)
+
+
 def expected_answer(request: Request, config: SchedulerConfig) -> tuple[list[int], str, int | None]:
     """Output tokens, finish reason and stop reason, from the rules alone."""
     params, history = request.params, tuple(request.prompt_token_ids)
-    limit = min(config.max_model_len, config.num_blocks * config.block_size)
-    if params.max_tokens is not None:
-        limit = min(limit, len(history) + params.max_tokens)
+    negative = None if request.negative_prompt_ids is None else tuple(request.negative_prompt_ids)
+    limit = longest(len(history), negative, params.max_tokens, config)
     prompt = len(history)
     guard = None if request.guard is None else SequenceGuard(request.guard.banned, request.guard.limit)
     barred: dict[int, list[int]] = {}
     while len(history) < limit:
-        token = sampled(history, request.seed, barred.get(len(history) - prompt, ()))
+        context = history if negative is None else (history, negative + history[prompt:])
+        token = sampled(context, request.seed, barred.get(len(history) - prompt, ()))
         finish, stop = None, None
         if token is not None:
             may_stop = len(history) - prompt >= params.min_tokens
@@ -118,6 +137,8 @@ class FakeRow:
         self.barred: dict[int, list[int]] = {}
         self.rewound = False
         self.num_own = 0  # leading blocks of the table that the row had before
+        self.shadow: int | None = None  # the row that guides this one
+        self.is_shadow = False
 
 
 class FakeRunner:
@@ -130,7 +151,8 @@ class FakeRunner:
         self.era = 0  # resets of the prefix cache so far
         self.siblings: set[str] = set()  # these may borrow from each other, however old the blocks
         self.salts: dict[str, bytes | None] = {}
-        self.started: set[str] = set()
+        self.negatives: dict[str, list[int]] = {}
+        self.started: dict[str, int] = {}
         self.failing: set[str] = set()
         self.num_computed_tokens = 0
 
@@ -142,16 +164,17 @@ class FakeRunner:
         for start in plan.starts:
             assert start.row not in self.rows, "row is taken"
             assert 0 <= start.row < self.config.max_num_seqs
-            assert start.request_id not in self.started, "started twice"
-            self.started.add(start.request_id)
-            self.rows[start.row] = FakeRow(start, self.salts[start.request_id])
+            self._start(start)
         assert len({step.row for step in plan.steps}) == len(plan.steps)
         for row, position, barred in plan.rewinds:
             (step,) = (step for step in plan.steps if step.row == row)
             assert step.reset_blocks
             self.rows[row].rewound = True
             assert len(self.rows[row].start.prompt_token_ids) <= position <= len(self.rows[row].tokens)
+            dropped = len(self.rows[row].tokens) - position
             del self.rows[row].tokens[position:]
+            if self.rows[row].shadow is not None and dropped:
+                del self.rows[self.rows[row].shadow].tokens[-dropped:]
             self.rows[row].barred = {p: ids for p, ids in self.rows[row].barred.items() if p < position}
             self.rows[row].barred[position] = barred
         for step in plan.steps:
@@ -162,13 +185,28 @@ class FakeRunner:
             self._compute(step, writes, written)
         self.slots.update(writes)
         self.num_computed_tokens += plan.num_tokens
-        return StepResult(plan.step_id, [self._result(step) for step in plan.steps])
+        followers = [*plan.steps[1:], None]
+        return StepResult(plan.step_id, [self._result(*pair) for pair in zip(plan.steps, followers, strict=True)])
+
+    def _start(self, start: RowStart) -> None:
+        """A request's row, or the row of its shadow, which starts behind it."""
+        name = start.request_id
+        row = self.rows[start.row] = FakeRow(start, self.salts[name])
+        if name not in self.started:
+            self.started[name] = start.row
+            return
+        owner = self.rows[self.started[name]]
+        assert owner.start.request_id == name
+        assert owner.shadow is None, "started twice"
+        assert start.prompt_token_ids == self.negatives[name]
+        assert start.sampling == SamplingParams()
+        owner.shadow, row.is_shadow = start.row, True
 
     def _bind(self, step) -> None:
         row = self.rows[step.row]
         row.num_own = 0
         if step.reset_blocks:
-            if row.rewound:  # a row that went back without losing its blocks names those that it keeps
+            if row.rewound or row.is_shadow:  # what went back without losing its blocks names those that it keeps
                 pairs = zip(row.table, step.blocks, strict=False)
                 row.num_own = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
             row.table = []
@@ -186,7 +224,8 @@ class FakeRunner:
         end = step.start + step.count
         assert end <= len(row.tokens), "computes a token that nobody has sampled"
         prompt, most = len(row.start.prompt_token_ids), row.start.sampling.max_tokens
-        last = self.config.capacity if most is None else min(self.config.capacity, prompt + most)
+        negative = None if row.is_shadow else self.negatives.get(row.start.request_id)
+        last = longest(prompt, negative, most, self.config)
         assert most == 0 or len(row.tokens) < last, "computes for a request that has all its tokens"
         name = row.start.request_id
         failing = name in self.failing
@@ -206,7 +245,7 @@ class FakeRunner:
     def _content(row: FakeRow, position: int) -> object:
         return row.salt, tuple(row.tokens[: position + 1])
 
-    def _result(self, step) -> RowResult:
+    def _result(self, step, follower) -> RowResult:
         row = self.rows[step.row]
         end = step.start + step.count
         prompt = row.start.prompt_token_ids
@@ -217,10 +256,20 @@ class FakeRunner:
                 for p in range(step.start + 1, min(end, len(prompt) - 1) + 1)
             ]
         token = None
+        assert (step.guide == -1) == (row.shadow is None or not step.samples)
+        assert not (row.is_shadow and step.samples)
         if step.samples:
             assert end == len(row.tokens), "samples from a position that is not the last"
-            token = sampled(tuple(row.tokens), row.start.seed, row.barred.get(len(row.tokens), ()))
+            history: tuple[object, ...] = tuple(row.tokens)
+            if row.shadow is not None:
+                shadow = self.rows[row.shadow]
+                assert (step.guide, follower.row) == (row.shadow, row.shadow)
+                assert follower.start + follower.count == len(shadow.tokens), "guided from a position that is not last"
+                history = (history, tuple(shadow.tokens))
+            token = sampled(history, row.start.seed, row.barred.get(len(row.tokens), ()))
             row.tokens.append(0 if token is None else token)
+            if row.shadow is not None:
+                shadow.tokens.append(row.tokens[-1])
             if token is None:
                 return RowResult(step.row, error="nothing is left to choose")
         if row.start.request_id in self.failing:
@@ -258,6 +307,7 @@ class Harness:
         n: int = 1,
         banned: tuple[tuple[int, ...], ...] = (),
         limit: int = 3,
+        negative: list[int] | None = None,
         **params,
     ) -> list[str]:
         """Add each prompt as a group of `n`; returns the request ids."""
@@ -268,6 +318,8 @@ class Harness:
                 name = f"r{len(self.requests)}"
                 request = Request(name, list(prompt), SamplingParams(**params), len(self.requests), priority, salt)
                 request.guard = SequenceGuard(banned, limit) if banned else None
+                if negative is not None:
+                    request.negative_prompt_ids = self.runner.negatives[name] = list(negative)
                 self.requests[name] = request
                 self.runner.salts[name] = salt
                 group.append(request)
@@ -278,6 +330,7 @@ class Harness:
             except Exception:
                 for request in group:
                     del self.requests[request.request_id]
+                    self.runner.negatives.pop(request.request_id, None)
                 raise
             ids += [request.request_id for request in group]
         return ids

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scheduler_oracle import VOCAB, Harness
+from scheduler_oracle import VOCAB, Harness, longest
+
+from aphrodite.errors import InvalidRequestError
 
 # Prompts are cut from few texts, so that prefixes coincide.
 TEXTS = [[random.Random(seed).randrange(VOCAB) for _ in range(48)] for seed in range(3)]
@@ -67,10 +70,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             st.sets(st.integers(0, VOCAB - 1), min_size=6).map(lambda ids: tuple((i,) for i in sorted(ids))),
         ),
         limit=st.sampled_from([1, 3, VOCAB + 1]),
+        negative=st.one_of(st.none(), st.tuples(st.sampled_from(TEXTS), st.floats(0, 1))),
     )
-    def add(self, text, share, n, priority, salt, params, banned, limit):
-        length = 1 + int(share * (self.harness.config.capacity - 2))
-        self.harness.add(text[:length], n=n, priority=priority, salt=salt, banned=banned, limit=limit, **params)
+    def add(self, text, share, n, priority, salt, params, banned, limit, negative):
+        config = self.harness.config
+        length = 1 + int(share * (config.capacity - 2))
+        if negative is not None:
+            negative = negative[0][: 1 + int(negative[1] * (config.capacity - 2))]
+            fits = longest(length, tuple(negative), None, config) > length
+            if params.get("max_tokens") != 0 and (
+                not fits or config.max_num_seqs == 1 or config.max_num_batched_tokens == 1
+            ):
+                with pytest.raises(InvalidRequestError):
+                    self.harness.add(text[:length], n=n, negative=negative, **params)
+                return
+        self.harness.add(
+            text[:length], n=n, priority=priority, salt=salt, banned=banned, limit=limit, negative=negative, **params
+        )
 
     @rule()
     def step(self):
