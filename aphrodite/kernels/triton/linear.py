@@ -19,7 +19,7 @@ The rows of a gated projection are interleaved (gate, up) pairs, so a block has 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple  # noqa: F401 (Any: the type comments of kernels)
 
 import torch
 import triton
@@ -106,7 +106,7 @@ def skinny_config(out_features: int, in_features: int, rows: int, hip: bool = Fa
 
 def padded_rows(rows: int) -> int:
     """Activation rows as the matrix units want them: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(rows))
+    return max(16, 1 << (rows - 1).bit_length())
 
 
 @triton.jit
@@ -185,12 +185,12 @@ def _gemv_kernel(
     first = tl.program_id(0) * ROWS
     # Rows beyond the last read the last again instead of being masked.
     rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
-    queue = ()
+    queue = ()  # type: Any
     for ahead in tl.static_range(DEPTH):
         queue = queue + (_load_chunk(weight, rows, ahead * CHUNK, in_features, CHUNK),)
     wait_for_producer(PDL)
-    sums = ()
-    squares = ()
+    sums = ()  # type: Any
+    squares = ()  # type: Any
     for _ in tl.static_range(M):
         sums = sums + (tl.zeros((ROWS, CHUNK), tl.float32),)
         squares = squares + (tl.zeros((CHUNK,), tl.float32),)
@@ -202,8 +202,8 @@ def _gemv_kernel(
             queue = queue[1:]
         if HAS_NORM:
             scale = _load_row(norm_weight, step * CHUNK, in_features, CHUNK)
-        new_sums = ()
-        new_squares = ()
+        new_sums = ()  # type: Any
+        new_squares = ()  # type: Any
         for m in tl.static_range(M):
             values = _load_row(x + m * x_stride, step * CHUNK, in_features, CHUNK)
             if HAS_NORM:

@@ -1,0 +1,361 @@
+"""Linear layers of two models on this GPU: our kernels beside the vendor's library, and the search for better cuts.
+
+    PYTHONPATH=. python benchmarks/gpu_linear.py                  # every shape, 1..256 rows
+    PYTHONPATH=. python benchmarks/gpu_linear.py --tune           # the best three cuts of each shape
+
+A case is a CUDA graph that runs one layer after another over distinct random weights, 512 MB or more, so that none of
+it can lie in a cache. "fused" is what TritonLinear does for the layer with its norm, activation and residual; "library"
+the same by torch's product and one kernel for each other part; "product" torch's product alone. Shares: of 3.17 TB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+
+from aphrodite.kernels.dispatch import Choice
+from aphrodite.kernels.triton import linear
+from aphrodite.kernels.triton.activation import Activation, gated_pairs
+from aphrodite.kernels.triton.linear import Epilogue, GemvConfig, SkinnyConfig, gemv, skinny_gemm
+from aphrodite.kernels.triton.norm import add_rms_norm, rms_norm
+from aphrodite.layers.linear import RmsNorm
+from aphrodite.layers.triton_linear import TritonLinear, unfused_pairs
+
+CEILING = 3.17e12  # bytes a second that an H100 reads
+DTYPE = torch.bfloat16
+EPS = 1e-5
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TUNED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Layer(NamedTuple):
+    """One linear of a model with what is fused to it."""
+
+    model: str
+    name: str
+    out_features: int
+    in_features: int
+    norm: bool = False
+    activation: Activation | None = None
+    residual: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.out_features * self.in_features * DTYPE.itemsize
+
+
+LAYERS = (
+    Layer("8b", "qkv", 6144, 4096, norm=True),
+    Layer("8b", "o", 4096, 4096, residual=True),
+    Layer("8b", "gate_up", 28672, 4096, norm=True, activation="silu"),
+    Layer("8b", "down", 4096, 14336, residual=True),
+    Layer("8b", "head", 128256, 4096),
+    Layer("0.6b", "qkv", 4096, 1024, norm=True),
+    Layer("0.6b", "o", 1024, 2048, residual=True),
+    Layer("0.6b", "gate_up", 6144, 1024, norm=True, activation="silu"),
+    Layer("0.6b", "down", 1024, 3072, residual=True),
+    Layer("0.6b", "head", 151936, 1024),
+)
+
+
+class Bench:
+    """A layer's weights and inputs on the device, and the clock."""
+
+    def __init__(self, layer: Layer, device: str) -> None:
+        self.layer = layer
+        self.device = device
+        copies = 1 if device == "meta" else min(max(-(-(512 << 20) // layer.nbytes), 2), 64)
+        shape = (layer.out_features, layer.in_features)
+        self.weights = [self._random(*shape) * layer.in_features**-0.5 for _ in range(copies)]
+        self.norm = RmsNorm(self._random(layer.in_features), EPS) if layer.norm else None
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPE, device=self.device).normal_()
+
+    def inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Activations, and a residual stream where the layer adds to one."""
+        residual = self._random(rows, self.layer.out_features) if self.layer.residual else None
+        return self._random(rows, self.layer.in_features), residual
+
+    def chain_us(self, one: Callable[[torch.Tensor], object]) -> float:
+        """Microseconds of `one(weight)` in a graph over all weights: median of 7 x 3 replays."""
+        one(self.weights[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in self.weights:
+                one(weight)
+        graph.replay()
+        times = []
+        for _ in range(7):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(3):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / 3 / len(self.weights))
+        return statistics.median(times)
+
+    def share(self, us: float) -> float:
+        """Percent of the memory bandwidth that reading the weight in `us` takes."""
+        return self.layer.nbytes / (us * 1e-6) / CEILING * 100
+
+    def error(
+        self, one: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, residual: torch.Tensor | None
+    ) -> float:
+        """Relative distance of `one(weight)` from float32 arithmetic."""
+        before = None if residual is None else residual.float()
+        out = one(self.weights[0]).float()
+        values = x.float()
+        if self.norm is not None:
+            values = F.rms_norm(values, values.shape[-1:], self.norm.weight.float(), EPS)
+        expected = values @ self.weights[0].float().T
+        if self.layer.activation is not None:
+            expected = F.silu(expected[:, ::2]) * expected[:, 1::2]
+        if before is not None:
+            expected += before
+        return float((out - expected).norm() / expected.norm())
+
+
+def tried_cuts(layer: Layer, rows: int) -> Iterator[GemvConfig | SkinnyConfig]:
+    """Candidates of one case, the shipped ones among them."""
+    n, k = layer.out_features, layer.in_features
+    if rows <= linear.GEMV_MAX_ROWS:
+        cuts = {linear.gemv_config(n, k, rows)}
+        chunk = max(c for c in (512, 1024, 2048) if k % c == 0)
+        for block_rows, depth, warps in ((2, 1, 4), (2, 2, 4), (4, 1, 8), (4, 2, 8), (4, 2, 4), (2, 2, 8), (8, 1, 8)):
+            if block_rows * rows <= 16:
+                cuts.add(GemvConfig(block_rows, chunk, min(depth, k // chunk), min(warps, max(chunk // 256, 1))))
+        if chunk == 2048:
+            cuts |= {GemvConfig(2, 1024, 2, 4), GemvConfig(4, 1024, 2, 4)}
+        yield from sorted(cuts)
+    if rows >= linear.GEMV_MAX_ROWS:
+        yield from sorted(_skinny_cuts(n, k, rows))
+
+
+def _skinny_cuts(n: int, k: int, rows: int) -> set[SkinnyConfig]:
+    if rows > 64:
+        return {SkinnyConfig(128, 64, s, 4, w) for s in (1, 2) for w in (4, 8)} | {SkinnyConfig(64, 128, 1, 4, 4)}
+    cuts = {linear.skinny_config(n, k, rows)}
+    wide = n >= 6144
+    for block, chunk, splits, stages in (
+        (64, 128, 1, 3),
+        (64, 128, 1, 5),
+        (64, 256, 1, 3),
+        (64, 64, 1, 6),
+        (128, 64, 1, 5),
+        (64, 128, 2, 4),
+        (64, 256, 2, 3),
+        (64, 128, 4, 4),
+        (16, 256, 1, 5),
+        (32, 128, 1, 5),
+    ):
+        if (wide and (splits > 2 or block < 32)) or k % chunk or (block == 16 and rows > 32):
+            continue
+        if rows > 32 and chunk == 256:
+            continue
+        cuts.add(SkinnyConfig(block, chunk, splits, stages, 4))
+    return cuts
+
+
+def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: Any) -> Callable[[Any], torch.Tensor]:
+    """The layer by one kernel with the given cut; the norm's own kernel comes before a skinny GEMM."""
+    epilogue = Epilogue(None, bench.layer.activation, residual)
+    if isinstance(cut, GemvConfig):
+        return lambda weight: gemv(x, weight, epilogue, bench.norm, cut)
+    norm = bench.norm
+    if norm is None:
+        return lambda weight: skinny_gemm(x, weight, epilogue, cut)
+    return lambda weight: skinny_gemm(rms_norm(x, norm.weight, norm.eps), weight, epilogue, cut)
+
+
+class _WithoutDevice:
+    """What Triton asks of a driver when it only compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _CompileOnly:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., object]:
+        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
+
+
+def _compile_task(task: tuple[GPUTarget, bool, Layer, int, Any]) -> str | None:
+    """Compile one case into Triton's cache; what went wrong, or None."""
+    target, pdl, layer, rows, cut = task
+    triton.runtime.driver.set_active(_WithoutDevice(target))
+    linear.pdl_supported = lambda device: pdl
+    for name in ("_gemv_kernel", "_skinny_kernel"):
+        kernel = getattr(linear, name)
+        if not isinstance(kernel, _CompileOnly):
+            setattr(linear, name, _CompileOnly(kernel))
+    bench = Bench(layer._replace(norm=layer.norm and isinstance(cut, GemvConfig)), "meta")
+    try:
+        run_cut(bench, *bench.inputs(rows), cut)(bench.weights[0])
+    except Exception as error:
+        return f"{layer.name} {rows} {cut}: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
+    return None
+
+
+def compile_ahead(cases: list[tuple[Layer, int, Any]]) -> None:
+    """Compile all cases in parallel processes that share Triton's cache and do not touch the device."""
+    capability = torch.cuda.get_device_capability()
+    target = triton.runtime.driver.active.get_current_target()
+    pdl = torch.version.hip is None and capability >= (9, 0)
+    begin = time.perf_counter()
+    tasks = [(target, pdl, *case) for case in cases]
+    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
+        failures = [failure for failure in pool.imap_unordered(_compile_task, tasks) if failure is not None]
+    print(f"compiled {len(tasks)} kernels in {time.perf_counter() - begin:.1f} s", flush=True)
+    for failure in failures:
+        print("  did not compile:", failure)
+
+
+def shipped_cut(layer: Layer, rows: int) -> GemvConfig | SkinnyConfig | None:
+    """What TritonLinear takes for this case; None where it takes the library."""
+    if rows > linear.SKINNY_MAX_ROWS:
+        return None
+    choose = linear.gemv_config if rows <= linear.GEMV_MAX_ROWS else linear.skinny_config
+    return choose(layer.out_features, layer.in_features, rows)
+
+
+def compare(layers: list[Layer], all_rows: list[int]) -> None:
+    """A table of our choice beside the library."""
+    cases = [(layer, rows, shipped_cut(layer, rows)) for layer in layers for rows in all_rows]
+    compile_ahead([case for case in cases if case[2] is not None])
+    print(f"{'layer':14} {'rows':>4} {'fused us':>9} {'%':>5} {'library us':>11} {'product us':>11} {'error':>8}")
+    for layer in layers:
+        bench = Bench(layer, "cuda")
+        for rows in all_rows:
+            guarded(f"{layer.model} {layer.name} {rows}", lambda r=rows, b=bench: print(_compared(b, r), flush=True))
+
+
+def _compared(bench: Bench, rows: int) -> str:
+    layer = bench.layer
+    x, residual = bench.inputs(rows)
+    choice = Choice("dense", ())
+    kept = TritonLinear(bench.weights[0][:2], None, choice)
+    kept.gated = layer.activation is not None
+
+    def fused(weight: torch.Tensor) -> torch.Tensor:
+        kept.weight = weight
+        return kept(x, norm=bench.norm, activation=layer.activation, residual=residual)
+
+    def library(weight: torch.Tensor) -> torch.Tensor:
+        return unfused_pairs(lambda rows: F.linear(rows, weight), x, bench.norm, layer.activation, residual)
+
+    error = bench.error(fused, x, residual)
+    ours, theirs = bench.chain_us(fused), bench.chain_us(library)
+    alone = bench.chain_us(lambda weight: F.linear(x, weight))
+    head = f"{layer.model + ' ' + layer.name:14} {rows:4}"
+    return f"{head} {ours:9.2f} {bench.share(ours):5.1f} {theirs:11.2f} {alone:11.2f} {error:8.1e}"
+
+
+def tune(layers: list[Layer], all_rows: list[int]) -> None:
+    """Try every candidate of every case and print the best three and the shipped one."""
+    cases = [(layer, rows, cut) for layer in layers for rows in all_rows for cut in tried_cuts(layer, rows)]
+    # Skinny kernels do not depend on the rows themselves, only on the padded number.
+    distinct = {(c[0], c[1] if isinstance(c[2], GemvConfig) else linear.padded_rows(c[1]), c[2]): c for c in cases}
+    compile_ahead(list(distinct.values()))
+    for layer in layers:
+        bench = Bench(layer, "cuda")
+        for rows in all_rows:
+            guarded(f"{layer.name} {rows}", lambda r=rows, b=bench: _tuned(b, r))
+
+
+def _tuned(bench: Bench, rows: int) -> None:
+    x, residual = bench.inputs(rows)
+    found: list[tuple[float, Any]] = []
+    for cut in tried_cuts(bench.layer, rows):
+        try:
+            one = run_cut(bench, x, residual, cut)
+            error = bench.error(one, x, residual)
+            if not error < 2e-2:
+                print(f"  WRONG by {error:.1e}: {cut}")
+                continue
+            found.append((bench.chain_us(one), cut))
+        except Exception as failure:
+            print(f"  {cut}: {type(failure).__name__}: {str(failure).strip()[:120]}")
+    product = bench.chain_us(lambda weight: F.linear(x, weight))
+    shipped = shipped_cut(bench.layer, rows)
+    print(f"{bench.layer.model} {bench.layer.name} rows {rows}: torch's product {product:.2f} us", flush=True)
+    for us, cut in sorted(found)[:3] + [f for f in sorted(found)[3:] if f[1] == shipped]:
+        mark = " <- shipped" if cut == shipped else ""
+        print(f"   {us:8.2f} us {bench.share(us):5.1f} %  {type(cut).__name__[:-6]}{tuple(cut)}{mark}", flush=True)
+
+
+def elementwise() -> None:
+    """Norms and activations: microseconds and share of the bandwidth, bytes read and written counted."""
+    print(f"{'kernel':34} {'us':>8} {'%':>6}")
+    for rows, hidden, width in ((1, 4096, 14336), (128, 4096, 14336), (2048, 4096, 14336), (2048, 1024, 3072)):
+        norm_weight = torch.randn(hidden, device="cuda", dtype=DTYPE)
+        x, residual = (torch.randn(rows, hidden, device="cuda", dtype=DTYPE) for _ in range(2))
+        pairs = torch.randn(rows, 2 * width, device="cuda", dtype=DTYPE)
+        bench = Bench(Layer("", "", 1 << 14, 1 << 14), "cuda")
+        for name, nbytes, one in (
+            (f"rms_norm {rows}x{hidden}", 2 * x.nbytes, lambda _, x=x, w=norm_weight: rms_norm(x, w, EPS)),
+            (
+                f"add_rms_norm {rows}x{hidden}",
+                4 * x.nbytes,
+                lambda _, x=x, r=residual, w=norm_weight: add_rms_norm(x, r, w, EPS),
+            ),
+            (f"silu pairs {rows}x{width}", pairs.nbytes * 3 // 2, lambda _, p=pairs: gated_pairs(p, "silu")),
+        ):
+            us = bench.chain_us(one)
+            print(f"{name:34} {us:8.2f} {nbytes / (us * 1e-6) / CEILING * 100:6.1f}", flush=True)
+
+
+def guarded(what: str, action: Callable[[], None]) -> None:
+    """Run one case; print its error and let the others go on."""
+    try:
+        action()
+    except Exception as error:
+        print(f"{what}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="search for better cuts instead of comparing")
+    parser.add_argument("--model", choices=["8b", "0.6b"], help="only this model's layers")
+    parser.add_argument("--layers", help="only these, by name, separated by commas")
+    parser.add_argument("--rows", help="only these numbers of rows, separated by commas")
+    options = parser.parse_args()
+    names = options.layers.split(",") if options.layers else [layer.name for layer in LAYERS]
+    layers = [layer for layer in LAYERS if layer.name in names and options.model in (None, layer.model)]
+    default = TUNED_ROWS if options.tune else ROWS
+    rows = [int(value) for value in options.rows.split(",")] if options.rows else list(default)
+    begin = time.perf_counter()
+    (tune if options.tune else compare)(layers, rows)
+    if not options.tune:
+        guarded("elementwise", elementwise)
+    print(f"{time.perf_counter() - begin:.1f} s in all")
+
+
+if __name__ == "__main__":
+    main()
