@@ -25,6 +25,7 @@ from aphrodite.runner.inputs import DeviceInputs, HostLengths
 MAX_HEAD_DIM = 256
 DENSE_MIN = 512  # prompt tokens from which on torch's attention is used
 DENSE_MULTIPLE = 256  # and how many of them: cuDNN plans each length anew, so there must not be many different ones
+TABLE_ALIGNMENT = 4  # int32 values
 
 
 class DenseRun(NamedTuple):
@@ -91,8 +92,12 @@ class TritonAttention:
         )
 
     def stage_step(self, lengths: HostLengths) -> np.ndarray:
-        """What the kernels of a step need from the host, `[n] int32`: tiles of query rows by window."""
-        return np.concatenate([self.divide(lengths, window).tiles.ravel() for window in self.windows])
+        """What the kernels of a step need from the host, `[n]` int32: tiles of query rows by window.
+
+        Each window's part begins at a multiple of 16 bytes: kernels are compiled anew for pointers less aligned.
+        """
+        parts = [self.divide(lengths, window).tiles.ravel() for window in self.windows]
+        return np.concatenate([np.pad(part, (0, -len(part) % TABLE_ALIGNMENT)) for part in parts])
 
     def begin_step(self, inputs: DeviceInputs, cache: KVCache) -> _TritonStep:
         """Prepare a step; without `lengths` nothing here or in the step waits for the device or reads the host.
@@ -161,7 +166,7 @@ class _TritonStep:
                 work = backend.divide(lengths, window)
                 self._dense[window] = work.dense
                 self._tiles[window] = inputs.attention_table[used : used + work.tiles.size].view(-1, 2)
-                used += work.tiles.size
+                used += work.tiles.size + -work.tiles.size % TABLE_ALIGNMENT
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         backend, inputs = self._backend, self._inputs
@@ -183,12 +188,16 @@ class _TritonStep:
             norm_eps=transform.norm_eps,
             keep_keys=bool(dense),
         )
+        if len(dense) == 1 and dense[0].prompts * dense[0].rows == qkv.shape[0]:
+            return attend_dense(qkv, dense[0], shape).reshape(qkv.shape[0], -1)
         out = torch.empty((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
         tokens = inputs.slot_mapping.shape[0]
         if tokens < qkv.shape[0]:
             out[tokens:].zero_()
         for run in dense:
-            attend_dense(qkv, out, run, shape)
+            tokens = slice(run.first_token, run.first_token + run.prompts * run.length)
+            target = out[tokens].view(run.prompts, run.length, shape.num_heads, shape.head_dim)
+            target[:, : run.rows].copy_(attend_dense(qkv, run, shape))
         tiles = self._tiles.get(window)
         if tiles is not None:
             ragged_attention(
@@ -223,14 +232,16 @@ class _TritonStep:
         return out
 
 
-def attend_dense(qkv: torch.Tensor, out: torch.Tensor, run: DenseRun, shape: AttentionShape) -> None:
+def attend_dense(qkv: torch.Tensor, run: DenseRun, shape: AttentionShape) -> torch.Tensor:
     """Causal attention among the first `rows` tokens of each prompt by torch, straight from the step's q, k and v.
 
     Args:
         qkv: `[>= T, (heads + 2 * kv_heads) * head_dim]`, queries and keys transformed.
-        out: `[>= T, heads * head_dim]`; rows that are not the run's stay as they are.
         run: whom to attend to.
         shape: of the heads.
+
+    Returns:
+        `[prompts, rows, heads, head_dim]`.
     """
     tokens = slice(run.first_token, run.first_token + run.prompts * run.length)
     heads = qkv[tokens].view(run.prompts, run.length, -1, shape.head_dim)[:, : run.rows].transpose(1, 2)
@@ -244,5 +255,4 @@ def attend_dense(qkv: torch.Tensor, out: torch.Tensor, run: DenseRun, shape: Att
             scale=shape.scale,
             enable_gqa=shape.group > 1,
         )
-    target = out[tokens].view(run.prompts, run.length, shape.num_heads, shape.head_dim)
-    target[:, : run.rows].copy_(attended.transpose(1, 2))
+    return attended.transpose(1, 2)

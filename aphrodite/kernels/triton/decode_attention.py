@@ -105,7 +105,7 @@ def plan_decode(
         slots,
         slots * num_kv_heads,
         target,
-        SEQUENCES_PAD=triton.next_power_of_2(sequences),
+        SEQUENCES_PAD=max(64, triton.next_power_of_2(sequences)),  # few variants to compile
         WINDOW=window or 0,
         TILE=config.tile,
         BLOCK=1024,

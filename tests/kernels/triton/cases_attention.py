@@ -170,7 +170,7 @@ def _plan(name: str, sequences: int, window: int) -> KernelCase:
             "num_slots": "i32",
             "num_counters": "i32",
             "target": "i32",
-            "SEQUENCES_PAD": triton.next_power_of_2(sequences),
+            "SEQUENCES_PAD": max(64, triton.next_power_of_2(sequences)),
             "WINDOW": window,
             "TILE": 64,
             "BLOCK": 1024,

@@ -51,7 +51,7 @@ def inputs_of(step: PagedStep, lengths: HostLengths | None, table: np.ndarray) -
 
 @pytest.mark.parametrize(
     ("pairs", "decode_only"),
-    [([(1, 40), (1, 0), (1, 9)], True), ([(1, 40), (20, 20), (1, 3), (5, 30)], False), ([(18, 18)], False)],
+    [([(1, 40), (1, 0), (1, 9)], True), ([(1, 40), (33, 33), (1, 3), (5, 30)], False), ([(18, 18)], False)],
 )
 def test_a_step_of_layers_with_different_windows(pairs: list[tuple[int, int]], decode_only: bool) -> None:
     """Norm, rotation, cache write and attention of three layers, with padding rows behind the step's tokens."""
