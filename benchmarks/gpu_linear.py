@@ -35,7 +35,7 @@ CEILING = 3.17e12  # bytes a second that an H100 reads
 DTYPE = torch.bfloat16
 EPS = 1e-5
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-TUNED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+TUNED_ROWS = (1, 2, 4, 8, 32, 64, 128)
 
 
 class Layer(NamedTuple):
@@ -166,6 +166,8 @@ def _skinny_cuts(n: int, k: int, rows: int) -> set[SkinnyConfig]:
         if rows > 32 and chunk == 256:
             continue
         cuts.add(SkinnyConfig(block, chunk, splits, stages, 4))
+        if block == 64 and k // chunk % splits == 0:
+            cuts.add(SkinnyConfig(block, chunk, splits, stages, 4, ahead=True))
     return cuts
 
 

@@ -45,13 +45,18 @@ class GemvConfig(NamedTuple):
 
 
 class SkinnyConfig(NamedTuple):
-    """How a skinny GEMM is cut: tile of W (rows, values of `in`), splits of `in`, pipeline stages, warps."""
+    """How a skinny GEMM is cut: tile of W (rows, values of `in`), splits of `in`, pipeline stages, warps.
+
+    With `ahead` a block requests its last tile of W before it waits for the predecessor, into registers. That takes
+    splits of equal length.
+    """
 
     rows: int
     chunk: int
     splits: int
     stages: int
     warps: int
+    ahead: bool = False
 
 
 class Epilogue(NamedTuple):
@@ -276,6 +281,30 @@ def _sum_of_splits(partial, workspace, counters, ROWS: tl.constexpr, COLUMNS: tl
     return last, total
 
 
+@triton.jit
+def _weight_tile(weight, rows, start, in_features: tl.constexpr, CHUNK: tl.constexpr):
+    """`[ROWS, CHUNK]` of W, zeros beyond `in`."""
+    k = start + tl.arange(0, CHUNK)
+    pointers = weight + rows[:, None] * in_features + k[None, :]
+    if in_features % CHUNK == 0:
+        tile = tl.load(pointers, eviction_policy="evict_first")
+    else:
+        tile = tl.load(pointers, mask=k[None, :] < in_features, other=0.0, eviction_policy="evict_first")
+    return tile
+
+
+@triton.jit
+def _activation_tile(x, columns, start, in_features: tl.constexpr, CHUNK: tl.constexpr):
+    """`[CHUNK, COLUMNS]` of x transposed, zeros beyond `in`."""
+    k = start + tl.arange(0, CHUNK)
+    pointers = x + columns[None, :] + k[:, None]
+    if in_features % CHUNK == 0:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=k[:, None] < in_features, other=0.0)
+    return tile
+
+
 @triton.jit(do_not_specialize=["M"])
 def _skinny_kernel(
     x,  # [M, in]
@@ -294,6 +323,7 @@ def _skinny_kernel(
     COLUMNS: tl.constexpr,  # M padded
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -307,20 +337,16 @@ def _skinny_kernel(
     share: tl.constexpr = (chunks + SPLITS - 1) // SPLITS
     start = tl.program_id(1) * share
     end = tl.minimum(start + share, chunks)
-    within = tl.arange(0, CHUNK)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if AHEAD:
+        end -= 1
+        last_tile = _weight_tile(weight, rows, end * CHUNK, in_features, CHUNK)
     wait_for_producer(PDL)
     for chunk in tl.range(start, end, num_stages=STAGES):
-        k = chunk * CHUNK + within
-        w_at = weight + rows[:, None] * in_features + k[None, :]
-        x_at = x + columns[None, :] * x_stride + k[:, None]
-        if in_features % CHUNK == 0:
-            w = tl.load(w_at, eviction_policy="evict_first")
-            activations = tl.load(x_at)
-        else:
-            w = tl.load(w_at, mask=k[None, :] < in_features, other=0.0, eviction_policy="evict_first")
-            activations = tl.load(x_at, mask=k[:, None] < in_features, other=0.0)
-        total = tl.dot(w, activations, total)
+        tile = _weight_tile(weight, rows, chunk * CHUNK, in_features, CHUNK)
+        total = tl.dot(tile, _activation_tile(x, columns * x_stride, chunk * CHUNK, in_features, CHUNK), total)
+    if AHEAD:
+        total = tl.dot(last_tile, _activation_tile(x, columns * x_stride, end * CHUNK, in_features, CHUNK), total)
     if SPLITS == 1:
         _finish_skinny(
             total, bias, residual, out, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
@@ -399,7 +425,7 @@ def skinny_gemm(
         As `gemv`.
 
     Raises:
-        ValueError: `config` needs more room for partial sums than there is.
+        ValueError: `config` needs more room for partial sums than there is, or is `ahead` with unequal splits.
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
     out = _output(x, out_features, epilogue)
@@ -407,6 +433,8 @@ def skinny_gemm(
     tiles = _ceil_div(out_features, cut.rows)
     if cut.splits > 1 and tiles * cut.splits * cut.rows * padded_rows(rows) > WORKSPACE_VALUES:
         raise ValueError(f"{cut} of {rows} rows and a weight {list(weight.shape)} outgrows the workspace: split less")
+    if cut.ahead and _ceil_div(in_features, cut.chunk) % cut.splits:
+        raise ValueError(f"{cut} does not split {in_features} evenly, which ahead takes")
     workspace, counters = _workspace(x.device) if cut.splits > 1 else (x, x)
     pdl = pdl_supported(x.device)
     _skinny_kernel[(tiles, cut.splits)](
@@ -426,6 +454,7 @@ def skinny_gemm(
         COLUMNS=padded_rows(rows),
         SPLITS=cut.splits,
         STAGES=cut.stages,
+        AHEAD=cut.ahead,
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
         ACTIVATION=epilogue.activation,

@@ -87,6 +87,7 @@ def _skinny(
             "COLUMNS": padded_rows(rows),
             "SPLITS": config.splits,
             "STAGES": config.stages,
+            "AHEAD": config.ahead,
         }
         | _epilogue(dtype, activation, residual, bias, pdl),
         num_warps=config.warps,

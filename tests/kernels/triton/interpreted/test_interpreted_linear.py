@@ -104,10 +104,12 @@ def test_skinny_gemm(rows: int, splits: int, out_features: int, in_features: int
     assert distance(out, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_skinny_gemm_of_gated_pairs(splits: int) -> None:
+@pytest.mark.parametrize(("splits", "ahead"), [(1, False), (2, False), (1, True), (2, True)])
+def test_skinny_gemm_of_gated_pairs(splits: int, ahead: bool) -> None:
     x, weight = random(6, 128, dtype=torch.float16), random(48, 128, dtype=torch.float16)
-    out = skinny_gemm(x, interleave_gate_up(weight), Epilogue(activation="silu"), SkinnyConfig(32, 32, splits, 2, 4))
+    out = skinny_gemm(
+        x, interleave_gate_up(weight), Epilogue(activation="silu"), SkinnyConfig(32, 32, splits, 2, 4, ahead)
+    )
     assert out.shape == (6, 24)
     assert distance(out, expected_linear(x, weight, activation="silu")) < TOLERANCE[torch.float16]
 
@@ -118,6 +120,11 @@ def test_counters_are_zero_between_launches() -> None:
     first, second = skinny_gemm(x, weight, config=config), skinny_gemm(x, weight, config=config)
     assert torch.equal(first, second)
     assert not linear._workspace(x.device)[1].any()
+
+
+def test_unequal_splits_cannot_load_ahead() -> None:
+    with pytest.raises(ValueError, match="evenly"):
+        skinny_gemm(random(5, 96), random(32, 96), config=SkinnyConfig(32, 32, 2, 2, 4, ahead=True))
 
 
 def test_a_split_that_outgrows_the_workspace_is_refused() -> None:
