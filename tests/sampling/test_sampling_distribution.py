@@ -10,13 +10,15 @@ import torch
 from sampling_cases import FIELDS, LOGITS, logits_of, random_params
 from sampling_harness import EOS, FakeTokenizer, Harness
 
+from aphrodite.kernels.cpu.sampling import load
 from aphrodite.sampling.draw import draw
 from aphrodite.sampling.params import SamplingParams, from_mapping
 from aphrodite.sampling.plan import compile_plan
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, StageContext
 from aphrodite.sampling.vocabulary import Vocabulary
 
-HISTORY = {"dry", "ranged_penalties", "no_repeat_ngram", "mirostat", "adaptive_p"}  # see test_history_stages.py
+# Stages whose state knows rows, which all draws of the first test share.
+HISTORY = {"dry", "ranged_penalties", "no_repeat_ngram", "mirostat", "adaptive_p"}
 VOCAB, DRAWS = 60, 100_000
 
 
@@ -71,6 +73,36 @@ def test_100_000_draws_follow_the_distribution(name: str) -> None:
         rows = step.stage.apply(rows, torch.tensor([step.values]).expand(distinct, -1), context)
     rows = rows.repeat(DRAWS // distinct, 1)
     counts = np.bincount(draw(rows, seeds, torch.full((DRAWS,), len(prompt))).numpy(), minlength=VOCAB)
+    check_chi_squared(counts, expected_probabilities(logits, params, prompt))
+
+
+@pytest.mark.parametrize(
+    ("native", "name"), [*((True, name) for name in FIELDS), (False, "mirostat"), (False, "adaptive_p")]
+)
+def test_100_000_draws_of_whole_requests_follow_the_distribution(name: str, native: bool) -> None:
+    """Requests that differ in their seeds alone; what follows from earlier draws on both paths."""
+    if native and load() is None:
+        pytest.skip("the native library is not built")
+    g = np.random.default_rng(sum(name.encode()))
+    logits = logits_of(g, VOCAB, "normal")
+    prompt = g.integers(0, 10, 12).tolist()  # short, so that it repeats itself
+    params = from_mapping(FIELDS[name](g, VOCAB))
+    rows = list(range(2000))
+    harness = Harness(len(rows), VOCAB, native=native)
+    for row in rows:
+        harness.start(row, params, 0, prompt)
+    fused = harness.sampler._fused
+    assert (fused is not None and fused.rows == set(rows)) == native
+    counts = np.zeros(VOCAB, np.int64)
+    tiled = torch.from_numpy(logits).repeat(len(rows), 1)
+    for _ in range(DRAWS // len(rows)):
+        seeds = g.integers(0, 2**64, len(rows), dtype=np.uint64)
+        if fused is not None:
+            fused._table["seed"][: len(rows)] = seeds
+        harness.sampler._seeds.copy_(torch.from_numpy(seeds.view(np.int64)))
+        sampled = harness.sampler.sample(tiled.clone(), rows, [len(prompt)] * len(rows))
+        assert sampled.ok.all()
+        counts += np.bincount(sampled.token_ids.numpy(), minlength=VOCAB)
     check_chi_squared(counts, expected_probabilities(logits, params, prompt))
 
 

@@ -269,6 +269,40 @@ async def test_odd_texts_are_only_texts(server: RunningServer) -> None:
         assert response.json()["choices"][0]["text"] == text + "O"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_hundred_thousand_items_are_refused_by_name(neighbour: RunningServer, path: str) -> None:
+    """Stops, bans, breakers, token ids and biases; lists that may be long by their bounds are beyond them, too."""
+    stream = await begin_neighbour(neighbour)
+    base = COMPLETION if path == "/v1/completions" else CHAT
+    tried = 0
+    for row in parameter_table():
+        if row.kind not in ("strings", "sequences", "ranges") and row.name not in ("stop_token_ids", "logit_bias"):
+            continue
+        items: Any = [f"stop {number}" for number in range(100_000)]
+        if row.name == "logit_bias":
+            items = dict.fromkeys(map(str, range(100_000)), 1.0)
+        elif row.kind != "strings":
+            items = [[1, 2]] * 100_000 if row.kind == "sequences" else [[[1], 0, 1]] * 100_000
+        if row.name == "stop_token_ids":
+            items = [1] * 100_000
+        response = await send(neighbour.http, path, base, row.name, json.dumps(items))
+        check_error(response, row.name, "100,000 items")
+        tried += 1
+    assert tried >= 7
+    neighbour.engine.gate.set()
+    assert await stream == STORY.encode()[:90].decode()
+
+
+@pytest.mark.parametrize("field", ["banned_regex", "stop_regex"])
+async def test_a_regex_that_would_slow_everybody_is_refused_by_name(neighbour: RunningServer, field: str) -> None:
+    stream = await begin_neighbour(neighbour)
+    response = await send(neighbour.http, "/v1/completions", COMPLETION, field, json.dumps(["(a|b)*a(a|b){500}c"]))
+    check_error(response, field, "hostile")
+    assert "too much work" in response.json()["error"]["message"]
+    neighbour.engine.gate.set()
+    assert await stream == STORY.encode()[:90].decode()
+
+
 async def test_a_huge_text_is_refused_while_others_are_served() -> None:
     async with running_server(FakeEngine(hold_after=5)) as server:
         stream = await begin_neighbour(server)
