@@ -1,9 +1,11 @@
 """Time of sampling per row for each stage and common settings, beside the time that reading the logits once would take.
 
     python benchmarks/sampling.py [--vocab 49152 128256] [--rows 1 32 128] [--history 1000 32000] [--torch]
+    python benchmarks/sampling.py --engine [MODEL] [--rounds 15]     what samplers cost 32 streams of a real model
 
-"limit" is the time in which one core reads a row of float32 logits at the bandwidth it reaches on a
-buffer of the batch's size. Logits are shaped like a model's: a normal bulk with a long upper tail.
+"x read" is in multiples of the time in which one core reads a row of float32 logits at the bandwidth it reaches on
+a buffer of the batch's size. Logits are shaped like a model's: a normal bulk with a long upper tail. The real model's
+settings take turns, so that a slow minute of the machine meets all of them.
 """
 
 from __future__ import annotations
@@ -11,15 +13,27 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
+from aphrodite.llm import LLM
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.vocabulary import Vocabulary
 
 PROMPT = 1000
+ROLE_PLAY = SamplingParams(
+    repetition_penalty=1.1,
+    dry_multiplier=0.8,
+    min_p=0.05,
+    xtc_probability=0.5,
+    xtc_threshold=0.1,
+    temperature=1.1,
+    temperature_last=True,
+)
 SETTINGS = {
     "greedy": SamplingParams(temperature=0.0),
     "temperature 1": SamplingParams(),
@@ -42,20 +56,14 @@ SETTINGS = {
     "quadratic 0.3": SamplingParams(smoothing_factor=0.3),
     "xtc 1.0, 0.1": SamplingParams(xtc_probability=1.0, xtc_threshold=0.1),
     "skew 0.5": SamplingParams(skew=0.5),
+    "temperature 5, skew 0.5 (flat)": SamplingParams(temperature=5.0, skew=0.5),
+    "temperature 5 (flat)": SamplingParams(temperature=5.0),
     "mirostat 2": SamplingParams(mirostat_mode=2, mirostat_tau=5.0, mirostat_eta=0.1),
     "adaptive_p 0.5, min_p 0.05": SamplingParams(adaptive_target=0.5, min_p=0.05),
     "temperature, top_p, min_p, penalties": SamplingParams(
         temperature=0.8, top_p=0.95, min_p=0.02, repetition_penalty=1.1, frequency_penalty=0.1
     ),
-    "role-play preset": SamplingParams(
-        repetition_penalty=1.1,
-        dry_multiplier=0.8,
-        min_p=0.05,
-        xtc_probability=0.5,
-        xtc_threshold=0.1,
-        temperature=1.1,
-        temperature_last=True,
-    ),
+    "role-play preset": ROLE_PLAY,
     "temperature 5, top_p 0.99 (flat)": SamplingParams(temperature=5.0, top_p=0.99),
     "temperature 1, 5 logprobs": SamplingParams(logprobs=5),
     "temperature, min_p, 5 logprobs": SamplingParams(temperature=0.8, min_p=0.05, logprobs=5),
@@ -115,6 +123,7 @@ HISTORY_SETTINGS = {
     "DRY": SamplingParams(temperature=0.0, dry_multiplier=0.8),
     "DRY, no breakers": SamplingParams(temperature=0.0, dry_multiplier=0.8, dry_sequence_breakers=()),
     "no_repeat_ngram_size 4": SamplingParams(temperature=0.0, no_repeat_ngram_size=4),
+    "penalties": SamplingParams(temperature=0.0, repetition_penalty=1.1, frequency_penalty=0.1),
     "repetition_penalty_range 1024": SamplingParams(
         temperature=0.0, repetition_penalty=1.1, repetition_penalty_range=1024
     ),
@@ -170,6 +179,70 @@ def measure_history(count: int, vocab: int, lengths: list[int], *, native: bool,
         print(f"{name:40}" + "".join(f"{cell:14.1f}" for cell in cells[name]))
 
 
+STREAMS, CONTEXT, STEPS = 32, 257, 16
+GREEDY = SamplingParams(temperature=0.0)
+ENGINE_SETTINGS = {
+    "greedy": [GREEDY] * STREAMS,
+    "role-play preset on all": [ROLE_PLAY] * STREAMS,
+    "DRY on one, greedy on 31": [SamplingParams(temperature=0.0, dry_multiplier=0.8), *[GREEDY] * (STREAMS - 1)],
+    "preset on one, greedy on 31": [ROLE_PLAY, *[GREEDY] * (STREAMS - 1)],
+}
+
+
+class SamplingClock:
+    """Adds up the time inside `Sampler.sample` of this process."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        sample = Sampler.sample
+
+        def timed(sampler: Sampler, *arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            result = sample(sampler, *arguments, **named)
+            self.seconds += time.perf_counter() - began
+            return result
+
+        Sampler.sample = timed  # type: ignore[method-assign]
+
+
+def decode_seconds(llm: LLM, prompts: list[list[int]], settings: list[SamplingParams], steps: int) -> float:
+    """Seconds to answer with `steps` tokens each; prompts are in the prefix cache."""
+    params = [replace(one, max_tokens=steps, ignore_eos=True, seed=row) for row, one in enumerate(settings)]
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, params, progress=False)
+    elapsed = time.perf_counter() - began
+    if any(output.outputs[0].num_tokens != steps for output in outputs):
+        raise RuntimeError("an answer ended early: the measurement is void")
+    return elapsed
+
+
+def measure_engine(model: str | None, rounds: int) -> None:
+    """Decode rates of each setting, relative to greedy in the same round."""
+    clock = SamplingClock()
+    steps: dict[str, list[float]] = {name: [] for name in ENGINE_SETTINGS}
+    sampling: dict[str, list[float]] = {name: [] for name in ENGINE_SETTINGS}
+    with LLM(model, max_num_seqs=STREAMS, max_model_len=512) as llm:
+        prompts = np.split(histories(STREAMS * CONTEXT, llm.info.vocab_size)["text"], STREAMS)
+        prompt_ids = [prompt.tolist() for prompt in prompts]
+        for number in range(rounds + 1):  # the first one warms up
+            for name, settings in ENGINE_SETTINGS.items():
+                short = decode_seconds(llm, prompt_ids, settings, 1)
+                before = clock.seconds
+                step = (decode_seconds(llm, prompt_ids, settings, STEPS + 1) - short) / STEPS
+                if number:
+                    steps[name].append(step)
+                    sampling[name].append((clock.seconds - before) / (STEPS + 1))
+    print(
+        f"\n{STREAMS} streams, context {CONTEXT}, {rounds} rounds; medians, lost rate as median of the rounds' ratios"
+    )
+    print(f"{'settings':30}{'tok/s':>9}{'lost':>8}{'sampling, ms/step':>20}{'more than greedy, of a step':>30}")
+    for name, times in steps.items():
+        lost = 1 - statistics.median(g / t for g, t in zip(steps["greedy"], times, strict=True))
+        inside = statistics.median(sampling[name])
+        more = (inside - statistics.median(sampling["greedy"])) / statistics.median(steps["greedy"])
+        print(f"{name:30}{STREAMS / statistics.median(times):9.0f}{lost:8.1%}{inside * 1e3:20.3f}{more:30.2%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 128256])
@@ -177,7 +250,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--torch", action="store_true", help="measure the torch stages instead of the native path")
     parser.add_argument("--history", type=int, nargs="*", default=[1000, 32000], help="lengths of histories")
+    parser.add_argument("--engine", nargs="?", const="", metavar="MODEL", help="measure a model; without one, SmolLM2")
+    parser.add_argument("--rounds", type=int, default=15, help="of --engine")
     arguments = parser.parse_args()
+    if arguments.engine is not None:
+        measure_engine(arguments.engine or None, arguments.rounds)
+        return
+    # Torch's own threads keep a core busy for milliseconds after each copy, which the sampler's would wait for.
+    torch.set_num_threads(1)
     native, repeats = not arguments.torch, arguments.repeats
     for vocab in arguments.vocab:
         for count in arguments.rows:
