@@ -79,8 +79,13 @@ class EngineConfig:
     )
 
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where the model runs.", "Compute")
-    executor: Literal["auto", "native", "torch"] = _setting(
-        "auto", "Kernels: the native CPU library, or torch operations (portable and slower).", "Compute"
+    executor: Literal["auto", "native", "triton", "torch"] = _setting(
+        "auto",
+        "Kernels: the native CPU library, Triton on a GPU, or torch operations on the CPU (portable and slower).",
+        "Compute",
+    )
+    enable_graphs: bool = _setting(
+        True, "Run a GPU's decode steps as captured graphs; without them every kernel is launched by itself.", "Compute"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
         "auto", "Arithmetic type of dequantized layers; float32 is the exact reference mode.", "Compute"
@@ -99,25 +104,39 @@ class EngineConfig:
         None, "Longest prompt and answer together; auto is what the model and the memory allow.", "Memory", ge=1,
         le=2**31 - 1, unit="tokens", example="32k (32,000) or 32K (32,768)",
     )  # fmt: skip
-    kv_cache_memory: int | None = _setting(
-        None, "Memory for the KV cache; auto is a share of what is free.", "Memory", ge=1, le=2**63 - 1, unit="bytes",
-        example="4GiB",
+    gpu_memory_utilization: float = _setting(
+        0.9, "Share of a GPU's memory to use for weights, KV cache and workspace together.", "Memory", ge=0.05, le=1.0
+    )
+    cpu_offload_gb: float = _setting(
+        0.0,
+        "GiB of a model's weights to keep in host memory and copy to the GPU in every step: for models larger than it.",
+        "Memory", ge=0, le=65536,
     )  # fmt: skip
-    kv_cache_dtype: Literal["auto", "float16", "float32"] = _setting("auto", "Type of the KV cache.", "Memory")
+    kv_cache_memory: int | None = _setting(
+        None, "Memory for the KV cache; auto is what is free on a GPU, and half of that on a CPU.", "Memory",
+        ge=1, le=2**63 - 1, unit="bytes", example="4GiB",
+    )  # fmt: skip
+    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "float32", "fp8"] = _setting(
+        "auto", "Type of the KV cache; fp8 (e4m3) is for GPUs and halves it at some cost in accuracy.", "Memory"
+    )
     block_size: int = _setting(16, "Tokens in a block of the KV cache.", "Memory", choices=(8, 16, 32, 64))
     enable_prefix_caching: bool = _setting(
         True, "Keep the KV cache of earlier texts, so that a shared beginning is not computed again.", "Memory"
     )
 
-    max_num_seqs: int = _setting(64, "Most sequences that run at the same time.", "Scheduling", ge=1, le=65536)
+    max_num_seqs: int | None = _setting(
+        None, "Most sequences that run at the same time; auto is 64 on a CPU, 256 on a GPU.", "Scheduling",
+        ge=1, le=65536,
+    )  # fmt: skip
     max_num_batched_tokens: int | None = _setting(
-        None, "Most tokens computed in one step; auto is 512 on a CPU.", "Scheduling", ge=1, le=2**20, unit="tokens"
-    )
+        None, "Most tokens computed in one step; auto is 512 on a CPU, 8192 on a GPU.", "Scheduling",
+        ge=1, le=2**20, unit="tokens",
+    )  # fmt: skip
     scheduling_policy: Literal["fcfs", "priority"] = _setting(
         "fcfs", "Order of waiting requests: first come first served, or by their priority field.", "Scheduling"
     )
     async_depth: int | None = _setting(
-        None, "Steps planned ahead of the device: 0 or 1; auto decides by device.", "Scheduling", ge=0, le=1
+        None, "Steps planned ahead of the device: 0 or 1; auto is 0 on a CPU, 1 on a GPU.", "Scheduling", ge=0, le=1
     )
     max_queued_requests: int = _setting(
         256, "Waiting requests beyond which a new one is refused (HTTP 429).", "Scheduling", ge=1, le=10**7

@@ -228,7 +228,7 @@ def _load(config: EngineConfig) -> LLM:
 
 def _room_for(config: EngineConfig, sequences: int) -> EngineConfig:
     """The whole batch must run together, or its steps would not be the ones that are timed."""
-    if config.max_num_seqs >= sequences:
+    if config.max_num_seqs is not None and config.max_num_seqs >= sequences:
         return config
     return dataclasses.replace(config, max_num_seqs=sequences)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from aphrodite import platforms
 from aphrodite.config import EngineConfig
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
 from aphrodite.engine.core import EngineCore
@@ -18,9 +19,10 @@ from aphrodite.engine.messages import EngineInfo
 from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.models.spec import ModelSpec
-from aphrodite.quantization.types import RawTensor
+from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.runner.data_plane import DataPlane
 from aphrodite.runner.executor import ModelExecutor
-from aphrodite.runner.memory import MemoryPlan, plan_memory
+from aphrodite.runner.memory import HOST_SHARE, MemoryPlan, device_workspace, plan_memory
 from aphrodite.runner.native import NativeExecutor
 from aphrodite.runner.runner import Runner
 from aphrodite.runner.torch_executor import TorchExecutor
@@ -30,8 +32,21 @@ logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, int, int], None]
 
-DEFAULT_BATCHED_TOKENS = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_DTYPES = {**_DTYPES, "fp8": torch.float8_e4m3fn}
+
+
+class StepLimits(NamedTuple):
+    """How much a step may hold, and how many steps are planned ahead of the device."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    async_depth: int
+
+
+# On a CPU the host and the kernels share the cores: planning ahead would only cost wasted tokens.
+HOST_DEFAULTS = StepLimits(max_num_seqs=64, max_num_batched_tokens=512, async_depth=0)
+DEVICE_DEFAULTS = StepLimits(max_num_seqs=256, max_num_batched_tokens=8192, async_depth=1)
 
 
 class BuiltEngine(NamedTuple):
@@ -60,37 +75,17 @@ def build_engine(
     if config.model is None:
         raise ConfigError("no model was named")
     checkpoint = open_checkpoint(config.model, load_format=config.load_format)
-    threads = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    wanted_model_len = config.max_model_len or checkpoint.spec.max_position
     weights = _ReportingWeights(checkpoint.weights, checkpoint.weight_bytes, progress)
-    executor = _build_executor(config, checkpoint, weights, wanted_model_len, threads)
-    memory = plan_memory(
-        weight_bytes=executor.weight_bytes,
-        kv_bytes_per_block=executor.kv_bytes_per_block,
-        block_size=config.block_size,
-        wanted_model_len=wanted_model_len,
-        fixed_model_len=config.max_model_len is not None,
-        max_num_seqs=config.max_num_seqs,
-        available=psutil.virtual_memory().available,
-        kv_cache_memory=config.kv_cache_memory,
-    )
     eos = frozenset(checkpoint.generation_defaults.eos_token_ids).union(eos_token_ids)
-    runner = Runner(
-        executor,
-        num_rows=config.max_num_seqs,
-        num_blocks=memory.num_blocks,
-        max_model_len=memory.max_model_len,
-        eos_token_ids=eos,
-        # On a CPU the host and the kernels share the cores: planning ahead would only cost wasted tokens.
-        async_depth=config.async_depth or 0,
-        tokenizer=tokenizer,
-    )
+    build = _build_on_device if _serves_on_gpu(config) else _build_on_host
+    runner, memory, limits = build(config, checkpoint, weights, eos, tokenizer)
+    executor = runner.executor
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=memory.num_blocks,
             block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=memory.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
@@ -105,7 +100,7 @@ def build_engine(
         max_model_len=memory.max_model_len,
         block_size=config.block_size,
         num_blocks=memory.num_blocks,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=limits.max_num_seqs,
         eos_token_ids=sorted(eos),
         weight_bytes=executor.weight_bytes,
         kv_bytes_per_block=executor.kv_bytes_per_block,
@@ -116,16 +111,52 @@ def build_engine(
     return BuiltEngine(EngineCore(scheduler, runner, tokenizer), info, memory)
 
 
-def _build_executor(
+class _Built(NamedTuple):
+    runner: DataPlane
+    memory: MemoryPlan
+    limits: StepLimits
+
+
+def _build_on_host(
     config: EngineConfig,
     checkpoint: Checkpoint,
     weights: Mapping[str, RawTensor],
-    max_model_len: int,
-    threads: int,
+    eos_token_ids: frozenset[int],
+    tokenizer: Tokenizer | None,
+) -> _Built:
+    limits = _limits(config, HOST_DEFAULTS)
+    wanted_model_len = config.max_model_len or checkpoint.spec.max_position
+    executor = _host_executor(config, checkpoint, weights, wanted_model_len)
+    memory = plan_memory(
+        weight_bytes=executor.weight_bytes,
+        kv_bytes_per_block=executor.kv_bytes_per_block,
+        block_size=config.block_size,
+        wanted_model_len=wanted_model_len,
+        fixed_model_len=config.max_model_len is not None,
+        max_num_seqs=limits.max_num_seqs,
+        budget=config.kv_cache_memory or int(psutil.virtual_memory().available * HOST_SHARE),
+    )
+    runner = Runner(
+        executor,
+        num_rows=limits.max_num_seqs,
+        num_blocks=memory.num_blocks,
+        max_model_len=memory.max_model_len,
+        eos_token_ids=eos_token_ids,
+        async_depth=limits.async_depth,
+        tokenizer=tokenizer,
+    )
+    return _Built(runner, memory, limits)
+
+
+def _host_executor(
+    config: EngineConfig, checkpoint: Checkpoint, weights: Mapping[str, RawTensor], max_model_len: int
 ) -> ModelExecutor:
     """The native library where it can run this model, else torch; an explicit choice is never replaced."""
-    if config.device == "cuda":
-        raise ConfigError("--device cuda: this version serves on CPUs only; leave --device at auto")
+    if config.executor == "triton":
+        raise ConfigError("--executor triton runs on GPUs; leave --executor at auto on a CPU")
+    if config.kv_cache_dtype == "fp8":
+        raise ConfigError("--kv-cache-dtype fp8 is for GPUs; on a CPU use float16")
+    threads = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
     reason = _native_declines(config, checkpoint.spec, weights)
     if config.executor == "native" and reason is not None:
         raise ConfigError(f"--executor native cannot serve this: {reason}")
@@ -151,6 +182,99 @@ def _build_executor(
         max_model_len=max_model_len,
         dtype=_DTYPES.get(config.dtype, torch.bfloat16),
         device=torch.device("cpu"),
+    )
+
+
+def _serves_on_gpu(config: EngineConfig) -> bool:
+    """Whether the model runs on a GPU: where one was asked for, or is there and nobody asked for the CPU.
+
+    Raises:
+        ConfigError: a GPU was asked for that cannot be used.
+    """
+    asked = config.device == "cuda" or config.executor == "triton"
+    if config.device == "cpu" or (not asked and config.executor != "auto"):
+        return False
+    reason = platforms.unusable_reason()
+    if reason is not None and asked:
+        raise ConfigError(f"--device cuda: {reason}")
+    return reason is None
+
+
+def _build_on_device(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    weights: Mapping[str, RawTensor],
+    eos_token_ids: frozenset[int],
+    tokenizer: Tokenizer | None,
+) -> _Built:
+    # Triton is there only where a GPU is.
+    from aphrodite.runner.device_executor import DeviceExecutor
+    from aphrodite.runner.device_runner import DeviceRunner
+
+    limits = _limits(config, DEVICE_DEFAULTS)
+    spec = checkpoint.spec
+    wanted_model_len = config.max_model_len or spec.max_position
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = _DTYPES.get(config.dtype) or _device_dtype(checkpoint)
+    free_before, total = torch.cuda.mem_get_info(device)
+    executor = DeviceExecutor(
+        spec,
+        weights,
+        block_size=config.block_size,
+        max_model_len=wanted_model_len,
+        dtype=dtype,
+        kv_dtype=_KV_DTYPES.get(config.kv_cache_dtype, dtype),
+        device=device,
+        offload_bytes=int(config.cpu_offload_gb * (1 << 30)),
+    )
+    workspace = device_workspace(
+        spec,
+        total=total,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=wanted_model_len,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        itemsize=dtype.itemsize,
+    )
+    torch.cuda.empty_cache()
+    loaded = free_before - torch.cuda.mem_get_info(device)[0]
+    usable = min(int(total * config.gpu_memory_utilization), free_before)
+    memory = plan_memory(
+        weight_bytes=executor.weight_bytes,
+        kv_bytes_per_block=executor.kv_bytes_per_block,
+        block_size=config.block_size,
+        wanted_model_len=wanted_model_len,
+        fixed_model_len=config.max_model_len is not None,
+        max_num_seqs=limits.max_num_seqs,
+        budget=config.kv_cache_memory or usable - loaded - workspace,
+        workspace_bytes=workspace,
+    )
+    runner = DeviceRunner(
+        executor,
+        num_rows=limits.max_num_seqs,
+        num_blocks=memory.num_blocks,
+        max_model_len=memory.max_model_len,
+        eos_token_ids=eos_token_ids,
+        async_depth=limits.async_depth,
+        use_graphs=config.enable_graphs,
+        tokenizer=tokenizer,
+    )
+    return _Built(runner, memory, limits)
+
+
+def _device_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The checkpoint's own 16-bit type, else bfloat16 where the GPU has it."""
+    most = next(iter(checkpoint.tensors_by_type))
+    if most is QuantType.F16 or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def _limits(config: EngineConfig, defaults: StepLimits) -> StepLimits:
+    """What the user chose, or the device's defaults."""
+    return StepLimits(
+        config.max_num_seqs or defaults.max_num_seqs,
+        config.max_num_batched_tokens or defaults.max_num_batched_tokens,
+        defaults.async_depth if config.async_depth is None else config.async_depth,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from aphrodite.layers.dense import short_name, stack_dense, to_dense
 from aphrodite.layers.invariant import decline_invariant, invariant_matmul
 from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
 from aphrodite.quantization.types import RawTensor
+
+if TYPE_CHECKING:
+    from aphrodite.layers.triton_linear import TritonLinear
 
 
 class RmsNorm(NamedTuple):
@@ -36,8 +39,8 @@ class Linear(Protocol):
     choice: Choice
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of weight and bias."""
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that was loaded, in an order that is the same for every Linear of one layout and shape."""
 
     def __call__(
         self,
@@ -84,8 +87,8 @@ class DenseLinear:
         self.invariant = decline_invariant(weight.dtype, weight.device) is None
 
     @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def __call__(
         self,
@@ -113,8 +116,9 @@ class Int4Linear:
         self.choice = choice
 
     @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        packed = (self.weight.packed, self.weight.scales_and_zeros)
+        return packed if self.bias is None else (*packed, self.bias)
 
     def __call__(
         self,
@@ -136,6 +140,8 @@ def build_linear(
     biases: Sequence[RawTensor | None],
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    gated: bool = False,
 ) -> Linear:
     """A Linear of the stacked `parts` in the first layout that takes them.
 
@@ -147,6 +153,7 @@ def build_linear(
         biases: one per part, `[out_i]`; None counts as zeros.
         dtype: of inputs, outputs and dense weights.
         device: where it computes.
+        gated: the parts are (gate, up), and it will be called with an activation.
     """
     bias = _stack_biases(parts, biases, dtype, device)
 
@@ -164,7 +171,22 @@ def build_linear(
     if isinstance(weight, Int4Weight):
         log_once(logging.WARNING, f"{types} weights: scales rounded to bfloat16; --dtype float32 is exact")
         return Int4Linear(weight, bias, choice)
-    return DenseLinear(weight, bias, choice)
+    return dense_linear(weight, bias, choice, gated=gated)
+
+
+def dense_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, choice: Choice, *, gated: bool = False
+) -> DenseLinear | TritonLinear:
+    """A Linear over `weight` `[out, in]` for the device that it lies on.
+
+    Args:
+        gated: the weight is (gate, up); its rows may be reordered then.
+    """
+    if weight.device.type == "cpu":
+        return DenseLinear(weight, bias, choice)
+    from aphrodite.layers.triton_linear import TritonLinear  # Triton is there only where a GPU is
+
+    return TritonLinear(weight, bias, choice, gated=gated)
 
 
 def _stack_biases(

@@ -34,7 +34,7 @@ class Decoder:
             `[rows, hidden]` of the compute dtype.
         """
         residual = F.embedding(token_ids, self.weights.embed)
-        for index, layer in enumerate(self.weights.layers):
+        for index, layer in enumerate(self.weights.visit_layers()):
             residual = self._layer(index, layer, residual, attention)
         return residual
 

@@ -7,16 +7,17 @@ with .bias where the spec says so, and layers.{i}.{q_norm,k_norm}.weight with no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.layers.dense import to_dense
-from aphrodite.layers.linear import DenseLinear, Linear, build_linear
+from aphrodite.layers.linear import Linear, build_linear, dense_linear
 from aphrodite.models.spec import ModelSpec
+from aphrodite.models.streaming import SLOTS, LayerStream
 from aphrodite.quantization.types import RawTensor
 
 
@@ -51,6 +52,7 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [hidden]
     head: Linear  # hidden -> vocab; shares `embed` when tied
+    stream: LayerStream | None = None  # brings the projections of the last layers, where they are in host memory
 
     @property
     def linears(self) -> list[Linear]:
@@ -59,22 +61,34 @@ class DecoderWeights:
 
     @property
     def nbytes(self) -> int:
-        norms = self.norm.nbytes + sum(norm.nbytes for layer in self.layers for norm in layer.norms)
-        tied = isinstance(self.head, DenseLinear) and self.head.weight is self.embed
-        embed = 0 if tied else self.embed.nbytes
-        return embed + norms + sum(linear.nbytes for linear in self.linears)
+        """Bytes on the device."""
+        tensors = [self.embed, self.norm, *(norm for layer in self.layers for norm in layer.norms)]
+        tensors += [tensor for linear in self.linears for tensor in linear.tensors]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    def visit_layers(self) -> Iterator[LayerWeights]:
+        """The layers in order, each with its weights on the device while it is held."""
+        return iter(self.layers) if self.stream is None else self.stream.visit(self.layers)
 
 
 def load_weights(
-    spec: ModelSpec, tensors: Mapping[str, RawTensor], dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    tensors: Mapping[str, RawTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    offload_bytes: int = 0,
 ) -> DecoderWeights:
     """Convert every tensor that `spec` calls for; peak host memory is a few MiB (4-bit: one layer's
     stacked projection) above the result.
 
+    Args:
+        offload_bytes: of weights to keep in host memory, rounded up to whole layers and down to what there is.
+
     Raises:
         ModelFormatError: a tensor is missing or has another shape than the spec says.
     """
-    return _Loader(spec, tensors, dtype, device).load()
+    return _Loader(spec, tensors, dtype, device).load(offload_bytes)
 
 
 class _Loader:
@@ -86,16 +100,38 @@ class _Loader:
         self._dtype = dtype
         self._device = device
 
-    def load(self) -> DecoderWeights:
+    def load(self, offload_bytes: int) -> DecoderWeights:
         spec = self._spec
         embed = to_dense(self._take("embed.weight", spec.vocab_size, spec.hidden_size), self._dtype, self._device)
-        layers = tuple(self._layer(index) for index in range(spec.num_layers))
+        layers, stream = self._layers(offload_bytes)
         norm = self._vector("norm.weight", spec.hidden_size)
         if spec.tied_head:
-            head: Linear = DenseLinear(embed, None, Choice("tied to the embedding", ()))
+            head: Linear = dense_linear(embed, None, Choice("tied to the embedding", ()))
         else:
             head = self._linear(["head"], [spec.vocab_size], spec.hidden_size, bias=False)
-        return DecoderWeights(embed=embed, layers=layers, norm=norm, head=head)
+        return DecoderWeights(embed=embed, layers=layers, norm=norm, head=head, stream=stream)
+
+    def _layers(self, offload_bytes: int) -> tuple[tuple[LayerWeights, ...], LayerStream | None]:
+        """All layers; the last ones share two layers' projections on the device where some are offloaded."""
+        spec = self._spec
+        first = self._layer(0)
+        layer_bytes = sum(tensor.nbytes for tensor in _projections(first))
+        num_streamed = min(-(-offload_bytes // layer_bytes), spec.num_layers)
+        if num_streamed <= SLOTS:  # nothing would be saved
+            return (first, *(self._layer(index) for index in range(1, spec.num_layers))), None
+        resident = spec.num_layers - num_streamed
+        layers: list[LayerWeights] = []
+        host: list[tuple[torch.Tensor, ...]] = []
+        for index in range(spec.num_layers):
+            layer = first if index == 0 else self._layer(index)
+            if index >= resident:
+                host.append(tuple(tensor.cpu().pin_memory() for tensor in _projections(layer)))
+            if index >= resident + SLOTS:
+                slot = layers[resident + (index - resident) % SLOTS]
+                layer = replace(layer, qkv=slot.qkv, o=slot.o, gate_up=slot.gate_up, down=slot.down)
+            layers.append(layer)
+        slots = [_projections(layer) for layer in layers[resident : resident + SLOTS]]
+        return tuple(layers), LayerStream(resident, host, slots)
 
     def _layer(self, index: int) -> LayerWeights:
         spec = self._spec
@@ -109,17 +145,17 @@ class _Loader:
             o=self._linear([name + "o"], [hidden], attention, bias=spec.output_bias),
             mlp_norm=self._vector(name + "mlp_norm.weight", hidden),
             gate_up=self._linear(
-                [name + "gate", name + "up"], [intermediate, intermediate], hidden, bias=spec.mlp_bias
+                [name + "gate", name + "up"], [intermediate, intermediate], hidden, bias=spec.mlp_bias, gated=True
             ),
             down=self._linear([name + "down"], [hidden], intermediate, bias=spec.mlp_bias),
             q_norm=self._vector(name + "q_norm.weight", spec.head_dim) if spec.qk_norm else None,
             k_norm=self._vector(name + "k_norm.weight", spec.head_dim) if spec.qk_norm else None,
         )
 
-    def _linear(self, names: list[str], rows: list[int], columns: int, *, bias: bool) -> Linear:
+    def _linear(self, names: list[str], rows: list[int], columns: int, *, bias: bool, gated: bool = False) -> Linear:
         parts = [self._take(f"{name}.weight", out, columns) for name, out in zip(names, rows, strict=True)]
         biases = [self._take(f"{name}.bias", out) if bias else None for name, out in zip(names, rows, strict=True)]
-        return build_linear(parts, biases, self._dtype, self._device)
+        return build_linear(parts, biases, self._dtype, self._device, gated=gated)
 
     def _vector(self, name: str, size: int) -> torch.Tensor:
         return to_dense(self._take(name, size), self._dtype, self._device)
@@ -134,3 +170,7 @@ class _Loader:
                 f"means {list(shape)}; weights and configuration do not belong together"
             )
         return raw
+
+
+def _projections(layer: LayerWeights) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor for linear in layer.linears for tensor in linear.tensors)

@@ -28,10 +28,6 @@ class Int4Weight:
     packed: torch.Tensor  # [out, in / 2] uint8, in the kernel's own order
     scales_and_zeros: torch.Tensor  # [in / 32, out, 2] bfloat16
 
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.scales_and_zeros.nbytes
-
 
 def decline_int4(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.device) -> Declined | None:
     """Why `parts`, stacked along their rows, cannot be packed; None if they can."""

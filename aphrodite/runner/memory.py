@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aphrodite.errors import ConfigError
+from aphrodite.models.spec import ModelSpec
 
-# The share of memory that is free after loading which the KV cache may take when nobody named a size.
+# The share of a host's free memory (after loading) which the KV cache may take when nobody named a size.
 # Pages are touched only as the cache fills, so this is a ceiling and not what an idle server occupies.
-AUTOMATIC_SHARE = 0.5
+HOST_SHARE = 0.5
+# On a GPU, beside what activations need: graphs, libraries' workspaces and what the allocator cannot use.
+DEVICE_RESERVE = 256 << 20
+DEVICE_RESERVE_SHARE = 0.01
+CHAT_TOKENS = 8192  # the chat in which a GPU's cache is counted
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -21,7 +26,10 @@ def format_bytes(count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What lies where. `max_model_len` is what was asked for, or less where the cache is smaller."""
+    """What lies where. `max_model_len` is what was asked for, or less where the cache is smaller.
+
+    `workspace_bytes` is what a GPU keeps free for activations and graphs; 0 on a CPU, where nothing is set aside.
+    """
 
     weight_bytes: int
     kv_bytes_per_block: int
@@ -29,6 +37,12 @@ class MemoryPlan:
     block_size: int
     max_model_len: int
     wanted_model_len: int
+    workspace_bytes: int = 0
+
+    @property
+    def knob(self) -> str:
+        """The flag with which a user gives the cache more."""
+        return "--gpu-memory-utilization" if self.workspace_bytes else "--kv-cache-memory"
 
     @property
     def kv_bytes(self) -> int:
@@ -40,19 +54,21 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        chats = self.kv_tokens / self.max_model_len
+        chat = min(self.max_model_len, CHAT_TOKENS) if self.workspace_bytes else self.max_model_len
         lines = [
             f"weights   {format_bytes(self.weight_bytes)}",
             (
                 f"KV cache  up to {format_bytes(self.kv_bytes)} = {self.kv_tokens:,} tokens"
-                f" = {chats:,.1f} chats of {self.max_model_len:,} tokens"
+                f" = {self.kv_tokens / chat:,.1f} chats of {chat:,} tokens"
             ),
             f"context   {self.max_model_len:,} tokens a chat",
         ]
+        if self.workspace_bytes:
+            lines.insert(1, f"workspace {format_bytes(self.workspace_bytes)} for activations and graphs")
         if self.max_model_len < self.wanted_model_len:
             lines[-1] += (
                 f" (the model could take {self.wanted_model_len:,}; the KV cache holds no more:"
-                " give it more with --kv-cache-memory)"
+                f" give it more with {self.knob})"
             )
         return lines
 
@@ -65,10 +81,10 @@ def plan_memory(
     wanted_model_len: int,
     fixed_model_len: bool,
     max_num_seqs: int,
-    available: int,
-    kv_cache_memory: int | None,
+    budget: int,
+    workspace_bytes: int = 0,
 ) -> MemoryPlan:
-    """Divide `available` bytes (free after loading the weights).
+    """Make the most of a KV cache of `budget` bytes.
 
     The cache is never larger than `max_num_seqs` full contexts. A context that does not fit shrinks to
     what does, unless the user fixed it (`fixed_model_len`).
@@ -76,13 +92,13 @@ def plan_memory(
     Raises:
         ConfigError: the cache asked for cannot hold the fixed context, or not even one block.
     """
-    budget = int(available * AUTOMATIC_SHARE) if kv_cache_memory is None else kv_cache_memory
     useful = max_num_seqs * -(-wanted_model_len // block_size)
     num_blocks = min(budget // kv_bytes_per_block, useful)
     if num_blocks < 2:
         raise ConfigError(
             f"the KV cache would hold {num_blocks} blocks of {block_size} tokens:"
-            f" {format_bytes(budget)} at {kv_bytes_per_block:,} bytes a block; give it more with --kv-cache-memory"
+            f" {format_bytes(max(budget, 0))} at {kv_bytes_per_block:,} bytes a block; give it more with"
+            f" {'--gpu-memory-utilization or ' if workspace_bytes else ''}--kv-cache-memory"
         )
     fits = min(wanted_model_len, num_blocks * block_size)
     if fixed_model_len and fits < wanted_model_len:
@@ -99,4 +115,21 @@ def plan_memory(
         block_size=block_size,
         max_model_len=fits,
         wanted_model_len=wanted_model_len,
+        workspace_bytes=workspace_bytes,
     )
+
+
+def device_workspace(
+    spec: ModelSpec, *, total: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, itemsize: int
+) -> int:
+    """Bytes to leave free on a GPU of `total` bytes: the rows, what the largest step holds at once, and a reserve.
+
+    Args:
+        itemsize: bytes of an activation.
+    """
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    per_token = (4 * spec.hidden_size + heads + 3 * spec.intermediate_size) * itemsize
+    # Of each sequence: logits, those that graphs leave behind, the sampler's float32 copy and its counts.
+    per_sequence = spec.vocab_size * (2 * itemsize + 12) + 8 * max_model_len
+    reserve = DEVICE_RESERVE + int(total * DEVICE_RESERVE_SHARE)
+    return max_num_batched_tokens * per_token + max_num_seqs * per_sequence + reserve

@@ -1,0 +1,114 @@
+"""A model on a GPU: the decoder over Triton kernels and the vendor's matrix products."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import triton
+
+from aphrodite.attention.backend import AttentionShape, KVCache
+from aphrodite.attention.triton_paged import TritonAttention
+from aphrodite.errors import ConfigError
+from aphrodite.layers.dense import short_name
+from aphrodite.models.decoder import Decoder, query_key_transform
+from aphrodite.models.spec import ModelSpec
+from aphrodite.models.weights import load_weights
+from aphrodite.quantization.types import RawTensor
+from aphrodite.runner.inputs import DeviceInputs, HostLengths
+from aphrodite.runner.memory import format_bytes
+
+
+class DeviceExecutor:
+    """Runs steps whose inputs are on the device; nothing in it waits for the device.
+
+    Args:
+        spec: the model.
+        weights: tensors in their file's bytes (canonical names); none is kept.
+        block_size: positions of a KV cache block.
+        max_model_len: positions beyond this are never asked for.
+        dtype: of dense weights and activations.
+        kv_dtype: of the KV cache.
+        offload_bytes: of weights to keep in host memory, see `load_weights`.
+
+    Raises:
+        ConfigError: the kernels cannot serve a model of this shape or these types.
+        ModelFormatError: weights are missing, of the wrong shape or not representable in `dtype`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, RawTensor],
+        *,
+        block_size: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        device: torch.device,
+        offload_bytes: int = 0,
+    ) -> None:
+        self.spec = spec
+        self.block_size = block_size
+        self.device = device
+        self.dtype = dtype
+        self._shape = AttentionShape(
+            windows=spec.windows,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=block_size,
+            dtype=dtype,
+            cache_dtype=kv_dtype,
+            device=device,
+        )
+        declined = TritonAttention.decline(self._shape)
+        if declined is not None:
+            raise ConfigError(f"this model cannot run on the GPU: {declined.reason}; --device cpu serves it")
+        loaded = load_weights(spec, weights, dtype, device, offload_bytes=offload_bytes)
+        self._decoder = Decoder(spec, loaded)
+        self._attention = TritonAttention(self._shape, query_key_transform(spec, loaded, max_model_len))
+        self._cache: KVCache | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._decoder.weights.nbytes
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        return self._shape.bytes_per_block
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate the cache; called once, before the first forward."""
+        self._cache = self._attention.allocate(num_blocks)
+
+    def stage_step(self, lengths: HostLengths) -> np.ndarray:
+        """`[n]` int32 that attention needs of a step which is not only decoding, for `attention_table`."""
+        return self._attention.stage_step(lengths)
+
+    def forward(self, inputs: DeviceInputs) -> torch.Tensor:
+        """Run one step: writes K and V of every token, returns logits `[L, vocab]` of the compute dtype."""
+        if self._cache is None:
+            raise RuntimeError("allocate_kv_cache must be called before forward")
+        step = self._attention.begin_step(inputs, self._cache)
+        hidden = self._decoder.forward(inputs.token_ids, step)
+        if inputs.lengths is not None:
+            hidden = hidden.index_select(0, inputs.logits_index)
+        return self._decoder.logits(hidden)
+
+    def describe(self) -> dict[str, str]:
+        """Kernels chosen and why, for logs and `doctor`."""
+        weights = self._decoder.weights
+        layouts = Counter(str(linear.choice) for layer in weights.layers for linear in layer.linears)
+        name = torch.cuda.get_device_name(self.device)
+        chosen = {
+            "executor": f"Triton {triton.__version__} on {name}, {short_name(self.dtype)}",
+            "attention": f"{self._attention.name}, KV cache in {short_name(self._shape.cache_dtype)}",
+            "linear layers": "; ".join(f"{count} x {layout}" for layout, count in layouts.items()),
+            "head": str(weights.head.choice),
+        }
+        if weights.stream is not None:
+            chosen["offloaded"] = f"{format_bytes(weights.stream.nbytes)} of weights, copied from the host every step"
+        return chosen

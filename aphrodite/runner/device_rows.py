@@ -1,0 +1,210 @@
+"""Rows on an accelerator: token ids and block tables live in device tensors, a step carries only differences.
+
+The host keeps a mirror of the block tables, because where K and V of a token go follows from the plan alone.
+It never knows the newest token: that is read on the device, where the sampler of the step before wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from aphrodite.core.plan import RowStart, RowStep, StepPlan
+from aphrodite.kernels.triton.step_inputs import gather_tokens, scatter
+from aphrodite.runner.inputs import DeviceInputs, HostLengths
+from aphrodite.runner.transfers import Transfers
+
+
+class StagedStep(NamedTuple):
+    """A step's inputs on the device, and where its sampled tokens go.
+
+    `sample_rows` and `sample_positions` `[S]` int32: of each entry of `logits_index` that samples.
+    """
+
+    inputs: DeviceInputs
+    sample_rows: torch.Tensor
+    sample_positions: torch.Tensor
+
+
+class DeviceRows:
+    """Tables of up to `num_rows` requests, and the inputs made from them.
+
+    Attributes:
+        num_rows: the spare row, which padding reads and writes, has this number.
+        token_ids: `[num_rows + 1, max_model_len + 1]` int32; the extra column takes the token sampled at the
+            last position of a full context.
+        num_prompt: `[num_rows + 1]` int32, prompt lengths.
+        block_tables: `[num_rows + 1, max_blocks]` int32.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int, transfers: Transfers) -> None:
+        device = transfers.device
+        self.num_rows = num_rows
+        self.block_size = block_size
+        self._transfers = transfers
+        max_blocks = -(-max_model_len // block_size)
+        self.token_ids = torch.zeros(num_rows + 1, max_model_len + 1, dtype=torch.int32, device=device)
+        self.num_prompt = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int32, device=device)
+        self._mirror = np.zeros((num_rows + 1, max_blocks), dtype=np.int32)
+        self._block_counts = [0] * (num_rows + 1)
+        # A decode step's sections: slots (int64), rows, positions, context lengths.
+        self._decode = torch.zeros(5 * _aligned(num_rows), dtype=torch.int32, device=device)
+        self._counting = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        self._nothing = torch.zeros(0, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(num_rows, dtype=torch.int32, device=device)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take over what the plan changes: new prompts and block tables."""
+        for start in plan.starts:
+            self._start(start)
+        changes: list[tuple[int, int, list[int]]] = []
+        for step in plan.steps:
+            if step.reset_blocks:
+                self._block_counts[step.row] = 0
+            if step.blocks:
+                used = self._block_counts[step.row]
+                self._mirror[step.row, used : used + len(step.blocks)] = step.blocks
+                self._block_counts[step.row] = used + len(step.blocks)
+                changes.append((step.row, used, step.blocks))
+        if changes:
+            self._change_tables(changes)
+
+    def _change_tables(self, changes: Sequence[tuple[int, int, list[int]]]) -> None:
+        """Append blocks to tables on the device: (row, entries it had, blocks) each."""
+        lengths = [len(blocks) for _, _, blocks in changes]
+        count = sum(lengths)
+        packed = np.zeros((3, _aligned(count)), dtype=np.int32)
+        packed[0, :count] = np.repeat([row for row, _, _ in changes], lengths)
+        packed[0, count:] = self.num_rows
+        packed[1, :count] = np.concatenate([np.arange(used, used + len(blocks)) for _, used, blocks in changes])
+        packed[2, :count] = np.concatenate([blocks for _, _, blocks in changes])
+        rows, columns, values = self._transfers.to_device(packed)
+        scatter(self.block_tables, rows, columns, values)
+
+    def stage_decode(self, steps: Sequence[RowStep], bucket: int) -> StagedStep:
+        """Copy the inputs of `steps`, one token each, to where `decode_inputs(bucket)` finds them."""
+        count = len(steps)
+        rows = np.array([step.row for step in steps], dtype=np.int32)
+        positions = np.array([step.start for step in steps], dtype=np.int32)
+        width = _aligned(bucket)
+        packed = np.zeros(5 * width, dtype=np.int32)
+        slots = packed[: 2 * width].view(np.int64)
+        slots[count:] = -1
+        slots[:count] = self._slots(rows, positions)
+        sections = packed[2 * width :].reshape(3, width)
+        sections[0, :count], sections[0, count:] = rows, self.num_rows
+        sections[1, :count] = positions
+        sections[2, :count] = positions + 1
+        self._transfers.to_device(packed, self._decode[: 5 * width])
+        return self.decode_inputs(bucket)
+
+    def decode_inputs(self, bucket: int) -> StagedStep:
+        """Views at fixed addresses of a decode step's inputs; `load_tokens` has to come before they are read."""
+        width = _aligned(bucket)
+        packed = self._decode[: 5 * width]
+        rows, positions, context_lens = packed[2 * width :].view(3, width)[:, :bucket]
+        inputs = DeviceInputs(
+            token_ids=self._tokens[:bucket],
+            positions=positions,
+            slot_mapping=packed[: 2 * bucket].view(torch.int64),
+            query_start=self._counting[: bucket + 1],
+            context_lens=context_lens,
+            rows=rows,
+            block_tables=self.block_tables,
+            logits_index=self._counting[:bucket],
+            lengths=None,
+            attention_table=self._nothing,
+        )
+        return StagedStep(inputs, rows, context_lens)
+
+    def load_decode_tokens(self, staged: StagedStep) -> None:
+        """Read the newest token of every row of a decode step: a kernel, so that a graph may hold it."""
+        inputs = staged.inputs
+        gather_tokens(inputs.token_ids, self.token_ids, inputs.rows, inputs.positions)
+
+    def stage_ragged(
+        self, steps: Sequence[RowStep], logits_index: np.ndarray, sampling: Sequence[int], attention_table: np.ndarray
+    ) -> StagedStep:
+        """The inputs of any step.
+
+        Args:
+            logits_index: `[L]` int32, token rows whose logits are wanted.
+            sampling: numbers of the steps that sample.
+            attention_table: `[n]` int32, what the attention back end staged for the step.
+        """
+        rows = np.array([step.row for step in steps], dtype=np.int32)
+        starts = np.array([step.start for step in steps], dtype=np.int32)
+        lengths = ragged_lengths(steps)
+        query_start = np.zeros(len(steps) + 1, dtype=np.int32)
+        np.cumsum(lengths.query, out=query_start[1:])
+        total = int(query_start[-1])
+        token_rows = np.repeat(rows, lengths.query)
+        positions = np.arange(total, dtype=np.int32) + np.repeat(starts - query_start[:-1], lengths.query)
+        sections = [
+            self._slots(token_rows, positions).view(np.int32),
+            token_rows,
+            positions,
+            rows,
+            lengths.context,
+            query_start,
+            logits_index,
+            rows[sampling],
+            lengths.context[sampling],
+            attention_table,
+        ]
+        device = self._copy_sections(sections)
+        tokens = torch.empty(total, dtype=torch.int32, device=self.token_ids.device)
+        gather_tokens(tokens, self.token_ids, device[1], device[2])
+        inputs = DeviceInputs(
+            token_ids=tokens,
+            positions=device[2],
+            slot_mapping=device[0].view(torch.int64),
+            query_start=device[5],
+            context_lens=device[4],
+            rows=device[3],
+            block_tables=self.block_tables,
+            logits_index=device[6],
+            lengths=lengths,
+            attention_table=device[9],
+        )
+        return StagedStep(inputs, device[7], device[8])
+
+    def append(self, staged: StagedStep, token_ids: torch.Tensor) -> None:
+        """Write the sampled `token_ids` `[S]` int32 behind their rows' tokens: a kernel, as `load_decode_tokens`."""
+        scatter(self.token_ids, staged.sample_rows, staged.sample_positions, token_ids)
+
+    def _copy_sections(self, sections: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """int32 arrays on the device, by one copy."""
+        starts = np.cumsum([0] + [_aligned(len(section)) for section in sections])
+        packed = np.empty(starts[-1], dtype=np.int32)
+        for start, section in zip(starts, sections, strict=False):
+            packed[start : start + len(section)] = section
+        device = self._transfers.to_device(packed)
+        return [device[start : start + len(section)] for start, section in zip(starts, sections, strict=False)]
+
+    def _start(self, start: RowStart) -> None:
+        prompt = np.array(start.prompt_token_ids, dtype=np.int32)
+        self._transfers.to_device(prompt, self.token_ids[start.row, : len(prompt)])
+        self.num_prompt[start.row] = len(prompt)
+        self._block_counts[start.row] = 0
+
+    def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """`[N]` int64: where K and V of the tokens go."""
+        blocks: np.ndarray = self._mirror[rows, positions // self.block_size].astype(np.int64)
+        slots: np.ndarray = blocks * self.block_size + positions % self.block_size
+        return slots
+
+
+def _aligned(count: int) -> int:
+    """`count` int32 values rounded up to 16 bytes: Triton compiles kernels anew for pointers less aligned."""
+    return -(-count // 4) * 4
+
+
+def ragged_lengths(steps: Sequence[RowStep]) -> HostLengths:
+    """Tokens that each of `steps` computes, and the context that it has then."""
+    query = np.array([step.count for step in steps], dtype=np.int32)
+    return HostLengths(query, query + np.array([step.start for step in steps], dtype=np.int32))

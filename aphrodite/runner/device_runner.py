@@ -1,0 +1,222 @@
+"""The data plane of an accelerator: launches steps without waiting for the ones before.
+
+`launch` copies a step's differences to the device and queues its kernels, a decode step's as one graph that
+ends with the choice of tokens; `collect` waits until the tokens have been copied back. Between the two the host
+plans the next step, whose newest tokens are read on the device, where the sampler wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
+from aphrodite.runner.decode_graphs import DecodeGraphs
+from aphrodite.runner.device_executor import DeviceExecutor
+from aphrodite.runner.device_rows import DeviceRows, StagedStep, ragged_lengths
+from aphrodite.runner.results import Outcome, error_of, logits_layout
+from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.pipeline import Sampled, Sampler
+from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step on its way: what will come back for it."""
+
+    sampling: list[int] = field(default_factory=list)  # numbers of the steps that sample
+    choices: HostCopy | None = None  # token ids, whether each may be shown, whether nothing was left: [S] each
+    sampled: Sampled | None = None  # log-probabilities and traces, where some are wanted
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    clock: StepClock | None = None
+    error: Exception | None = None
+
+
+class DeviceRunner:
+    """Owns the rows, the executor, the sampler and the graphs of a device.
+
+    Args:
+        use_graphs: whether decode steps run as graphs; otherwise every kernel is launched by itself.
+        tokenizer: for samplers whose parameters are texts; without it requests with such parameters fail.
+    """
+
+    def __init__(
+        self,
+        executor: DeviceExecutor,
+        *,
+        num_rows: int,
+        num_blocks: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        async_depth: int,
+        use_graphs: bool,
+        tokenizer: TokenizerLike | None = None,
+    ) -> None:
+        executor.allocate_kv_cache(num_blocks)
+        self.executor = executor
+        self.async_depth = async_depth
+        device, vocab_size = executor.device, executor.spec.vocab_size
+        self._transfers = Transfers(device)
+        self.rows = DeviceRows(num_rows, max_model_len, executor.block_size, self._transfers)
+        self.sampler = Sampler(
+            num_rows=num_rows,
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+            token_ids=self.rows.token_ids,
+            num_prompt=self.rows.num_prompt,
+            device=device,
+            vocabulary=None if tokenizer is None else Vocabulary(vocab_size, tokenizer),
+        )
+        self._params: dict[int, SamplingParams] = {}
+        self._scored: dict[int, int] = {}  # rows whose prompt's log-probabilities are wanted: the prompt's length
+        # What graphs leave behind.
+        self._logits = torch.zeros(num_rows, vocab_size, dtype=executor.dtype, device=device)
+        self._token_ids = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self._flags = torch.zeros(2, num_rows, dtype=torch.bool, device=device)
+        stream = self._transfers.stream
+        self._graphs = None
+        if use_graphs and stream is not None:
+            self._graphs = DecodeGraphs(num_rows, stream, self._decode, self._pad)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))  # the model was loaded there
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Queue the step's work; the caller keeps launching and collecting in the same order."""
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
+                return self._launch(plan)
+        except Exception as error:
+            return LaunchedStep(error=error)
+
+    def collect(self, plan: StepPlan, step: LaunchedStep) -> Outcome:
+        """Wait for the step's tokens; returns its result and the seconds that the device took.
+
+        Raises:
+            Exception: whatever launching the step raised.
+        """
+        if step.error is not None:
+            raise step.error
+        rows = [RowResult(row.row, prompt_logprobs=step.prompt_logprobs.get(at)) for at, row in enumerate(plan.steps)]
+        if step.choices is not None:
+            token_ids, ok, exhausted = (tensor.tolist() for tensor in step.choices.wait())
+            for entry, number in enumerate(step.sampling):
+                if ok[entry]:
+                    logprobs = step.sampled.logprobs_of(entry) if step.sampled is not None else None
+                    trace = step.sampled.trace_of(entry) if step.sampled is not None else None
+                    rows[number] = rows[number]._replace(token_id=token_ids[entry], logprobs=logprobs, trace=trace)
+                else:
+                    rows[number] = rows[number]._replace(error=error_of(exhausted[entry]))
+        seconds = step.clock.seconds() if step.clock is not None and step.choices is not None else 0.0
+        return Outcome(StepResult(plan.step_id, rows), seconds)
+
+    def close(self) -> None:
+        if self._transfers.stream is not None:
+            self._transfers.stream.synchronize()
+
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
+        began = self._transfers.mark()
+        self._apply(plan)
+        if not plan.steps:
+            return LaunchedStep()
+        decodes = all(step.count == 1 and step.samples for step in plan.steps)
+        step = self._launch_decode(plan.steps) if decodes else self._launch_ragged(plan.steps)
+        step.clock = StepClock(began, self._transfers.mark())
+        return step
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Take over what the plan changes."""
+        for row in plan.ends:
+            self.sampler.end(row)
+            del self._params[row]
+            self._scored.pop(row, None)
+        self.rows.apply(plan)
+        for start in plan.starts:
+            self._params[start.row] = start.sampling
+            if start.sampling.prompt_logprobs is not None:
+                self._scored[start.row] = len(start.prompt_token_ids)
+            self.sampler.start(start.row, start.sampling, start.seed, start.prompt_token_ids)
+        for rewind in plan.rewinds:
+            self.sampler.rewind(rewind.row, rewind.position)
+            if rewind.barred:
+                self.sampler.bar(rewind.row, rewind.position, rewind.barred)
+            else:
+                self.sampler.unbar(rewind.row, rewind.position)
+
+    def _launch_decode(self, steps: Sequence[RowStep]) -> LaunchedStep:
+        """A step of one token for each row."""
+        count = len(steps)
+        rows, positions = [step.row for step in steps], [step.start + 1 for step in steps]
+        in_graph = self.sampler.stage(rows, positions)
+        if self._graphs is None:
+            bucket = count
+            staged = self.rows.stage_decode(steps, bucket)
+            self._decode(bucket, in_graph)
+        else:
+            bucket = self._graphs.bucket(count)
+            graph = self._graphs.prepare(bucket, in_graph)
+            staged = self.rows.stage_decode(steps, bucket)
+            graph.replay()
+        if in_graph:
+            choices = [self._token_ids[:count], *self._flags[:, :count]]
+            return LaunchedStep(list(range(count)), self._transfers.to_host(choices))
+        return self._sample(staged, self._logits[:count], rows, positions, list(range(count)))
+
+    def _launch_ragged(self, steps: Sequence[RowStep]) -> LaunchedStep:
+        """A step in which some rows compute more than one token, or do not sample."""
+        layout = logits_layout(steps, self._scored)
+        sampling = [number for number, step in enumerate(steps) if step.samples]
+        table = self.executor.stage_step(ragged_lengths(steps))
+        staged = self.rows.stage_ragged(steps, layout.entries, sampling, table)
+        logits = self.executor.forward(staged.inputs)
+        scores = {
+            number: self._prompt_logprobs(steps[number], logits[first:end])
+            for number, (first, end) in layout.prompt.items()
+        }
+        if not sampling:
+            return LaunchedStep(prompt_logprobs=scores)
+        if layout.prompt:
+            logits = logits[layout.sampling]
+        rows = [steps[number].row for number in sampling]
+        positions = [steps[number].start + steps[number].count for number in sampling]
+        step = self._sample(staged, logits, rows, positions, sampling)
+        step.prompt_logprobs = scores
+        return step
+
+    def _decode(self, bucket: int, samples: bool) -> None:
+        """The kernels of a decode step over tensors at fixed addresses: what a graph holds."""
+        staged = self.rows.decode_inputs(bucket)
+        self.rows.load_decode_tokens(staged)
+        logits = self.executor.forward(staged.inputs)
+        if not samples:
+            self._logits[:bucket].copy_(logits)
+            return
+        token_ids = self._token_ids[:bucket]
+        self.sampler.run(
+            logits,
+            staged.sample_rows,
+            staged.sample_positions,
+            token_ids,
+            self._flags[0, :bucket],
+            self._flags[1, :bucket],
+        )
+        self.rows.append(staged, token_ids)
+
+    def _pad(self, bucket: int) -> None:
+        self.rows.stage_decode([], bucket)
+
+    def _sample(
+        self, staged: StagedStep, logits: torch.Tensor, rows: list[int], positions: list[int], sampling: list[int]
+    ) -> LaunchedStep:
+        """Choose tokens outside of a graph, for `logits` `[S, vocab]`."""
+        sampled = self.sampler.sample(logits.float(), rows, positions)
+        self.rows.append(staged, sampled.token_ids)
+        choices = self._transfers.to_host([sampled.token_ids, sampled.ok, sampled.exhausted])
+        detailed = sampled if sampled.wanted or sampled.traces else None
+        return LaunchedStep(sampling, choices, detailed)
+
+    def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> list[TokenLogprobs]:
+        targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + len(logits)]
+        return self.sampler.prompt_logprobs(logits.float(), targets, self._params[step.row].prompt_logprobs or 0)

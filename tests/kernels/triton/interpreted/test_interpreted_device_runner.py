@@ -1,0 +1,148 @@
+"""The device's data plane end to end, interpreted: tokens equal those of the reference mode on the CPU.
+
+Graphs need a GPU (tests/gpu/test_gpu_engine.py); all else of a step is the same here and there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+
+from aphrodite.attention.triton_paged import TritonAttention
+from aphrodite.core.plan import StepPlan, TokenLogprobs
+from aphrodite.core.request import Request, RequestUpdate
+from aphrodite.core.scheduler import Scheduler, SchedulerConfig
+from aphrodite.loading.dummy import dummy_weights
+from aphrodite.models.spec import ModelSpec, RotarySpec
+from aphrodite.quantization.types import QuantType
+from aphrodite.runner.device_executor import DeviceExecutor
+from aphrodite.runner.device_runner import DeviceRunner
+from aphrodite.runner.runner import Runner
+from aphrodite.runner.torch_executor import TorchExecutor
+from aphrodite.sampling.params import SamplingParams
+
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=160,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    norm_eps=1e-5,
+    max_position=128,
+    rotary=RotarySpec(dim=16),
+    windows=(None, 24),
+)
+PROMPTS = [[1 + (7 * i + 13 * j) % 150 for j in range(length)] for i, length in enumerate((3, 16, 33, 40))]
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+SEEDED = SamplingParams(max_tokens=6, temperature=1.3, repetition_penalty=1.2, min_p=0.01, ignore_eos=True, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def _accept_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonAttention, "decline", staticmethod(lambda shape: None))
+
+
+def device_runner(num_blocks: int, async_depth: int) -> DeviceRunner:
+    executor = DeviceExecutor(
+        SPEC,
+        dummy_weights(SPEC, QuantType.F32),
+        block_size=16,
+        max_model_len=128,
+        dtype=torch.float32,
+        kv_dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    return DeviceRunner(executor, **settings(num_blocks, async_depth), use_graphs=False)
+
+
+def host_runner() -> Runner:
+    executor = TorchExecutor(
+        SPEC,
+        dummy_weights(SPEC, QuantType.F32),
+        block_size=16,
+        max_model_len=128,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    return Runner(executor, **settings(64, 0))
+
+
+def settings(num_blocks: int, async_depth: int) -> dict[str, Any]:
+    return {
+        "num_rows": 4,
+        "num_blocks": num_blocks,
+        "max_model_len": 128,
+        "eos_token_ids": frozenset(),
+        "async_depth": async_depth,
+    }
+
+
+def updates(runner: Runner | DeviceRunner, num_blocks: int, params: SamplingParams, budget: int) -> list[RequestUpdate]:
+    """What serving all prompts together brought."""
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=16,
+            max_num_seqs=4,
+            max_num_batched_tokens=budget,
+            max_model_len=128,
+            enable_prefix_caching=True,
+            policy="fcfs",
+            eos_token_ids=frozenset(),
+            max_queued_requests=None,
+        )
+    )
+    for number, prompt in enumerate(PROMPTS):
+        scheduler.add(Request(request_id=str(number), prompt_token_ids=prompt, params=params, seed=number))
+    found: list[RequestUpdate] = []
+    in_flight: deque[tuple[StepPlan, Any]] = deque()
+    while scheduler.has_unfinished() or in_flight:
+        while len(in_flight) <= runner.async_depth and (plan := scheduler.schedule()) is not None:
+            in_flight.append((plan, runner.launch(plan)))
+        plan, step = in_flight.popleft()
+        found += scheduler.commit(plan, runner.collect(plan, step).result)
+    assert [update.error for update in found if update.error] == []
+    return found
+
+
+def tokens(found: list[RequestUpdate]) -> dict[str, list[int]]:
+    answers: dict[str, list[int]] = {}
+    for update in found:
+        answers.setdefault(update.request_id, []).extend(update.token_ids)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("params", "num_blocks", "budget", "async_depth"),
+    [
+        (GREEDY, 64, 64, 1),  # prompts in chunks, beside decodes
+        (SEEDED, 64, 512, 0),
+        (SEEDED, 64, 40, 1),
+        (SEEDED, 9, 64, 1),  # preemption
+    ],
+)
+def test_tokens_are_those_of_the_reference(
+    params: SamplingParams, num_blocks: int, budget: int, async_depth: int
+) -> None:
+    expected = tokens(updates(host_runner(), 64, params, 512))
+    assert all(len(answer) == params.max_tokens for answer in expected.values())
+    assert tokens(updates(device_runner(num_blocks, async_depth), num_blocks, params, budget)) == expected
+
+
+def test_log_probabilities_are_those_of_the_reference() -> None:
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+
+    def entries(runner: Runner | DeviceRunner) -> list[TokenLogprobs]:
+        found = sorted(updates(runner, 64, params, 32), key=lambda update: update.request_id)
+        return [entry for update in found for entry in [*(update.prompt_logprobs or []), *(update.logprobs or [])]]
+
+    ours, theirs = entries(device_runner(64, 1)), entries(host_runner())
+    assert len(theirs) == sum(len(prompt) - 1 + 3 for prompt in PROMPTS)
+    assert [(entry.token_id, entry.top_ids) for entry in ours] == [(entry.token_id, entry.top_ids) for entry in theirs]
+    assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
