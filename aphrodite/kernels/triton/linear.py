@@ -370,7 +370,8 @@ def gemv(
 
     Args:
         x: `[T, in]`, rows may be strided, 1 <= T <= 4.
-        weight: `[out, in]` contiguous; (gate, up) rows interleaved when there is an activation.
+        weight: `[out, in]` contiguous; (gate, up) rows interleaved when there is an activation. It is read before the
+            kernels of the same stream have ended, so none of them may write it (copies may).
         norm: RMSNorm of x: weight `[in]` and epsilon.
         config: how to cut the work; chosen by shape when None.
 
@@ -418,7 +419,7 @@ def skinny_gemm(
 
     Args:
         x: `[T, in]` of a 16-bit dtype, rows may be strided.
-        weight: `[out, in]` contiguous; (gate, up) rows interleaved when there is an activation.
+        weight: as for `gemv`.
         config: how to cut the work; chosen by shape when None.
 
     Returns:
