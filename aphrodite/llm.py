@@ -14,11 +14,22 @@ from types import TracebackType
 from typing import Any, cast
 
 from aphrodite.chat.library import load_chat_template
+from aphrodite.chat.negative import negative_messages
 from aphrodite.config import make_engine_config
+from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.builder import build_engine
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.output import RequestStream, merge_outputs
-from aphrodite.engine.preparation import answer_seeds, check_prompt, resolve_model, tokenize_words
+from aphrodite.engine.preparation import (
+    answer_seeds,
+    check_guidance,
+    check_prompt,
+    resolve_model,
+    tokenize_negative_prompt,
+    tokenize_words,
+    wants_negative_prompt,
+    with_negative_prompt,
+)
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import RequestOutput
 from aphrodite.progress import generation_progress
@@ -87,7 +98,7 @@ class LLM:
                 param="params",
             )
         checked = [self._check(*pair) for pair in zip(prompt_list, params_list, strict=True)]
-        streams = [self._add(ids, one, str(number)) for number, (ids, one) in enumerate(checked)]
+        streams = [self._add(ids, one, str(number), whole=True) for number, (ids, one) in enumerate(checked)]
         outputs = self._run(streams, progress=progress)
         for prompt, output in zip(prompt_list, outputs, strict=True):
             output.prompt = prompt if isinstance(prompt, str) else None
@@ -109,21 +120,24 @@ class LLM:
         Raises:
             InvalidRequestError: the model has no chat template, or it refuses the messages.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self.encode_chat(conversation, **template) for conversation in conversations]  # type: ignore[arg-type]
-        return self.generate(prompts, params, progress=progress)
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Sequence[Message]], [messages] if one else messages)
+        params = params or SamplingParams()
+        encoded = [self._encode_chat(conversation, params, template) for conversation in conversations]
+        return self.generate([ids for ids, _ in encoded], [guided for _, guided in encoded], progress=progress)
 
     def stream(
         self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one prompt or conversation piece by piece. Closing the iterator aborts the answer."""
+        params = params or SamplingParams()
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self.encode_chat(prompt)  # type: ignore[arg-type]
-        ids, params = self._check(prompt, params or SamplingParams())  # type: ignore[arg-type]
-        stream = self._add(ids, params, "stream")
+            prompt, params = self._encode_chat(prompt, params, {})  # type: ignore[arg-type]
+        ids, params = self._check(prompt, params)  # type: ignore[arg-type]
+        stream = self._add(ids, params, "stream", whole=False)
         try:
             while not stream.finished:
-                yield from (piece for owner, piece in self._step() if owner is stream)
+                yield from (piece for owner, piece in self._push(self._core.step()) if owner is stream)
         finally:
             self._abort(stream)
 
@@ -163,19 +177,32 @@ class LLM:
             max_logprobs=self.config.max_logprobs,
         )
         check_prompt(ids, params, vocab_size=info.vocab_size, max_model_len=info.max_model_len)
-        return ids, tokenize_words(params, self.tokenizer, info.vocab_size)
+        params = tokenize_words(params, self.tokenizer, info.vocab_size)
+        params = tokenize_negative_prompt(params, self.tokenizer, info.max_model_len)
+        check_guidance(ids, params, info)
+        return ids, params
 
-    def _add(self, ids: list[int], params: SamplingParams, request_id: str) -> RequestStream:
+    def _encode_chat(
+        self, messages: Sequence[Message], params: SamplingParams, template: Mapping[str, Any]
+    ) -> tuple[list[int], SamplingParams]:
+        """A conversation's token ids, and `params` with those of the one that guidance moves away from."""
+        if wants_negative_prompt(params):
+            negative = self.encode_chat(negative_messages(messages, params.negative_prompt), **template)
+            params = with_negative_prompt(params, negative)
+        return self.encode_chat(messages, **template), params
+
+    def _add(self, ids: list[int], params: SamplingParams, request_id: str, *, whole: bool) -> RequestStream:
         answer_ids = [str(next(self._answer_numbers)) for _ in range(params.n)]
-        stream = RequestStream(request_id, answer_ids, ids, params, self.tokenizer)
+        stream = RequestStream(request_id, answer_ids, ids, params, self.tokenizer, whole=whole)
         self._streams.update(dict.fromkeys(answer_ids, stream))
         seeds = answer_seeds(params, secrets.randbits(64))
         self._core.add(AddRequest(answer_ids, seeds, ids, params, priority=0, cache_salt=None))
         return stream
 
-    def _step(self) -> list[tuple[RequestStream, RequestOutput]]:
+    def _push(self, updates: list[RequestUpdate]) -> list[tuple[RequestStream, RequestOutput]]:
+        """Hand a step's updates to their streams; returns what comes out."""
         pieces = []
-        for update in self._core.step():
+        for update in updates:
             stream = self._streams.get(update.request_id)
             if stream is None:
                 continue
@@ -195,10 +222,15 @@ class LLM:
         collected: dict[int, list[RequestOutput]] = {id(stream): [] for stream in streams}
         try:
             with generation_progress(len(streams), show=progress) as advance:
-                while not all(stream.finished for stream in streams):
-                    for stream, piece in self._step():
+                unfinished = len(streams)
+                while unfinished:
+                    updates = self._core.step()
+                    pieces = self._push(updates)
+                    for stream, piece in pieces:
                         collected[id(stream)].append(piece)
-                        advance(sum(len(part.token_ids) for part in piece.outputs), piece.finished)
+                    ended = sum(piece.finished for _, piece in pieces)
+                    unfinished -= ended
+                    advance(sum(len(update.token_ids) for update in updates), ended)
         finally:
             for stream in streams:
                 self._abort(stream)

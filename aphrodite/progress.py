@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def generation_progress(total: int, *, show: bool) -> Iterator[Callable[[int, bool], None]]:
-    """Yields `advance(tokens, finished)`: so many new tokens, and whether a request ended with them.
+def generation_progress(total: int, *, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yields `advance(tokens, finished)`: so many new tokens, and so many requests that ended with them.
 
     Nothing is drawn unless `show` is set and standard error is a terminal.
     """
@@ -31,10 +31,10 @@ def generation_progress(total: int, *, show: bool) -> Iterator[Callable[[int, bo
         began = time.perf_counter()
         tokens_done = 0
 
-        def advance(tokens: int, finished: bool) -> None:
+        def advance(tokens: int, finished: int) -> None:
             nonlocal tokens_done
             tokens_done += tokens
             rate = tokens_done / max(time.perf_counter() - began, 1e-9)
-            bar.update(task, advance=1 if finished else 0, rate=rate)
+            bar.update(task, advance=finished, rate=rate)
 
         yield advance

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from aphrodite.core.request import Request, RequestUpdate
 from aphrodite.core.scheduler import Scheduler
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.phrase_bans import PhraseGuard, has_bans
+from aphrodite.engine.preparation import negative_prompt
 from aphrodite.errors import InvalidRequestError, QueueFullError
 from aphrodite.runner.data_plane import DataPlane
 from aphrodite.runner.results import Outcome
@@ -53,6 +53,7 @@ class EngineCore:
                 seed=seed,
                 priority=message.priority,
                 cache_salt=message.cache_salt.encode() if message.cache_salt is not None else None,
+                negative_prompt_ids=negative_prompt(message.params, message.prompt_token_ids),
             )
             for request_id, seed in zip(message.request_ids, message.seeds, strict=True)
         ]
@@ -93,7 +94,9 @@ class EngineCore:
             if plan is None:
                 break
             for start in plan.starts:
-                self._queued[start.request_id] = began - self._came.pop(start.request_id, began)
+                came = self._came.pop(start.request_id, None)
+                if came is not None:  # None: the row of a shadow, which starts with its request's
+                    self._queued[start.request_id] = began - came
             self._in_flight.append((plan, self.runner.launch(plan)))
         if self._in_flight:
             plan, pending = self._in_flight.popleft()
@@ -143,4 +146,4 @@ class EngineCore:
 
 
 def _median_ms(seconds: deque[float]) -> float:
-    return statistics.median(seconds) * 1e3 if seconds else 0.0
+    return sorted(seconds)[len(seconds) // 2] * 1e3 if seconds else 0.0

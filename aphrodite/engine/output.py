@@ -2,12 +2,15 @@
 
 A token leaves together with its text: while a stop string or a character is still incomplete, the tokens
 behind the held text wait too, so text, token ids and log-probabilities of a stream always belong together.
+
+Where nobody waits for pieces and no stop has to be searched for, an answer's tokens are only collected, and become
+text at its end: a token then costs a list's append.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.core.request import RequestUpdate
@@ -26,8 +29,69 @@ class HeldToken(NamedTuple):
     trace: TokenTrace | None
 
 
+class Answer(Protocol):
+    """One answer's way from updates to what is released of it."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    def push(self, update: RequestUpdate) -> CompletionOutput | None:
+        """Take an update; returns what may be released now, None if nothing."""
+
+
+class WholeAnswer:
+    """An answer without stops that is released in one piece, at its end."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams, *, index: int
+    ) -> None:
+        self.index = index
+        self.finished = False
+        self._params = params
+        self._tokenizer = tokenizer
+        self._prompt_token_ids = prompt_token_ids
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self._traces: list[TokenTrace] | None = [] if params.sampler_trace else None
+        self._warning: str | None = None
+
+    def push(self, update: RequestUpdate) -> CompletionOutput | None:
+        self._token_ids += update.token_ids
+        if self._logprobs is not None:
+            self._logprobs += update.logprobs or ()
+        if self._traces is not None:
+            self._traces += update.traces or ()
+        if update.warning is not None:
+            self._warning = update.warning
+        if update.finish_reason is None:
+            return None
+        self.finished = True
+        return CompletionOutput(
+            index=self.index,
+            text=self._text(last_is_silent=_ends_silently(update, self._params) and bool(update.token_ids)),
+            token_ids=self._token_ids,
+            num_tokens=len(self._token_ids),
+            logprobs=self._logprobs,
+            finish_reason=update.finish_reason,
+            stop_reason=update.stop_reason,
+            error=update.error,
+            warnings=[] if self._warning is None else [self._warning],
+            sampler_trace=self._traces,
+        )
+
+    def _text(self, *, last_is_silent: bool) -> str:
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer, self._prompt_token_ids, skip_special_tokens=self._params.skip_special_tokens
+        )
+        text = detokenizer.push_all(self._token_ids[:-1] if last_is_silent else self._token_ids)
+        return text + detokenizer.flush()
+
+
 class AnswerStream:
-    """One answer's way from token ids to released text."""
+    """An answer that is released piece by piece."""
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams, *, index: int
@@ -58,9 +122,11 @@ class AnswerStream:
         """
         if self.finished:
             return None
-        self._warning = update.warning or self._warning
-        # The token that ended the answer is part of it, its text is not (unless asked for).
-        silent_last = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        if update.warning is not None:
+            self._warning = update.warning
+        if self._stops is None and not self._held and update.finish_reason is None and len(update.token_ids) == 1:
+            return self._pass_on(update)
+        silent_last = _ends_silently(update, self._params)
         text = ""
         for position, token_id in enumerate(update.token_ids):
             silent = silent_last and position == len(update.token_ids) - 1
@@ -76,6 +142,34 @@ class AnswerStream:
         if self._stop_string is not None:
             return self._finish(text, "stop", self._stop_string)
         return self._finish(text, update.finish_reason, update.stop_reason, update.error)
+
+    def _pass_on(self, update: RequestUpdate) -> CompletionOutput | None:
+        """Take one token that only a character which it leaves incomplete can hold back."""
+        token_id = update.token_ids[0]
+        text = self._detokenizer.push(token_id)
+        self.num_tokens += 1
+        start = self._text_length
+        self._text_length = self._released_length = start + len(text)
+        logprobs, traces = update.logprobs, update.traces
+        if self._detokenizer.pending:
+            self._held.append(
+                HeldToken(
+                    token_id,
+                    logprobs[0] if logprobs else None,
+                    start,
+                    self._text_length + 1,
+                    traces[0] if traces else None,
+                )
+            )
+            return self._piece(text, []) if text else None
+        return CompletionOutput(
+            self.index,
+            text,
+            update.token_ids,
+            self.num_tokens,
+            None if self._params.logprobs is None else logprobs or [],
+            sampler_trace=traces or [] if self._params.sampler_trace else None,
+        )
 
     def _push_token(self, token_id: int, logprobs: TokenLogprobs | None, trace: TokenTrace | None, silent: bool) -> str:
         start = self._text_length
@@ -146,8 +240,16 @@ class AnswerStream:
         return piece
 
 
+def _ends_silently(update: RequestUpdate, params: SamplingParams) -> bool:
+    """Whether the update's last token ended the answer, so that its text is not part of it (unless asked for)."""
+    return update.finish_reason == "stop" and not params.include_stop_str_in_output
+
+
 class RequestStream:
     """A request's `n` answers on their way out.
+
+    Args:
+        whole: nobody waits for an answer's pieces; where there is nothing to search for in its text, it comes as one.
 
     Attributes:
         answer_ids: the engine's request id of each answer, in the order of `CompletionOutput.index`.
@@ -162,13 +264,16 @@ class RequestStream:
         prompt_token_ids: list[int],
         params: SamplingParams,
         tokenizer: Tokenizer,
+        *,
+        whole: bool = False,
     ) -> None:
         self.request_id = request_id
         self.answer_ids = answer_ids
         self.prompt_token_ids = prompt_token_ids
         self.aborts: list[str] = []
-        self._answers = {
-            answer_id: AnswerStream(tokenizer, prompt_token_ids, params, index=index)
+        kind = WholeAnswer if whole and not (params.stop or params.stop_regex) else AnswerStream
+        self._answers: dict[str, Answer] = {
+            answer_id: kind(tokenizer, prompt_token_ids, params, index=index)
             for index, answer_id in enumerate(answer_ids)
         }
         self._unfinished = len(answer_ids)
@@ -187,12 +292,12 @@ class RequestStream:
     def push(self, update: RequestUpdate) -> RequestOutput | None:
         """Take one answer's update; returns the request's next piece, None if nothing may leave yet."""
         answer = self._answers[update.request_id]
-        if answer.index == 0 and update.prompt_logprobs and self._prompt_logprobs is not None:
+        if update.prompt_logprobs and self._prompt_logprobs is not None and answer.index == 0:
             self._prompt_logprobs.extend(update.prompt_logprobs)
-        ended_before = answer.finished
-        if ended_before:
+        if answer.finished:
             return None
-        self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
+        if update.num_cached_tokens > self._num_cached_tokens:
+            self._num_cached_tokens = update.num_cached_tokens
         if self._queue_seconds is None:
             self._queue_seconds = update.queue_seconds
         piece = answer.push(update)
@@ -208,7 +313,7 @@ class RequestStream:
             outputs=[piece],
             finished=self._unfinished == 0,
             num_cached_tokens=self._num_cached_tokens,
-            prompt_logprobs=self._take_prompt_logprobs(),
+            prompt_logprobs=None if self._prompt_logprobs is None else self._take_prompt_logprobs(),
             queue_seconds=self._queue_seconds,
         )
 

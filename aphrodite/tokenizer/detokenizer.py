@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codecs import utf_8_decode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
@@ -55,6 +55,10 @@ class IncrementalDetokenizer:
         if text is not None and not self.pending and not self._at_start:
             return text
         return self._push_slowly(token_id)
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """The text that became certain with these tokens, one after the other."""
+        return "".join(map(self.push, token_ids))
 
     def _push_slowly(self, token_id: int) -> str:
         if token_id in self._skip:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from aphrodite.core.plan import TokenLogprobs
+from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.output import RequestStream, merge_outputs
 from aphrodite.matching import regex as regex_module
 from aphrodite.matching.regex import compile_regexes
-from aphrodite.outputs import RequestOutput
+from aphrodite.outputs import FinishReason, RequestOutput
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.loader import load_tokenizer
 from aphrodite.tokenizer.tokenizer import Tokenizer
@@ -130,3 +130,51 @@ def test_answers_of_one_request_end_one_by_one(tokenizer: Tokenizer) -> None:
     assert stream.finished
     merged = merge_outputs([piece for piece in pieces if piece is not None])
     assert [(answer.index, answer.text) for answer in merged.outputs] == [(0, "a "), (1, "a")]
+
+
+@pytest.mark.parametrize("reason", ["length", "stop", "error", "abort"])
+@pytest.mark.parametrize("update_size", [1, 3])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(logprobs=1, sampler_trace=True),
+        SamplingParams(include_stop_str_in_output=True, skip_special_tokens=False),
+        SamplingParams(stop=("of",), min_tokens=2),
+    ],
+)
+def test_a_whole_answer_equals_its_pieces(
+    tokenizer: Tokenizer, params: SamplingParams, update_size: int, reason: FinishReason
+) -> None:
+    ids = tokenizer.encode(STORY, add_special_tokens=False)
+    special = tokenizer.eos_token_ids[0]
+    # Cut inside a character, with a special token in the middle and at the end, and ending without a token.
+    for tokens in (ids, ids[:6], [*ids[:9], special, *ids[9:]], [*ids, special], []):
+        merged = []
+        for whole in (True, False):
+            stream = RequestStream("r", ["0"], [1], params, tokenizer, whole=whole)
+            pieces = [stream.push(update) for update in updates_of(tokens, update_size, reason)]
+            assert stream.finished
+            if whole and not params.stop:
+                assert [piece is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+            merged.append(merge_outputs([piece for piece in pieces if piece is not None]))
+        assert merged[0] == merged[1]
+
+
+def updates_of(ids: list[int], size: int, reason: FinishReason) -> list[RequestUpdate]:
+    """`ids` in updates of `size` tokens, the last with the end."""
+    parts = [ids[first : first + size] for first in range(0, len(ids), size)] or [[]]
+    return [
+        RequestUpdate(
+            "0",
+            part,
+            [logprobs(token_id) for token_id in part],
+            finish_reason=reason if number == len(parts) - 1 else None,
+            num_cached_tokens=number,
+            error="it failed" if reason == "error" and number == len(parts) - 1 else None,
+            traces=[TokenTrace(token_id, True, []) for token_id in part],
+            warning="banned" if number == 1 else None,
+            queue_seconds=0.5 if number == 0 else None,
+        )
+        for number, part in enumerate(parts)
+    ]
