@@ -195,8 +195,9 @@ class _TritonStep:
         if tokens < qkv.shape[0]:
             out[tokens:].zero_()
         for run in dense:
-            tokens = slice(run.first_token, run.first_token + run.prompts * run.length)
-            target = out[tokens].view(run.prompts, run.length, shape.num_heads, shape.head_dim)
+            target = out[run.first_token : run.first_token + run.prompts * run.length].view(
+                run.prompts, run.length, shape.num_heads, shape.head_dim
+            )
             target[:, : run.rows].copy_(attend_dense(qkv, run, shape))
         tiles = self._tiles.get(window)
         if tiles is not None:
