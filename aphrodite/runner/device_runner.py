@@ -74,8 +74,9 @@ class DeviceRunner:
         self._scored: dict[int, int] = {}  # rows whose prompt's log-probabilities are wanted: the prompt's length
         # What graphs leave behind.
         self._logits = torch.zeros(num_rows, vocab_size, dtype=executor.dtype, device=device)
-        self._token_ids = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self._flags = torch.zeros(2, num_rows, dtype=torch.bool, device=device)
+        self._chosen = torch.zeros(
+            6 * num_rows, dtype=torch.uint8, device=device
+        )  # see `_unpack`, so that one copy does
         stream = self._transfers.stream
         self._graphs = None
         if use_graphs and stream is not None:
@@ -160,8 +161,8 @@ class DeviceRunner:
             staged = self.rows.stage_decode(steps, bucket)
             graph.replay()
         if in_graph:
-            choices = [self._token_ids[:count], *self._flags[:, :count]]
-            return LaunchedStep(list(range(count)), self._transfers.to_host(choices))
+            copy = self._transfers.to_host([self._chosen])
+            return LaunchedStep(list(range(count)), copy._replace(tensors=_unpack(copy.tensors[0], count)))
         return self._sample(staged, self._logits[:count], rows, positions, list(range(count)))
 
     def _launch_ragged(self, steps: Sequence[RowStep]) -> LaunchedStep:
@@ -193,16 +194,9 @@ class DeviceRunner:
         if not samples:
             self._logits[:bucket].copy_(logits)
             return
-        token_ids = self._token_ids[:bucket]
-        self.sampler.run(
-            logits,
-            staged.sample_rows,
-            staged.sample_positions,
-            token_ids,
-            self._flags[0, :bucket],
-            self._flags[1, :bucket],
-        )
-        self.rows.append(staged, token_ids)
+        choices = _unpack(self._chosen, bucket)
+        self.sampler.run(logits, staged.sample_rows, staged.sample_positions, *choices)
+        self.rows.append(staged, choices[0])
 
     def _pad(self, bucket: int) -> None:
         self.rows.stage_decode([], bucket)
@@ -220,3 +214,10 @@ class DeviceRunner:
     def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> list[TokenLogprobs]:
         targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + len(logits)]
         return self.sampler.prompt_logprobs(logits.float(), targets, self._params[step.row].prompt_logprobs or 0)
+
+
+def _unpack(chosen: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The first `count` token ids (int32) and two flags (bool) each, of `[6 * rows]` bytes."""
+    num_rows = len(chosen) // 6
+    ok, exhausted = chosen[4 * num_rows :].view(torch.bool).view(2, num_rows)
+    return [chosen[: 4 * num_rows].view(torch.int32)[:count], ok[:count], exhausted[:count]]
