@@ -90,6 +90,9 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
         "auto", "Arithmetic type of dequantized layers; float32 is the exact reference mode.", "Compute"
     )
+    quantization: Literal["none", "fp8"] = _setting(
+        "none", "Quantize a GPU's weights at load; fp8 (e4m3) halves them and doubles the rate of products.", "Compute"
+    )
     activations: Literal["int16", "int8", "float32"] = _setting(
         "int16",
         "Activations of the native CPU kernels: int16 is near exact (mean logit error about 0.002), "

@@ -154,6 +154,8 @@ def _host_executor(
     """The native library where it can run this model, else torch; an explicit choice is never replaced."""
     if config.executor == "triton":
         raise ConfigError("--executor triton runs on GPUs; leave --executor at auto on a CPU")
+    if config.quantization != "none":
+        raise ConfigError(f"--quantization {config.quantization} is for GPUs; a CPU keeps a GGUF file's 4 to 8 bits")
     if config.kv_cache_dtype == "fp8":
         raise ConfigError("--kv-cache-dtype fp8 is for GPUs; on a CPU use float16")
     threads = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -215,7 +217,8 @@ def _build_on_device(
     spec = checkpoint.spec
     wanted_model_len = config.max_model_len or spec.max_position
     device = torch.device("cuda", torch.cuda.current_device())
-    dtype = _DTYPES.get(config.dtype) or _device_dtype(checkpoint)
+    fp8 = config.quantization == "fp8"
+    dtype = _DTYPES.get(config.dtype) or (torch.bfloat16 if fp8 else _device_dtype(checkpoint))
     free_before, total = torch.cuda.mem_get_info(device)
     executor = DeviceExecutor(
         spec,
@@ -226,6 +229,7 @@ def _build_on_device(
         kv_dtype=_KV_DTYPES.get(config.kv_cache_dtype, dtype),
         device=device,
         offload_bytes=int(config.cpu_offload_gb * (1 << 30)),
+        fp8=fp8,
     )
     workspace = device_workspace(
         spec,

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from aphrodite import platforms
 from aphrodite.kernels.dispatch import Choice, Declined, choose, log_once
 from aphrodite.layers.activation import Activation, gated_activation
 from aphrodite.layers.dense import short_name, stack_dense, to_dense
 from aphrodite.layers.invariant import decline_invariant, invariant_matmul
+from aphrodite.quantization.fp8 import decline_fp8
 from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
 from aphrodite.quantization.types import RawTensor
 
 if TYPE_CHECKING:
+    from aphrodite.layers.fp8_linear import Fp8Linear
     from aphrodite.layers.triton_linear import TritonLinear
 
 
@@ -142,6 +145,7 @@ def build_linear(
     device: torch.device,
     *,
     gated: bool = False,
+    fp8: bool = False,
 ) -> Linear:
     """A Linear of the stacked `parts` in the first layout that takes them.
 
@@ -154,6 +158,7 @@ def build_linear(
         dtype: of inputs, outputs and dense weights.
         device: where it computes.
         gated: the parts are (gate, up), and it will be called with an activation.
+        fp8: quantize dense weights of a GPU to fp8.
     """
     bias = _stack_biases(parts, biases, dtype, device)
 
@@ -171,22 +176,32 @@ def build_linear(
     if isinstance(weight, Int4Weight):
         log_once(logging.WARNING, f"{types} weights: scales rounded to bfloat16; --dtype float32 is exact")
         return Int4Linear(weight, bias, choice)
-    return dense_linear(weight, bias, choice, gated=gated)
+    return dense_linear(weight, bias, choice, gated=gated, fp8=fp8)
 
 
 def dense_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None, choice: Choice, *, gated: bool = False
-) -> DenseLinear | TritonLinear:
+    weight: torch.Tensor, bias: torch.Tensor | None, choice: Choice, *, gated: bool = False, fp8: bool = False
+) -> DenseLinear | TritonLinear | Fp8Linear:
     """A Linear over `weight` `[out, in]` for the device that it lies on.
 
     Args:
         gated: the weight is (gate, up); its rows may be reordered then.
+        fp8: quantize the weight of a GPU to fp8.
     """
     if weight.device.type == "cpu":
         return DenseLinear(weight, bias, choice)
-    from aphrodite.layers.triton_linear import TritonLinear  # Triton is there only where a GPU is
+    from aphrodite.layers.fp8_linear import Fp8Linear  # Triton is there only where a GPU is
+    from aphrodite.layers.triton_linear import TritonLinear
 
-    return TritonLinear(weight, bias, choice, gated=gated)
+    if not fp8:
+        return TritonLinear(weight, bias, choice, gated=gated)
+    fp8_dtype = platforms.platform_of(weight.device).fp8_dtype
+    declined = decline_fp8(weight, fp8_dtype)
+    if declined is None and fp8_dtype is not None:
+        return Fp8Linear(weight, bias, Choice("fp8", choice.reasons), fp8_dtype=fp8_dtype, gated=gated)
+    reason = "" if declined is None else declined.reason
+    log_once(logging.WARNING, f"a weight stays {short_name(weight.dtype)} instead of fp8: {reason}")
+    return TritonLinear(weight, bias, Choice(choice.name, (*choice.reasons, f"fp8: {reason}")), gated=gated)
 
 
 def _stack_biases(

@@ -78,27 +78,30 @@ def load_weights(
     device: torch.device,
     *,
     offload_bytes: int = 0,
+    fp8: bool = False,
 ) -> DecoderWeights:
     """Convert every tensor that `spec` calls for; peak host memory is a few MiB (4-bit: one layer's
     stacked projection) above the result.
 
     Args:
         offload_bytes: of weights to keep in host memory, rounded up to whole layers and down to what there is.
+        fp8: quantize the layers' matrices to fp8 on a GPU; embedding and head stay.
 
     Raises:
         ModelFormatError: a tensor is missing or has another shape than the spec says.
     """
-    return _Loader(spec, tensors, dtype, device).load(offload_bytes)
+    return _Loader(spec, tensors, dtype, device, fp8).load(offload_bytes)
 
 
 class _Loader:
     def __init__(
-        self, spec: ModelSpec, tensors: Mapping[str, RawTensor], dtype: torch.dtype, device: torch.device
+        self, spec: ModelSpec, tensors: Mapping[str, RawTensor], dtype: torch.dtype, device: torch.device, fp8: bool
     ) -> None:
         self._spec = spec
         self._tensors = tensors
         self._dtype = dtype
         self._device = device
+        self._fp8 = fp8
 
     def load(self, offload_bytes: int) -> DecoderWeights:
         spec = self._spec
@@ -108,7 +111,9 @@ class _Loader:
         if spec.tied_head:
             head: Linear = dense_linear(embed, None, Choice("tied to the embedding", ()))
         else:
-            head = self._linear(["head"], [spec.vocab_size], spec.hidden_size, bias=False)
+            head = build_linear(
+                [self._take("head.weight", spec.vocab_size, spec.hidden_size)], [None], self._dtype, self._device
+            )
         return DecoderWeights(embed=embed, layers=layers, norm=norm, head=head, stream=stream)
 
     def _layers(self, offload_bytes: int) -> tuple[tuple[LayerWeights, ...], LayerStream | None]:
@@ -155,7 +160,7 @@ class _Loader:
     def _linear(self, names: list[str], rows: list[int], columns: int, *, bias: bool, gated: bool = False) -> Linear:
         parts = [self._take(f"{name}.weight", out, columns) for name, out in zip(names, rows, strict=True)]
         biases = [self._take(f"{name}.bias", out) if bias else None for name, out in zip(names, rows, strict=True)]
-        return build_linear(parts, biases, self._dtype, self._device, gated=gated)
+        return build_linear(parts, biases, self._dtype, self._device, gated=gated, fp8=self._fp8)
 
     def _vector(self, name: str, size: int) -> torch.Tensor:
         return to_dense(self._take(name, size), self._dtype, self._device)

@@ -16,6 +16,7 @@ from aphrodite.layers.dense import short_name
 from aphrodite.models.decoder import Decoder, query_key_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
+from aphrodite.platforms import platform_of
 from aphrodite.quantization.types import RawTensor
 from aphrodite.runner.inputs import DeviceInputs, HostLengths
 from aphrodite.runner.memory import format_bytes
@@ -32,6 +33,7 @@ class DeviceExecutor:
         dtype: of dense weights and activations.
         kv_dtype: of the KV cache.
         offload_bytes: of weights to keep in host memory, see `load_weights`.
+        fp8: quantize the layers' matrices to fp8.
 
     Raises:
         ConfigError: the kernels cannot serve a model of this shape or these types.
@@ -49,6 +51,7 @@ class DeviceExecutor:
         kv_dtype: torch.dtype,
         device: torch.device,
         offload_bytes: int = 0,
+        fp8: bool = False,
     ) -> None:
         self.spec = spec
         self.block_size = block_size
@@ -67,7 +70,11 @@ class DeviceExecutor:
         declined = TritonAttention.decline(self._shape)
         if declined is not None:
             raise ConfigError(f"this model cannot run on the GPU: {declined.reason}; --device cpu serves it")
-        loaded = load_weights(spec, weights, dtype, device, offload_bytes=offload_bytes)
+        if fp8 and platform_of(device).fp8_dtype is None:
+            raise ConfigError(f"{platform_of(device).describe()} has no fp8 products; leave --quantization at none")
+        if fp8 and dtype != torch.bfloat16:
+            raise ConfigError(f"fp8 weights compute in bfloat16, not {short_name(dtype)}; use --dtype bfloat16")
+        loaded = load_weights(spec, weights, dtype, device, offload_bytes=offload_bytes, fp8=fp8)
         self._decoder = Decoder(spec, loaded)
         self._attention = TritonAttention(self._shape, query_key_transform(spec, loaded, max_model_len))
         self._cache: KVCache | None = None
