@@ -1,4 +1,4 @@
-"""The fast path: whole plans in one native call for all their rows.
+"""The fast path: whole plans in one native call for all their rows (on GPUs: `triton_fused.py`).
 
 A stage that names a `native` operation is one step of its row's program; the library runs the program on the
 few candidates that are left once a stage has truncated, and takes the same draw as the stages would. A plan
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,29 +38,102 @@ class Choices(NamedTuple):
 
 
 class HostChoices(NamedTuple):
-    """Choices in the host's memory, as torch sees it and as numpy does."""
+    """Choices as torch sees them and, where they are in the host's memory, as numpy does."""
 
     tensors: Choices
-    arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     addresses: tuple[int, int, int]
 
     @staticmethod
     def of(choices: Choices) -> HostChoices:
         token_ids, ok, exhausted = choices
-        arrays = token_ids.numpy(), ok.numpy(), exhausted.numpy()
+        on_host = token_ids.device.type == "cpu"
+        arrays = (token_ids.numpy(), ok.numpy(), exhausted.numpy()) if on_host else None
         return HostChoices(choices, arrays, (token_ids.data_ptr(), ok.data_ptr(), exhausted.data_ptr()))
 
 
-class FusedSampler:
-    """Programs of the rows that the native library samples, and the call that does it.
+class FastPath(Protocol):
+    """Samples the rows whose whole plan it knows.
 
     Attributes:
         rows: those that take this path.
         wanted: of these, how many top log-probabilities each wants, where it wants any.
+        native: the library that samples here, which stages may call too, if it is one.
     """
 
+    rows: set[int]
+    wanted: dict[int, int]
+    native: native_sampling.NativeSampling | None
+
+    def start(self, row: int, plan: SamplingPlan, seed: int, num_prompt: int) -> bool:
+        """Take the row if every stage of its plan, whose tensors are on the CPU, is known here; says whether."""
+
+    def end(self, row: int) -> None:
+        """The row's request is gone and the row is free."""
+
+    def rewind(self, row: int, position: int) -> None:
+        """Forget the row's tokens at `position` and after it; the row's history is right before that."""
+
+    def choices(self, count: int) -> HostChoices:
+        """Where the choices of `count` rows may go, until the next call."""
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        entries: Sequence[int] | None,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        barred: Mapping[int, Set[int]],
+        choices: HostChoices,
+    ) -> tuple[LogprobTensors | None, dict[int, int]]:
+        """Sample `entries` (None: all) of `logits` [L, vocab], whose rows are `rows`.
+
+        Args:
+            barred: tokens that a row may not choose now.
+            choices: written at `entries`.
+
+        Returns:
+            Log-probabilities of the entries that want any, and the number of top tokens that each wants.
+        """
+
+
+@runtime_checkable
+class DeviceSampler(FastPath, Protocol):
+    """A fast path that an accelerator runs without the host, so that a graph can hold it."""
+
+    def stage(self, rows: Sequence[int], positions: Sequence[int], barred: Mapping[int, Set[int]]) -> None:
+        """Set which tokens each row may not choose at its position; to be called before `run`."""
+
+    def run(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        token_ids: torch.Tensor,
+        ok: torch.Tensor,
+        exhausted: torch.Tensor,
+    ) -> None:
+        """What `Sampler.run` says."""
+
+
+def open_fast_path(info: SamplerInfo) -> FastPath | None:
+    """The fast path for the device, or None with the reason in the log."""
+    if info.device.type != "cuda":
+        return FusedSampler.open(info)
+    try:
+        from aphrodite.sampling.triton_fused import TritonSampler
+    except ImportError as error:
+        logger.warning("sampling runs as torch operations, not in Triton kernels: %s", error)
+        return None
+    return TritonSampler(info)
+
+
+class FusedSampler:
+    """Programs of the rows that the native library samples, and the call that does it: a `FastPath`."""
+
     def __init__(self, native: native_sampling.NativeSampling, info: SamplerInfo) -> None:
-        self.native = native
+        self.native: native_sampling.NativeSampling | None = native
+        self._library = native
         self.rows: set[int] = set()
         self.wanted: dict[int, int] = {}
         self._table = np.zeros(info.num_rows, native_sampling.ROW)
@@ -82,7 +155,7 @@ class FusedSampler:
 
     @staticmethod
     def open(info: SamplerInfo) -> FusedSampler | None:
-        """The fast path for this device, or None with the reason in the log."""
+        """The native library's, or None with the reason in the log."""
         native = native_sampling.load() if info.device.type == "cpu" else None
         if native is None:
             reason = library.unavailable_reason() if info.device.type == "cpu" else f"it has none for {info.device}"
@@ -120,6 +193,9 @@ class FusedSampler:
         self.wanted.pop(row, None)
         del self._programs[row]
 
+    def rewind(self, row: int, position: int) -> None:
+        """Nothing: the library reads the history anew at every token."""
+
     def choices(self, count: int) -> HostChoices:
         """Where the choices of `count` rows may go; the same memory every time."""
         found = self._choices.get(count)
@@ -156,7 +232,7 @@ class FusedSampler:
         wanted = self._wanted_by(entries, rows) if self.wanted else {}
         outputs = self._logprob_outputs(len(logits), max(wanted.values())) if wanted else None
         masks = self._bar(barred) if barred else {}
-        self.native.sample(batch)
+        self._library.sample(batch)
         for row in masks:
             self._table[row]["barred_count"] = 0
         if outputs is None:

@@ -18,7 +18,7 @@ from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.errors import RequestFailedError
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.sampling.draw import draw
-from aphrodite.sampling.fused import Choices, FusedSampler, HostChoices
+from aphrodite.sampling.fused import Choices, DeviceSampler, FastPath, HostChoices, open_fast_path
 from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs, join_logprobs
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.plan import SamplingPlan, compile_plan
@@ -73,7 +73,7 @@ class Sampler:
         token_ids: [num_rows, max_model_len] int32, the runner's history of every row, prompt first. The
             runner writes chosen tokens there before the next `sample`.
         num_prompt: [num_rows], the runner's prompt lengths.
-        native: whether the native library may be used.
+        native: whether the native library, or the kernels for GPUs, may be used.
         vocabulary: for stages whose parameters are texts.
     """
 
@@ -90,8 +90,8 @@ class Sampler:
         vocabulary: Vocabulary | None = None,
     ) -> None:
         info = SamplerInfo(num_rows, vocab_size, device, token_ids, num_prompt)
-        self._fused = FusedSampler.open(info) if native else None
-        self._info = info._replace(native=self._fused is not None)
+        self._fused: FastPath | None = open_fast_path(info) if native else None
+        self._info = info._replace(native=self._fused is not None and self._fused.native is not None)
         self._vocabulary = vocabulary
         # A tokenizer may name tokens that the model has no logits for.
         self._eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
@@ -109,11 +109,13 @@ class Sampler:
         """A request with valid `params` takes a free row; `seed` is an unsigned 64-bit number."""
         if row in self._plans:
             raise ValueError(f"row {row} is taken")
-        shared = self._info
-        info = RowInfo(shared.vocab_size, self._eos_token_ids, len(prompt_token_ids), shared.device, self._vocabulary)
+        shared, host = self._info, torch.device("cpu")
+        info = RowInfo(shared.vocab_size, self._eos_token_ids, len(prompt_token_ids), host, self._vocabulary)
         plan = self._plans[row] = compile_plan(params, info)
         if self._fused is not None and not plan.trace and self._fused.start(row, plan, seed, len(prompt_token_ids)):
             return
+        if shared.device != host:
+            plan = self._plans[row] = compile_plan(params, info._replace(device=shared.device))
         self._seeds[row] = signed_seed(seed)
         for name, step in plan.steps.items():
             if step.values:
@@ -153,7 +155,8 @@ class Sampler:
         barred = self._barred.get(row, {})
         for later in [barred_at for barred_at in barred if barred_at > position]:
             del barred[later]
-        if row in self._fused_rows:
+        if self._fused is not None and row in self._fused_rows:
+            self._fused.rewind(row, position)
             return
         for name in self._plans[row].steps:
             state = self._states[name]
@@ -193,6 +196,39 @@ class Sampler:
             tensors, wanted = self._fused.sample(logits, None, rows, positions, barred, choices)
             return Sampled(*choices.tensors, tensors, wanted, {}, choices.arrays)
         return self._sample_mixed(logits, rows, positions, barred)
+
+    def stage(self, rows: Sequence[int], positions: Sequence[int]) -> bool:
+        """Prepare a call of `run` for these rows and positions; False if some of them need `sample`."""
+        device = self._fused
+        if not isinstance(device, DeviceSampler) or not device.rows.issuperset(rows):
+            return False
+        if device.wanted and not device.wanted.keys().isdisjoint(rows):
+            return False
+        device.stage(rows, positions, self._barred_at(rows, positions) if self._barred else {})
+        return True
+
+    def run(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        token_ids: torch.Tensor,
+        ok: torch.Tensor,
+        exhausted: torch.Tensor,
+    ) -> None:
+        """Choose a token for each row on the device alone, so that a CUDA graph can hold it; `stage` comes before.
+
+        Args:
+            logits: [B, vocab] of any floating type, contiguous rows; read only.
+            rows, positions: [B] int32 on the device; row `num_rows` is padding, whose token is 0 and not ok.
+            token_ids: [B] int32, written like `Sampled.token_ids`. ok, exhausted: [B] bool, likewise.
+
+        Raises:
+            TypeError: there is no such sampler for this device.
+        """
+        if not isinstance(self._fused, DeviceSampler):
+            raise TypeError(f"rows are not sampled by {self._info.device} alone")
+        self._fused.run(logits, rows, positions, token_ids, ok, exhausted)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:

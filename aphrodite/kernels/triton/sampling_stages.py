@@ -1,0 +1,315 @@
+"""A row's program as passes over its survivors: values in memory, -inf where masked, in the order of their tokens.
+
+The same code runs over a short list of candidates and, where they are too many, over the whole vocabulary. Definitions
+are those of sampling/stages; each operation is one of `NativeOp`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aphrodite.kernels.triton import sampling_record as r
+from aphrodite.kernels.triton.sampling_read import edit, floats_at, log, op_at, uniforms_at, value_of
+from aphrodite.kernels.triton.sampling_search import BY_MASS, BY_TYPICALITY, BY_VALUE, find_cut, keep
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOWEST_TEMPERATURE = tl.constexpr(1e-5)
+_FARTHEST = tl.constexpr(-1e6)  # stages/quadratic.py
+_USE_XTC = tl.constexpr(1)  # sampling/random.py
+
+
+@triton.jit
+def token_at(tokens, at, mask, WIDE: tl.constexpr):
+    """The tokens of entries `at`."""
+    return at if WIDE else tl.load(tokens + at, mask, other=0)
+
+
+@triton.jit
+def sums_of(values, count, top, BLOCK: tl.constexpr):
+    """Of the survivors, float64: sum of exp(d), of exp(d) * d, their number; d = value - top."""
+    mass, weighted = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    left = tl.full([], 0.0, tl.float64)
+    begin = 0
+    while begin < count:
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(values + at, at < count, other=-float("inf"))
+        there = x > -float("inf")
+        below = tl.where(there, x - top, 0.0)
+        weight = tl.where(there, tl.exp(below), 0.0)
+        mass += tl.sum(weight, axis=0).to(tl.float64)
+        weighted += tl.sum(weight * below, axis=0).to(tl.float64)
+        left += tl.sum(there.to(tl.int32), axis=0).to(tl.float64)
+        begin += BLOCK
+    return mass, weighted, left
+
+
+@triton.jit
+def deviation_of(values, count, top, left, BLOCK: tl.constexpr):
+    """Population standard deviation of the survivors, float64."""
+    total, squares = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    begin = 0
+    while begin < count:
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(values + at, at < count, other=-float("inf"))
+        total += tl.sum(tl.where(x > -float("inf"), x - top, 0.0), axis=0).to(tl.float64)
+        begin += BLOCK
+    mean = (total / left).to(tl.float32)
+    begin = 0
+    while begin < count:
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(values + at, at < count, other=-float("inf"))
+        apart = tl.where(x > -float("inf"), (x - top) - mean, 0.0)
+        squares += tl.sum(apart * apart, axis=0).to(tl.float64)
+        begin += BLOCK
+    return tl.sqrt(squares / left)
+
+
+@triton.jit
+def dynamic_temperature(op, mass, weighted, left):
+    """What to divide by, float32. values: lowest, highest - lowest, exponent."""
+    entropy = log(mass) - (weighted / mass).to(tl.float32)
+    share = tl.minimum(tl.maximum(entropy / log(tl.maximum(left, 2.0)), 0.0), 1.0)
+    bent = tl.where(share > 0, tl.exp(value_of(op, 2) * log(tl.maximum(share, 1e-37))), 0.0)
+    return tl.maximum(value_of(op, 0) + value_of(op, 1) * bent, _LOWEST_TEMPERATURE)
+
+
+@triton.jit
+def is_threshold(code):
+    """Whether an operation keeps what reaches `threshold`."""
+    by_sums = (code == r.TOP_A) | (code == r.EPSILON_CUTOFF) | (code == r.ETA_CUTOFF) | (code == r.MIROSTAT)
+    return by_sums | (code == r.MIN_P) | (code == r.TOP_NSIGMA)
+
+
+@triton.jit
+def needs_sums(code):
+    """Whether an operation reads mass, weighted sum or count."""
+    edits = (code == r.TEMPERATURE) | (code == r.PENALTIES) | (code == r.DRY) | (code == r.NO_REPEAT_NGRAM)
+    return ~(edits | (code == r.MIN_P) | (code == r.TOP_K) | (code == r.QUADRATIC))
+
+
+@triton.jit
+def threshold(op, code, top, mass, weighted, deviation, number):
+    """The lowest logit that stays, float32. `number`: mirostat's mu."""
+    first = value_of(op, 0)
+    normalizer = log(mass)  # of logits relative to the top
+    lowest = top + first
+    if code != r.MIN_P:
+        level = normalizer - number * _LN2
+        if code == r.TOP_NSIGMA:
+            level = -(first.to(tl.float64) * deviation).to(tl.float32)
+        elif code == r.TOP_A:
+            level = first - normalizer
+        elif code == r.EPSILON_CUTOFF:
+            level = first + normalizer
+        elif code == r.ETA_CUTOFF:
+            level = tl.minimum(first, first / 2 - normalizer + (weighted / mass).to(tl.float32)) + normalizer
+        lowest = top + tl.minimum(level, 0.0)
+    return lowest
+
+
+@triton.jit
+def number_at(op, record, position, first):
+    """The number that mirostat or adaptive-p keeps for this position; `first` where the answer begins."""
+    number = first
+    if position != tl.load(record + r.NUM_PROMPT):
+        number = tl.load(floats_at(op + r.POINTER) + position)
+    return number
+
+
+@triton.jit
+def _keep_at_least(values, count, lowest, BLOCK: tl.constexpr):
+    tl.debug_barrier()
+    begin = 0
+    while begin < count:
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(values + at, at < count, other=-float("inf"))
+        tl.store(values + at, tl.where(x < lowest, -float("inf"), x), at < count)
+        begin += BLOCK
+    tl.debug_barrier()
+
+
+@triton.jit
+def _divide(values, count, divisor, BLOCK: tl.constexpr):
+    tl.debug_barrier()
+    begin = 0
+    while begin < count:
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(values + at, at < count, other=-float("inf"))
+        tl.store(values + at, tl.div_rn(x, divisor + tl.zeros_like(x)), at < count)
+        begin += BLOCK
+    tl.debug_barrier()
+
+
+@triton.jit
+def _quadratic(op, values, count, top, BLOCK: tl.constexpr):
+    """values: k, s. Returns the largest, which a negative k or s may raise."""
+    k, s = value_of(op, 0), value_of(op, 1)
+    highest = tl.full([], -float("inf"), tl.float32)
+    tl.debug_barrier()
+    begin = 0
+    while begin < count:
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(values + at, at < count, other=-float("inf"))
+        distance = tl.maximum(x - top, _FARTHEST)
+        smoothed = tl.where(x == -float("inf"), x, top + distance * distance * (s * distance - k))
+        tl.store(values + at, smoothed, at < count)
+        highest = tl.maximum(highest, tl.max(smoothed, axis=0))
+        begin += BLOCK
+    tl.debug_barrier()
+    return highest
+
+
+@triton.jit
+def _edit_all(op, values, tokens, count, top, counts, marks, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """An operation on single tokens; an n-gram ban is undone where it would leave nothing. Returns the largest."""
+    highest = top
+    tl.debug_barrier()
+    if (tl.load(op + r.CODE) != r.NO_REPEAT_NGRAM) | _leaves_some(values, tokens, count, marks, WIDE, BLOCK):
+        highest = tl.full([], -float("inf"), tl.float32)
+        begin = 0
+        while begin < count:
+            at = begin + tl.arange(0, BLOCK)
+            mask = at < count
+            x = tl.load(values + at, mask, other=-float("inf"))
+            x = edit(op, x, token_at(tokens, at, mask, WIDE), mask, counts, marks, False)
+            tl.store(values + at, x, mask)
+            highest = tl.maximum(highest, tl.max(x, axis=0))
+            begin += BLOCK
+    tl.debug_barrier()
+    return highest
+
+
+@triton.jit
+def _leaves_some(values, tokens, count, marks, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether a survivor would not repeat an n-gram."""
+    left = tl.full([], 0, tl.int32)
+    begin = 0
+    while begin < count:
+        at = begin + tl.arange(0, BLOCK)
+        mask = at < count
+        there = tl.load(values + at, mask, other=-float("inf")) > -float("inf")
+        free = tl.load(marks + token_at(tokens, at, mask, WIDE), mask, other=-1) >= 0
+        left = tl.maximum(left, tl.max((there & free).to(tl.int32), axis=0))
+        begin += BLOCK
+    return left > 0
+
+
+@triton.jit
+def _xtc(op, record, position, values, tokens, count, top, mass, marks, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """values: probability, logarithm of the threshold. Returns the largest of what stays."""
+    coin = tl.max(uniforms_at(record, position, _USE_XTC, tl.zeros([1], tl.int32)), axis=0)
+    highest = top
+    if coin < value_of(op, 0):
+        level = value_of(op, 1) + log(mass)
+        least, spared = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32)
+        begin = 0
+        while begin < count:
+            at = begin + tl.arange(0, BLOCK)
+            x = tl.load(values + at, at < count, other=-float("inf"))
+            chosen = (x > -float("inf")) & (x - top >= level)
+            here = tl.min(tl.where(chosen, x, float("inf")), axis=0)
+            last = tl.max(tl.where(chosen & (x == here), at, -1), axis=0)
+            spared = tl.where(here <= least, tl.where(last >= 0, last, spared), spared)
+            least = tl.minimum(least, here)
+            begin += BLOCK
+        highest = tl.full([], -float("inf"), tl.float32)
+        tl.debug_barrier()
+        begin = 0
+        while begin < count:
+            at = begin + tl.arange(0, BLOCK)
+            mask = at < count
+            x = tl.load(values + at, mask, other=-float("inf"))
+            removed = (x - top >= level) & (at != spared)
+            mark = tl.load(marks + token_at(tokens, at, mask, WIDE), mask & removed, other=0)
+            x = tl.where(removed & ((mark & r.PROTECTED) == 0), -float("inf"), x)
+            tl.store(values + at, x, mask)
+            highest = tl.maximum(highest, tl.max(x, axis=0))
+            begin += BLOCK
+        tl.debug_barrier()
+    return highest
+
+
+@triton.jit
+def _cut(op, code, values, count, top, mass, weighted, BLOCK: tl.constexpr):
+    """Top-k, top-p and typical-p. Returns the largest of what stays."""
+    kind, offset = tl.full([], BY_MASS, tl.int32), top
+    target = value_of(op, 0).to(tl.float64)
+    if code == r.TOP_K:
+        kind = tl.full([], BY_VALUE, tl.int32)
+    else:
+        target = target * mass
+    if code == r.TYPICAL_P:
+        kind = tl.full([], BY_TYPICALITY, tl.int32)
+        offset = -(weighted / mass).to(tl.float32)  # -ln p - H = -(value - top) + weighted / mass
+    cut, last = find_cut(values, count, top, offset, target, kind, BLOCK)
+    return keep(values, count, top, offset, cut, last, kind, BLOCK)
+
+
+@triton.jit
+def run_program(
+    record,
+    position,
+    first,
+    values,
+    tokens,
+    count,
+    top,
+    first_mass,
+    first_weighted,
+    first_left,
+    first_deviation,
+    counts,
+    marks,
+    floats,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Run the row's operations from `first` on and note in `floats` how to draw; returns the largest of what is left.
+
+    Args:
+        values: [count] float32, changed. tokens: [count] int32, the entries' tokens (unused if WIDE: entry = token).
+        top: the largest of `values`, finite.
+        first_mass, ...: what operation `first` has to go by where `values` are not the whole distribution (not WIDE).
+        floats: the row's state.
+    """
+    num_ops = tl.load(record + r.OPS)
+    index = first
+    while index < num_ops:
+        op = op_at(record, index)
+        code = tl.load(op + r.CODE)
+        if tl.abs(top) < float("inf"):
+            mass, weighted, left = first_mass, first_weighted, first_left
+            if needs_sums(code) & (WIDE | (index > first)):
+                mass, weighted, left = sums_of(values, count, top, BLOCK)
+            if is_threshold(code):
+                deviation = first_deviation
+                if (code == r.TOP_NSIGMA) & (WIDE | (index > first)):
+                    deviation = deviation_of(values, count, top, left, BLOCK)
+                number = tl.full([], 0.0, tl.float32)
+                if code == r.MIROSTAT:
+                    number = number_at(op, record, position, 2 * value_of(op, 1))
+                lowest = threshold(op, code, top, mass, weighted, deviation, number)
+                _keep_at_least(values, count, lowest, BLOCK)
+                if code == r.MIROSTAT:
+                    mass, weighted, left = sums_of(values, count, top, BLOCK)
+                    tl.store(floats + r.NORMALIZER, top + log(mass))
+            elif (code == r.TOP_K) | (code == r.TOP_P) | (code == r.TYPICAL_P):
+                top = _cut(op, code, values, count, top, mass, weighted, BLOCK)
+            elif code == r.DYNAMIC_TEMPERATURE:
+                divisor = dynamic_temperature(op, mass, weighted, left)
+                _divide(values, count, divisor, BLOCK)
+                top = tl.div_rn(top, divisor)
+            elif code == r.QUADRATIC:
+                top = _quadratic(op, values, count, top, BLOCK)
+            elif code == r.XTC:
+                top = _xtc(op, record, position, values, tokens, count, top, mass, marks, WIDE, BLOCK)
+            elif code == r.ADAPTIVE_P:
+                average = number_at(op, record, position, value_of(op, 0))
+                tl.store(floats + r.SHAPED, 1.0)
+                tl.store(floats + r.TARGET, tl.minimum(tl.maximum(2 * value_of(op, 0) - average, 0.0), 1.0))
+                tl.store(floats + r.NORMALIZER, top + log(mass))
+            else:
+                top = _edit_all(op, values, tokens, count, top, counts, marks, WIDE, BLOCK)
+        index += 1
+    return top
