@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from aphrodite.config import EngineConfig
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
+from aphrodite.loading.checkpoint import open_checkpoint
+from aphrodite.loading.dummy import dummy_weights
+from aphrodite.loading.parameters import HF_NAMES
+from aphrodite.quantization.dequantize import dequantize
+from aphrodite.quantization.types import QuantType
 from aphrodite.sampling.params import SamplingParams
 
 TINY = {
@@ -50,7 +56,11 @@ OTHERS = [
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
+    """Random weights in a file: dummy ones are others on a GPU than on a CPU."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
+    weights = dummy_weights(open_checkpoint(tmp_path, load_format="dummy").spec, QuantType.F32)
+    tensors = {HF_NAMES.checkpoint_name(name): dequantize(raw) for name, raw in weights.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -60,7 +70,7 @@ def make_core(model: Path) -> Iterator[Any]:
 
     def make(**settings: Any) -> EngineCore:
         chosen = {"device": "cuda", "dtype": "float32", "kv_cache_memory": 1 << 28, "max_num_seqs": 16, **settings}
-        cores.append(build_engine(EngineConfig(model=str(model), load_format="dummy", **chosen), ()).core)
+        cores.append(build_engine(EngineConfig(model=str(model), **chosen), ()).core)
         return cores[-1]
 
     yield make
