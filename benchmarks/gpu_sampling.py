@@ -1,11 +1,11 @@
 """Time of sampling a batch on a GPU, as a decode step's graph holds it, beside one read of the logits.
 
-    python benchmarks/gpu_sampling.py [--vocab 128256 151936] [--rows 1 32 128 256]
+    python benchmarks/gpu_sampling.py [--vocab 128256 151936] [--rows 1 32 128 256] [--settings greedy ...]
 
-Every setting is captured in a CUDA graph and replayed over logits of several buffers, so that the L2 cache does not hold
-them. "model" logits have a bulk of unlikely tokens and a few dozen likely ones; "flat" ones are normal with deviation 1,
-so that nearly every token survives a truncation by mass. "read" is the time of the logits' bytes at the card's bandwidth
-(3.17 TB/s measured on an H100). bfloat16 logits, history of 1,000 tokens.
+Every setting is captured in a CUDA graph and replayed over logits of several buffers, so that the L2 cache does not
+hold them. "model" logits have a bulk of unlikely tokens and a few dozen likely ones; "flat" ones are normal with
+deviation 1, so that nearly every token survives a truncation by mass. "read" is the time of the logits' bytes at the
+card's bandwidth (3.17 TB/s measured on an H100). bfloat16 logits, history of 1,000 tokens.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ def microseconds(sampler: Sampler, buffers: list[torch.Tensor], rows: int) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vocab", type=int, nargs="+", default=[128_256, 151_936])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[128_256])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 128, 256])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
     options = parser.parse_args()
     device = torch.device("cuda")
     print(f"{torch.cuda.get_device_name()}; us a step; target in brackets is for 128 x 128,256")
@@ -124,11 +125,13 @@ def main() -> None:
             print(f"{'rows':26}" + "".join(f"{rows:>10}" for rows in options.rows))
             reads = [2 * rows * vocab / BANDWIDTH * 1e6 for rows in options.rows]
             print(f"{'read':26}" + "".join(f"{read:>10.1f}" for read in reads))
-            for name, (fields, target) in SETTINGS.items():
+            logits = {rows: logits_of(kind, rows, vocab, device) for rows in options.rows}
+            for name in options.settings:
+                fields, target = SETTINGS[name]
                 cells = []
                 for rows in options.rows:
                     try:
-                        buffers = [logits_of(kind, rows, vocab, device) for _ in range(BUFFERS)]
+                        buffers = [logits[rows].clone() for _ in range(BUFFERS)]
                         cells.append(f"{microseconds(started(fields, rows, vocab, device), buffers, rows):>10.1f}")
                     except Exception:  # the other cases still say something
                         traceback.print_exc(limit=3)

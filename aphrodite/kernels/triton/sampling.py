@@ -533,8 +533,8 @@ class SamplingKernels:
             self._states,
             self._floats,
             *sizes,
-            CHUNKS=triton.next_power_of_2(self._chunks),
-            PIECES=triton.next_power_of_2(self._pieces),
+            CHUNKS=max(triton.next_power_of_2(self._chunks), 32),
+            PIECES=max(triton.next_power_of_2(self._pieces), 32),
             **EXACT,
         )
         drawn = (self._work, self._states, self._floats)
@@ -567,7 +567,7 @@ class SamplingKernels:
             out_exhausted,
             self.vocab,
             self._draws,
-            DRAWS=triton.next_power_of_2(self._draws),
+            DRAWS=max(triton.next_power_of_2(self._draws), 32),
         )
         unmark_kernel[(batch,)](rows, positions, self.records, self.marks, *history)
 
