@@ -74,6 +74,12 @@ class EngineConfig:
         None, "Name of a built-in chat template or path of a Jinja file, instead of the model's own.", "Model",
         example="chatml",
     )  # fmt: skip
+    generation_config: Literal["auto", "none"] = _setting(
+        "auto",
+        "Where sampling values come from that a request does not name: from what the model recommends "
+        "(generation_config.json or GGUF metadata: temperature, top_p, top_k, min_p, repetition_penalty), or `none`.",
+        "Model",
+    )
     cache_dir: str | None = _setting(
         None, "Where fetched models are kept; default is ~/.cache/aphrodite (or below XDG_CACHE_HOME).", "Model"
     )
@@ -179,6 +185,22 @@ class ServerSettings:
     shutdown_timeout: float = _setting(
         30.0, "Seconds that running requests get to finish after SIGTERM.", "Server", ge=0, le=86400, unit="seconds"
     )
+    request_timeout: float | None = _setting(
+        None, "Longest life of one generation in seconds, waiting included; auto is no limit.", "Server",
+        ge=0.001, le=86400 * 30, unit="seconds",
+    )  # fmt: skip
+    ping_interval: float = _setting(
+        10.0, "Seconds of silence after which a stream gets a comment line, so that proxies keep it.", "Server",
+        ge=0.1, le=86400, unit="seconds",
+    )  # fmt: skip
+    write_timeout: float = _setting(
+        60.0, "Seconds after which a client that does not read its stream counts as gone.", "Server",
+        ge=0.1, le=86400, unit="seconds",
+    )  # fmt: skip
+    health_timeout: float = _setting(
+        10.0, "Seconds that the engine's loop may take to answer before /health says 503.", "Server",
+        ge=0.1, le=86400, unit="seconds",
+    )  # fmt: skip
     trust_request_chat_template: bool = _setting(
         False, "Accept a chat template inside a request (rendered in the sandbox).", "Server"
     )

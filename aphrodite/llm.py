@@ -81,7 +81,7 @@ class LLM:
         """Answer every prompt (text or token ids); results come in the order of the prompts.
 
         Args:
-            params: one for all prompts or one each.
+            params: one for all prompts or one each; None takes the model's own defaults.
             progress: show a progress bar with the rate.
 
         Raises:
@@ -89,7 +89,7 @@ class LLM:
         """
         prompt_list = _prompt_list(prompts)
         if params is None or isinstance(params, SamplingParams):
-            params_list = [params or SamplingParams()] * len(prompt_list)
+            params_list = [params or self.sampling_defaults] * len(prompt_list)
         else:
             params_list = list(params)
         if len(params_list) != len(prompt_list):
@@ -122,7 +122,7 @@ class LLM:
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], [messages] if one else messages)
-        params = params or SamplingParams()
+        params = params or self.sampling_defaults
         encoded = [self._encode_chat(conversation, params, template) for conversation in conversations]
         return self.generate([ids for ids, _ in encoded], [guided for _, guided in encoded], progress=progress)
 
@@ -130,7 +130,7 @@ class LLM:
         self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one prompt or conversation piece by piece. Closing the iterator aborts the answer."""
-        params = params or SamplingParams()
+        params = params or self.sampling_defaults
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt, params = self._encode_chat(prompt, params, {})  # type: ignore[arg-type]
         ids, params = self._check(prompt, params)  # type: ignore[arg-type]
@@ -160,6 +160,11 @@ class LLM:
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why."""
         return dict(self.info.kernels)
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What the model's authors recommend (setting `generation_config`); used where no `params` are given."""
+        return self.info.sampling_defaults
 
     def close(self) -> None:
         """End what still runs and stop the engine's threads."""

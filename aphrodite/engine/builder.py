@@ -16,6 +16,7 @@ from aphrodite.config import EngineConfig
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import EngineInfo
+from aphrodite.engine.sampling_defaults import sampling_defaults
 from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.models.spec import ModelSpec
@@ -75,6 +76,7 @@ def build_engine(
     if config.model is None:
         raise ConfigError("no model was named")
     checkpoint = open_checkpoint(config.model, load_format=config.load_format)
+    defaults = sampling_defaults(checkpoint.generation_defaults, source=config.generation_config)
     weights = _ReportingWeights(checkpoint.weights, checkpoint.weight_bytes, progress)
     eos = frozenset(checkpoint.generation_defaults.eos_token_ids).union(eos_token_ids)
     build = _build_on_device if _serves_on_gpu(config) else _build_on_host
@@ -107,6 +109,7 @@ def build_engine(
         memory_plan=memory.lines(),
         kernels=executor.describe(),
         load_seconds=time.perf_counter() - began,
+        sampling_defaults=defaults,
     )
     return BuiltEngine(EngineCore(scheduler, runner, tokenizer), info, memory)
 

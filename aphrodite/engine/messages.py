@@ -68,6 +68,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     memory_plan: list[str]
     kernels: dict[str, str]
     load_seconds: float
+    sampling_defaults: SamplingParams  # of requests that name no values
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -66,5 +66,9 @@ class ServerConfig:
             trust_request_chat_template=settings.trust_request_chat_template,
             log_requests=settings.log_requests,
             shutdown_timeout=settings.shutdown_timeout,
+            request_timeout=settings.request_timeout,
+            ping_interval=settings.ping_interval,
+            write_timeout=settings.write_timeout,
+            health_timeout=settings.health_timeout,
             max_body_bytes=settings.max_body_bytes,
         )

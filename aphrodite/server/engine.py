@@ -31,6 +31,8 @@ class ModelInfo(Protocol):
     def max_logprobs(self) -> int: ...
     @property
     def created(self) -> int: ...
+    @property
+    def sampling_defaults(self) -> SamplingParams: ...
 
 
 class Engine(Protocol):
@@ -61,7 +63,7 @@ class Engine(Protocol):
         """
 
     async def check_health(self) -> None:
-        """Go once through the engine loop; raises `EngineDeadError` when it does not answer."""
+        """Go once through the engine loop, waiting without limit; raises `EngineDeadError` when it is gone."""
 
     def stats(self) -> EngineStats:
         """Gauges and running totals as of the latest step."""

@@ -57,6 +57,7 @@ class FakeModel:
     vocab_size: int = 258
     max_logprobs: int = 20
     created: int = 1_700_000_000
+    sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
 
 
 TEMPLATE = """\

@@ -16,6 +16,7 @@ import pytest
 from fake_engine import FakeEngine
 from running import running_server
 
+from aphrodite.config import ServerSettings
 from aphrodite.errors import ConfigError
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.run import bind_socket, serve
@@ -173,3 +174,11 @@ def test_a_process_that_serves_ends_with_the_exit_code_of_serve() -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
     process.stdout.close()
+
+
+def test_every_time_out_of_the_settings_reaches_the_server() -> None:
+    names = ("shutdown_timeout", "request_timeout", "ping_interval", "write_timeout", "health_timeout")
+    values = {name: 100.0 + number for number, name in enumerate(names)}
+    config = ServerConfig.from_settings(ServerSettings(**values))
+    assert {name: getattr(config, name) for name in names} == values
+    assert ServerConfig.from_settings(ServerSettings()) == ServerConfig()

@@ -46,7 +46,7 @@ class ChatEndpoint:
         refuse_unsupported(body)
         fields = parse(ChatFields, body)
         model = context.resolve_model(fields.model)
-        base = SamplingParams(logprobs=self._num_logprobs(fields))
+        base = msgspec.structs.replace(context.engine.model.sampling_defaults, logprobs=self._num_logprobs(fields))
         params = sampling_params(body, ChatFields, context.engine.model, base=base)
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:

@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 
 from aphrodite.core.plan import TokenLogprobs
 from aphrodite.outputs import CompletionOutput, RequestOutput
-from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
@@ -38,7 +37,7 @@ from aphrodite.server.openai.protocol import (
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.sse import EventResponse, EventStream
 
-_BASE = SamplingParams(max_tokens=16)
+_MAX_TOKENS = 16  # where the client says nothing
 
 
 class CompletionEndpoint:
@@ -52,7 +51,8 @@ class CompletionEndpoint:
         refuse_unsupported(body)
         fields = parse(CompletionFields, body)
         model = context.resolve_model(fields.model)
-        params = sampling_params(body, CompletionFields, context.engine.model, base=_BASE)
+        base = msgspec.structs.replace(context.engine.model.sampling_defaults, max_tokens=_MAX_TOKENS)
+        params = sampling_params(body, CompletionFields, context.engine.model, base=base)
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream, or use echo and logprobs")
