@@ -98,7 +98,7 @@ def microseconds(sampler: Sampler, buffers: list[torch.Tensor], rows: int) -> fl
         for logits in buffers:
             sampler.run(logits, *arguments)
     graph.replay()
-    times = []
+    times = list[float]()
     for _ in range(REPEATS):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         began.record()
