@@ -155,7 +155,9 @@ _SAMPLING_METAVARS = {
     "float": "X",
     "bool": None,
     "choice": "NAME",
+    "text": "TEXT",
     "ints": "ID",
+    "tokens": "[ID, ...]",
     "strings": "TEXT",
     "bias": '{"ID": X}',
     "sequences": "[[ID, ...], ...]",
@@ -188,7 +190,7 @@ def _sampling_value(row: ParamRow, text: Any) -> Any:
     if row.kind == "ints":  # several flags, one number, or a JSON list
         value = [_json_or_text(item) for item in text] if isinstance(text, list) else _json_or_text(text)
         return value if isinstance(value, list) else [value]
-    return text if row.kind in ("strings", "choice", "order") else _json_or_text(text)
+    return text if row.kind in ("strings", "choice", "order", "text") else _json_or_text(text)
 
 
 def _json_or_text(text: Any) -> Any:

@@ -27,7 +27,15 @@ from aphrodite.engine.messages import (
     StepOutputs,
 )
 from aphrodite.engine.output import RequestStream
-from aphrodite.engine.preparation import answer_seeds, check_prompt, resolve_model, tokenize_words
+from aphrodite.engine.preparation import (
+    answer_seeds,
+    check_guidance,
+    check_prompt,
+    resolve_model,
+    tokenize_negative_prompt,
+    tokenize_words,
+    wants_negative_prompt,
+)
 from aphrodite.errors import EngineDeadError, QueueFullError
 from aphrodite.outputs import RequestOutput
 from aphrodite.sampling.params import SamplingParams, validate
@@ -149,6 +157,10 @@ class AsyncEngine:
         self._check(prompt_token_ids, params)
         if params.bad_words:  # in a thread, for many long words would keep the others' streams waiting
             params = await asyncio.to_thread(tokenize_words, params, self.tokenizer, self.info.vocab_size)
+        if wants_negative_prompt(params):
+            limit = self.info.max_model_len
+            params = await asyncio.to_thread(tokenize_negative_prompt, params, self.tokenizer, limit)
+        check_guidance(prompt_token_ids, params, self.info)
         consumer = self._submit(prompt_token_ids, params, request_id, priority, cache_salt)
         stream = consumer.stream
         try:

@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 
 from aphrodite.config import EngineConfig
+from aphrodite.core.guidance import answer_room
+from aphrodite.engine.messages import EngineInfo
 from aphrodite.errors import InvalidRequestError
 from aphrodite.loading.default_model import find_default_model
 from aphrodite.sampling.params import SamplingParams
@@ -49,6 +51,74 @@ def tokenize_words(params: SamplingParams, tokenizer: Tokenizer, vocab_size: int
     usable = (tuple(ids) for ids in spellings if ids and max(ids) < vocab_size)
     words_ids = tuple(dict.fromkeys((*params.bad_words_ids, *usable)))
     return msgspec.structs.replace(params, bad_words=(), bad_words_ids=words_ids)
+
+
+def wants_negative_prompt(params: SamplingParams) -> bool:
+    """Whether a negative prompt is to be made of the request's text for one."""
+    return is_guided(params) and bool(params.negative_prompt) and not params.negative_prompt_ids
+
+
+def tokenize_negative_prompt(params: SamplingParams, tokenizer: Tokenizer, max_model_len: int) -> SamplingParams:
+    """`params` with `negative_prompt` turned into `negative_prompt_ids`, as a prompt of its own.
+
+    Raises:
+        InvalidRequestError: it is too long, or not valid Unicode.
+    """
+    if not wants_negative_prompt(params):
+        return params
+    try:
+        ids = tokenizer.encode(params.negative_prompt, add_special_tokens=True, max_tokens=max_model_len)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(str(error), param="negative_prompt", code=error.code) from None
+    return with_negative_prompt(params, ids)
+
+
+def with_negative_prompt(params: SamplingParams, token_ids: list[int]) -> SamplingParams:
+    return msgspec.structs.replace(params, negative_prompt="", negative_prompt_ids=tuple(token_ids))
+
+
+def is_guided(params: SamplingParams) -> bool:
+    """Whether the answer is computed twice. A prompt without an answer needs no guidance."""
+    return params.guidance_scale != 1 and params.max_tokens != 0
+
+
+def negative_prompt(params: SamplingParams, prompt: list[int]) -> list[int] | None:
+    """A guided request's negative prompt: where none was given, the last token of its prompt. None: not guided."""
+    return list(params.negative_prompt_ids or prompt[-1:]) if is_guided(params) else None
+
+
+def check_guidance(prompt: list[int], params: SamplingParams, info: EngineInfo) -> None:
+    """Whether a guided request's two sequences can run beside each other in this engine.
+
+    Raises:
+        InvalidRequestError: they cannot, even alone.
+    """
+    negative = negative_prompt(params, prompt)
+    if negative is None:
+        return
+    if info.max_num_seqs < 2:
+        raise InvalidRequestError(
+            "guidance computes two sequences at once, and this server runs one (--max-num-seqs 1): leave"
+            " guidance_scale out",
+            param="guidance_scale",
+        )
+    wanted = params.max_tokens if params.max_tokens is not None else 1
+    room = answer_room(
+        len(prompt),
+        len(negative),
+        max_model_len=info.max_model_len,
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+    )
+    if room < wanted:
+        raise InvalidRequestError(
+            f"With guidance the prompt ({len(prompt)} tokens) and the negative prompt ({len(negative)}) leave room for"
+            f" {room} tokens, but {wanted} were requested: each with its answer has to fit the context of"
+            f" {info.max_model_len}, and both the KV cache of {info.num_blocks * info.block_size}. Shorten them or"
+            " lower max_tokens.",
+            param="negative_prompt",
+            code="context_length_exceeded",
+        )
 
 
 def check_prompt(prompt: list[int], params: SamplingParams, *, vocab_size: int, max_model_len: int) -> None:

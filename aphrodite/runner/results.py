@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -34,21 +35,23 @@ class LogitsLayout(NamedTuple):
     entries: np.ndarray  # [L] int32, token rows
     sampling: list[int]  # indices of `entries` that sample, in the order of the sampling steps
     prompt: dict[int, tuple[int, int]]  # step number -> slice of `entries` for prompt log-probabilities
+    guides: Mapping[int, tuple[int, int]] = MappingProxyType({})  # guided step -> indices of its and its guide's entry
 
 
 def logits_layout(steps: Sequence[RowStep], scored: Mapping[int, int]) -> LogitsLayout:
-    """The last token of every sampling row, and a prompt's every position where its logprobs are wanted.
+    """The last token of every row that samples or guides, and every position of a prompt whose logprobs are wanted.
 
     Args:
         scored: prompt lengths of the rows that want the latter.
     """
-    if not any(step.row in scored for step in steps):
+    if not any(step.row in scored or step.guide >= 0 for step in steps):
         ends = np.cumsum(np.array([step.count for step in steps], dtype=np.int32), dtype=np.int32) - 1
         samples = np.array([step.samples for step in steps], dtype=bool)
         return LogitsLayout(ends[samples], list(range(int(samples.sum()))), {})
     entries: list[int] = []
     sampling: list[int] = []
     prompt: dict[int, tuple[int, int]] = {}
+    guides: dict[int, tuple[int, int]] = {}
     first_token = 0
     for number, step in enumerate(steps):
         last_token = first_token + step.count - 1
@@ -61,8 +64,11 @@ def logits_layout(steps: Sequence[RowStep], scored: Mapping[int, int]) -> Logits
         if step.samples:
             sampling.append(len(entries))
             entries.append(last_token)
+        elif number and steps[number - 1].guide == step.row:
+            guides[number - 1] = (sampling[-1], len(entries))
+            entries.append(last_token)
         first_token += step.count
-    return LogitsLayout(np.array(entries, dtype=np.int32), sampling, prompt)
+    return LogitsLayout(np.array(entries, dtype=np.int32), sampling, prompt, guides)
 
 
 def error_of(exhausted: bool) -> str:

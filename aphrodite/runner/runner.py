@@ -17,6 +17,7 @@ from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenL
 from aphrodite.runner.executor import ModelExecutor
 from aphrodite.runner.results import LogitsLayout, Outcome, error_of, logits_layout
 from aphrodite.runner.rows import Rows
+from aphrodite.sampling.guidance import guide
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
@@ -81,7 +82,10 @@ class Runner:
         rows = [step.row for step in steps]
         decodes = all(step.count == 1 and step.samples for step in steps)
         layout = None if decodes else logits_layout(steps, self._scored)
-        inputs = self.rows.decode_inputs(steps, rows) if layout is None else self.rows.inputs(steps, layout.entries)
+        if layout is None or (len(layout.entries) == len(steps) and all(step.count == 1 for step in steps)):
+            inputs = self.rows.decode_inputs(steps, rows)
+        else:
+            inputs = self.rows.inputs(steps, layout.entries)
         began = time.perf_counter()
         logits = self.executor.forward(inputs)
         forward_seconds = time.perf_counter() - began
@@ -119,14 +123,25 @@ class Runner:
         sampling = [step for step in steps if step.samples]
         sampled: Iterator[RowResult] = iter(())
         if sampling:
-            if layout.prompt:
+            if layout.guides:
+                self._guide(steps, layout, logits)
+            if layout.prompt or layout.guides:
                 logits = logits[layout.sampling]
             rows, positions = [step.row for step in sampling], [step.start + step.count for step in sampling]
             sampled = iter(self._sample(logits, rows, positions))
         results = [next(sampled) if step.samples else RowResult(step.row) for step in steps]
+        for number in layout.guides:
+            token_id, shadow = results[number].token_id, steps[number + 1]
+            if token_id is not None:
+                self.rows.append([shadow.row], [shadow.start + shadow.count], [token_id])
         for number, logprobs in prompt_logprobs.items():
             results[number] = results[number]._replace(prompt_logprobs=logprobs)
         return results
+
+    def _guide(self, steps: list[RowStep], layout: LogitsLayout, logits: torch.Tensor) -> None:
+        own, others = torch.tensor(list(layout.guides.values())).unbind(1)
+        scales = torch.tensor([self._params[steps[number].row].guidance_scale for number in layout.guides])
+        guide(logits, own, others, scales)
 
     def _sample(self, logits: torch.Tensor, rows: list[int], positions: list[int]) -> list[RowResult]:
         """Choose the next token of each row, and note it where the next step finds it."""

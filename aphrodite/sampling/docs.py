@@ -22,7 +22,9 @@ KIND_WORDS: dict[Kind, str] = {
     "float": "number",
     "bool": "true or false",
     "choice": "name",
+    "text": "text",
     "ints": "list of integers",
+    "tokens": "list of token ids",
     "strings": "string or list of strings",
     "bias": "object: token id → number",
     "sequences": "list of lists of token ids",
@@ -63,6 +65,7 @@ def samplers_page() -> str:
                 _CHOOSING_ORDER,
                 "## Definitions",
                 *(f"### {text.name}\n\n{text.definition}{_sources(text)}" for text in _stage_texts()),
+                _GUIDANCE,
                 _EXPLAIN,
                 _WARNINGS,
                 _EXTENSIONS,
@@ -89,7 +92,7 @@ def value_text(value: Any) -> str:
         return "none"
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else f"{value:g}"
-    return "none" if value in ((), {}) else json.dumps(value, ensure_ascii=False).strip('"')
+    return "none" if value in ((), {}, "") else json.dumps(value, ensure_ascii=False).strip('"')
 
 
 def range_text(row: ParamRow) -> str:
@@ -182,6 +185,25 @@ _CHOOSING_ORDER = """\
 of stage names, or of the ids that other engines use; the stages that it names take, in its order, the places that \
 they have between them in the default order, and all others stay where they are. Constraints come first and \
 selectors last in every order. After the last stage the token is drawn; `temperature: 0` takes the most likely one."""
+
+_GUIDANCE = """\
+## Guidance
+
+`guidance_scale` other than 1 computes every token twice: behind the prompt and behind `negative_prompt`, both \
+followed by the same answer. With c and u the two log-probabilities of a token, u + scale · (c − u) takes the \
+place of the model's logits, and everything above works on that. 1.2 to 2 is usual.
+
+- `/v1/completions`: `negative_prompt` is the text that stands in the prompt's place, encoded as the prompt is. Write \
+the whole of it, with what should stay the same.
+- `/v1/chat/completions`: `negative_prompt` takes the place of the system message (or of those that the conversation \
+begins with), the rest of the chat stays: `"You are a helpful assistant."` there makes the model follow its own system \
+message more. `negative_prompt_ids` is the whole prompt instead.
+- Without a negative prompt its last token alone stands for it, as in transformers.
+
+`logprobs` (`raw`) and the `model` of a trace speak of the guided distribution, `prompt_logprobs` of the model's own. \
+Penalties and DRY read the prompt and the answer, never the negative prompt. Token counts of a response leave it out. \
+A guided answer takes two of the `--max-num-seqs` places and room for two sequences in the KV cache; both have to fit \
+the context. The negative prompt shares the prefix cache, so its start is computed once for many requests."""
 
 _EXPLAIN = f"""\
 ## Seeing what they do

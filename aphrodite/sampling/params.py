@@ -472,6 +472,35 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             stage="adaptive_p",
         ),
     ] = 0.9
+    guidance_scale: Annotated[
+        float,
+        Param(
+            "Classifier-free guidance: with c and u the log-probabilities behind the prompt and behind "
+            "negative_prompt, u + scale * (c - u) takes the place of the logits, before all stages. Above 1 moves away "
+            "from negative_prompt, below 1 towards it; 0 is negative_prompt alone.",
+            ge=-100.0,
+            le=100.0,
+            aliases=("cfg_scale",),
+            source="arXiv 2306.17806, as in Hugging Face transformers",
+        ),
+    ] = 1.0
+    negative_prompt: Annotated[
+        str,
+        Param(
+            "What guidance_scale moves away from: text in place of the prompt; of a chat, its system message instead "
+            "of the one that it has. Empty: the prompt's last token alone."
+        ),
+    ] = ""
+    negative_prompt_ids: Annotated[
+        tuple[int, ...],
+        Param(
+            "The whole negative prompt as token ids; they come first where both are set.",
+            vocabulary=True,
+            max_items=1_048_576,
+            in_text=True,
+            kind="tokens",
+        ),
+    ] = ()
     logit_bias: Annotated[
         dict[int, float] | None,
         Param("Added to the logits of these token ids.", ge=-100.0, le=100.0, vocabulary=True, max_items=1024),
@@ -772,6 +801,7 @@ def _row(name: str, default: Any, hint: Any) -> ParamRow:
         float: "float",
         bool: "bool",
         tuple[str, ...]: "strings",
+        str: "text",
         tuple[int, ...]: "ints",
         dict[int, float]: "bias",
         tuple[tuple[int, ...], ...]: "sequences",

@@ -15,7 +15,10 @@ from aphrodite.errors import InvalidRequestError
 from aphrodite.matching.regex import compile_regexes
 from aphrodite.sampling.order import stage_names
 
-Kind = Literal["int", "float", "bool", "choice", "ints", "strings", "bias", "sequences", "ranges", "order", "loop"]
+Kind = Literal[
+    "int", "float", "bool", "choice", "text", "ints", "tokens", "strings", "bias", "sequences", "ranges", "order",
+    "loop",
+]  # fmt: skip
 
 MAX_LOOP_PATTERN = 256
 MAX_LOOP_COUNT = 1024
@@ -143,6 +146,10 @@ def _to_ints(row: ParamRow, value: Any, key: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_to_int(row, item, f"{key}[{index}]") for index, item in enumerate(value)))
 
 
+def _to_tokens(row: ParamRow, value: Any, key: str) -> tuple[int, ...]:
+    return _token_list(row, _list_in_text(row, value), key)
+
+
 def _to_strings(row: ParamRow, value: Any, key: str) -> tuple[str, ...]:
     value = _list_in_text(row, value)
     if isinstance(value, str):
@@ -236,7 +243,9 @@ _CONVERTERS: dict[Kind, Callable[[ParamRow, Any, str], Any]] = {
     "float": _to_float,
     "bool": _to_plain,
     "choice": _to_plain,
+    "text": _to_plain,
     "ints": _to_ints,
+    "tokens": _to_tokens,
     "strings": _to_strings,
     "bias": _to_bias,
     "sequences": _to_sequences,
@@ -265,6 +274,8 @@ def check(row: ParamRow, value: Any, name: str) -> None:
     """Type and bounds of one field; `name` is what the client called it."""
     if row.kind == "bool":
         typed(value, bool, name, "true or false")
+    elif row.kind == "text":
+        _check_text(row, value, name)
     elif row.kind == "choice":
         if value not in row.choices:
             raise InvalidRequestError(
@@ -278,7 +289,7 @@ def check(row: ParamRow, value: Any, name: str) -> None:
         _check_token_lists(row, value, name)
     elif row.kind == "loop":
         _check_loop(row, value, name)
-    elif row.kind == "ints":
+    elif row.kind in ("ints", "tokens"):
         typed(value, (list, tuple), name, "a list of integers")
         _check_count(row, value, name)
         for item in value:
@@ -345,6 +356,13 @@ def _check_strings(row: ParamRow, value: Any, name: str) -> None:
             compile_regexes(tuple(value))
         except InvalidRequestError as error:
             raise InvalidRequestError(f"`{name}`: {error}", param=_field(name)) from None
+
+
+def _check_text(row: ParamRow, value: Any, name: str) -> None:
+    typed(value, str, name, "text")
+    limit = row.param.max_length
+    if limit is not None and len(value) > limit:
+        raise field_error(name, value, f"is longer than the {limit} characters allowed", "Shorten it.")
 
 
 def _check_loop(row: ParamRow, value: Any, name: str) -> None:

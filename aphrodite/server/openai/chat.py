@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from aphrodite.engine.preparation import wants_negative_prompt, with_negative_prompt
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
@@ -51,7 +52,7 @@ class ChatEndpoint:
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
-        token_ids = await self._prompt(fields, params)
+        token_ids, params = await self._prompt(fields, params)
         generation = Generation.of("chatcmpl", model, fields, [token_ids], params)
         answer = _Answer(context, generation, fields, field_warnings(body, ChatFields))
         headers = ignored_header(body, ChatFields)
@@ -77,14 +78,20 @@ class ChatEndpoint:
             raise invalid("top_logprobs", f"must be at most {limit}")
         return wanted
 
-    async def _prompt(self, fields: ChatFields, params: SamplingParams) -> list[int]:
+    async def _prompt(self, fields: ChatFields, params: SamplingParams) -> tuple[list[int], SamplingParams]:
+        """The conversation's token ids; `params` with those of the one that guidance moves away from."""
         keep = truncation(
             fields.truncate_prompt_tokens,
             max_model_len=self._context.engine.model.max_model_len,
             max_tokens=params.max_tokens,
         )
+        last = slice(None) if keep is None else slice(-keep, None)
         token_ids = await render_chat(fields, self._context, bounded=keep is None)
-        return token_ids if keep is None else token_ids[-keep:]
+        if wants_negative_prompt(params):
+            text = params.negative_prompt
+            negative = await render_chat(fields, self._context, bounded=keep is None, negative=text)
+            params = with_negative_prompt(params, negative[last])
+        return token_ids[last], params
 
 
 def _renamed(error: InvalidRequestError) -> InvalidRequestError:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from aphrodite.core.plan import TokenLogprobs
+from aphrodite.engine.preparation import wants_negative_prompt, with_negative_prompt
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
@@ -26,7 +27,7 @@ from aphrodite.server.openai.logprobs import (
     join_logprobs,
     prompt_logprobs,
 )
-from aphrodite.server.openai.prompts import Prompt, read_prompts, truncation
+from aphrodite.server.openai.prompts import Prompt, encode, read_prompts, truncation
 from aphrodite.server.openai.protocol import (
     CompletionFields,
     ignored_header,
@@ -67,6 +68,11 @@ class CompletionEndpoint:
         prompts = await read_prompts(
             fields.prompt, context, add_special_tokens=fields.add_special_tokens, truncate=keep
         )
+        if wants_negative_prompt(params):
+            special, bounded = fields.add_special_tokens, keep is None
+            text = params.negative_prompt
+            negative = await encode(text, context, field="negative_prompt", special=special, bounded=bounded)
+            params = with_negative_prompt(params, negative if keep is None else negative[-keep:])
         generation = Generation.of("cmpl", model, fields, [prompt.token_ids for prompt in prompts], params)
         warnings = field_warnings(body, CompletionFields)
         answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs, warnings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from aphrodite.chat.negative import negative_messages
 from aphrodite.chat.template import ChatTemplate
+from aphrodite.errors import InvalidRequestError
 from aphrodite.server.body import THREAD_BYTES, off_loop
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import ApiError, invalid, unsupported
@@ -11,13 +13,19 @@ from aphrodite.server.openai.prompts import encode
 from aphrodite.server.openai.protocol import ChatFields
 
 
-async def render_chat(fields: ChatFields, context: ServerContext, *, bounded: bool) -> list[int]:
+async def render_chat(
+    fields: ChatFields, context: ServerContext, *, bounded: bool, negative: str | None = None
+) -> list[int]:
     """Token ids of the rendered conversation; `bounded` refuses what cannot fit the context.
+
+    Args:
+        negative: instead the conversation that guidance moves away from, with this for a system message.
 
     Raises:
         ApiError, InvalidRequestError: 400, naming the field.
     """
     messages = read_messages(fields.messages, max_messages=context.config.max_messages)
+    field = "messages" if negative is None else "negative_prompt"
     continues = fields.continue_final_message
     opens = not continues if fields.add_generation_prompt is None else fields.add_generation_prompt
     if continues and opens:
@@ -25,6 +33,8 @@ async def render_chat(fields: ChatFields, context: ServerContext, *, bounded: bo
     if continues and messages[-1]["role"] != "assistant":
         raise invalid("continue_final_message", "needs the last message to be the assistant's")
     _check_template(fields, context)
+    if negative is not None:
+        messages = negative_messages(messages, negative)
 
     def render() -> str:
         return _template(fields, context).render(
@@ -36,8 +46,14 @@ async def render_chat(fields: ChatFields, context: ServerContext, *, bounded: bo
 
     # A template that came with the request may take long, whatever the messages' size.
     size = THREAD_BYTES + 1 if fields.chat_template is not None else text_size(messages)
-    text = await off_loop(size, render)
-    return await encode(text, context, field="messages", special=fields.add_special_tokens, bounded=bounded)
+    try:
+        text = await off_loop(size, render)
+    except InvalidRequestError as error:
+        if negative is None:
+            raise
+        message = f"with negative_prompt as its system message: {error}"
+        raise InvalidRequestError(message, param=field, code=error.code) from None
+    return await encode(text, context, field=field, special=fields.add_special_tokens, bounded=bounded)
 
 
 def _check_template(fields: ChatFields, context: ServerContext) -> None:

@@ -28,9 +28,6 @@ _logged: set[str] = set()
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "encoder_repetition_penalty": ((1, 0), "a penalty for tokens outside the prompt"),
     "penalty_alpha": ((0,), "contrastive search"),
-    "guidance_scale": ((1,), "classifier-free guidance"),
-    "negative_prompt": ((), "classifier-free guidance"),
-    "cfg_scale": ((1,), "classifier-free guidance"),
     "min_keep": ((0, 1), "a least number of candidates for every sampler"),
     "length_penalty": ((1, 0), "a setting of beam search"),
     "early_stopping": ((), "a setting of beam search"),
