@@ -47,16 +47,18 @@ def accepted(row: ParamRow, value: Any) -> bool:
         return isinstance(value, bool)
     if row.kind == "choice":
         return value in row.choices
+    if row.kind == "text":
+        return isinstance(value, str) and len(value) <= (param.max_length or 1e9)
     if row.kind == "strings":
         items = [value] if isinstance(value, str) else value
         return isinstance(items, list) and all(
             isinstance(i, str) and 0 < len(i) <= (param.max_length or 1e9) for i in items
         )
-    if row.kind in ("ints", "order", "ranges", "sequences"):
-        if row.kind in ("ints", "order") and param.in_text and value == "":
+    if row.kind in ("ints", "tokens", "order", "ranges", "sequences"):
+        if row.kind in ("ints", "tokens", "order") and param.in_text and value == "":
             value = []
         fits = isinstance(value, list) and param.min_items <= len(value) <= (param.max_items or 1e9)
-        return fits and all(row.kind == "ints" and isinstance(i, int) and 0 <= i < 258 for i in value)
+        return fits and all(row.kind in ("ints", "tokens") and isinstance(i, int) and 0 <= i < 258 for i in value)
     return isinstance(value, dict) and all(k.isdigit() and int(k) < 258 and abs(v) <= 100 for k, v in value.items())
 
 
