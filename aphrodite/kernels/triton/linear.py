@@ -6,7 +6,8 @@ Both kernels are bound by reading the weight once, `out * in * itemsize` bytes; 
 GEMV, 1..4 rows. A block owns a few whole rows of W, walks them in chunks through a queue of register tiles and adds up
 products on the vector units: no shared memory, no matrix units, no partial sums between blocks. The first chunks are
 requested before the kernel waits for its predecessor. RMSNorm costs nothing here: the squares are summed beside the
-product, and 1 / rms scales the finished sum.
+product, and 1 / rms scales the finished sum. A weight in fp8 is widened in registers and the scales of its rows are
+applied to the sums, so activations keep their type.
 
 Skinny GEMM, up to 64 rows. W is the M operand of the matrix units (its rows are many), the activations the N operand.
 Where W has too few rows to fill the card, blocks share a tile along `in`: each leaves a float32 partial sum, and the
@@ -88,7 +89,8 @@ def gemv_config(out_features: int, in_features: int, rows: int, itemsize: int = 
     fitting = [chunk for chunk in (longest, longest // 2, longest // 4) if in_features % chunk == 0]
     chunk = fitting[0] if fitting else min(longest, max(256, triton.next_power_of_2(in_features)))
     chunks = _ceil_div(in_features, chunk)
-    lanes = max(chunk * itemsize // 512, 1)  # warps that load 16 bytes a thread from one row
+    # Warps that load 16 bytes a thread from one row; 8 of fp8, whose sums for many rows would take twice the registers.
+    lanes = max(chunk * itemsize // (256 if itemsize == 1 and rows > 2 else 512), 1)
     if out_features * in_features < 24 << 20:
         return GemvConfig(2, chunk, min(2 if chunks <= 3 else 1, chunks), min(lanes, 4 if rows <= 2 else 8))
     return GemvConfig(4 if rows <= 2 else 2, chunk, min(2, chunks), min(lanes, 8))
@@ -171,6 +173,7 @@ def _gemv_kernel(
     norm_weight,  # [in], or anything when not HAS_NORM
     eps,
     weight,  # [out, in]
+    weight_scale,  # [out] float32, or anything when not HAS_SCALE
     bias,  # [out], or anything when not HAS_BIAS
     residual,  # [M, width], or anything when not HAS_RESIDUAL
     out,  # [M, width]
@@ -181,6 +184,7 @@ def _gemv_kernel(
     CHUNK: tl.constexpr,
     DEPTH: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -193,6 +197,8 @@ def _gemv_kernel(
     queue = ()  # type: Any
     for ahead in tl.static_range(DEPTH):
         queue = queue + (_load_chunk(weight, rows, ahead * CHUNK, in_features, CHUNK),)
+    if HAS_SCALE:
+        row_scales = tl.load(weight_scale + rows)
     wait_for_producer(PDL)
     sums = ()  # type: Any
     squares = ()  # type: Any
@@ -223,6 +229,8 @@ def _gemv_kernel(
         total = tl.sum(sums[m], axis=1)
         if HAS_NORM:
             total = total * (1.0 / tl.sqrt(tl.sum(squares[m], axis=0) / in_features + eps))
+        if HAS_SCALE:
+            total = total * row_scales
         _finish_gemv(total, bias, residual, out, m, out_features, first, ROWS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL)
 
 
@@ -365,6 +373,7 @@ def gemv(
     epilogue: Epilogue = Epilogue(),
     norm: tuple[torch.Tensor, float] | None = None,
     config: GemvConfig | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """act(norm(x) W^T + b) + residual for 1..4 rows.
 
@@ -374,6 +383,7 @@ def gemv(
             kernels of the same stream have ended, so none of them may write it (copies may).
         norm: RMSNorm of x: weight `[in]` and epsilon.
         config: how to cut the work; chosen by shape when None.
+        weight_scale: `[out]` float32, factors of the rows of a weight in fp8.
 
     Returns:
         `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
@@ -389,6 +399,7 @@ def gemv(
         norm_weight,
         eps,
         weight,
+        x if weight_scale is None else weight_scale,
         x if epilogue.bias is None else epilogue.bias,
         out,
         out,
@@ -399,6 +410,7 @@ def gemv(
         CHUNK=cut.chunk,
         DEPTH=cut.depth,
         HAS_NORM=norm is not None,
+        HAS_SCALE=weight_scale is not None,
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
         ACTIVATION=epilogue.activation,

@@ -34,27 +34,30 @@ def _gemv(
     residual: bool = False,
     bias: bool = False,
     pdl: bool = False,
+    weight: str | None = None,
 ) -> KernelCase:
-    config = gemv_config(*shape, rows, 4 if dtype == "fp32" else 2)
+    config = gemv_config(*shape, rows, 1 if weight else 4 if dtype == "fp32" else 2)
     return KernelCase(
-        name=f"gemv-{dtype}-{shape[0]}x{shape[1]}-{rows}{'-pdl' if pdl else ''}",
+        name=f"gemv-{weight or dtype}-{shape[0]}x{shape[1]}-{rows}{'-pdl' if pdl else ''}",
         kernel=_gemv_kernel,
         arguments={
             "x": f"*{dtype}",
             "x_stride": "i32:16",
             "norm_weight": f"*{dtype}",
             "eps": "fp32",
-            "weight": f"*{dtype}",
+            "weight": f"*{weight or dtype}",
+            "weight_scale": "*fp32",
             "in_features": shape[1],
             "M": rows,
             "ROWS": config.rows,
             "CHUNK": config.chunk,
             "DEPTH": config.depth,
             "HAS_NORM": norm,
+            "HAS_SCALE": weight is not None,
         }
         | _epilogue(dtype, activation, residual, bias, pdl),
         num_warps=config.warps,
-        targets=HOPPER if pdl else tuple(TARGETS),
+        targets=HOPPER if pdl else ("gfx942",) if weight else tuple(TARGETS),
         options={"launch_pdl": True} if pdl else {},
     )
 
@@ -106,6 +109,11 @@ CASES = [
     _gemv((4096, 14336), 4, residual=True, pdl=True),
     _gemv((4096, 1024), 1, norm=True),
     _gemv((1024, 3072), 4, residual=True),
+    _gemv((28672, 4096), 1, norm=True, activation="silu", weight="fp8e4nv", pdl=True),
+    _gemv((28672, 4096), 4, norm=True, activation="silu", weight="fp8e4nv", pdl=True),
+    _gemv((4096, 14336), 4, residual=True, weight="fp8e4nv", pdl=True),
+    _gemv((1024, 3072), 1, residual=True, weight="fp8e4nv", pdl=True),
+    _gemv((6144, 4096), 1, norm=True, weight="fp8e4b8"),
     _gemv((960, 576), 4, dtype="fp32", norm=True, bias=True),
     _gemv((3072, 576), 4, dtype="fp32", norm=True, activation="gelu_tanh"),
     _skinny((6144, 4096), 8, pdl=True),

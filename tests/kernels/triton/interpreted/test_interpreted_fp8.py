@@ -13,6 +13,7 @@ from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.quantize import quantize_rows
 from aphrodite.layers.fp8_linear import Fp8Linear
+from aphrodite.layers.linear import RmsNorm
 
 FP8 = torch.float8_e4m3fn
 
@@ -48,7 +49,7 @@ def test_rows_of_zeros_and_no_rows() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 4, 5])
 @pytest.mark.parametrize("case", ["plain", "bias", "gated", "residual"])
 def test_layers_equal_products_of_the_dequantized_weight(case: str, rows: int) -> None:
     x, weight = representable(rows, 64), (torch.randn(96, 64) * 0.1).bfloat16()
@@ -67,6 +68,15 @@ def test_layers_equal_products_of_the_dequantized_weight(case: str, rows: int) -
     if residual is not None:
         assert out.data_ptr() == residual.data_ptr()
     assert (out.double() - expected).norm() / expected.norm() < 0.01
+
+
+def test_a_few_rows_are_not_quantized() -> None:
+    x, weight, gamma = torch.randn(2, 80).bfloat16(), torch.randn(48, 80).bfloat16(), torch.rand(80).bfloat16()
+    linear = Fp8Linear(weight, None, Choice("fp8", ()), fp8_dtype=FP8)
+    exact = linear.weight.values.double() * linear.weight.scale.double()[:, None]
+    expected = reference.rms_norm(x.double(), gamma.double(), 1e-5) @ exact.T
+    out = linear(x, norm=RmsNorm(gamma, 1e-5))
+    assert (out.double() - expected).norm() / expected.norm() < 4e-3
 
 
 def test_an_activation_needs_a_gated_weight() -> None:
