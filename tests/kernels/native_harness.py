@@ -18,6 +18,7 @@ from aphrodite.kernels.cpu.library import NativeLibrary, load
 from aphrodite.kernels.cpu.program import (
     LOGITS,
     Activation,
+    KvType,
     NativeMemory,
     OpKind,
     Program,
@@ -147,7 +148,7 @@ def product_harness(table: np.ndarray, weight: RawTensor, kind: Activation, isa:
         heads=1,
         kv_heads=1,
         head_dim=16,
-        kv_half=0,
+        kv_type=KvType.FLOAT32,
     )
     cache = NativeMemory(library, 256 * 2 * 16 * BLOCK * 4)
     return Harness(program, cache, 256, weight.shape[0], threads, [source, matrix])
@@ -159,7 +160,7 @@ def attention_harness(
     heads: tuple[int, int],
     head_dim: int,
     window: int,
-    half: bool,
+    kv_type: KvType,
     num_blocks: int,
     isa: str,
     threads: int = 2,
@@ -193,7 +194,7 @@ def attention_harness(
         heads=heads[0],
         kv_heads=heads[1],
         head_dim=head_dim,
-        kv_half=int(half),
+        kv_type=kv_type,
     )
-    cache = NativeMemory(library, num_blocks * heads[1] * 2 * head_dim * BLOCK * (2 if half else 4))
+    cache = NativeMemory(library, num_blocks * kv_type.block_bytes(heads[1], head_dim))
     return Harness(program, cache, num_blocks, vocab_size, threads, [source, identity])

@@ -94,7 +94,13 @@ def _prompts(lengths: Sequence[int], vocab_size: int = 203) -> list[list[int]]:
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
     ("activations", "kv_dtype", "tolerance"),
-    [("float32", "float32", 1e-4), ("int16", "float32", 0.02), ("int16", "float16", 0.06), ("int8", "float16", 3.0)],
+    [
+        ("float32", "float32", 1e-4),
+        ("int16", "float32", 0.02),
+        ("int16", "float16", 0.06),
+        ("int16", "int16", 0.06),
+        ("int8", "int16", 3.0),
+    ],
 )
 def test_logits_equal_float64(name: str, activations: Any, kv_dtype: Any, tolerance: float) -> None:
     changes, types = VARIANTS[name]
@@ -221,7 +227,8 @@ def test_real_model_is_close_to_transformers(smollm2_path: Path, smollm2_oracle:
     bounds = (
         ("float32", "float32", 1e-3, 5e-5, 1.0),
         ("int16", "float16", 0.3, 8e-3, 0.98),
-        ("int8", "float16", 35.0, 0.6, 0.8),
+        ("int16", "int16", 0.3, 8e-3, 0.98),
+        ("int8", "int16", 35.0, 0.6, 0.8),
     )
     for activations, kv_dtype, most, mean, agreement in bounds:
         executor = _executor(checkpoint.spec, checkpoint.weights, activations=activations, kv_dtype=kv_dtype)

@@ -49,6 +49,19 @@ class Activation(enum.IntEnum):
     INT8 = 2
 
 
+class KvType(enum.IntEnum):
+    """Storage of the KV cache."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    INT16 = 2
+
+    def block_bytes(self, kv_heads: int, head_dim: int) -> int:
+        """Bytes of a block of one layer."""
+        element, units = {KvType.FLOAT32: (4, 0), KvType.FLOAT16: (2, 0), KvType.INT16: (2, 2)}[self]
+        return kv_heads * KV_BLOCK * (2 * head_dim * element + 4 * units)
+
+
 class GateKind(enum.IntEnum):
     SILU = 0
     GELU_TANH = 1
@@ -87,7 +100,7 @@ class _PackDesc(ctypes.Structure):
     _fields_ = (("kind", ctypes.c_int32), ("rows", ctypes.c_int32), ("columns", ctypes.c_int64))
 
 
-_DIMENSIONS = ("vocab_size", "max_len", "num_layers", "heads", "kv_heads", "head_dim", "rotary_half", "kv_half")
+_DIMENSIONS = ("vocab_size", "max_len", "num_layers", "heads", "kv_heads", "head_dim", "rotary_half", "kv_type")
 _ARRAYS = ("cos", "sin", "ops", "weights", "packs", "buffers", "vectors")
 _COUNTS = ("op_count", "weight_count", "pack_count", "buffer_count", "vector_count")
 

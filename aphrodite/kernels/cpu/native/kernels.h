@@ -76,12 +76,29 @@ struct LinearOut {
     bool accumulate;
 };
 
-// One attention layer's view of the cache: [block][kv_head][K: head_dim x 16 | V: 16 x head_dim].
+constexpr int kKvBlock = 16;       // positions in a cache block
+constexpr int kKvTile = 128;       // positions that one softmax partial covers
+constexpr int kMaxQueryRows = 48;  // (position, head) pairs of a task
+
+// Storage of the cache: of each layer [block][kv_head] a
+//   float block  K: head_dim x 16 positions | V: 16 x head_dim
+//   int16 block  units of K: 16 x f32 | units of V: 16 x f32 | K: head_dim / 2 x 16 words of two dimensions
+//                | V: 8 x head_dim words of two positions
+// An integer times its position's unit is the value. Units are such that sums of products fit 32 bits (attention_int.h).
+enum class KvType : int32_t { Float32 = 0, Float16 = 1, Int16 = 2 };
+
+// Bytes of one kv head in a block.
+inline int64_t kv_head_bytes(KvType type, int64_t head_dim) {
+    const int64_t elements = 2 * head_dim * kKvBlock;
+    return type == KvType::Float32 ? 4 * elements : type == KvType::Float16 ? 2 * elements
+                                                                            : 2 * elements + 8 * kKvBlock;
+}
+
+// One attention layer's view of the cache.
 struct AttentionShape {
     int heads, kv_heads, head_dim;
     int64_t q_stride, out_stride;  // in floats, between tokens
-    int64_t block_stride;          // in elements, between blocks of the layer
-    bool half;                     // f16 elements, else f32
+    KvType kv;
     int window;                    // 0: none
     float scale;                   // of q.k
 };
@@ -97,10 +114,6 @@ struct AttentionTask {
     int kv_head;
 };
 
-constexpr int kKvBlock = 16;       // positions in a cache block
-constexpr int kKvTile = 128;       // positions that one softmax partial covers
-constexpr int kMaxQueryRows = 48;  // (position, head) pairs of a task
-
 struct Kernels {
     const char* isa;
     // out[row][column] for the given tiles of one weight; rows begin and end with a group.
@@ -113,8 +126,8 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t columns, float* out);
     // Rotates the first 2 * half_dim values of a head by the angles of one position, rotate-half pairing.
     void (*rotate)(float* head, const float* cos, const float* sin, int64_t half_dim);
-    // Writes one position's key and value of one kv head into its block (f16 or f32).
-    void (*store_kv)(const float* key, const float* value, int64_t head_dim, bool half, void* block, int offset);
+    // Writes one position's key and value of one kv head into its block.
+    void (*store_kv)(const float* key, const float* value, int64_t head_dim, KvType type, void* block, int offset);
     // A task over the tiles of its context, result in task.out.
     void (*attend)(const AttentionShape& shape, const AttentionTask& task, float* scratch);
     // One tile of a task: unnormalised output, maximum and sum of each (position, head): partial[row][head_dim + 2].
@@ -130,9 +143,10 @@ struct Kernels {
     int32_t (*read_all)(const uint8_t* data, int64_t bytes);
 };
 
-// Floats of scratch that the attention kernels need.
+// Floats of scratch that the attention kernels need: a row's scores, integer weights and their unit, integer query and
+// its unit, and two results with their maximum and sum.
 inline int64_t attention_scratch(int head_dim) {
-    return kMaxQueryRows * (kKvTile + 2 * (static_cast<int64_t>(head_dim) + 2));
+    return kMaxQueryRows * (kKvTile + kKvTile / 2 + 1 + head_dim / 2 + 1 + 2 * (static_cast<int64_t>(head_dim) + 2));
 }
 
 // First tile that the earliest query of a task sees, and one past the last tile of its last query.

@@ -110,10 +110,10 @@ private:
         return {static_cast<Type>(w.type), w.tiles, w.rows, w.columns, w.out_column, w.bias};
     }
     char* layer_cache(int layer) const {
-        const int64_t bytes = block_elements() * (desc_.kv_half ? 2 : 4);
-        return static_cast<char*>(step_.cache) + layer * step_.num_blocks * bytes;
+        return static_cast<char*>(step_.cache) + layer * step_.num_blocks * desc_.kv_heads * head_bytes();
     }
-    int64_t block_elements() const { return desc_.kv_heads * 2 * desc_.head_dim * kKvBlock; }
+    KvType kv_type() const { return static_cast<KvType>(desc_.kv_type); }
+    int64_t head_bytes() const { return kv_head_bytes(kv_type(), desc_.head_dim); }  // of a block
     AttentionTask task(const Op& op, const QueryTile& tile) const;
 
     ProgramDesc desc_;
@@ -354,7 +354,6 @@ void Program::gated(const Op& op, Team& team, int worker) {
 void Program::rotary_kv(const Op& op, Team& team, int worker) {
     const int64_t span = step_.tokens < 64 ? 1 : 8, spans = ceil_div(step_.tokens, span);
     const int64_t head_dim = desc_.head_dim, group = desc_.heads / desc_.kv_heads, half = desc_.rotary_half;
-    const int64_t element = desc_.kv_half ? 2 : 4;
     team.phase(worker, spans * desc_.kv_heads, [&](int64_t chunk) {
         const int64_t kv_head = chunk % desc_.kv_heads, begin = chunk / desc_.kv_heads * span;
         for (int64_t t = begin; t < std::min(begin + span, step_.tokens); ++t) {
@@ -369,9 +368,8 @@ void Program::rotary_kv(const Op& op, Team& team, int worker) {
             float* key = row + (desc_.heads + kv_head) * head_dim;
             turn(key, op.vector + 1);
             const int64_t block = step_.slots[t] / kKvBlock;
-            char* target = layer_cache(op.layer) +
-                           (block * block_elements() + kv_head * 2 * head_dim * kKvBlock) * element;
-            kernels_.store_kv(key, key + desc_.kv_heads * head_dim, head_dim, desc_.kv_half != 0, target,
+            char* target = layer_cache(op.layer) + (block * desc_.kv_heads + kv_head) * head_bytes();
+            kernels_.store_kv(key, key + desc_.kv_heads * head_dim, head_dim, kv_type(), target,
                               static_cast<int>(step_.slots[t] % kKvBlock));
         }
     });
@@ -390,7 +388,7 @@ AttentionTask Program::task(const Op& op, const QueryTile& tile) const {
 void Program::attention(const Op& op, Team& team, int worker) {
     const AttentionShape shape{static_cast<int>(desc_.heads), static_cast<int>(desc_.kv_heads),
                                static_cast<int>(desc_.head_dim), widths_[op.input], widths_[op.output],
-                               block_elements(), desc_.kv_half != 0, op.window, op.value};
+                               kv_type(), op.window, op.value};
     float* scratch = attention_scratch_ + worker * attention_scratch(shape.head_dim);
     const int64_t count = static_cast<int64_t>(queries_.size());
     if (!split_tiles_) {

@@ -54,7 +54,7 @@ struct PackDesc {
 
 struct ProgramDesc {
     int64_t vocab_size, max_len, num_layers, heads, kv_heads, head_dim, rotary_half;
-    int64_t kv_half;       // 1: cache in f16, 0: f32
+    int64_t kv_type;       // KvType
     const float* cos;      // [max_len, rotary_half]
     const float* sin;
     const Op* ops;
@@ -76,7 +76,7 @@ struct StepDesc {
     const int32_t* logits_index;
     int64_t tokens, sequences, table_stride, max_blocks, logits_rows;
     float* logits;         // [logits_rows, vocab_size]
-    void* cache;           // [num_layers][num_blocks][kv_heads][2 * head_dim * 16]
+    void* cache;           // [num_layers][num_blocks][kv_heads] blocks of KvType
     int64_t num_blocks;
     int64_t threads;
     int64_t* nanoseconds;  // [kOpKinds], added to; or null

@@ -113,9 +113,49 @@ void store_kv_as(const float* key, const float* value, int64_t head_dim, Element
     }
 }
 
-void store_kv(const float* key, const float* value, int64_t head_dim, bool half, void* block, int offset) {
-    if (half) store_kv_as(key, value, head_dim, static_cast<uint16_t*>(block), offset);
-    else store_kv_as(key, value, head_dim, static_cast<float*>(block), offset);
+// What one stands for in a head whose integers are to have the Euclidean norm 32767. Not finite if a value is not.
+inline float norm_unit(const float* x, int64_t head_dim) {
+    Vec squares = zero();
+    for (int64_t i = 0; i < head_dim; i += 16) squares = fma(load(x + i), load(x + i), squares);
+    return __builtin_sqrtf(sum(squares)) * (1.0f / 32767.0f);
+}
+
+// The same for integers of at most 8191.
+inline float largest_unit(const float* x, int64_t head_dim) {
+    float largest = 0;
+    for (int64_t i = 0; i < head_dim; i += 16) {
+        const float magnitude = largest_magnitude(load(x + i), zero());
+        if (!(magnitude <= largest)) largest = magnitude;
+        if (largest != largest) break;
+    }
+    return largest * (1.0f / 8191.0f);
+}
+
+inline Vec inverse_unit(float unit) { return splat(unit > 0 ? 1.0f / unit : 0.0f); }
+
+void store_kv_int16(const float* key, const float* value, int64_t head_dim, char* block, int offset) {
+    float* units = reinterpret_cast<float*>(block);
+    units[offset] = norm_unit(key, head_dim);
+    units[kKvBlock + offset] = largest_unit(value, head_dim);
+    const Vec to_key = inverse_unit(units[offset]), to_value = inverse_unit(units[kKvBlock + offset]);
+    int16_t* keys = reinterpret_cast<int16_t*>(units + 2 * kKvBlock) + 2 * offset;
+    int16_t* values = reinterpret_cast<int16_t*>(units + 2 * kKvBlock) + head_dim * kKvBlock +
+                      offset / 2 * 2 * head_dim + offset % 2;
+    int16_t quants[16];
+    for (int64_t i = 0; i < head_dim; i += 16) {
+        store_shorts(quants, to_int(mul(load(key + i), to_key)));
+        for (int lane = 0; lane < 16; lane += 2) std::memcpy(keys + (i + lane) * kKvBlock, quants + lane, 4);
+        store_shorts(quants, to_int(mul(load(value + i), to_value)));
+        for (int lane = 0; lane < 16; ++lane) values[2 * (i + lane)] = quants[lane];
+    }
+}
+
+void store_kv(const float* key, const float* value, int64_t head_dim, KvType type, void* block, int offset) {
+    switch (type) {
+        case KvType::Float32: return store_kv_as(key, value, head_dim, static_cast<float*>(block), offset);
+        case KvType::Float16: return store_kv_as(key, value, head_dim, static_cast<uint16_t*>(block), offset);
+        case KvType::Int16: return store_kv_int16(key, value, head_dim, static_cast<char*>(block), offset);
+    }
 }
 
 }  // namespace

@@ -145,6 +145,7 @@ inline Shorts even_bytes(Bytes a) {
     const __m256i mask = _mm256_set1_epi32(0x00ff00ff);
     return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
 }
+inline Shorts load_shorts(const int16_t* p) { return {load_256(p), load_256(p + 16)}; }
 inline Shorts odd_bytes(Bytes a) { return {_mm256_srli_epi16(a.lo, 8), _mm256_srli_epi16(a.hi, 8)}; }
 template <int kIndex>
 inline Vec byte_to_float(Bytes a) {

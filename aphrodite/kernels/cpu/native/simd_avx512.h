@@ -102,6 +102,7 @@ inline Vec byte_to_float(Bytes a) {
     const __m512i shifted = kIndex == 0 ? a.v : _mm512_srli_epi32(a.v, 8 * kIndex);
     return {_mm512_cvtepi32_ps(kIndex == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi32(255)))};
 }
+inline Shorts load_shorts(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
 // Adds the dot products of each word with the broadcast word.
 inline IVec dot(IVec sum, Shorts a, const int32_t* word) {
     return {_mm512_dpwssd_epi32(sum.v, a.v, _mm512_set1_epi32(*word))};

@@ -200,6 +200,9 @@ inline Shorts even_bytes(const Bytes& a) {
 inline Shorts odd_bytes(const Bytes& a) {
     return each<Shorts>([&](int i) { return a.v[i] >> 8 & 0x00ff00ff; });
 }
+inline Shorts load_shorts(const int16_t* p) {
+    return each<Shorts>([=](int i) { return load_part<Word4>(p + 8 * i); });
+}
 template <int kIndex>
 inline Vec byte_to_float(const Bytes& a) {
     return each<Vec>(
