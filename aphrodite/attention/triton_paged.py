@@ -20,6 +20,7 @@ from aphrodite.kernels.triton.decode_attention import DecodePlan, decode_attenti
 from aphrodite.kernels.triton.paged import card_of
 from aphrodite.kernels.triton.ragged_attention import ragged_attention, ragged_config, tile_table
 from aphrodite.kernels.triton.rotary import rotary_to_cache
+from aphrodite.platforms import platform_of
 from aphrodite.runner.inputs import DeviceInputs, HostLengths
 
 MAX_HEAD_DIM = 256
@@ -67,7 +68,8 @@ class TritonAttention:
             shape.head_dim, shape.dtype, card, fp8_cache=shape.cache_dtype == torch.float8_e4m3fn
         )
         self.windows = tuple(dict.fromkeys(shape.windows))
-        self._dense = card == "hopper" and shape.dtype in (torch.bfloat16, torch.float16) and softcap == 0.0
+        has_cudnn = shape.device.type == "cuda" and platform_of(shape.device).has_cudnn_attention
+        self._dense = has_cudnn and shape.dtype in (torch.bfloat16, torch.float16) and softcap == 0.0
 
     @staticmethod
     def decline(shape: AttentionShape) -> Declined | None:

@@ -24,13 +24,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from aphrodite.platforms import platform_of
+
 
 @functools.cache
 def pdl_supported(device: torch.device) -> bool:
     """Whether kernels on `device` can be launched before their predecessor ends."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and platform_of(device).has_dependent_launch
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:
