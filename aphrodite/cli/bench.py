@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aphrodite.cli.console import progress_bar, stderr
-from aphrodite.cli.options import with_options
+from aphrodite.cli.options import SamplingFlags, with_options
 from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.sampling.params import SamplingParams, to_mapping
@@ -154,7 +154,7 @@ def serve(
     vocab_size: Annotated[int, _count("--vocab-size", "Prompts are random token ids below this.")] = 30000,
     workload_seed: Annotated[int, _count("--workload-seed", "Draws prompts and arrivals.", least=0)] = 0,
     json_file: JsonOption = None,
-    sampling: SamplingParams,
+    sampling: SamplingFlags,
 ) -> None:
     """Load a running server and report what its clients would see.
 
@@ -170,7 +170,7 @@ def serve(
     prompts = random_prompts(random.Random(workload_seed), vocab_size, [input_len] * num_prompts)
     load = Load(
         prompts=prompts, output_len=output_len, concurrency=concurrency, rate=rate, seed=workload_seed,
-        extra=to_mapping(sampling),
+        extra=to_mapping(sampling.over(SamplingParams())),
     )  # fmt: skip
     summary = asyncio.run(_load_server(Client(url, api_key=api_key), model, load))
     _print_serve(summary)

@@ -16,11 +16,10 @@ import typer
 
 from aphrodite.cli.chat_session import ChatSession, Reply
 from aphrodite.cli.console import print_error, stderr
-from aphrodite.cli.options import with_options
+from aphrodite.cli.options import SamplingFlags, with_options
 from aphrodite.cli.sources import EngineSource, Piece, TextSource, load_llm, printable, tokens_per_second
 from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError, ConfigError
-from aphrodite.sampling.params import SamplingParams
 
 COMPLETE_TOKENS = 256  # without --max-tokens; a plain continuation seldom ends by itself
 
@@ -38,12 +37,12 @@ def chat(
     api_key: KeyOption = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.", metavar="TEXT")] = None,
     settings: Settings,
-    sampling: SamplingParams,
+    sampling: SamplingFlags,
 ) -> None:
     """Chat with a model in the terminal. /help lists what you can do."""
     source = _open_source(settings.engine, url, api_key)
     try:
-        _ChatLoop(source, ChatSession(sampling, system=system)).run()
+        _ChatLoop(source, ChatSession(sampling.over(source.sampling_defaults), system=system)).run()
     finally:
         source.close()
 
@@ -55,18 +54,19 @@ def complete(
     url: UrlOption = None,
     api_key: KeyOption = None,
     settings: Settings,
-    sampling: SamplingParams,
+    sampling: SamplingFlags,
 ) -> None:
     """Continue a text and print the continuation (256 tokens unless --max-tokens says otherwise)."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ConfigError("PROMPT is empty; there is nothing to continue.")
-    if sampling.max_tokens is None:
-        sampling = msgspec.structs.replace(sampling, max_tokens=COMPLETE_TOKENS)
     source = _open_source(settings.engine, url, api_key)
     clean = printable if sys.stdout.isatty() else str
     try:
-        with _ctrl_c(source) as stopped, contextlib.closing(source.complete(text, sampling)) as pieces:  # type: ignore[type-var]
+        params = sampling.over(source.sampling_defaults)
+        if params.max_tokens is None:
+            params = msgspec.structs.replace(params, max_tokens=COMPLETE_TOKENS)
+        with _ctrl_c(source) as stopped, contextlib.closing(source.complete(text, params)) as pieces:  # type: ignore[type-var]
             for piece in pieces:
                 sys.stdout.write(clean(piece.text))
                 sys.stdout.flush()

@@ -37,7 +37,7 @@ def with_options(
     """Give a command the flags of settings tables, and of the sampling table if asked for.
 
     The command is called with its own parameters and with `settings: Settings` (resolved over flags,
-    environment and YAML) and, if asked for, `sampling: SamplingParams`.
+    environment and YAML) and, if asked for, `sampling: SamplingFlags`.
 
     Args:
         owners: settings classes whose fields become flags.
@@ -59,7 +59,7 @@ def with_options(
             if "settings" in signature.parameters:
                 values["settings"] = resolve(flags, config_file=config_file)
             if sampling:
-                values["sampling"] = _sampling_from_flags({row.name: values.pop(row.name) for row in sampling_rows})
+                values["sampling"] = SamplingFlags({row.name: values.pop(row.name) for row in sampling_rows})
             return function(**values)
 
         generated = [_setting_parameter(row, model_argument=model_argument) for row in rows]
@@ -200,13 +200,22 @@ def _json_or_text(text: Any) -> Any:
         return text
 
 
-def _sampling_from_flags(given: Mapping[str, Any]) -> SamplingParams:
-    params = SamplingParams()
-    for name, text in given.items():
-        if text is None or text == []:
-            continue
-        try:
-            params = sampling_from_texts({name: text}, base=params)
-        except ConfigError as error:
-            raise typer.BadParameter(str(error), param_hint="--" + name.replace("_", "-")) from None
-    return params
+class SamplingFlags:
+    """The sampling flags that a person gave. What they did not give is the model's to say, so `over` waits for it.
+
+    Raises:
+        typer.BadParameter: a value of a wrong type or out of bounds.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._given = {name: text for name, text in values.items() if text is not None and text != []}
+        self.over(SamplingParams())
+
+    def over(self, base: SamplingParams) -> SamplingParams:
+        """`base` with what was given."""
+        for name, text in self._given.items():
+            try:
+                base = sampling_from_texts({name: text}, base=base)
+            except ConfigError as error:
+                raise typer.BadParameter(str(error), param_hint="--" + name.replace("_", "-")) from None
+        return base

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from aphrodite.cli.console import stderr, stdout
-from aphrodite.cli.options import with_options
+from aphrodite.cli.options import SamplingFlags, with_options
 from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.sampling.docs import KIND_WORDS, default_text, range_text, samplers_page, stages_reading, value_text
@@ -74,17 +74,18 @@ def explain(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.", metavar="TEXT")],
     tokens: Annotated[int, typer.Option("--tokens", help="How many tokens to draw.", metavar="N", min=1, max=256)] = 8,
     settings: Settings,
-    sampling: SamplingParams,
+    sampling: SamplingFlags,
 ) -> None:
     """Draw, token by token, what each active sampler does to the model's choice."""
     from aphrodite.cli.sources import load_llm
 
     if not prompt:
         raise ConfigError("--prompt is empty; there is nothing to continue.")
-    params = msgspec.structs.replace(sampling, max_tokens=tokens, sampler_trace=True)
     with stderr().status("Loading the model"):
         llm = load_llm(settings.engine)
     with llm:
+        wanted = sampling.over(llm.sampling_defaults)
+        params = msgspec.structs.replace(wanted, max_tokens=tokens, sampler_trace=True)
         _explain(stdout(), llm, prompt, params)
 
 

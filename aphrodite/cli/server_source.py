@@ -7,10 +7,12 @@ import http.client
 import json
 import urllib.parse
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
 
 from aphrodite.cli.sources import Message, Piece
-from aphrodite.errors import AphroditeError, ConfigError
-from aphrodite.sampling.params import SamplingParams, to_mapping
+from aphrodite.errors import AphroditeError, ConfigError, InvalidRequestError
+from aphrodite.sampling.params import SamplingParams, from_mapping, to_mapping
 
 
 class ServerSource:
@@ -44,6 +46,18 @@ class ServerSource:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self.model = model or self._first_model()
 
+    @cached_property
+    def sampling_defaults(self) -> SamplingParams:
+        """What the server says of the model; a server of another kind says nothing."""
+        card = next((card for card in self._models() if card.get("id") == self.model), {})
+        defaults = card.get("sampling_defaults")
+        try:
+            return from_mapping(defaults if isinstance(defaults, dict) else {})
+        except InvalidRequestError as error:
+            raise AphroditeError(
+                f"the server at {self._address} names sampling defaults that are none: {error}"
+            ) from None
+
     def chat(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[Piece]:
         return self._stream("/v1/chat/completions", {"messages": list(messages)}, params)
 
@@ -54,14 +68,20 @@ class ServerSource:
         """Nothing stays open between requests."""
 
     def _first_model(self) -> str:
-        with self._request("GET", "/v1/models", None) as response:
-            models = json.load(response).get("data", [])
+        models = self._models()
         if not models:
             raise AphroditeError(f"the server at {self._address} offers no model.")
         return str(models[0]["id"])
 
+    def _models(self) -> list[dict[str, Any]]:
+        with self._request("GET", "/v1/models", None) as response:
+            models: list[dict[str, Any]] = json.load(response).get("data", [])
+        return models
+
     def _stream(self, path: str, body: dict[str, object], params: SamplingParams) -> Iterator[Piece]:
-        body = {"model": self.model, "stream": True, **body, **to_mapping(params)}
+        # Values that the server would replace by the model's have to be said, general defaults or not.
+        said = {name: getattr(params, name) for name in to_mapping(self.sampling_defaults)}
+        body = {"model": self.model, "stream": True, **body, **said, **to_mapping(params)}
         with self._request("POST", path, body) as response:
             for line in response:
                 if not line.startswith(b"data:"):

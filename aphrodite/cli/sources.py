@@ -31,6 +31,10 @@ class TextSource(Protocol):
 
     interruptible: bool  # a KeyboardInterrupt may be raised anywhere inside a stream
 
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What holds where a person names no value."""
+
     def chat(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[Piece]: ...
 
     def complete(self, prompt: str, params: SamplingParams) -> Iterator[Piece]: ...
@@ -53,6 +57,10 @@ class EngineSource:
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        return self._llm.sampling_defaults
 
     def chat(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[Piece]:
         return self._pieces(self._llm.stream(list(messages), params))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -28,6 +29,7 @@ class FakeSource:
     """Answers with the number of messages; records what it was asked."""
 
     interruptible = False
+    sampling_defaults = SamplingParams()
 
     def __init__(self, pieces: int = 2) -> None:
         self.asked: list[tuple[Any, SamplingParams]] = []
@@ -193,6 +195,23 @@ class TestSession:
         assert not session.handle("   ").answer
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], SamplingParams(temperature=0.6, top_k=20)),
+        (["--temperature", "1.0"], SamplingParams(temperature=1.0, top_k=20)),
+        (["--top-k", "-1", "--top-p", "0.9"], SamplingParams(temperature=0.6, top_p=0.9)),
+    ],
+)
+def test_what_is_not_given_is_the_models_to_say(monkeypatch, flags: list[str], expected: SamplingParams) -> None:
+    source = FakeSource()
+    source.sampling_defaults = SamplingParams(temperature=0.6, top_k=20)
+    chat_with(monkeypatch, source, "hello\n", *flags)
+    result = CliRunner().invoke(app, ["complete", "Once", *flags])
+    assert result.exit_code == 0, result.output
+    assert [params for _, params in source.asked] == [expected, msgspec.structs.replace(expected, max_tokens=256)]
+
+
 def chat_with(monkeypatch, source: FakeSource, text: str, *arguments: str) -> str:
     monkeypatch.setattr(chat_module, "_open_source", lambda *ignored: source)
     result = CliRunner().invoke(app, ["chat", *arguments], input=text)
@@ -305,7 +324,8 @@ class Handler(BaseHTTPRequestHandler):
     received: list[tuple[str, Any, str | None]]
 
     def do_GET(self) -> None:
-        self._json(200, {"data": [{"id": "first"}, {"id": "second"}]})
+        second = {"id": "second", "sampling_defaults": {"temperature": 0.6, "top_k": 20}}
+        self._json(200, {"data": [{"id": "first"}, second]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -365,8 +385,13 @@ class TestServerSource:
         pieces = list(ServerSource(server, model="second").complete("Once", SamplingParams(max_tokens=3)))
         assert "".join(piece.text for piece in pieces) == "Héllo"
         assert Handler.received[0][:2] == (
-            "/v1/completions", {"model": "second", "stream": True, "prompt": "Once", "max_tokens": 3},
+            "/v1/completions",
+            {"model": "second", "stream": True, "prompt": "Once", "max_tokens": 3, "temperature": 1.0, "top_k": 0},
         )  # fmt: skip
+
+    def test_defaults_are_what_the_server_says_of_the_model(self, server):
+        assert ServerSource(server, model="second").sampling_defaults == SamplingParams(temperature=0.6, top_k=20)
+        assert ServerSource(server).sampling_defaults == SamplingParams()
 
     @pytest.mark.parametrize(("model", "words"), [("missing", "404: no such model"), ("breaks", "out of luck")])
     def test_errors_are_the_servers_words(self, server, model, words):

@@ -48,6 +48,7 @@ async def test_models_are_listed_and_found(server: RunningServer) -> None:
     raw = await server.http.get("/v1/models/fake/story")
     card = Model.model_validate(raw.json(), strict=True)
     assert card.id == "fake/story"
+    assert raw.json()["sampling_defaults"] == {}
     assert (await server.client.models.retrieve("story-alias")).id == "story-alias"
 
 

@@ -8,6 +8,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from aphrodite.sampling.params import to_mapping
 from aphrodite.server.context import ServerContext
 
 
@@ -35,6 +36,7 @@ class ModelsEndpoint:
             "root": model.root,
             "parent": None if name == first else first,
             "max_model_len": model.max_model_len,
+            "sampling_defaults": to_mapping(model.sampling_defaults),
         }
 
 
