@@ -16,7 +16,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from aphrodite.core.plan import RowResult, StepPlan, StepResult
@@ -112,7 +112,7 @@ def _timed_steps(
     scheduler: Scheduler,
     whole: dict[str, RequestStream],
     streamed: dict[str, RequestStream],
-    texts: list[Iterator[int]],
+    texts: Sequence[Iterator[int]],
 ) -> Iterator[StepCost]:
     plan = plan_next(scheduler)
     for _ in range(STEPS_A_ROUND):

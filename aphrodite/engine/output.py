@@ -294,7 +294,8 @@ class RequestStream:
         answer = self._answers[update.request_id]
         if update.prompt_logprobs and self._prompt_logprobs is not None and answer.index == 0:
             self._prompt_logprobs.extend(update.prompt_logprobs)
-        if answer.finished:
+        ended_before = answer.finished
+        if ended_before:
             return None
         if update.num_cached_tokens > self._num_cached_tokens:
             self._num_cached_tokens = update.num_cached_tokens
