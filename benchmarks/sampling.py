@@ -202,7 +202,7 @@ class SamplingClock:
             self.seconds += time.perf_counter() - began
             return result
 
-        Sampler.sample = timed  # type: ignore[method-assign]
+        Sampler.sample = timed  # type: ignore[method-assign, assignment]
 
 
 def decode_seconds(llm: LLM, prompts: list[list[int]], settings: list[SamplingParams], steps: int) -> float:

@@ -33,7 +33,7 @@ from aphrodite.matching.regex_syntax import (
 from aphrodite.matching.scanner import Match
 
 MAX_LOOK_BACK = 2048  # characters; a partial match that is longer is given up
-MAX_SIZE = 262_144  # places in states, and edges, of one automaton kept at once
+MAX_SIZE = 65_536  # places in states, and edges, of one automaton kept at once
 WORK_PER_CHARACTER = 64  # places that a search may look at for each character read, about 40 us
 WORK_AT_ONCE = 32_768  # and before that, for states of patterns that nobody has searched for yet
 _WORK_PER_GROUP = 8  # what a group of places costs beside them
@@ -221,7 +221,7 @@ def _holds(condition: Condition, before: _Around, after: _Around) -> bool:
     return ((before == "w") != (after == "w")) == (condition == "word")
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def compile_regexes(patterns: tuple[str, ...]) -> RegexSet:
     """The automaton of one or more patterns.
 
@@ -292,7 +292,7 @@ class RegexScanner:
         self._work += WORK_PER_CHARACTER * len(text)
         for char in text:
             edge = state.edges.get(char) or self._step(state, char)
-            if self.exhausted:
+            if edge is None:
                 self.position += len(text)
                 return None
             if edge.early:
@@ -310,12 +310,13 @@ class RegexScanner:
         self._state, self._starts, self.position = state, starts, position
         return None
 
-    def _step(self, state: _State, char: str) -> _Edge:
+    def _step(self, state: _State, char: str) -> _Edge | None:
+        """The edge, newly made; None if the work for it was too much."""
         before = self._regexes.work
         edge = self._regexes.step(state, char)
         self._work -= self._regexes.work - before
         self.exhausted = self._work < 0
-        return edge
+        return None if self.exhausted else edge
 
     def finish(self) -> Match | None:
         if self.exhausted:

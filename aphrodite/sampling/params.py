@@ -601,7 +601,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         tuple[str, ...],
         Param(
             "Regular expressions that end the answer where one of them first matches (a subset without look-around "
-            "and back references, linear in time). At most 2,048 characters are held back for a match.",
+            "and back references, linear in time). At most 2,048 characters are held back for a match. Patterns that "
+            "would slow others down are refused: those with hundreds of places that one text can half match.",
             max_items=64,
             max_length=512,
             in_text=True,
