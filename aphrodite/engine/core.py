@@ -100,11 +100,11 @@ class EngineCore:
             self._in_flight.append((plan, self.runner.launch(plan)))
         if self._in_flight:
             plan, pending = self._in_flight.popleft()
-            result, forward_seconds = self._collect(plan, pending)
-            updates.extend(self._with_queue_times(self.scheduler.commit(plan, result)))
+            outcome = self._collect(plan, pending)
+            updates.extend(self._with_queue_times(self.scheduler.commit(plan, outcome.result)))
             self._num_steps += 1
-            self._forward_seconds.append(forward_seconds)
-            self._host_seconds.append(time.perf_counter() - began - forward_seconds)
+            self._forward_seconds.append(outcome.forward_seconds)
+            self._host_seconds.append(time.perf_counter() - began - outcome.waited_seconds)
         return updates
 
     def _with_queue_times(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
@@ -119,7 +119,7 @@ class EngineCore:
             # Which row is to blame cannot be known here, so the step's rows fail and the engine goes on.
             logger.exception("step %d failed; its %d requests end with an error", plan.step_id, len(plan.steps))
             return Outcome(
-                StepResult(plan.step_id, [RowResult(step.row, error=STEP_FAILED) for step in plan.steps]), 0.0
+                StepResult(plan.step_id, [RowResult(step.row, error=STEP_FAILED) for step in plan.steps]), 0.0, 0.0
             )
 
     def reset_prefix_cache(self) -> None:

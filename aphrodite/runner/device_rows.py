@@ -175,7 +175,11 @@ class DeviceRows:
 
     def append(self, staged: StagedStep, token_ids: torch.Tensor) -> None:
         """Write the sampled `token_ids` `[S]` int32 behind their rows' tokens: a kernel, as `load_decode_tokens`."""
-        scatter(self.token_ids, staged.sample_rows, staged.sample_positions, token_ids)
+        self.write(staged.sample_rows, staged.sample_positions, token_ids)
+
+    def write(self, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Write `token_ids` `[N]` int32 at `positions` of `rows`, int32 on the device."""
+        scatter(self.token_ids, rows, positions, token_ids)
 
     def _copy_sections(self, sections: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """int32 arrays on the device, by one copy."""

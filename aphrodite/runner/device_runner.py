@@ -7,17 +7,20 @@ plans the next step, whose newest tokens are read on the device, where the sampl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.runner.decode_graphs import DecodeGraphs
 from aphrodite.runner.device_executor import DeviceExecutor
 from aphrodite.runner.device_rows import DeviceRows, StagedStep, ragged_lengths
-from aphrodite.runner.results import Outcome, error_of, logits_layout
+from aphrodite.runner.results import LogitsLayout, Outcome, error_of, fail_rows, logits_layout, start_sampling
 from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
+from aphrodite.sampling.guidance import guide
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
@@ -72,6 +75,7 @@ class DeviceRunner:
         )
         self._params: dict[int, SamplingParams] = {}
         self._scored: dict[int, int] = {}  # rows whose prompt's log-probabilities are wanted: the prompt's length
+        self._unservable: set[int] = set()  # rows whose sampler could not be prepared
         # What graphs leave behind.
         self._logits = torch.zeros(num_rows, vocab_size, dtype=executor.dtype, device=device)
         self._chosen = torch.zeros(
@@ -101,8 +105,11 @@ class DeviceRunner:
         if step.error is not None:
             raise step.error
         rows = [RowResult(row.row, prompt_logprobs=step.prompt_logprobs.get(at)) for at, row in enumerate(plan.steps)]
+        waited = 0.0
         if step.choices is not None:
+            began = time.perf_counter()
             token_ids, ok, exhausted = (tensor.tolist() for tensor in step.choices.wait())
+            waited = time.perf_counter() - began
             for entry, number in enumerate(step.sampling):
                 if ok[entry]:
                     logprobs = step.sampled.logprobs_of(entry) if step.sampled is not None else None
@@ -110,8 +117,10 @@ class DeviceRunner:
                     rows[number] = rows[number]._replace(token_id=token_ids[entry], logprobs=logprobs, trace=trace)
                 else:
                     rows[number] = rows[number]._replace(error=error_of(exhausted[entry]))
+        if self._unservable:
+            fail_rows(rows, self._unservable)
         seconds = step.clock.seconds() if step.clock is not None and step.choices is not None else 0.0
-        return Outcome(StepResult(plan.step_id, rows), seconds)
+        return Outcome(StepResult(plan.step_id, rows), seconds, waited)
 
     def close(self) -> None:
         if self._transfers.stream is not None:
@@ -133,12 +142,14 @@ class DeviceRunner:
             self.sampler.end(row)
             del self._params[row]
             self._scored.pop(row, None)
+            self._unservable.discard(row)
         self.rows.apply(plan)
         for start in plan.starts:
             self._params[start.row] = start.sampling
             if start.sampling.prompt_logprobs is not None:
                 self._scored[start.row] = len(start.prompt_token_ids)
-            self.sampler.start(start.row, start.sampling, start.seed, start.prompt_token_ids)
+            if not start_sampling(self.sampler, start):
+                self._unservable.add(start.row)
         for rewind in plan.rewinds:
             self.sampler.rewind(rewind.row, rewind.position)
             if rewind.barred:
@@ -163,7 +174,7 @@ class DeviceRunner:
         if in_graph:
             copy = self._transfers.to_host([self._chosen])
             return LaunchedStep(list(range(count)), copy._replace(tensors=_unpack(copy.tensors[0], count)))
-        return self._sample(staged, self._logits[:count], rows, positions, list(range(count)))
+        return self._launched(self._sample(staged, self._logits[:count], rows, positions), list(range(count)), {})
 
     def _launch_ragged(self, steps: Sequence[RowStep]) -> LaunchedStep:
         """A step in which some rows compute more than one token, or do not sample."""
@@ -178,13 +189,17 @@ class DeviceRunner:
         }
         if not sampling:
             return LaunchedStep(prompt_logprobs=scores)
-        if layout.prompt:
-            logits = logits[layout.sampling]
+        if layout.guides:
+            logits = logits.float()
+            self._guide(steps, layout, logits)
+        if layout.prompt or layout.guides:
+            logits = logits[self._transfers.to_device(np.array(layout.sampling))]
         rows = [steps[number].row for number in sampling]
         positions = [steps[number].start + steps[number].count for number in sampling]
-        step = self._sample(staged, logits, rows, positions, sampling)
-        step.prompt_logprobs = scores
-        return step
+        sampled = self._sample(staged, logits, rows, positions)
+        if layout.guides:
+            self._append_to_shadows(steps, layout, sampling, sampled.token_ids)
+        return self._launched(sampled, sampling, scores)
 
     def _decode(self, bucket: int, samples: bool) -> None:
         """The kernels of a decode step over tensors at fixed addresses: what a graph holds."""
@@ -201,15 +216,37 @@ class DeviceRunner:
     def _pad(self, bucket: int) -> None:
         self.rows.stage_decode([], bucket)
 
-    def _sample(
-        self, staged: StagedStep, logits: torch.Tensor, rows: list[int], positions: list[int], sampling: list[int]
-    ) -> LaunchedStep:
-        """Choose tokens outside of a graph, for `logits` `[S, vocab]`."""
+    def _sample(self, staged: StagedStep, logits: torch.Tensor, rows: list[int], positions: list[int]) -> Sampled:
+        """Choose tokens outside of a graph, for `logits` `[S, vocab]`, and write them behind their rows' tokens."""
         sampled = self.sampler.sample(logits.float(), rows, positions)
         self.rows.append(staged, sampled.token_ids)
+        return sampled
+
+    def _launched(
+        self, sampled: Sampled, sampling: list[int], prompt_logprobs: dict[int, list[TokenLogprobs]]
+    ) -> LaunchedStep:
         choices = self._transfers.to_host([sampled.token_ids, sampled.ok, sampled.exhausted])
         detailed = sampled if sampled.wanted or sampled.traces else None
-        return LaunchedStep(sampling, choices, detailed)
+        return LaunchedStep(sampling, choices, detailed, prompt_logprobs)
+
+    def _guide(self, steps: Sequence[RowStep], layout: LogitsLayout, logits: torch.Tensor) -> None:
+        """Replace the logits of guided rows by what they and their shadows' make together."""
+        own, others = self._transfers.to_device(np.array(list(layout.guides.values())).T.copy())
+        scales = [self._params[steps[number].row].guidance_scale for number in layout.guides]
+        guide(logits, own, others, self._transfers.to_device(np.array(scales, np.float32)))
+
+    def _append_to_shadows(
+        self, steps: Sequence[RowStep], layout: LogitsLayout, sampling: list[int], token_ids: torch.Tensor
+    ) -> None:
+        """Write what was chosen for guided rows behind their shadows' tokens too."""
+        entries = {number: entry for entry, number in enumerate(sampling)}
+        shadows = [steps[number + 1] for number in layout.guides]
+        places = [
+            (entries[number], step.row, step.start + step.count)
+            for number, step in zip(layout.guides, shadows, strict=True)
+        ]
+        chosen, rows, positions = self._transfers.to_device(np.array(places, np.int32).T.copy())
+        self.rows.write(rows, positions, token_ids[chosen])
 
     def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> list[TokenLogprobs]:
         targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + len(logits)]

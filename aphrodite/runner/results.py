@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from aphrodite.core.plan import RowStep, StepResult
+from aphrodite.core.plan import RowResult, RowStart, RowStep, StepResult
 from aphrodite.sampling.extensions import installed_extensions
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.pipeline import Sampler
+
+logger = logging.getLogger(__name__)
 
 NON_FINITE_LOGITS = (
     "the model produced non-finite logits for this request; the weights may be damaged or overflow"
@@ -19,14 +24,21 @@ NOTHING_ALLOWED = (
     "no token may be chosen at this position: token bans, allowed_token_ids, bad_words and min_tokens together"
     " leave nothing of the vocabulary; loosen them"
 )
+UNSERVABLE = "the engine could not prepare this request's sampler; the server's log has the reason"
 EXTENSION_FAILED = "; or a sampler extension failed for it: then the server's log has its error"
 
 
 class Outcome(NamedTuple):
-    """What a step brought, and the seconds that the model's forward took (on an accelerator: the whole step)."""
+    """What a step brought.
+
+    Attributes:
+        forward_seconds: that the model's forward took; on an accelerator the whole step.
+        waited_seconds: of the time in `collect`, those in which the host had nothing to do but wait for the model.
+    """
 
     result: StepResult
     forward_seconds: float
+    waited_seconds: float
 
 
 class LogitsLayout(NamedTuple):
@@ -76,3 +88,24 @@ def error_of(exhausted: bool) -> str:
     if exhausted:
         return NOTHING_ALLOWED
     return NON_FINITE_LOGITS + (EXTENSION_FAILED if installed_extensions() else "")
+
+
+def start_sampling(sampler: Sampler, start: RowStart) -> bool:
+    """Give a row to the sampler; False if its plan cannot be prepared, which must not cost others their step.
+
+    The row is sampled without any stage then, until the request is told.
+    """
+    try:
+        sampler.start(start.row, start.sampling, start.seed, start.prompt_token_ids)
+    except Exception:
+        logger.exception("request %s fails: its sampler could not be prepared", start.request_id)
+        sampler.start(start.row, SamplingParams(), start.seed, start.prompt_token_ids)
+        return False
+    return True
+
+
+def fail_rows(results: list[RowResult], unservable: Set[int]) -> None:
+    """Tell the requests whose sampler could not be prepared."""
+    for number, result in enumerate(results):
+        if result.row in unservable:
+            results[number] = RowResult(result.row, error=UNSERVABLE)

@@ -15,7 +15,7 @@ import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.runner.executor import ModelExecutor
-from aphrodite.runner.results import LogitsLayout, Outcome, error_of, logits_layout
+from aphrodite.runner.results import LogitsLayout, Outcome, error_of, fail_rows, logits_layout, start_sampling
 from aphrodite.runner.rows import Rows
 from aphrodite.sampling.guidance import guide
 from aphrodite.sampling.params import SamplingParams
@@ -56,6 +56,7 @@ class Runner:
         self.async_depth = async_depth
         self._params: dict[int, SamplingParams] = {}
         self._scored: dict[int, int] = {}  # prompt lengths of the rows whose prompt's log-probabilities are wanted
+        self._unservable: set[int] = set()  # rows whose sampler could not be prepared
         self._thread = ThreadPoolExecutor(1, "runner") if async_depth else None
 
     def launch(self, plan: StepPlan) -> Future[Outcome] | None:
@@ -68,7 +69,10 @@ class Runner:
         Raises:
             Exception: whatever the forward pass or the sampler raised.
         """
-        return self._run(plan) if step is None else step.result()
+        if step is None:
+            return self._run(plan)
+        began = time.perf_counter()
+        return step.result()._replace(waited_seconds=time.perf_counter() - began)
 
     def close(self) -> None:
         if self._thread is not None:
@@ -78,7 +82,7 @@ class Runner:
         self._apply(plan)
         steps = plan.steps
         if not steps:
-            return Outcome(StepResult(plan.step_id, []), 0.0)
+            return Outcome(StepResult(plan.step_id, []), 0.0, 0.0)
         rows = [step.row for step in steps]
         decodes = all(step.count == 1 and step.samples for step in steps)
         layout = None if decodes else logits_layout(steps, self._scored)
@@ -93,7 +97,9 @@ class Runner:
             results = self._sample(logits, rows, [step.start + 1 for step in steps])
         else:
             results = self._finish_chunks(steps, layout, logits)
-        return Outcome(StepResult(plan.step_id, results), forward_seconds)
+        if self._unservable:
+            fail_rows(results, self._unservable)
+        return Outcome(StepResult(plan.step_id, results), forward_seconds, forward_seconds)
 
     def _apply(self, plan: StepPlan) -> None:
         """Take over what the plan changes."""
@@ -101,12 +107,14 @@ class Runner:
             self.sampler.end(row)
             self._params.pop(row, None)
             self._scored.pop(row, None)
+            self._unservable.discard(row)
         self.rows.apply(plan)
         for start in plan.starts:
             self._params[start.row] = start.sampling
             if start.sampling.prompt_logprobs is not None:
                 self._scored[start.row] = len(start.prompt_token_ids)
-            self.sampler.start(start.row, start.sampling, start.seed, start.prompt_token_ids)
+            if not start_sampling(self.sampler, start):
+                self._unservable.add(start.row)
         for rewind in plan.rewinds:
             self.sampler.rewind(rewind.row, rewind.position)
             if rewind.barred:

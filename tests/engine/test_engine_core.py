@@ -210,3 +210,20 @@ def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(make_core: MakeCor
     assert [entry.token_id for entry in seen[0]] == PROMPTS[5][1:]
     assert all(len(entry.top_ids) == 2 for entry in seen[0])
     assert [entry.logprob for entry in seen[0]] == pytest.approx([entry.logprob for entry in seen[1]], abs=1e-5)
+
+
+def test_a_sampler_that_cannot_be_prepared_fails_its_request_only(make_core: MakeCore) -> None:
+    """DRY's default breakers are texts, and these engines have no tokenizer."""
+    core = make_core()
+    expected = alone(make_core)["0"]
+    add(core, "0", PROMPTS[0])
+    add(core, "broken", PROMPTS[1], SamplingParams(max_tokens=8, dry_multiplier=0.8))
+    tokens: list[int] = []
+    errors: dict[str, str] = {}
+    for update in drain_updates(core):
+        tokens += update.token_ids if update.request_id == "0" else []
+        if update.error is not None:
+            errors[update.request_id] = update.error
+    assert tokens == expected
+    assert list(errors) == ["broken"]
+    assert "sampler" in errors["broken"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.numpy import save_file
@@ -46,7 +47,7 @@ SEEDED = SamplingParams(
 )
 # Each alone on a GPU in float32 and all together on a CPU; neighbours of the victim below use what else there is.
 OTHERS = [
-    SamplingParams(max_tokens=24, temperature=0.9, dry_multiplier=0.8, xtc_probability=0.5, xtc_threshold=0.1),
+    SamplingParams(max_tokens=24, temperature=0.9, no_repeat_ngram_size=3, xtc_probability=0.5, xtc_threshold=0.1),
     SamplingParams(max_tokens=24, temperature=1.5, top_k=5, typical_p=0.9, tfs=0.95),
     SamplingParams(max_tokens=24, temperature=0.8, mirostat_mode=2, mirostat_tau=4.0, mirostat_eta=0.1),
     SamplingParams(max_tokens=24, temperature=0.8, logprobs=3),
@@ -129,10 +130,12 @@ def test_settings_do_not_change_tokens(make_core: Any, settings: dict[str, Any])
 
 
 def test_preemption_does_not_change_tokens(make_core: Any) -> None:
-    expected = answers(make_core(), SEEDED)
-    per_block = make_core().runner.executor.kv_bytes_per_block
-    core = make_core(kv_cache_memory=48 * per_block, max_model_len=760)
-    assert answers(core, SEEDED) == expected
+    params = msgspec.structs.replace(SEEDED, max_tokens=80)
+    prompts = [PROMPTS[3][index:] for index in range(8)]  # each grows from three blocks to eight
+    roomy = make_core()
+    expected = answers(roomy, params, prompts)
+    core = make_core(kv_cache_memory=30 * roomy.runner.executor.kv_bytes_per_block, max_model_len=256)
+    assert answers(core, params, prompts) == expected
     assert core.stats().num_preemptions > 0
 
 

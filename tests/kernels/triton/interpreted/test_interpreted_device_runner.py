@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -41,6 +42,8 @@ SPEC = ModelSpec(
 PROMPTS = [[1 + (7 * i + 13 * j) % 150 for j in range(length)] for i, length in enumerate((3, 16, 33, 40))]
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=6, temperature=1.3, repetition_penalty=1.2, min_p=0.01, ignore_eos=True, seed=5)
+
+GUIDED = msgspec.structs.replace(SEEDED, guidance_scale=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +102,16 @@ def updates(runner: Runner | DeviceRunner, num_blocks: int, params: SamplingPara
         )
     )
     for number, prompt in enumerate(PROMPTS):
-        scheduler.add(Request(request_id=str(number), prompt_token_ids=prompt, params=params, seed=number))
+        guided = params.guidance_scale != 1.0 and number % 2 == 0
+        scheduler.add(
+            Request(
+                request_id=str(number),
+                prompt_token_ids=prompt,
+                params=params if guided else msgspec.structs.replace(params, guidance_scale=1.0),
+                seed=number,
+                negative_prompt_ids=prompt[1::2] if guided else None,
+            )
+        )
     found: list[RequestUpdate] = []
     in_flight: deque[tuple[StepPlan, Any]] = deque()
     while scheduler.has_unfinished() or in_flight:
@@ -125,6 +137,7 @@ def tokens(found: list[RequestUpdate]) -> dict[str, list[int]]:
         (SEEDED, 64, 512, 0),
         (SEEDED, 64, 40, 1),
         (SEEDED, 9, 64, 1),  # preemption
+        (GUIDED, 64, 64, 1),
     ],
 )
 def test_tokens_are_those_of_the_reference(

@@ -1,0 +1,90 @@
+"""What the builder refuses, and the words in which it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aphrodite.config import EngineConfig
+from aphrodite.engine.builder import build_engine
+from aphrodite.errors import ConfigError
+from aphrodite.models.spec import ModelSpec, RotarySpec
+from aphrodite.runner.memory import device_workspace, plan_memory
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        pytest.param({"device": "cuda"}, "--device cuda", marks=NO_GPU),
+        pytest.param({"executor": "triton"}, "--device cuda", marks=NO_GPU),
+        ({"device": "cpu", "executor": "triton"}, "runs on GPUs"),
+        ({"device": "cpu", "kv_cache_dtype": "fp8"}, "float16 and float32"),
+        ({"device": "cpu", "kv_cache_dtype": "bfloat16"}, "float16 and float32"),
+        ({"executor": "torch", "dtype": "float32", "kv_cache_dtype": "float16"}, "leave it at auto"),
+    ],
+)
+def test_settings_that_cannot_be_had_are_refused(tiny_model: Path, settings: dict[str, Any], words: str) -> None:
+    config = EngineConfig(model=str(tiny_model), load_format="dummy", threads=1, **settings)
+    with pytest.raises(ConfigError, match=words):
+        build_engine(config, ())
+
+
+def plan(**changes: Any) -> Any:
+    sizes = {
+        "weight_bytes": 1 << 30,
+        "kv_bytes_per_block": 1 << 20,
+        "block_size": 16,
+        "wanted_model_len": 32_768,
+        "fixed_model_len": False,
+        "max_num_seqs": 256,
+        "budget": 1 << 30,
+        "workspace_bytes": 1 << 29,
+    }
+    return plan_memory(**{**sizes, **changes})
+
+
+def test_a_gpus_plan_counts_chats_and_names_its_own_flag() -> None:
+    lines = "\n".join(plan().lines())
+    assert "16,384 tokens = 2.0 chats of 8,192 tokens" in lines
+    assert "512 MiB for activations and graphs" in lines
+    assert "--gpu-memory-utilization" in lines  # the context had to shrink
+
+
+def test_a_gpu_without_room_is_refused_with_what_to_change() -> None:
+    with pytest.raises(ConfigError, match="--gpu-memory-utilization or --kv-cache-memory"):
+        plan(budget=-5)
+
+
+def test_the_workspace_holds_the_largest_steps_activations_and_logits() -> None:
+    spec = ModelSpec(
+        family="llama",
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        norm_eps=1e-5,
+        max_position=2048,
+        rotary=RotarySpec(dim=16),
+        windows=(None, None),
+    )
+
+    def workspace(tokens: int, sequences: int) -> int:
+        return device_workspace(
+            spec,
+            total=1 << 30,
+            max_num_seqs=sequences,
+            max_model_len=2048,
+            max_num_batched_tokens=tokens,
+            itemsize=2,
+        )
+
+    assert workspace(4096, 8) - workspace(0, 8) >= 4096 * 2 * (64 + 128 * 2 + (4 + 2 * 2) * 16)
+    assert workspace(0, 16) - workspace(0, 8) >= 8 * 1000 * (2 + 4)
