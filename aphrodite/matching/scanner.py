@@ -17,7 +17,8 @@ class Scanner(Protocol):
     """Searches a text that arrives in pieces, reading each character once.
 
     The match that ends first is reported, since a stream cannot know of another that would begin earlier and
-    end later; of those that end together, the one that begins first.
+    end later; of those that end together, the one that begins first. What only the next character completes, such as
+    `a\\b`, ends later in this sense than what is complete without it.
 
     Attributes:
         position: characters read.
