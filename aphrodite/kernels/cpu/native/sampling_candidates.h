@@ -52,6 +52,21 @@ inline void each_vector(const Row& row, const float* values, int32_t block, F&& 
     }
 }
 
+// Replaces every logit by f(logit, index of its vector's first lane). What f reads beside has a vector of padding.
+template <class F>
+void replace_all(Row& row, F&& f) {
+    int32_t index = 0;
+    for (; index + kLanes <= row.count; index += kLanes) store(row.x + index, f(load(row.x + index), index));
+    if (index < row.count) {
+        F32 x = splat(-kInf);
+        const size_t bytes = (row.count - index) * sizeof(float);
+        std::memcpy(&x, row.x + index, bytes);
+        x = f(x, index);
+        std::memcpy(row.x + index, &x, bytes);
+    }
+    row.measured = false;
+}
+
 // Replaces every logit by f(logit) and takes the maxima; logits that are NaN or +inf before it make the row bad.
 template <class F>
 void transform(Row& row, F&& f) {
@@ -133,15 +148,12 @@ inline I32 survives(F32 value, int32_t first, const Cut& cut) {
 
 // Masks all that does not survive; `order` as in `keep`.
 void mask_dropped(Row& row, const float* order, const Cut& cut) {
-    for (int32_t index = 0; index < row.count; index += kLanes) {
-        const int32_t size = std::min(kLanes, row.count - index);
-        F32 value = splat(-kInf), x = splat(-kInf);
-        std::memcpy(&value, order + index, size * sizeof(float));
-        std::memcpy(&x, row.x + index, size * sizeof(float));
-        x = select(survives(value, index, cut), x, splat(-kInf));
-        std::memcpy(row.x + index, &x, size * sizeof(float));
-    }
-    row.measured = false;
+    if (order == row.x)
+        replace_all(row, [&](F32 x, int32_t index) { return select(survives(x, index, cut), x, splat(-kInf)); });
+    else
+        replace_all(row, [&](F32 x, int32_t index) {
+            return select(survives(load(order + index), index, cut), x, splat(-kInf));
+        });
 }
 
 // Entries that survive, of which blocks below `floor` have none.

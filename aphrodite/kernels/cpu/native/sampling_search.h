@@ -22,6 +22,7 @@ void mass_above(const Search& search, const float thresholds[kThresholds], doubl
     F32 sums[kThresholds] = {};
     for (int32_t i = 0; i < search.count; i += kLanes) {
         const F32 y = load(search.y + i), w = load(search.w + i);
+#pragma GCC unroll 8
         for (int t = 0; t < kThresholds; ++t) sums[t] += select(y >= thresholds[t], w, F32{});
     }
     for (int t = 0; t < kThresholds; ++t) mass[t] = total(sums[t]);

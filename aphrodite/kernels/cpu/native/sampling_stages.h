@@ -11,8 +11,10 @@ constexpr float kLowestTemperature = 1e-5f;
 constexpr double kFlat = 1e-9;       // stages/tfs.py
 constexpr float kFarthest = -1e6f;   // stages/quadratic.py
 constexpr double kLogSmallest = -85.19565;  // ln 1e-37, stages/skew.py
-constexpr double kTailShare = 1e-3;  // skew's tail holds at most this share of the mass, divided by |a - 1|
-constexpr double kNoBend = 1e-7;     // relative change of a probability that skew leaves out
+constexpr double kTailShare = 1e-2;   // of the mass that skew's tail holds at most, divided by |a - 1|
+constexpr double kTailToken = 4e-6;   // and that a token of it holds
+constexpr double kNoBend = 1e-7;      // relative change of a probability that skew leaves out
+constexpr int kReaches = 4;
 constexpr int32_t kTailBins = 2048;
 constexpr float kBinsPerLogit = 64.0f;
 
@@ -68,68 +70,90 @@ double skew_head(Row& row, int32_t count, double below, double a) {
     return mass;
 }
 
-// Sums of exp(logit - max) of the logits below two thresholds.
-void mass_below(const Row& row, float high, float low, double sums[2]) {
-    sums[0] = sums[1] = 0;
+// Sums of exp(logit - max) of the logits that are further than each reach below the maximum.
+void masses_behind(const Row& row, const float reaches[kReaches], double sums[kReaches]) {
+    std::fill(sums, sums + kReaches, 0.0);
     for (int32_t block = 0; block < row.blocks(); ++block) {
-        F32 parts[2] = {};
+        F32 parts[kReaches] = {};
         each_vector(row, row.x, block, [&](F32 x, int32_t) {
-            const F32 weight = select((x < high) & (x > -kInf), exp_negative(x - row.max), F32{});
-            parts[0] += weight;
-            parts[1] += select(x < low, weight, F32{});
+            const F32 weight = select(x > -kInf, exp_negative(x - row.max), F32{});
+#pragma GCC unroll 4
+            for (int i = 0; i < kReaches; ++i) parts[i] += select(x < row.max - reaches[i], weight, F32{});
         });
-        for (int i = 0; i < 2; ++i) sums[i] += total(parts[i]);
+        for (int i = 0; i < kReaches; ++i) sums[i] += total(parts[i]);
     }
 }
 
-// (a - 1) * ln C of every logit below `top`, in the middle of its bin of 1/64, into scratch.w.
-void bend_tail(const Row& row, float top, double below, double mass, double a) {
+// Where skew's sorted head ends, and the mass behind it. What is behind may neither be much altogether nor have a
+// large single token, which the histogram does not resolve.
+struct SkewTail {
+    float top = -kInf;
+    double below = 0;
+};
+
+SkewTail skew_tail(const Row& row, double a) {
+    constexpr float reaches[kReaches] = {-1.0f, 12.0f, 16.0f, 20.0f};  // the first one's are all
+    const double bend = std::fabs(a - 1);
+    double behind[kReaches];
+    masses_behind(row, reaches, behind);
+    for (int i = 1; i < kReaches; ++i)
+        if (bend * behind[i] <= kTailShare * behind[0] && bend * std::exp(-reaches[i]) <= kTailToken * behind[0])
+            return {row.max - reaches[i], behind[i]};
+    return {};
+}
+
+// In which bin of the histogram below `top` a logit is, and how far in it.
+inline F32 place_in_tail(F32 x, float top) {
+    const F32 place = (top - x) * kBinsPerLogit, last = splat(kTailBins - 1);
+    return select(place < last, larger(place, F32{}), last);
+}
+
+// (a - 1) * ln C at the borders of the histogram's bins.
+void bend_tail(const Row& row, const SkewTail& tail, double mass, double a, float bends[kTailBins + 1]) {
     double sums[kTailBins] = {};
-    float bends[kTailBins];
-    const float last = kTailBins - 1;
-    for (int32_t block = 0; block < row.blocks(); ++block)
-        each_vector(row, row.x, block, [&](F32 x, int32_t first) {
-            const F32 place = (top - x) * kBinsPerLogit, weight = exp_negative(larger(x - row.max, splat(-87.0f)));
-            const I32 bins = __builtin_convertvector(select(place < last, larger(place, F32{}), splat(last)), I32);
+    for (int32_t block = 0; block < row.blocks(); ++block) {
+        if (row.scratch.maxima[block] < row.max - kNegligible) continue;
+        each_vector(row, row.x, block, [&](F32 x, int32_t) {
+            const I32 whole = __builtin_convertvector(place_in_tail(x, tail.top), I32);
+            int32_t bins[kLanes];
             float weights[kLanes];
-            store(weights, select((x < top) & (x > -kInf), weight, F32{}));
-            std::memcpy(row.scratch.index + first, &bins, sizeof bins);
-            for (int lane = 0; lane < kLanes; ++lane) sums[row.scratch.index[first + lane]] += weights[lane];
+            std::memcpy(bins, &whole, sizeof whole);
+            store(weights, select((x < tail.top) & (x > -kInf), exp_negative(x - row.max), F32{}));
+            for (int lane = 0; lane < kLanes; ++lane) sums[bins[lane]] += weights[lane];
         });
-    double above = mass - below;
-    for (int32_t bin = 0; bin < kTailBins; ++bin) {
-        bends[bin] = static_cast<float>((a - 1) * std::log(std::min((above + sums[bin] / 2) / mass, 1.0)));
-        above += sums[bin];
     }
-    for (int32_t index = 0; index < row.count; ++index) row.scratch.w[index] = bends[row.scratch.index[index]];
+    double above = mass - tail.below;
+    for (int32_t bin = 0; bin <= kTailBins; ++bin) {
+        bends[bin] = static_cast<float>((a - 1) * std::log(std::min(above / mass, 1.0)));
+        if (bin < kTailBins) above += sums[bin];
+    }
 }
 
-// values: a. Only a head is sorted, behind which so little is left that C is known well enough from a histogram.
+// values: a. Only a head is sorted, behind which so little is left that C is known well enough from a histogram: in
+// straight lines between the borders of its bins.
 void skew(Row& row, const SamplerOp& op) {
-    constexpr float kReaches[2] = {12.0f, 20.0f};
-    const double a = op.values[0], little = kTailShare * mass_of(row);
-    double behind[2];
-    mass_below(row, row.max - kReaches[0], row.max - kReaches[1], behind);
-    const int found = std::fabs(a - 1) * behind[0] <= little ? 0 : std::fabs(a - 1) * behind[1] <= little ? 1 : 2;
-    const float top = found < 2 ? row.max - kReaches[found] : -kInf;
-    const double below = found < 2 ? behind[found] : 0;
-    const int32_t count = collect_keys(row, top);
+    const double a = op.values[0];
+    const SkewTail tail = skew_tail(row, a);
+    const int32_t count = collect_keys(row, tail.top);
     sort_keys(row.scratch, count);
     std::fill(row.scratch.y, row.scratch.y + row.count, -kInf);
-    const double mass = skew_head(row, count, below, a);
-    if (std::fabs(a - 1) * below > kNoBend * mass) bend_tail(row, top, below, mass, a);
-    else std::fill(row.scratch.w, row.scratch.w + row.count, 0.0f);
+    const double mass = skew_head(row, count, tail.below, a);
+    const bool bent = std::fabs(a - 1) * tail.below > kNoBend * mass;
+    float bends[kTailBins + 1];
+    if (bent) bend_tail(row, tail, mass, a, bends);
     const float shift = static_cast<float>(std::log(a) - std::log(mass)) - row.max;
-    for (int32_t index = 0; index < row.count; index += kLanes) {
-        const size_t bytes = std::min(kLanes, row.count - index) * sizeof(float);
-        F32 x = splat(-kInf);
-        std::memcpy(&x, row.x + index, bytes);
+    replace_all(row, [&](F32 x, int32_t index) {
         const F32 head = load(row.scratch.y + index);
-        const F32 tail = larger(x + shift + load(row.scratch.w + index), splat(static_cast<float>(kLogSmallest)));
-        x = select(head > -kInf, head, select(x > -kInf, tail, x));
-        std::memcpy(row.x + index, &x, bytes);
-    }
-    row.measured = false;
+        F32 skewed = x + shift;
+        if (bent) {
+            const F32 place = place_in_tail(x, tail.top);
+            const I32 bin = __builtin_convertvector(place, I32);
+            const F32 from = look_up(bends, bin), to = look_up(bends + 1, bin);
+            skewed += from + (place - __builtin_convertvector(bin, F32)) * (to - from);
+        }
+        skewed = larger(skewed, splat(static_cast<float>(kLogSmallest)));
+        return select(head > -kInf, head, select(x > -kInf, skewed, x));
+    });
 }
 
 // Truncations.
@@ -206,7 +230,8 @@ TailCut tail_free_cut(const Row& row, int32_t count, double z, bool whole) {
     const double unknown = whole ? 0 : 2 * first;
     if (total <= kFlat) return {row.vocab, whole};
     const auto end = reached + places;
-    const auto fewest = std::upper_bound(reached, end, z * total), most = std::upper_bound(reached, end, z * (total + unknown));
+    const auto fewest = std::upper_bound(reached, end, z * total);
+    const auto most = std::upper_bound(fewest, end, z * (total + unknown));
     return {static_cast<int32_t>(fewest - reached) + 1, whole || (fewest == most && most < end)};
 }
 

@@ -77,6 +77,19 @@ inline I32 lane_numbers() {
     return numbers;
 }
 
+// table[index] of every lane.
+inline F32 look_up(const float* table, I32 index) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (F32)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+    F32 values;
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = table[index[lane]];
+    return values;
+#endif
+}
+
 // Writes the lanes of `bits` side by side to `to`, which has room for all lanes.
 inline void compress(float* to, F32 value, uint32_t bits) {
 #if defined(__AVX512F__)
