@@ -222,7 +222,7 @@ def _build_on_device(
     device = torch.device("cuda", torch.cuda.current_device())
     fp8 = config.quantization == "fp8"
     dtype = _DTYPES.get(config.dtype) or (torch.bfloat16 if fp8 else _device_dtype(checkpoint))
-    free_before, total = torch.cuda.mem_get_info(device)
+    free_before, total = platforms.memory(device)
     executor = DeviceExecutor(
         spec,
         weights,
@@ -243,7 +243,7 @@ def _build_on_device(
         itemsize=dtype.itemsize,
     )
     torch.cuda.empty_cache()
-    loaded = free_before - torch.cuda.mem_get_info(device)[0]
+    loaded = free_before - platforms.memory(device).free
     usable = min(int(total * config.gpu_memory_utilization), free_before)
     memory = plan_memory(
         weight_bytes=executor.weight_bytes,
