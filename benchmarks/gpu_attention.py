@@ -32,9 +32,15 @@ from aphrodite.kernels.triton.decode_attention import (
     decode_config,
     plan_decode,
 )
-from aphrodite.kernels.triton.paged import card_of
-from aphrodite.kernels.triton.ragged_attention import RaggedConfig, ragged_attention, ragged_config, tile_table
-from aphrodite.kernels.triton.rotary import rotary_to_cache
+from aphrodite.kernels.triton.paged import card_of, multiprocessors
+from aphrodite.kernels.triton.ragged_attention import (
+    RaggedConfig,
+    TileTable,
+    ragged_attention,
+    ragged_config,
+    tile_table,
+)
+from aphrodite.kernels.triton.rotary import RotaryConfig, rotary_to_cache
 
 P = ParamSpec("P")
 
@@ -67,6 +73,9 @@ PREFILLS: dict[str, list[tuple[int, int]]] = {
     "16 x 512": [(512, 512)] * 16,
     "2,048 after 6,144": [(2048, 8192)],
     "64 after 8,128": [(64, 8192)],
+    "300 after 2,048": [(300, 2348)],
+    "8 x 64 after 4,032": [(64, 4096)] * 8,
+    "2 after 32,766": [(2, 32_768)],
 }
 
 
@@ -163,7 +172,13 @@ def decode_layer(step: Step, layer: int, plan: DecodePlan) -> None:
     )
 
 
-def rotary_layer(step: Step, layer: int, table: torch.Tensor, norm: torch.Tensor | None = None) -> None:
+def rotary_layer(
+    step: Step,
+    layer: int,
+    table: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    config: RotaryConfig | None = None,
+) -> None:
     rotary_to_cache(
         step.qkv,
         step.keys[layer],
@@ -176,16 +191,17 @@ def rotary_layer(step: Step, layer: int, table: torch.Tensor, norm: torch.Tensor
         query_norm=norm,
         key_norm=norm,
         norm_eps=1e-6,
+        config=config,
     )
 
 
-def ragged_layer(step: Step, layer: int, tiles: torch.Tensor, config: RaggedConfig) -> None:
+def ragged_layer(step: Step, layer: int, table: TileTable, config: RaggedConfig) -> None:
     ragged_attention(
         step.qkv,
         step.keys[layer],
         step.values[layer],
         step.out,
-        tiles=tiles,
+        table=table,
         query_start=step.query_start,
         context_lens=step.context_lens,
         rows=step.rows,
@@ -258,10 +274,13 @@ def plan_row(contexts: list[int]) -> str:
     return f"{graph_seconds(plans) / 20 * 1e6:9.1f} us"
 
 
+def rotary_step(tokens: int) -> Step:
+    lengths = [(1, 16)] * tokens if tokens <= 256 else [(tokens, tokens)]
+    return make_step(lengths, layers=max(2, min(32, 32_768 // tokens)))
+
+
 def rotary_row(tokens: int, norm: bool) -> str:
-    step = make_step(
-        [(1, 16)] * tokens if tokens <= 256 else [(tokens, tokens)], layers=max(2, min(32, 32_768 // tokens))
-    )
+    step = rotary_step(tokens)
     table = torch.rand((max(tokens, 16), DIM // 2), device="cuda")
     weight = torch.rand(DIM, dtype=BF16, device="cuda") if norm else None
     seconds = each_layer(step, lambda layer: rotary_layer(step, layer, table, weight))
@@ -275,9 +294,17 @@ def ragged_row(lengths: list[tuple[int, int]], config: RaggedConfig | None = Non
     return by_operations(each_layer(step, lambda layer: ragged_layer(step, layer, tiles, config)), lengths)
 
 
-def tiles_of(lengths: list[tuple[int, int]], config: RaggedConfig) -> torch.Tensor:
-    queries = np.array([queries for queries, _ in lengths])
-    return torch.from_numpy(tile_table(queries, config.query_rows(HEADS // KV_HEADS))).cuda()
+def tiles_of(lengths: list[tuple[int, int]], config: RaggedConfig, programs: int | None = None) -> TileTable:
+    query, context = np.array(lengths).T
+    table = tile_table(
+        query,
+        context,
+        config,
+        group=HEADS // KV_HEADS,
+        kv_heads=KV_HEADS,
+        programs=programs or multiprocessors(torch.device("cuda")),
+    )
+    return TileTable(*(torch.from_numpy(part).cuda() for part in table))
 
 
 def shape() -> AttentionShape:
@@ -341,38 +368,47 @@ def table() -> None:
 DECODE_CONFIGS = [
     DecodeConfig(tile, warps, stages)
     for tile, warps, stages in (
-        *((32, 2, stages) for stages in (3, 4, 5)),
-        *((64, 2, stages) for stages in (2, 3, 4, 5)),
-        *((64, 4, stages) for stages in (3, 4, 5)),
-        *((128, 4, stages) for stages in (2, 3, 4)),
-        *((128, 8, stages) for stages in (3, 4)),
+        *((32, 2, stages) for stages in (3, 4)),
+        *((64, 2, stages) for stages in (2, 3, 4)),
+        *((64, 4, stages) for stages in (2, 3, 4)),
+        *((128, 4, stages) for stages in (2, 3)),
+        (128, 8, 2),
     )
 ]
-TARGETS = (16, 32, 64, 96, 128)
+TARGETS = (16, 32, 64, 128)  # chunks over all sequences
 RAGGED_CONFIGS = [
     RaggedConfig(128, 64, 8, 2),
     RaggedConfig(128, 64, 8, 3),
     RaggedConfig(128, 64, 8, 4),
-    RaggedConfig(128, 64, 4, 3),
+    RaggedConfig(128, 64, 8, 2, registers=128),
     RaggedConfig(128, 128, 8, 2),
-    RaggedConfig(128, 128, 8, 3),
+    RaggedConfig(128, 32, 8, 3, registers=128),
+    RaggedConfig(128, 32, 8, 4),
     RaggedConfig(64, 64, 4, 2),
-    RaggedConfig(64, 64, 4, 3),
-    RaggedConfig(64, 128, 4, 2),
-    RaggedConfig(128, 32, 8, 3),
-    RaggedConfig(256, 64, 8, 3),
+    RaggedConfig(64, 32, 4, 3, registers=168),
+    RaggedConfig(256, 64, 16, 2),
+    RaggedConfig(256, 64, 16, 3),
+]
+ROTARY_CONFIGS = [
+    RotaryConfig(heads, first, warps)
+    for heads in (4, 8, 16, 32, 64)
+    for first in (True, False)
+    for warps in (1, 2, 4, 8)
+    if 2 <= heads // warps <= 16
 ]
 
 
-def compile_config(config: DecodeConfig | RaggedConfig) -> None:
+def compile_config(config: DecodeConfig | RaggedConfig | RotaryConfig) -> None:
     """Run a configuration on a small case, in a process of its own: the others then find it in Triton's cache."""
     try:
         if isinstance(config, DecodeConfig):
             step = make_step([(1, 64)], layers=1)
             decode_layer(step, 0, plan_of(step, config))
-        else:
+        elif isinstance(config, RaggedConfig):
             step = make_step([(64, 64)], layers=1)
             ragged_layer(step, 0, tiles_of([(64, 64)], config), config)
+        else:
+            rotary_layer(make_step([(64, 64)], layers=1), 0, torch.rand((64, DIM // 2), device="cuda"), config=config)
         torch.cuda.synchronize()
     except Exception as error:
         print(f"{config}: {error!s:.200}", flush=True)
@@ -402,26 +438,47 @@ def tune_decode(name: str, contexts: list[int]) -> None:
 def tune_ragged(name: str, lengths: list[tuple[int, int]]) -> None:
     step = make_step(lengths, layers=2)
     results: list[tuple[float, object]] = []
+    programs = multiprocessors(step.qkv.device)
     for config in RAGGED_CONFIGS:
+        for share in (1, 2):
+            try:
+                tiles = tiles_of(lengths, config, share * programs)
+                if share > 1 and not len(tiles.merges):
+                    continue
+                launch = functools.partial(ragged_layer, step, table=tiles, config=config)
+                results.append((each_layer(step, launch), (config, f"{share} a multiprocessor, {len(tiles.merges)}")))
+            except Exception as error:
+                print(f"{config}: {error!s:.200}", flush=True)
+    best(f"prefill {name}", results)
+
+
+def tune_rotary(tokens: int) -> None:
+    step = rotary_step(tokens)
+    table = torch.rand((max(tokens, 16), DIM // 2), device="cuda")
+    results: list[tuple[float, object]] = []
+    for config in ROTARY_CONFIGS:
         try:
-            tiles = tiles_of(lengths, config)
-            launch = functools.partial(ragged_layer, step, tiles=tiles, config=config)
+            launch = functools.partial(rotary_layer, step, table=table, config=config)
             results.append((each_layer(step, launch), config))
         except Exception as error:
             print(f"{config}: {error!s:.200}", flush=True)
-    best(f"prefill {name}", results)
+    best(f"rotary {tokens:,}", results)
 
 
 def tune() -> None:
     started = time.perf_counter()
-    with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_config, [*RAGGED_CONFIGS, *DECODE_CONFIGS]))
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_config, [*RAGGED_CONFIGS, *DECODE_CONFIGS, *ROTARY_CONFIGS]))
     print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
-    for name in ("1 x 1k", "1 x 8k", "1 x 32k", "8 x 8k", "32 x 256", "32 x 2k", "128 x 256", "256 x 1k"):
+    for name in ("1 x 2,048", "1 x 8,192", "16 x 512", "2,048 after 6,144", *list(PREFILLS)[-4:]):
+        tune_ragged(name, PREFILLS[name])
+        torch.cuda.empty_cache()
+    for tokens in (32, 256, 2048, 8192):
+        tune_rotary(tokens)
+        torch.cuda.empty_cache()
+    for name in ("1 x 8k", "1 x 32k", "32 x 256", "32 x 2k", "256 x 1k"):
         tune_decode(name, DECODES[name])
         torch.cuda.empty_cache()
-    for name in ("1 x 2,048", "4 x 2,048", "1 x 8,192", "64 after 8,128"):
-        tune_ragged(name, PREFILLS[name])
     print(f"{time.perf_counter() - started:.1f} s in all")
 
 

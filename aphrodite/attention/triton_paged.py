@@ -2,11 +2,13 @@
 
 A layer's step is: one kernel that norms and rotates queries and keys and writes the cache; then sequences with one
 query row by split decode attention, sequences with more by tiles, and long prompts that start at position 0 by torch's
-fused attention, which is faster there. Who goes where is decided on the host from lengths that it knows.
+fused attention, which is faster there, if their shape keeps coming. Who goes where is decided on the host from lengths
+that it knows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +19,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.kernels.triton.decode_attention import DecodePlan, decode_attention, decode_config, plan_decode
-from aphrodite.kernels.triton.paged import card_of
-from aphrodite.kernels.triton.ragged_attention import ragged_attention, ragged_config, tile_table
+from aphrodite.kernels.triton.paged import card_of, multiprocessors
+from aphrodite.kernels.triton.ragged_attention import (
+    RaggedConfig,
+    TileTable,
+    ragged_attention,
+    ragged_config,
+    tile_table,
+)
 from aphrodite.kernels.triton.rotary import rotary_to_cache
 from aphrodite.platforms import platform_of
 from aphrodite.runner.inputs import DeviceInputs, HostLengths
 
 MAX_HEAD_DIM = 256
 DENSE_MIN = 512  # prompt tokens from which on torch's attention is used
-DENSE_MULTIPLE = 256  # and how many of them: cuDNN plans each length anew, so there must not be many different ones
+DENSE_MULTIPLE = 256  # and how many of them, so that there are not many different shapes
+DENSE_AFTER = 3  # steps with a shape, from which on torch's attention serves it
+DENSE_SHAPES = 64  # that torch's attention may serve at all
+DENSE_CANDIDATES = 1024  # whose steps are counted
 TABLE_ALIGNMENT = 4  # int32 values
 
 
@@ -37,12 +48,52 @@ class DenseRun(NamedTuple):
     length: int
     rows: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What cuDNN makes a plan for: sizes and strides. Where one prompt ends does not matter then."""
+        return self.prompts, self.length if self.prompts > 1 else self.rows, self.rows
+
+
+class DenseShapes:
+    """The shapes that torch's attention serves.
+
+    cuDNN plans each new shape for some 60 ms on the host, during which every chat stands still. A shape is therefore
+    only planned once it has come DENSE_AFTER times, at most one a step, and DENSE_SHAPES in all; this package's kernel
+    serves the others.
+    """
+
+    def __init__(self) -> None:
+        self._planned: set[tuple[int, int, int]] = set()
+        self._steps: dict[tuple[int, int, int], int] = {}  # least recently seen first
+
+    def admit(self, runs: Sequence[DenseRun]) -> list[bool]:
+        """Which of a step's runs torch's attention serves; counts their shapes."""
+        served = [run.shape in self._planned for run in runs]
+        for shape in {run.shape for run in runs} - self._planned:
+            self._steps[shape] = self._steps.pop(shape, 0) + 1
+        while len(self._steps) > DENSE_CANDIDATES:
+            del self._steps[next(iter(self._steps))]
+        if len(self._planned) < DENSE_SHAPES:
+            ready = [run.shape for run in runs if self._steps.get(run.shape, 0) >= DENSE_AFTER]
+            if ready:
+                self._planned.add(ready[0])
+                del self._steps[ready[0]]
+                served = [run.shape in self._planned for run in runs]
+        return served
+
 
 class Work(NamedTuple):
     """How the sequences with several query rows are divided, for layers of one window."""
 
     dense: tuple[DenseRun, ...]
-    tiles: np.ndarray  # [n, 2] int32, see `tile_table`
+    table: TileTable
+
+
+class StagedStep(NamedTuple):
+    """What `stage_step` decided, by window in the order of the back end's."""
+
+    lengths: HostLengths
+    works: tuple[Work, ...]
 
 
 class TritonAttention:
@@ -69,7 +120,10 @@ class TritonAttention:
         )
         self.windows = tuple(dict.fromkeys(shape.windows))
         has_cudnn = shape.device.type == "cuda" and platform_of(shape.device).has_cudnn_attention
-        self._dense = has_cudnn and shape.dtype in (torch.bfloat16, torch.float16) and softcap == 0.0
+        dense = has_cudnn and shape.dtype in (torch.bfloat16, torch.float16) and softcap == 0.0
+        self._dense_shapes = DenseShapes() if dense else None
+        self._programs = multiprocessors(shape.device)
+        self._staged: StagedStep | None = None
 
     @staticmethod
     def decline(shape: AttentionShape) -> Declined | None:
@@ -94,11 +148,14 @@ class TritonAttention:
         )
 
     def stage_step(self, lengths: HostLengths) -> np.ndarray:
-        """What the kernels of a step need from the host, `[n]` int32: tiles of query rows by window.
+        """What the kernels of a step need from the host, `[n]` int32: each window's tiles and merges.
 
-        Each window's part begins at a multiple of 16 bytes: kernels are compiled anew for pointers less aligned.
+        Each part begins at a multiple of 16 bytes: kernels are compiled anew for pointers less aligned. `begin_step` of
+        the same step is to follow.
         """
-        parts = [self.divide(lengths, window).tiles.ravel() for window in self.windows]
+        works = tuple(self._divide(lengths, window) for window in self.windows)
+        self._staged = StagedStep(lengths, works)
+        parts = [part.ravel() for work in works for part in work.table]
         return np.concatenate([np.pad(part, (0, -len(part) % TABLE_ALIGNMENT)) for part in parts])
 
     def begin_step(self, inputs: DeviceInputs, cache: KVCache) -> _TritonStep:
@@ -107,31 +164,39 @@ class TritonAttention:
         Kernels of the step read `inputs` before their predecessors have ended: between the kernel that writes these
         tensors and the first layer must lie one that is not launched as a dependent.
         """
-        return _TritonStep(self, inputs, cache)
+        works: tuple[Work, ...] = ()
+        if inputs.lengths is not None:
+            staged = self._staged
+            if staged is None or not all(map(np.array_equal, staged.lengths, inputs.lengths)):
+                raise RuntimeError("begin_step was not preceded by stage_step of the same step")
+            works = staged.works
+        return _TritonStep(self, inputs, cache, works)
 
-    def divide(self, lengths: HostLengths, window: int | None) -> Work:
-        """`divide_rows` for this model and card."""
-        tile_rows = self.ragged_config.query_rows(self.shape.group)
-        return divide_rows(lengths, window, tile_rows=tile_rows, dense=self._dense)
+    def _divide(self, lengths: HostLengths, window: int | None) -> Work:
+        shape, config = self.shape, self.ragged_config
+        runs = dense_runs(lengths, window) if self._dense_shapes is not None else []
+        if self._dense_shapes is not None and runs:
+            admitted = self._dense_shapes.admit(runs)
+            runs = [run for run, served in zip(runs, admitted, strict=True) if served]
+        return divide_rows(
+            lengths,
+            window,
+            runs,
+            config,
+            group=shape.group,
+            kv_heads=shape.num_kv_heads,
+            programs=self._programs,
+        )
 
 
-def divide_rows(lengths: HostLengths, window: int | None, *, tile_rows: int, dense: bool) -> Work:
-    """How the query rows of a step are served where a sequence has more than one.
-
-    Args:
-        lengths: of the step.
-        window: of the layer: beyond it, torch's attention sees too much.
-        tile_rows: query rows of a tile.
-        dense: whether torch's attention is there.
-    """
+def dense_runs(lengths: HostLengths, window: int | None) -> list[DenseRun]:
+    """The prompts that torch's attention could serve: long ones from position 0 on, up to where a window begins."""
     query = lengths.query.astype(np.int64)
-    rows = np.zeros_like(query)
-    if dense:
-        alike = query if window is None else np.minimum(query, window)
-        fresh = (query == lengths.context) & (query >= DENSE_MIN)
-        rows = np.where(fresh, alike // DENSE_MULTIPLE * DENSE_MULTIPLE, 0)
-    runs: list[DenseRun] = []
+    alike = query if window is None else np.minimum(query, window)
+    fresh = (query == lengths.context) & (query >= DENSE_MIN)
+    rows = np.where(fresh, alike // DENSE_MULTIPLE * DENSE_MULTIPLE, 0)
     starts = np.cumsum(query) - query
+    runs: list[DenseRun] = []
     for index in np.flatnonzero(rows):
         run = DenseRun(int(starts[index]), 1, int(query[index]), int(rows[index]))
         last = runs[-1] if runs else None
@@ -139,23 +204,56 @@ def divide_rows(lengths: HostLengths, window: int | None, *, tile_rows: int, den
             runs[-1] = last._replace(prompts=last.prompts + 1)
         else:
             runs.append(run)
-    return Work(tuple(runs), tile_table(query, tile_rows, rows))
+    return runs
+
+
+def divide_rows(
+    lengths: HostLengths,
+    window: int | None,
+    runs: Sequence[DenseRun],
+    config: RaggedConfig,
+    *,
+    group: int,
+    kv_heads: int,
+    programs: int,
+) -> Work:
+    """How the query rows of a step are served where a sequence has more than one.
+
+    Args:
+        lengths: of the step.
+        window: of the layer.
+        runs: what torch's attention serves.
+        config: of the kernel that serves the rest.
+        group, kv_heads, programs: see `tile_table`.
+    """
+    starts = np.cumsum(lengths.query) - lengths.query
+    first_rows = np.zeros(len(starts), dtype=np.int64)
+    for run in runs:
+        first = int(np.searchsorted(starts, run.first_token))
+        first_rows[first : first + run.prompts] = run.rows
+    table = tile_table(
+        lengths.query,
+        lengths.context,
+        config,
+        group=group,
+        kv_heads=kv_heads,
+        programs=programs,
+        window=window,
+        first_rows=first_rows,
+    )
+    return Work(tuple(runs), table)
 
 
 class _TritonStep:
     """One step's attention; see `StepAttention`."""
 
-    def __init__(self, backend: TritonAttention, inputs: DeviceInputs, cache: KVCache) -> None:
+    def __init__(self, backend: TritonAttention, inputs: DeviceInputs, cache: KVCache, works: tuple[Work, ...]) -> None:
         self._backend = backend
         self._inputs = inputs
         self._cache = cache
         self._plans: dict[int | None, DecodePlan] = {}
-        self._dense: dict[int | None, tuple[DenseRun, ...]] = {}
-        self._tiles: dict[int | None, torch.Tensor] = {}
-        lengths = inputs.lengths
-        used = 0
-        for window in backend.windows:
-            if lengths is None or (lengths.query == 1).any():
+        if inputs.lengths is None or (inputs.lengths.query == 1).any():
+            for window in backend.windows:
                 self._plans[window] = plan_decode(
                     query_start=inputs.query_start,
                     context_lens=inputs.context_lens,
@@ -164,11 +262,16 @@ class _TritonStep:
                     window=window,
                     config=backend.decode_config,
                 )
-            if lengths is not None:
-                work = backend.divide(lengths, window)
-                self._dense[window] = work.dense
-                self._tiles[window] = inputs.attention_table[used : used + work.tiles.size].view(-1, 2)
-                used += work.tiles.size + -work.tiles.size % TABLE_ALIGNMENT
+        self._dense: dict[int | None, tuple[DenseRun, ...]] = {}
+        self._tables: dict[int | None, TileTable] = {}
+        used = 0
+        for window, work in zip(backend.windows, works, strict=bool(works)):
+            self._dense[window] = work.dense
+            parts = []
+            for part in work.table:
+                parts.append(inputs.attention_table[used : used + part.size].view(part.shape))
+                used += part.size + -part.size % TABLE_ALIGNMENT
+            self._tables[window] = TileTable(*parts)
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         backend, inputs = self._backend, self._inputs
@@ -201,14 +304,14 @@ class _TritonStep:
                 run.prompts, run.length, shape.num_heads, shape.head_dim
             )
             target[:, : run.rows].copy_(attend_dense(qkv, run, shape))
-        tiles = self._tiles.get(window)
-        if tiles is not None:
+        table = self._tables.get(window)
+        if table is not None:
             ragged_attention(
                 qkv,
                 keys,
                 values,
                 out,
-                tiles=tiles,
+                table=table,
                 query_start=inputs.query_start,
                 context_lens=inputs.context_lens,
                 rows=inputs.rows,
@@ -246,8 +349,9 @@ def attend_dense(qkv: torch.Tensor, run: DenseRun, shape: AttentionShape) -> tor
     Returns:
         `[prompts, rows, heads, head_dim]`.
     """
-    tokens = slice(run.first_token, run.first_token + run.prompts * run.length)
-    heads = qkv[tokens].view(run.prompts, run.length, -1, shape.head_dim)[:, : run.rows].transpose(1, 2)
+    prompts, length, rows = run.shape
+    tokens = slice(run.first_token, run.first_token + prompts * length)
+    heads = qkv[tokens].view(prompts, length, -1, shape.head_dim)[:, :rows].transpose(1, 2)
     last_key = shape.num_heads + shape.num_kv_heads
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         attended = F.scaled_dot_product_attention(

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "triton"))
 from paged_case import PagedStep, make_step
 
 from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
-from aphrodite.attention.triton_paged import TritonAttention
+from aphrodite.attention.triton_paged import DENSE_AFTER, TritonAttention
 from aphrodite.runner.inputs import DeviceInputs, HostLengths
 
 FP8 = torch.float8_e4m3fn
@@ -50,9 +50,17 @@ def dense_reference(step: PagedStep, window: int | None, softcap: float = 0.0) -
 
 
 def attend(
-    step: PagedStep, *, window: int | None = None, softcap: float = 0.0, decode_only: bool = False
+    step: PagedStep,
+    *,
+    window: int | None = None,
+    softcap: float = 0.0,
+    decode_only: bool = False,
+    staged: int = 1,
 ) -> torch.Tensor:
-    """The back end's answer, its queries and keys turned by nothing and the cache written with what it holds."""
+    """The back end's answer, its queries and keys turned by nothing and the cache written with what it holds.
+
+    `staged` is how many times the step comes; torch's attention serves shapes that keep coming.
+    """
     heads, kv_heads, dim = step.heads, step.keys.shape[1], step.keys.shape[3]
     device = step.qkv.device
     shape = AttentionShape(
@@ -70,7 +78,9 @@ def attend(
     assert TritonAttention.decline(shape) is None
     backend = TritonAttention(shape, QueryKeyTransform(ones, zeros), softcap=softcap)
     lengths = HostLengths(step.query_start.diff().cpu().numpy(), step.context_lens.cpu().numpy())
-    table = np.zeros(0, dtype=np.int32) if decode_only else backend.stage_step(lengths)
+    table = np.zeros(0, dtype=np.int32)
+    for _ in range(0 if decode_only else staged):
+        table = backend.stage_step(lengths)
     inputs = DeviceInputs(
         token_ids=step.positions,
         positions=step.positions,
@@ -159,18 +169,30 @@ def test_fp8_cache_is_read_exactly(head_dim: int, dtype: torch.dtype, device: to
     assert_close(attend(step), dense_reference(step, None), ATOL[dtype])
 
 
+@pytest.mark.parametrize("staged", [1, DENSE_AFTER])
 @pytest.mark.parametrize("length", [4095, 4096, 4097])
-def test_long_prompts(length: int, device: torch.device) -> None:
-    """By torch's attention in front, by ours for the odd rest."""
+def test_long_prompts(length: int, staged: int, device: torch.device) -> None:
+    """By our kernel at first, then by torch's attention in front and by ours for the odd rest."""
     step = make_step([(length, length)], heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device=device)
-    assert_close(attend(step), dense_reference(step, None), ATOL[torch.bfloat16])
+    assert_close(attend(step, staged=staged), dense_reference(step, None), ATOL[torch.bfloat16])
 
 
 def test_equal_prompts_after_each_other(device: torch.device) -> None:
     lengths = [(1, 90), (520, 520), (520, 520), (1024, 1024), (40, 2000), (520, 520)]
     step = make_step(lengths, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device=device)
     for window in (None, 600, 300):
-        assert_close(attend(step, window=window), dense_reference(step, window), ATOL[torch.bfloat16])
+        for staged in (1, DENSE_AFTER, DENSE_AFTER + 2):  # a shape more is planned at each step
+            out = attend(step, window=window, staged=staged)
+            assert_close(out, dense_reference(step, window), ATOL[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("window", [None, 5000])
+def test_few_rows_with_much_to_see(window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Split along the keys."""
+    lengths = [(2, 9000), (64, 8192), (1, 3000), (100, 700)]
+    step = make_step(lengths, heads=8, kv_heads=2, head_dim=128, dtype=dtype, device=device)
+    assert_close(attend(step, window=window), dense_reference(step, window), ATOL[dtype])
 
 
 def test_extension_of_a_32k_prefix(device: torch.device) -> None:

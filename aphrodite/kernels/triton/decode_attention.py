@@ -22,12 +22,14 @@ from aphrodite.kernels.triton.launch import launch_dependents, launch_options, p
 from aphrodite.kernels.triton.paged import (
     Card,
     accumulate,
-    cache_rows,
     decoded_scale,
     kernel_view,
     kv_format,
     load_tile,
-    scores_log2,
+    score_factor,
+    scores_of,
+    tile_blocks,
+    tile_rows,
 )
 
 RECORD = 8  # int32 fields of a slot in the plan, see _plan_kernel
@@ -63,8 +65,9 @@ def decode_config(head_dim: int, dtype: torch.dtype, card: Card) -> DecodeConfig
     if dtype == torch.float32:
         return DecodeConfig(tile=16, num_warps=8 if head_dim > 128 else 4, num_stages=2)
     if head_dim > 128:
-        return DecodeConfig(tile=32, num_warps=4, num_stages=2 if card == "hip" else 3)
-    return DecodeConfig(tile=64, num_warps=2, num_stages=2 if card == "hip" else 3)
+        return DecodeConfig(tile=32, num_warps=4, num_stages=2)
+    padded = head_dim & (head_dim - 1) != 0  # masks take registers
+    return DecodeConfig(tile=64, num_warps=4 if padded else 2, num_stages=2)
 
 
 def plan_decode(
@@ -139,7 +142,7 @@ def decode_attention(
         plan: of this step and the layer's window.
         block_tables: `[>= rows, max_blocks]` int32, rows contiguous.
         num_heads: of the query.
-        scale: factor on query-key products.
+        scale: factor on query-key products, positive.
         softcap: bound of the scores, 0 for none.
     """
     _, kv_heads, block_size, head_dim = keys.shape
@@ -286,6 +289,8 @@ def _decode_kernel(
     end = tl.load(record + 3)
     oldest = tl.load(record + 4)
     first_slot = tl.load(record + 5)
+    blocks = tile_blocks(table, start, end, TILE, BLOCK_SIZE)
+    factor = score_factor(scale, SOFTCAP, FORMAT)
 
     wait_for_producer(PDL)
     member = tl.arange(0, ROWS)
@@ -303,11 +308,12 @@ def _decode_kernel(
     for base in range(start, end, TILE):
         positions = base + tl.arange(0, TILE)
         seen = (positions < end) & (positions >= oldest)
-        row = cache_rows(table, positions, end, head, KV_HEADS, BLOCK_SIZE)
+        row = tile_rows(blocks, base, head, TILE, KV_HEADS, BLOCK_SIZE)
+        blocks = tile_blocks(table, base + TILE, end, TILE, BLOCK_SIZE)
         k = load_tile(keys, row, seen, HEAD_DIM, DIM, True, FORMAT)
         v = load_tile(values, row, seen, HEAD_DIM, DIM, True, FORMAT)
-        scores = tl.where(seen[None, :], scores_log2(q, k, scale, SOFTCAP, FORMAT), float("-inf"))
-        acc, peak, total = accumulate(acc, peak, total, scores, v, False)
+        scores = tl.where(seen[None, :], scores_of(q, k, scale, SOFTCAP, FORMAT), float("-inf"))
+        acc, peak, total = accumulate(acc, peak, total, scores, v, factor, False)
     acc *= decoded_scale(FORMAT)
 
     heads = head * GROUP + member
@@ -320,7 +326,7 @@ def _decode_kernel(
     else:
         index = (slot * KV_HEADS + head).to(tl.int64) * GROUP
         tl.store(partials + (index + member)[:, None] * HEAD_DIM + dims[None, :], acc, mask=inside)
-        tl.store(statistics + 2 * index + member, peak, mask=member < GROUP)
+        tl.store(statistics + 2 * index + member, peak * factor, mask=member < GROUP)
         tl.store(statistics + 2 * index + GROUP + member, total, mask=member < GROUP)
         tl.debug_barrier()  # all threads' stores before the one that counts
         counter = counters + first_slot * KV_HEADS + head

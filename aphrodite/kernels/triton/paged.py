@@ -26,6 +26,11 @@ def card_of(device: torch.device) -> Card:
     return "cuda"
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a card runs at the same time, each with a multiprocessor to itself; of a CPU, any number."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
 class KVFormat(enum.IntEnum):
     """How a kernel reads the elements of the cache."""
 
@@ -79,10 +84,29 @@ def decoded_scale(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def cache_rows(table, positions, end, head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Index of each position's `[head_dim]` row in a layer's cache, int64; positions from `end` on give block 0."""
-    block = tl.load(table + positions // BLOCK_SIZE, mask=positions < end, other=0).to(tl.int64)
-    return (block * KV_HEADS + head) * BLOCK_SIZE + positions % BLOCK_SIZE
+def tile_blocks(table, base, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """`[TILE]` int32, the blocks of positions from `base` on, a multiple of TILE; 0 for those from `end` on.
+
+    Loops load the next tile's before they use this tile's: loads whose addresses come from a load of the same
+    iteration are not started ahead of time by Triton's pipeliner.
+    """
+    within = tl.arange(0, TILE)
+    if TILE % BLOCK_SIZE == 0:
+        entries = table + base // BLOCK_SIZE + within // BLOCK_SIZE
+    else:
+        entries = table + (base + within) // BLOCK_SIZE
+    return tl.load(entries, mask=base + within < end, other=0)
+
+
+@triton.jit
+def tile_rows(blocks, base, head, TILE: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Index of each position's `[head_dim]` row in a layer's cache, `[TILE]` int64; arguments as in `tile_blocks`."""
+    within = tl.arange(0, TILE)
+    if TILE % BLOCK_SIZE == 0:
+        offset = within % BLOCK_SIZE
+    else:
+        offset = (base + within) % BLOCK_SIZE
+    return (blocks.to(tl.int64) * KV_HEADS + head) * BLOCK_SIZE + offset
 
 
 @triton.jit
@@ -112,38 +136,45 @@ def load_tile(
 
 
 @triton.jit
-def scores_log2(query, keys, scale, SOFTCAP: tl.constexpr, FORMAT: tl.constexpr):
-    """Scores times log2(e), `[M, TILE]` float32, for softmax by powers of two.
+def scores_of(query, keys, scale, SOFTCAP: tl.constexpr, FORMAT: tl.constexpr):
+    """`[M, TILE]` float32: scores, but for a factor that is `score_factor`.
 
     With a soft-cap c a score s becomes c * tanh(s / c) (arXiv 2408.00118, section 2).
     """
-    products = tl.dot(query, tl.trans(keys), input_precision="ieee")
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
     if SOFTCAP > 0.0:
-        ratio = products * (scale * decoded_scale(FORMAT) / SOFTCAP)
-        capped = 1.0 - 2.0 / (1.0 + tl.exp2(ratio * (2.0 * 1.4426950408889634)))  # tanh
-        scores = capped * (SOFTCAP * 1.4426950408889634)
-    else:
-        scores = products * (scale * decoded_scale(FORMAT) * 1.4426950408889634)
+        ratio = scores * (scale * decoded_scale(FORMAT) / SOFTCAP)
+        scores = 1.0 - 2.0 / (1.0 + tl.exp2(ratio * (2.0 * 1.4426950408889634)))  # tanh
     return scores
 
 
 @triton.jit
-def accumulate(acc, peak, total, scores, values, GUARD: tl.constexpr):
+def score_factor(scale, SOFTCAP: tl.constexpr, FORMAT: tl.constexpr):
+    """What `scores_of` is to be multiplied by for softmax by powers of two; positive, log2(e) included."""
+    if SOFTCAP > 0.0:
+        factor = SOFTCAP * 1.4426950408889634
+    else:
+        factor = scale * decoded_scale(FORMAT) * 1.4426950408889634
+    return factor
+
+
+@triton.jit
+def accumulate(acc, peak, total, scores, values, factor, GUARD: tl.constexpr):
     """One step of streaming softmax (arXiv 1805.02867): rescale by the new peak, add the tile.
 
     Args:
         acc: `[M, DIM]` float32, not normalised.
-        peak, total: `[M]` float32: largest score so far and the sum of powers of two.
+        peak, total: `[M]` float32: largest score so far, and the sum of powers of two.
         scores: `[M, TILE]` float32, -inf where not seen.
+        factor: of scores and peak, applied in one instruction with the subtraction of the peak.
         GUARD: a row may have seen nothing yet.
     """
     new_peak = tl.maximum(peak, tl.max(scores, 1))
+    shift = new_peak * factor
     if GUARD:
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    else:
-        shift = new_peak
-    weights = tl.exp2(scores - shift[:, None])
-    keep = tl.exp2(peak - shift)
+        shift = tl.where(new_peak == float("-inf"), 0.0, shift)
+    weights = tl.exp2(scores * factor - shift[:, None])
+    keep = tl.exp2(peak * factor - shift)
     total = total * keep + tl.sum(weights, 1)
     acc = acc * keep[:, None]
     acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")

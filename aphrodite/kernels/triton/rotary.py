@@ -6,6 +6,8 @@ about 2 * T * (heads + 2 * kv_heads) * head_dim elements.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,27 @@ import triton.language as tl
 from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
 from aphrodite.kernels.triton.paged import KVFormat, encode_e4m3, kernel_view, kv_format
 
-BLOCK_HEADS = 4  # heads of a token that one program transforms
+
+class RotaryConfig(NamedTuple):
+    """Launch parameters.
+
+    Attributes:
+        block_heads: heads of a token that one program transforms.
+        table_first: load cos and sin, whose addresses wait for the position, while the producer still runs; otherwise
+            after the loads of qkv, which then need not wait for the position.
+        num_warps: of a program.
+    """
+
+    block_heads: int
+    table_first: bool
+    num_warps: int
+
+
+def rotary_config(tokens: int) -> RotaryConfig:
+    """For few tokens, programs with little to do; for many, ones with enough loads in flight to fill the memory bus."""
+    if tokens <= 512:
+        return RotaryConfig(block_heads=4, table_first=True, num_warps=1)
+    return RotaryConfig(block_heads=16, table_first=False, num_warps=4)
 
 
 def rotary_to_cache(
@@ -30,6 +52,7 @@ def rotary_to_cache(
     key_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
     keep_keys: bool = False,
+    config: RotaryConfig | None = None,
 ) -> None:
     """Norm and rotate queries in place; norm and rotate keys and put keys and values into the cache.
 
@@ -45,6 +68,7 @@ def rotary_to_cache(
         cos, sin: `[max_len, rotated / 2]` float32, contiguous; dimensions from `rotated` on are not turned.
         query_norm, key_norm: `[head_dim]` weights of RMSNorm over each head before it is rotated; both or neither.
         keep_keys: write the transformed keys back to qkv as well.
+        config: launch parameters; by default `rotary_config`.
     """
     tokens = slot_mapping.shape[0]
     if tokens == 0:
@@ -52,8 +76,9 @@ def rotary_to_cache(
     _, kv_heads, block_size, head_dim = keys.shape
     half = cos.shape[1]
     rest = head_dim - 2 * half
+    config = config or rotary_config(tokens)
     pdl = pdl_supported(qkv.device)
-    _rotary_kernel[(tokens, triton.cdiv(num_heads + 2 * kv_heads, BLOCK_HEADS))](
+    _rotary_kernel[(tokens, triton.cdiv(num_heads + 2 * kv_heads, config.block_heads))](
         qkv,
         kernel_view(keys),
         kernel_view(values),
@@ -71,13 +96,14 @@ def rotary_to_cache(
         HALF=half,
         HALF_PAD=triton.next_power_of_2(half),
         REST_PAD=triton.next_power_of_2(rest) if rest else 0,
-        BLOCK_HEADS=BLOCK_HEADS,
+        BLOCK_HEADS=config.block_heads,
+        TABLE_FIRST=config.table_first,
         BLOCK_SIZE=block_size,
         NORM=query_norm is not None,
         KEEP_KEYS=keep_keys,
         FP8=kv_format(keys) is not KVFormat.PLAIN,
         PDL=pdl,
-        num_warps=1,
+        num_warps=config.num_warps,
         **launch_options(pdl),
     )
 
@@ -102,6 +128,7 @@ def _rotary_kernel(
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    TABLE_FIRST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NORM: tl.constexpr,
     KEEP_KEYS: tl.constexpr,
@@ -119,15 +146,18 @@ def _rotary_kernel(
     in_half = (pair < HALF)[None, :]
     position = tl.load(positions + token).to(tl.int64)
     slot = tl.load(slots + token)
-    c = tl.load(cos + position * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
-    s = tl.load(sin + position * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
-    c = tl.where(is_value, 1.0, c)
-    s = tl.where(is_value, 0.0, s)
-
+    if TABLE_FIRST:
+        c = tl.load(cos + position * HALF + pair, mask=pair < HALF, other=0.0)
+        s = tl.load(sin + position * HALF + pair, mask=pair < HALF, other=0.0)
     wait_for_producer(PDL)
     source = qkv + token * qkv_stride + heads[:, None] * HEAD_DIM
     first = tl.load(source + pair[None, :], mask=present & in_half, other=0.0).to(tl.float32)
     second = tl.load(source + HALF + pair[None, :], mask=present & in_half, other=0.0).to(tl.float32)
+    if not TABLE_FIRST:
+        c = tl.load(cos + position * HALF + pair, mask=pair < HALF, other=0.0)
+        s = tl.load(sin + position * HALF + pair, mask=pair < HALF, other=0.0)
+    c = tl.where(is_value, 1.0, c[None, :])
+    s = tl.where(is_value, 0.0, s[None, :])
     if REST_PAD > 0:
         beyond = tl.arange(0, REST_PAD)
         in_rest = (beyond < HEAD_DIM - 2 * HALF)[None, :]

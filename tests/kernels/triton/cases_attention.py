@@ -15,8 +15,16 @@ from aphrodite.kernels.triton.decode_attention import (
     decode_config,
 )
 from aphrodite.kernels.triton.paged import Card, KVFormat
-from aphrodite.kernels.triton.ragged_attention import RaggedConfig, _ragged_kernel, ragged_config
-from aphrodite.kernels.triton.rotary import BLOCK_HEADS, _rotary_kernel
+from aphrodite.kernels.triton.ragged_attention import (
+    MERGE_FIELDS,
+    MERGED_ROWS,
+    TILE_FIELDS,
+    RaggedConfig,
+    _merge_kernel,
+    _ragged_kernel,
+    ragged_config,
+)
+from aphrodite.kernels.triton.rotary import _rotary_kernel, rotary_config
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 CARDS: dict[str, Card] = {"sm_80": "cuda", "sm_90": "hopper", "gfx942": "hip"}
@@ -32,7 +40,9 @@ def _rotary(
     norm: bool = False,
     fp8: bool = False,
     pdl: bool = False,
+    tokens: int = 1,
 ) -> KernelCase:
+    config = rotary_config(tokens)
     half = (rotated or head_dim) // 2
     rest = head_dim - 2 * half
     cache = "*u8" if fp8 else f"*{dtype}"
@@ -58,14 +68,15 @@ def _rotary(
             "HALF": half,
             "HALF_PAD": triton.next_power_of_2(half),
             "REST_PAD": triton.next_power_of_2(rest) if rest else 0,
-            "BLOCK_HEADS": BLOCK_HEADS,
+            "BLOCK_HEADS": config.block_heads,
+            "TABLE_FIRST": config.table_first,
             "BLOCK_SIZE": 16,
             "NORM": norm,
             "KEEP_KEYS": True,
             "FP8": fp8,
             "PDL": pdl,
         },
-        num_warps=1,
+        num_warps=config.num_warps,
         targets=("sm_90",) if pdl else TARGETS,
     )
 
@@ -135,6 +146,7 @@ def _ragged(
         kernel=_ragged_kernel,
         arguments=pointers
         | {"tiles": "*i32", "query_start": "*i32", "context_lens": "*i32", "rows": "*i32", "block_tables": "*i32"}
+        | {"partials": "*fp32", "statistics": "*fp32"}
         | {"query_stride": "i32:16", "out_stride": "i32:16", "table_stride": "i32:16", "scale": "fp32"}
         | {
             "KV_HEADS": 8,
@@ -148,11 +160,39 @@ def _ragged(
             "WINDOW": window,
             "SOFTCAP": softcap,
             "FORMAT": int(kv),
+            "FIELDS": TILE_FIELDS,
             "PDL": pdl,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         targets=targets,
+    )
+
+
+def _merge(name: str, head_dim: int, *, dtype: str = "bf16", pdl: bool = False) -> KernelCase:
+    return KernelCase(
+        name=f"ragged merge {name}",
+        kernel=_merge_kernel,
+        arguments={
+            "out": f"*{dtype}",
+            "merges": "*i32",
+            "query_start": "*i32",
+            "partials": "*fp32",
+            "statistics": "*fp32",
+            "out_stride": "i32:16",
+            "KV_HEADS": 8,
+            "GROUP": 4,
+            "QUERY_ROWS": 32,
+            "ROWS": 128,
+            "HEAD_DIM": head_dim,
+            "DIM": triton.next_power_of_2(head_dim),
+            "PART": MERGED_ROWS,
+            "FIELDS": MERGE_FIELDS,
+            "PDL": pdl,
+        },
+        num_warps=4,
+        num_stages=3,
+        targets=("sm_90",) if pdl else TARGETS,
     )
 
 
@@ -213,9 +253,14 @@ def _attention(target: str) -> list[KernelCase]:
 CASES = [
     _rotary("128", 128),
     _rotary("128 pdl", 128, norm=True, pdl=True),
+    _rotary("128 many", 128, tokens=2048),
+    _rotary("128 many pdl", 128, norm=True, pdl=True, tokens=2048),
+    _rotary("256 many norm fp8", 256, norm=True, fp8=True, tokens=2048),
     _rotary("80 partial fp32", 80, rotated=32, dtype="fp32", norm=True),
     _rotary("256 norm fp8", 256, norm=True, fp8=True),
     _plan("1", 1, 0),
     _plan("256 window", 256, 4096),
+    _merge("128 pdl", 128, pdl=True),
+    _merge("256 fp32", 256, dtype="fp32"),
     *(case for target in TARGETS for case in _attention(target)),
 ]

@@ -9,8 +9,8 @@ from paged_case import PagedStep, make_step
 
 from aphrodite.kernels import reference
 from aphrodite.kernels.triton.decode_attention import DecodeConfig, decode_attention, plan_decode
-from aphrodite.kernels.triton.ragged_attention import RaggedConfig, ragged_attention, tile_table
-from aphrodite.kernels.triton.rotary import rotary_to_cache
+from aphrodite.kernels.triton.ragged_attention import RaggedConfig, TileTable, ragged_attention, tile_table
+from aphrodite.kernels.triton.rotary import RotaryConfig, rotary_config, rotary_to_cache
 
 FP8 = torch.float8_e4m3fn
 
@@ -43,16 +43,27 @@ def decode(step: PagedStep, *, window: int | None = None, softcap: float = 0.0, 
     return out
 
 
-def ragged(step: PagedStep, *, window: int | None = None, softcap: float = 0.0, rows: int = 16) -> torch.Tensor:
+def ragged(
+    step: PagedStep, *, window: int | None = None, softcap: float = 0.0, rows: int = 16, programs: int = 1
+) -> torch.Tensor:
     config = RaggedConfig(rows=rows, tile=16, num_warps=4, num_stages=1)
-    table = tile_table(step.query_start.diff().numpy(), config.query_rows(step.heads // step.keys.shape[1]))
+    kv_heads = step.keys.shape[1]
+    table = tile_table(
+        step.query_start.diff().numpy(),
+        step.context_lens.numpy(),
+        config,
+        group=step.heads // kv_heads,
+        kv_heads=kv_heads,
+        programs=programs,
+        window=window,
+    )
     out = torch.full((step.qkv.shape[0], step.heads * step.keys.shape[-1]), 7.0, dtype=step.qkv.dtype)
     ragged_attention(
         step.qkv,
         step.keys,
         step.values,
         out,
-        tiles=torch.from_numpy(table),
+        table=TileTable(*map(torch.from_numpy, table)),
         query_start=step.query_start,
         context_lens=step.context_lens,
         rows=step.rows,
@@ -184,13 +195,79 @@ def test_fp8_cache_is_read_as_what_it_holds() -> None:
     assert_close(ragged(step)[1:], expected[1:], 2e-3)
 
 
+SPLITS = {
+    "extension": [(5, 700)],
+    "late rows of a prompt": [(40, 900), (300, 300)],
+    "beside others": [(1, 30), (9, 1000), (7, 7)],
+}
+
+
+@pytest.mark.parametrize("window", [None, 150, 400])
+@pytest.mark.parametrize("lengths", SPLITS.values(), ids=SPLITS.keys())
+def test_ragged_split_along_the_keys(lengths: list[tuple[int, int]], window: int | None) -> None:
+    step = make_step(lengths, heads=6, kv_heads=2, head_dim=64)
+    long = torch.repeat_interleave(step.query_start.diff() > 1, step.query_start.diff().long())
+    out = ragged(step, window=window, programs=64, rows=64)
+    assert_close(out[long], step.expected(window)[long])
+    assert (out[~long] == 7.0).all()
+
+
+def test_split_with_soft_cap_and_other_blocks() -> None:
+    step = make_step([(20, 600)], heads=4, kv_heads=1, head_dim=80, block_size=32)
+    assert_close(ragged(step, softcap=0.5, programs=64), step.expected(None, 0.5))
+
+
+def tiles_of(
+    lengths: list[tuple[int, int]],
+    *,
+    programs: int,
+    window: int | None = None,
+    first_rows: np.ndarray | None = None,
+) -> TileTable:
+    query, context = np.array(lengths, dtype=np.int32).T
+    config = RaggedConfig(rows=16, tile=16, num_warps=4, num_stages=1)
+    return tile_table(
+        query, context, config, group=4, kv_heads=2, programs=programs, window=window, first_rows=first_rows
+    )
+
+
 def test_tile_table_covers_rows_in_order_of_cost() -> None:
-    lens = np.array([5, 1, 9, 0, 2])
-    table = tile_table(lens, 4, np.array([0, 0, 8, 0, 0]))
-    assert table.dtype == np.int32
-    assert sorted(map(tuple, table.tolist())) == [(0, 0), (0, 4), (2, 8), (4, 0)]
-    assert table[:, 1].tolist() == [8, 4, 0, 0]
-    assert tile_table(np.array([1, 1]), 4).shape == (0, 2)
+    table = tiles_of([(5, 5), (1, 9), (9, 99), (0, 0), (2, 2)], programs=1, first_rows=np.array([0, 0, 8, 0, 0]))
+    assert table.tiles.dtype == table.merges.dtype == np.int32
+    assert table.merges.shape == (0, 4)
+    assert table.tiles.tolist() == [[2, 8, 0, 99, -1], [0, 4, 0, 5, -1], [0, 0, 0, 4, -1], [4, 0, 0, 2, -1]]
+    assert [part.shape for part in tiles_of([(1, 1), (1, 1)], programs=1)] == [(0, 5), (0, 4)]
+
+
+@pytest.mark.parametrize("window", [None, 100, 1000])
+@pytest.mark.parametrize("programs", [1, 40, 1000])
+def test_tile_table_covers_keys_once(programs: int, window: int | None) -> None:
+    lengths = [(8, 3000), (3, 3), (600, 600), (1, 5000), (30, 130)]
+    tiles, merges = tiles_of(lengths, programs=programs, window=window)
+    slots = tiles[tiles[:, 4] >= 0]
+    assert sorted(slots[:, 4]) == list(range(len(slots)))
+    merged = {(sequence, row): (first, count) for sequence, row, first, count in merges.tolist()}
+    for sequence, (queries, context) in enumerate(lengths):
+        for row in range(0, queries if queries > 1 else 0, 4):
+            mine = tiles[(tiles[:, 0] == sequence) & (tiles[:, 1] == row)]
+            mine = mine[mine[:, 2].argsort()]
+            at = context - queries + row
+            assert mine[0, 2] == (0 if window is None else max(at - window + 1, 0) // 16 * 16)
+            assert mine[-1, 3] == min(at + 4, context)
+            assert (mine[1:, 2] == mine[:-1, 3]).all()
+            assert (mine[:, 2] % 16 == 0).all()
+            if len(mine) > 1:
+                first, count = merged.pop((sequence, row))
+                assert mine[:, 4].tolist() == list(range(first, first + count))
+            else:
+                assert mine[0, 4] == -1
+    assert not merged
+
+
+def test_few_tiles_with_much_to_see_are_split_and_many_are_not() -> None:
+    assert len(tiles_of([(8, 8192)], programs=132).merges) == 2
+    assert len(tiles_of([(2048, 2048)], programs=132).merges) == 0
+    assert len(tiles_of([(8, 64)], programs=132).merges) == 0
 
 
 def transformed(
@@ -211,7 +288,8 @@ def transformed(
 @pytest.mark.parametrize("keep_keys", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotated"), [(64, 64), (80, 80), (80, 20), (96, 64)])
-def test_rotary_to_cache(head_dim: int, rotated: int, norm: bool, keep_keys: bool) -> None:
+@pytest.mark.parametrize("config", [None, rotary_config(2048)])
+def test_rotary_to_cache(head_dim: int, rotated: int, norm: bool, keep_keys: bool, config: RotaryConfig | None) -> None:
     step = make_step([(3, 20), (1, 0), (1, 33)], heads=3, kv_heads=2, head_dim=head_dim)
     angles = torch.outer(torch.arange(40.0), torch.rand(rotated // 2))
     cos, sin = 1.1 * angles.cos(), 1.1 * angles.sin()
@@ -233,6 +311,7 @@ def test_rotary_to_cache(head_dim: int, rotated: int, norm: bool, keep_keys: boo
         key_norm=norms[1] if norms else None,
         norm_eps=1e-6,
         keep_keys=keep_keys,
+        config=config,
     )
 
     heads = qkv.view(-1, 7, head_dim)

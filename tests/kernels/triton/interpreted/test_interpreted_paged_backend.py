@@ -8,8 +8,20 @@ import torch
 from paged_case import PagedStep, make_step
 
 from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
-from aphrodite.attention.triton_paged import DENSE_MIN, DENSE_MULTIPLE, DenseRun, TritonAttention, divide_rows
+from aphrodite.attention.triton_paged import (
+    DENSE_AFTER,
+    DENSE_CANDIDATES,
+    DENSE_MIN,
+    DENSE_MULTIPLE,
+    DENSE_SHAPES,
+    DenseRun,
+    DenseShapes,
+    TritonAttention,
+    dense_runs,
+    divide_rows,
+)
 from aphrodite.kernels import reference
+from aphrodite.kernels.triton.ragged_attention import RaggedConfig
 from aphrodite.runner.inputs import DeviceInputs, HostLengths
 
 DIM, HEADS, KV_HEADS = 64, 4, 2
@@ -112,9 +124,23 @@ def test_what_is_declined(changed: dict[str, object], reason: str | None) -> Non
         assert reason in declined.reason
 
 
-def covered(pairs: list[tuple[int, int]], window: int | None, dense: bool, tile_rows: int = 32) -> list[np.ndarray]:
+def test_a_step_must_be_staged() -> None:
+    transform = QueryKeyTransform(torch.ones(64, DIM // 2), torch.zeros(64, DIM // 2))
+    backend = TritonAttention(shape_of(), transform)
+    step = make_step([(18, 18)], heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
+    cache = KVCache(step.keys[None], step.values[None])
+    table = backend.stage_step(lengths_of([(18, 19)]))
+    with pytest.raises(RuntimeError, match="stage_step"):
+        backend.begin_step(inputs_of(step, lengths_of([(18, 18)]), table), cache)
+
+
+def covered(pairs: list[tuple[int, int]], window: int | None, dense: bool) -> list[np.ndarray]:
     """How many times each query row is served, by sequence."""
-    work = divide_rows(lengths_of(pairs), window, tile_rows=tile_rows, dense=dense)
+    lengths = lengths_of(pairs)
+    config = RaggedConfig(rows=64, tile=16, num_warps=4, num_stages=1)
+    runs = dense_runs(lengths, window) if dense else []
+    assert bool(runs) == (dense and (window is None or window >= DENSE_MULTIPLE))
+    work = divide_rows(lengths, window, runs, config, group=2, kv_heads=2, programs=1)
     counts = [np.zeros(queries, dtype=int) for queries, _ in pairs]
     flat = np.zeros(sum(queries for queries, _ in pairs), dtype=int)
     for run in work.dense:
@@ -123,8 +149,8 @@ def covered(pairs: list[tuple[int, int]], window: int | None, dense: bool, tile_
             flat[first : first + run.rows] += 1
     for mine, part in zip(counts, np.split(flat, np.cumsum([queries for queries, _ in pairs])[:-1]), strict=True):
         mine += part
-    for sequence, row in work.tiles:
-        counts[sequence][row : row + tile_rows] += 1
+    for sequence, row in work.table.tiles[:, :2]:
+        counts[sequence][row : row + 32] += 1
     return counts
 
 
@@ -148,16 +174,45 @@ def test_every_row_of_a_longer_query_is_served_once(dense: bool, window: int | N
 
 def test_equal_prompts_in_a_row_are_one_run() -> None:
     pairs = [(1, 9), (700, 700), (700, 700), (1024, 1024), (700, 700), (700, 900)]
-    work = divide_rows(lengths_of(pairs), None, tile_rows=32, dense=True)
     rows = 700 // DENSE_MULTIPLE * DENSE_MULTIPLE
-    assert work.dense == (
+    assert dense_runs(lengths_of(pairs), None) == [
         DenseRun(1, 2, 700, rows),
         DenseRun(1401, 1, 1024, 1024),
         DenseRun(2425, 1, 700, rows),
-    )
+    ]
 
 
 def test_a_window_bounds_what_torch_attends_to() -> None:
-    work = divide_rows(lengths_of([(4000, 4000)]), 1000, tile_rows=32, dense=True)
-    assert work.dense == (DenseRun(0, 1, 4000, 768),)
-    assert divide_rows(lengths_of([(4000, 4000)]), 200, tile_rows=32, dense=True).dense == ()
+    assert dense_runs(lengths_of([(4000, 4000)]), 1000) == [DenseRun(0, 1, 4000, 768)]
+    assert dense_runs(lengths_of([(4000, 4000)]), 200) == []
+
+
+def test_torch_serves_a_shape_that_keeps_coming() -> None:
+    shapes = DenseShapes()
+    run = DenseRun(0, 1, 2048, 2048)
+    assert [shapes.admit([run]) for _ in range(DENSE_AFTER + 1)] == [[False]] * (DENSE_AFTER - 1) + [[True]] * 2
+    assert shapes.admit([DenseRun(9, 1, 2100, 2048)]) == [True]  # the rest of a single prompt does not matter
+    assert shapes.admit([DenseRun(0, 2, 2048, 2048)]) == [False]
+    assert shapes.admit([DenseRun(0, 1, 1024, 1024), run]) == [False, True]
+
+
+def test_one_shape_a_step_is_planned() -> None:
+    shapes = DenseShapes()
+    runs = [DenseRun(0, 1, 512, 512), DenseRun(512, 1, 768, 768), DenseRun(1280, 1, 512, 512)]
+    served = [shapes.admit(runs) for _ in range(DENSE_AFTER + 1)]
+    assert served == [[False] * 3] * (DENSE_AFTER - 1) + [[True, False, True], [True] * 3]
+
+
+def test_planned_shapes_and_counts_are_bounded() -> None:
+    shapes = DenseShapes()
+    runs = [DenseRun(0, 1, 256 * n, 256 * n) for n in range(2, DENSE_SHAPES + 4)]
+    admitted = [all([shapes.admit([run]) for _ in range(DENSE_AFTER)][-1]) for run in runs]
+    assert admitted == [True] * DENSE_SHAPES + [False] * 2
+
+    shapes = DenseShapes()
+    first = DenseRun(0, 2, 600, 512)
+    for _ in range(DENSE_AFTER - 1):
+        shapes.admit([first])
+    for length in range(1000, 1000 + DENSE_CANDIDATES):
+        shapes.admit([DenseRun(0, 2, length, 768)])
+    assert shapes.admit([first]) == [False]  # forgotten
