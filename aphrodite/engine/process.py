@@ -6,6 +6,7 @@ which stays open: its end means that the parent is gone, and the process ends wi
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -50,6 +51,9 @@ class EngineServer:
         tokenizer = load_tokenizer(Path(config.tokenizer or config.model or ""))
         built = build_engine(config, tokenizer.eos_token_ids, self._report_progress, tokenizer=tokenizer)
         self._core = built.core
+        # What loading left stays to the end. A full collection that looked through it would stop every stream for
+        # 0.1 s (measured), now and then.
+        gc.freeze()
         self._send(built.info)
 
     def run(self) -> None:
