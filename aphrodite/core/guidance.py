@@ -31,8 +31,8 @@ def answer_room(num_prompt: int, num_negative: int, *, max_model_len: int, num_b
     return max(0, bisect_left(range(room + 1), True, key=overflows) - 1)
 
 
-def make_shadow(request: Request, max_total: int, config: SchedulerConfig) -> tuple[Request, int]:
-    """The shadow of a request with a negative prompt, and the number of tokens at which the request ends with "length".
+def make_shadow(request: Request, max_total: int, config: SchedulerConfig) -> tuple[int, Request]:
+    """The number of tokens at which a request with a negative prompt ends with "length", and its shadow.
 
     Args:
         max_total: that number for the request alone.
@@ -67,7 +67,7 @@ def make_shadow(request: Request, max_total: int, config: SchedulerConfig) -> tu
     shadow = Request(request.request_id, negative, _PLAIN, request.seed, cache_salt=request.cache_salt)
     shadow.tokens = token_array(negative, "negative_prompt")
     shadow.owner = request
-    return shadow, min(max_total, request.num_prompt_tokens + room)
+    return min(max_total, request.num_prompt_tokens + room), shadow
 
 
 def pair_counts(request: Request, budget: int, num_others: int, config: SchedulerConfig) -> tuple[int, int]:

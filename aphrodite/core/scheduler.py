@@ -281,8 +281,7 @@ class Scheduler:
         return min(count, max(1, budget - num_behind - self._num_guided))
 
     def _make_room(self, wanted: int, first: int) -> bool:
-        """Preempt running requests, those from `first` on, until `wanted` blocks are available; False if they never
-        are."""
+        """Preempt the running requests from `first` on until `wanted` blocks are available, and say if they are."""
         while self._pool.num_available < wanted and len(self._running) > first:
             self._preempt(self._running.pop())
         return self._pool.num_available >= wanted
@@ -332,14 +331,13 @@ class Scheduler:
         tokens, max_total = self.config.measure(request)
         if request.negative_prompt_ids is None or max_total == len(tokens):
             return tokens, max_total, None
-        shadow, max_total = make_shadow(request, max_total, self.config)
-        return tokens, max_total, shadow
+        return tokens, *make_shadow(request, max_total, self.config)
 
     def _advance_guided(self, request: Request, index: int, draft: Draft) -> bool:
         """`_advance` for a guided request, with its shadow; nothing is planned of either if blocks are lacking."""
         if len(request.tokens) + request.num_pending >= request.max_total or draft.budget < 2:
             return True
-        counts = pair_counts(request, draft.budget, len(self._running) - index - 1 + self._num_guided, self.config)
+        counts = pair_counts(request, draft.budget, len(self._running) - index + self._num_guided - 2, self.config)
         missing = missing_blocks(request, counts, self.config.block_size)
         if not self._make_room(sum(missing), index + 1):
             return False
@@ -388,6 +386,14 @@ class Scheduler:
             assert request.shadow.row is not None
             request.shadow.num_pending += 1
             draft.steps[-2] = draft.steps[-2]._replace(guide=request.shadow.row)
+
+    def _extend_shadow(self, shadow: Request, token: int, preemptions: int) -> None:
+        """Take over what the step brought that sampled `token`, before it may end both."""
+        if preemptions == shadow.num_preemptions:
+            shadow.num_committed = len(shadow.tokens)
+            self._prefixes.register(shadow)
+        shadow.tokens.append(token)
+        shadow.num_pending -= 1
 
     # A result.
 
@@ -449,8 +455,7 @@ class Scheduler:
             raise RuntimeError(f"row {step.row} of request {request.request_id} brought no token")
         request.tokens.append(token)
         if request.shadow is not None:
-            request.shadow.tokens.append(token)
-            request.shadow.num_pending -= 1
+            self._extend_shadow(request.shadow, token, preemptions)
         finish_reason, stop_reason = finish_reason_of(request, token, self.config.eos_token_ids)
         if request.guard is not None:
             return self._guarded(request, row, prompt_logprobs, finish_reason, stop_reason)
