@@ -24,7 +24,7 @@ from aphrodite.quantization.types import QuantType, RawTensor
 from aphrodite.runner.data_plane import DataPlane
 from aphrodite.runner.executor import ModelExecutor
 from aphrodite.runner.memory import HOST_SHARE, MemoryPlan, device_workspace, plan_memory
-from aphrodite.runner.native import NativeExecutor
+from aphrodite.runner.native import KvDtype, NativeExecutor
 from aphrodite.runner.runner import Runner
 from aphrodite.runner.torch_executor import TorchExecutor
 from aphrodite.tokenizer.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ def _host_executor(
             block_size=config.block_size,
             max_model_len=max_model_len,
             activations=config.activations,
-            kv_dtype="float32" if config.kv_cache_dtype == "float32" else "float16",
+            kv_dtype=_native_kv_dtype(config),
             threads=threads,
         )
     if config.executor == "auto":
@@ -188,6 +188,15 @@ def _host_executor(
         dtype=_DTYPES.get(config.dtype, torch.bfloat16),
         device=torch.device("cpu"),
     )
+
+
+def _native_kv_dtype(config: EngineConfig) -> KvDtype:
+    """Integers where products have integer activations too, unless a type was asked for."""
+    if config.kv_cache_dtype == "float32":
+        return "float32"
+    if config.kv_cache_dtype == "auto" and config.activations != "float32":
+        return "int16"
+    return "float16"
 
 
 def _serves_on_gpu(config: EngineConfig) -> bool:
