@@ -72,7 +72,7 @@ WORKLOADS = (
     Workload("decode", 1, 256, {"default": 2.2, "fast": 2.8}, relative=True),
     Workload("decode", 1, 1500, {}),
     Workload("decode", 8, 256, {"default": 950}, steps=32),
-    Workload("decode", 32, 256, {"default": 1200}, steps=32),
+    Workload("decode", 32, 256, {"default": 1200}, steps=16),
     Workload("prefill", 1, 512, {"default": 2300, "fast": 3200}),
     # llama.cpp needs ten seconds a round for this one, and no target compares with it.
     Workload("prefill", 1, 2048, {"default": 1900, "fast": 2600}, with_peer=False),
@@ -292,7 +292,12 @@ def measure_offline(options: argparse.Namespace, peer_wanted: bool) -> tuple[lis
         try:
             for workload in WORKLOADS:
                 if workload.kind in options.only:
-                    rows += measure_workload(workload, engines, peer, options.rounds)
+                    new = measure_workload(workload, engines, peer, options.rounds)
+                    rates = ", ".join(
+                        f"{row.engine} {row.rate:,.0f} ({row.lowest:,.0f}–{row.highest:,.0f})" for row in new
+                    )
+                    print(f"{workload.label}: {rates} tok/s", flush=True)
+                    rows += new
         finally:
             if peer is not None:
                 peer.close()
@@ -314,7 +319,7 @@ def main() -> None:
     options = parse_arguments()
     print(f"{cpu_model()}, {options.threads} threads, {' '.join(instruction_sets())}")
     bandwidth = read_bandwidth(options.threads)
-    print(f"Plain read of memory: {bandwidth / 1e9:.1f} GB/s (kernels that prefetch may exceed it)")
+    print(f"Plain read of memory: {bandwidth / 1e9:.1f} GB/s (kernels that prefetch may exceed it)", flush=True)
     declined = LlamaCppPeer.declines()
     if declined:
         print(f"Without llama.cpp: {declined}")
