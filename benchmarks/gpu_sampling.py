@@ -91,7 +91,8 @@ def microseconds(sampler: Sampler, buffers: list[torch.Tensor], rows: int) -> fl
     positions = torch.full((rows,), PROMPT + 1, dtype=torch.int32, device=device)
     token_ids = torch.zeros(rows, dtype=torch.int32, device=device)
     ok, exhausted = torch.zeros(2, rows, dtype=torch.bool, device=device)
-    arguments = numbers, positions, token_ids, ok, exhausted
+    launches = sampler.stage(list(range(rows)), [PROMPT + 1] * rows)
+    arguments = numbers, positions, token_ids, ok, exhausted, launches
     sampler.run(buffers[0], *arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -8,13 +8,15 @@ plans the next step, whose newest tokens are read on the device, where the sampl
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
+from aphrodite.errors import ConfigError
 from aphrodite.runner.decode_graphs import DecodeGraphs
 from aphrodite.runner.device_executor import DeviceExecutor
 from aphrodite.runner.device_rows import DeviceRows, StagedStep, ragged_lengths
@@ -122,6 +124,37 @@ class DeviceRunner:
         seconds = step.clock.seconds() if step.clock is not None and step.choices is not None else 0.0
         return Outcome(StepResult(plan.step_id, rows), seconds, waited)
 
+    def warm_up(self, max_tokens: int, progress: Callable[[int, int], None]) -> None:
+        """Compile the kernels of usual steps, capture the first graphs, and try the largest step.
+
+        All of it computes padding or the spare row, and what it leaves in the cache is never read.
+
+        Args:
+            max_tokens: of the largest step.
+            progress: told of steps done and of all.
+
+        Raises:
+            ConfigError: the largest step needs more memory than there is.
+        """
+        largest = min(max_tokens, self.rows.max_model_len)
+        prompts = sorted({min(16, largest), min(2048, largest), largest})
+        buckets = [bucket for bucket in (2, 8, 16, 32, 64, 128) if bucket < self.rows.num_rows]
+        tasks: list[Callable[[], None]] = [partial(self._try_prompt, tokens) for tokens in prompts]
+        tasks += [partial(self._try_decode, bucket) for bucket in buckets]
+        tasks += [partial(self._try_decode, bucket, captured=True) for bucket in (self.rows.num_rows, 1)]
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
+                for number, task in enumerate(tasks):
+                    progress(number, len(tasks))
+                    task()
+                progress(len(tasks), len(tasks))
+                self.close()
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"a step of {largest:,} tokens does not fit the GPU beside the KV cache: lower --max-num-batched-tokens"
+                " or --gpu-memory-utilization"
+            ) from error
+
     def close(self) -> None:
         if self._transfers.stream is not None:
             self._transfers.stream.synchronize()
@@ -161,17 +194,17 @@ class DeviceRunner:
         """A step of one token for each row."""
         count = len(steps)
         rows, positions = [step.row for step in steps], [step.start + 1 for step in steps]
-        in_graph = self.sampler.stage(rows, positions)
+        launches = self.sampler.stage(rows, positions)  # None: not in the graph
         if self._graphs is None:
             bucket = count
             staged = self.rows.stage_decode(steps, bucket)
-            self._decode(bucket, in_graph)
+            self._decode(bucket, launches)
         else:
             bucket = self._graphs.bucket(count)
-            graph = self._graphs.prepare(bucket, in_graph)
+            graph = self._graphs.prepare(bucket, launches)
             staged = self.rows.stage_decode(steps, bucket)
             graph.replay()
-        if in_graph:
+        if launches is not None:
             copy = self._transfers.to_host([self._chosen])
             return LaunchedStep(list(range(count)), copy._replace(tensors=_unpack(copy.tensors[0], count)))
         return self._launched(self._sample(staged, self._logits[:count], rows, positions), list(range(count)), {})
@@ -201,17 +234,30 @@ class DeviceRunner:
             self._append_to_shadows(steps, layout, sampling, sampled.token_ids)
         return self._launched(sampled, sampling, scores)
 
-    def _decode(self, bucket: int, samples: bool) -> None:
+    def _decode(self, bucket: int, launches: Hashable | None) -> None:
         """The kernels of a decode step over tensors at fixed addresses: what a graph holds."""
         staged = self.rows.decode_inputs(bucket)
         self.rows.load_decode_tokens(staged)
         logits = self.executor.forward(staged.inputs)
-        if not samples:
+        if launches is None:
             self._logits[:bucket].copy_(logits)
             return
         choices = _unpack(self._chosen, bucket)
-        self.sampler.run(logits, staged.sample_rows, staged.sample_positions, *choices)
+        self.sampler.run(logits, staged.sample_rows, staged.sample_positions, *choices, launches)
         self.rows.append(staged, choices[0])
+
+    def _try_prompt(self, tokens: int) -> None:
+        step = RowStep(self.rows.num_rows, 0, tokens, [], False, True)
+        table = self.executor.stage_step(ragged_lengths([step]))
+        staged = self.rows.stage_ragged([step], np.array([tokens - 1], np.int32), [0], table)
+        self.executor.forward(staged.inputs)
+
+    def _try_decode(self, bucket: int, *, captured: bool = False) -> None:
+        if captured and self._graphs is not None:
+            self._graphs.prepare(bucket, self.sampler.all_launches)
+        else:
+            self._pad(bucket)
+            self._decode(bucket, self.sampler.all_launches if captured else None)
 
     def _pad(self, bucket: int) -> None:
         self.rows.stage_decode([], bucket)

@@ -8,7 +8,7 @@ row goes depends on its own plan alone.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence, Set
+from collections.abc import Container, Hashable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +96,7 @@ class Sampler:
         # A tokenizer may name tokens that the model has no logits for.
         self._eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._plans: dict[int, SamplingPlan] = {}
+        self._num_prompt: dict[int, int] = {}  # on the host, for asking a device would wait for it
         self._states: dict[str, RowState | None] = {}
         self._fused_rows: Set[int] = frozenset() if self._fused is None else self._fused.rows
         self._barred: dict[int, dict[int, set[int]]] = {}  # row -> position -> token ids; only rows with any
@@ -109,6 +110,7 @@ class Sampler:
         """A request with valid `params` takes a free row; `seed` is an unsigned 64-bit number."""
         if row in self._plans:
             raise ValueError(f"row {row} is taken")
+        self._num_prompt[row] = len(prompt_token_ids)
         shared, host = self._info, torch.device("cpu")
         info = RowInfo(shared.vocab_size, self._eos_token_ids, len(prompt_token_ids), host, self._vocabulary)
         plan = self._plans[row] = compile_plan(params, info)
@@ -130,6 +132,7 @@ class Sampler:
     def end(self, row: int) -> None:
         """The row's request is gone and the row is free."""
         plan = self._plans.pop(row)
+        del self._num_prompt[row]
         self._barred.pop(row, None)
         if self._fused is not None and row in self._fused_rows:
             self._fused.end(row)
@@ -149,7 +152,7 @@ class Sampler:
         Raises:
             ValueError: `position` lies inside the prompt.
         """
-        num_prompt = int(self._info.num_prompt[row])
+        num_prompt = self._num_prompt[row]
         if position < num_prompt:
             raise ValueError(f"row {row} cannot go back to position {position} of its prompt of {num_prompt} tokens")
         barred = self._barred.get(row, {})
@@ -197,15 +200,19 @@ class Sampler:
             return Sampled(*choices.tensors, tensors, wanted, {}, choices.arrays)
         return self._sample_mixed(logits, rows, positions, barred)
 
-    def stage(self, rows: Sequence[int], positions: Sequence[int]) -> bool:
-        """Prepare a call of `run` for these rows and positions; False if some of them need `sample`."""
+    @property
+    def all_launches(self) -> Hashable | None:
+        """What `stage` says of a step that needs everything; None where `sample` serves all steps."""
+        return self._fused.all_launches if isinstance(self._fused, DeviceSampler) else None
+
+    def stage(self, rows: Sequence[int], positions: Sequence[int]) -> Hashable | None:
+        """Prepare a call of `run` for these rows and positions: what it has to launch, None if some need `sample`."""
         device = self._fused
         if not isinstance(device, DeviceSampler) or not device.rows.issuperset(rows):
-            return False
+            return None
         if device.wanted and not device.wanted.keys().isdisjoint(rows):
-            return False
-        device.stage(rows, positions, self._barred_at(rows, positions) if self._barred else {})
-        return True
+            return None
+        return device.stage(rows, positions, self._barred_at(rows, positions) if self._barred else {})
 
     def run(
         self,
@@ -215,6 +222,7 @@ class Sampler:
         token_ids: torch.Tensor,
         ok: torch.Tensor,
         exhausted: torch.Tensor,
+        launches: Hashable,
     ) -> None:
         """Choose a token for each row on the device alone, so that a CUDA graph can hold it; `stage` comes before.
 
@@ -222,13 +230,14 @@ class Sampler:
             logits: [B, vocab] of any floating type, contiguous rows; read only.
             rows, positions: [B] int32 on the device; row `num_rows` is padding, whose token is 0 and not ok.
             token_ids: [B] int32, written like `Sampled.token_ids`. ok, exhausted: [B] bool, likewise.
+            launches: what `stage` said; a graph is good for all steps for which it says the same.
 
         Raises:
             TypeError: there is no such sampler for this device.
         """
         if not isinstance(self._fused, DeviceSampler):
             raise TypeError(f"rows are not sampled by {self._info.device} alone")
-        self._fused.run(logits, rows, positions, token_ids, ok, exhausted)
+        self._fused.run(logits, rows, positions, token_ids, ok, exhausted, launches)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:

@@ -7,8 +7,8 @@ depends on its plan alone. Nothing here waits for the device, and `run` can be c
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.kernels.triton import sampling_record as r
-from aphrodite.kernels.triton.sampling import SamplingKernels
+from aphrodite.kernels.triton.sampling import Launches, Outputs, SamplingKernels
 from aphrodite.sampling.breakers import Breakers
 from aphrodite.sampling.fused import Choices, HostChoices
 from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs
@@ -48,6 +48,7 @@ class TritonSampler:
         self._records = np.zeros((info.num_rows, r.RECORD.value), np.int32)
         self._memory: dict[int, list[torch.Tensor]] = {}  # what each row's record points to
         self._programs: dict[int, RowProgram] = {}
+        self._launches: dict[int, Launches] = {}
         self._barred: dict[int, torch.Tensor] = {}
         self._processed: set[int] = set()
         self._breakers: WeakKeyDictionary[Breakers, torch.Tensor] = WeakKeyDictionary()
@@ -60,6 +61,7 @@ class TritonSampler:
             return False
         self.rows.add(row)
         self._programs[row], self._num_prompt[row] = program, num_prompt
+        self._launches[row] = _launches_of(program)
         if plan.logprobs is not None:
             self.wanted[row] = plan.logprobs
             if plan.processed_logprobs:
@@ -77,8 +79,7 @@ class TritonSampler:
             begin = r.HEADER.value + number * r.OP_WORDS.value
             self._write_op(record[begin : begin + r.OP_WORDS.value], op, memory)
         self._mark(row, program)
-        if program.flags & r.COUNTS.value:
-            self.kernels.counts[row].zero_()
+        self._count(row, num_prompt)
         self._send(row)
         return True
 
@@ -93,10 +94,14 @@ class TritonSampler:
             self.kernels.marks[row].zero_()
         self._records[row] = 0
         self._send(row)
-        del self._memory[row], self._num_prompt[row]
+        del self._memory[row], self._num_prompt[row], self._launches[row]
 
     def rewind(self, row: int, position: int) -> None:
         """Forget the row's tokens at `position` and after it; its history is right before that."""
+        self._count(row, position)
+
+    def _count(self, row: int, position: int) -> None:
+        """Count the row's tokens before `position`, if its penalties look at them."""
         if not self._programs[row].flags & r.COUNTS.value:
             return
         num_prompt = self._num_prompt[row]
@@ -109,13 +114,16 @@ class TritonSampler:
         """New memory for the choices of `count` rows, which may be on their way to the host for a while."""
         return HostChoices.of(Choices.empty(count, self._device))
 
-    def stage(self, rows: Sequence[int], positions: Sequence[int], barred: Mapping[int, Set[int]]) -> None:
-        """Set which tokens each row may not choose at its position; to be called before `run`."""
+    def stage(self, rows: Sequence[int], positions: Sequence[int], barred: Mapping[int, Set[int]]) -> Launches:
+        """Set which tokens each row may not choose at its position, and say what `run` has to launch for these rows."""
+        launches = max(map(self._launches.__getitem__, rows), default=Launches.WHOLE)
         if not barred and not self._barred:
-            return
+            return launches
         for row, position in zip(rows, positions, strict=True):
             if row in barred or row in self._barred:
                 self._bar(row, position, barred.get(row, ()))
+                launches = Launches.MARKED
+        return launches
 
     def _bar(self, row: int, position: int, token_ids: Iterable[int]) -> None:
         """Never choose `token_ids` for the row at `position`; it replaces what was barred for the row before."""
@@ -139,9 +147,11 @@ class TritonSampler:
         token_ids: torch.Tensor,
         ok: torch.Tensor,
         exhausted: torch.Tensor,
+        launches: Hashable,
     ) -> None:
         """Sample B rows (`SamplingKernels.run`). Rows of the other path and padding get token 0, not ok."""
-        self.kernels.run(logits, rows, positions, token_ids, ok, exhausted)
+        outputs = Outputs(token_ids, ok, exhausted)
+        self.kernels.run(logits, rows, positions, outputs, cast("Launches", launches))
 
     def sample(
         self,
@@ -153,7 +163,7 @@ class TritonSampler:
         choices: HostChoices,
     ) -> tuple[LogprobTensors | None, dict[int, int]]:
         """Sample `entries` (None: all) of `logits` [L, vocab]; the rest is as in `FusedSampler.sample`."""
-        self.stage(rows, positions, barred)
+        launches = self.stage(rows, positions, barred)
         places = self._upload(np.array((rows, positions), np.int32))
         index = None if entries is None else self._upload(np.array(entries, np.int64))
         part = logits if index is None else logits[index]
@@ -161,7 +171,7 @@ class TritonSampler:
         numbers = list(range(len(rows)) if entries is None else entries)
         wanted = {number: self.wanted[row] for number, row in zip(numbers, rows, strict=True) if row in self.wanted}
         processed = torch.empty_like(part, dtype=torch.float32) if not self._processed.isdisjoint(rows) else None
-        self.kernels.run(part, places[0], places[1], *chosen, processed)
+        self.kernels.run(part, places[0], places[1], Outputs(*chosen), launches, processed)
         if index is not None:
             for whole, some in zip(choices.tensors, chosen, strict=True):
                 whole[index] = some
@@ -231,3 +241,9 @@ class TritonSampler:
         if self._device.type == "cpu":  # the interpreter's
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def _launches_of(program: RowProgram) -> Launches:
+    if program.flags & r.HISTORY.value:
+        return Launches.MARKED
+    return Launches.LISTED if program.edits < program.num_ops else Launches.WHOLE

@@ -192,14 +192,16 @@ def test_no_synchronisation_and_equal_in_a_graph(device: torch.device, dtype: to
     ok, exhausted = torch.zeros(2, rows + 2, dtype=torch.bool, device=device)
     # Compile on a sampler of its own: a run moves the rows' state.
     other, _ = started(device, rows)
-    other.sampler.run(padded, numbers, at, token_ids, ok, exhausted)
+    launches = other.sampler.stage(list(range(rows)), positions)
+    assert launches is not None
+    other.sampler.run(padded, numbers, at, token_ids, ok, exhausted, launches)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        one.sampler.run(padded, numbers, at, token_ids, ok, exhausted)
+        one.sampler.run(padded, numbers, at, token_ids, ok, exhausted, launches)
     torch.cuda.synchronize()
     found = []
     for _ in range(3):
-        assert one.sampler.stage(list(range(rows)), positions)
+        assert one.sampler.stage(list(range(rows)), positions) == launches
         torch.cuda.set_sync_debug_mode("error")
         try:
             graph.replay()

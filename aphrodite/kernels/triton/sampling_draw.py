@@ -1,4 +1,4 @@
-"""The draw: Gumbel-max over the survivors, or the argmax, ties to the lowest token; and what is remembered of it."""
+"""The draw: Gumbel-max over the survivors, or the argmax, ties to the lowest token; and how a row's step ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
+from aphrodite.kernels.triton.sampling_history import unmark
 from aphrodite.kernels.triton.sampling_read import floats_at, gumbel, op_at, uniforms_at, uniforms_from, value_of
 from aphrodite.kernels.triton.sampling_stages import number_at, token_at
 
@@ -30,13 +31,14 @@ def top_shape(values, count, top, floats, BLOCK: tl.constexpr):
     """The largest of the logits to draw from, where the largest of `values` is `top`."""
     highest = top
     if tl.load(floats + r.SHAPED) != 0:
-        highest = tl.full([], -float("inf"), tl.float32)
+        tops = tl.full([BLOCK], -float("inf"), tl.float32)
         begin = 0
         while begin < count:
             at = begin + tl.arange(0, BLOCK)
             x = tl.load(values + at, at < count, other=-float("inf"))
-            highest = tl.maximum(highest, tl.max(shape(x, floats), axis=0))
+            tops = tl.maximum(tops, shape(x, floats))
             begin += BLOCK
+        highest = tl.max(tops, axis=0)
     return highest
 
 
@@ -60,13 +62,14 @@ def draw_listed(record, position, values, tokens, count, top, floats, BLOCK: tl.
 
 
 @triton.jit
-def draw_piece(record, position, x, first, floats, PIECE: tl.constexpr):
-    """The best score among the tokens `first` + [0, PIECE) with logits `x`, and the lowest token that has it."""
-    x = shape(x, floats)
-    scores = x
+def draw_piece(record, position, x, top, first, PIECE: tl.constexpr):
+    """The best score among the tokens `first` + [0, PIECE) with logits `x`, and the lowest token that has it.
+
+    A score is the logit above `top` and, unless the row is greedy, noise.
+    """
+    scores = tl.where(x > -float("inf"), x - top, -float("inf"))
     if tl.load(record + r.GREEDY) == 0:
-        noise = gumbel(uniforms_from(record, position, USE_DRAW, first, PIECE))
-        scores = tl.where(x > -float("inf"), (x - tl.load(floats + r.TOP)) + noise, -float("inf"))
+        scores += gumbel(uniforms_from(record, position, USE_DRAW, first, PIECE))
     best = tl.max(scores, axis=0)
     ids = first + tl.arange(0, PIECE)
     return best, tl.min(tl.where((scores == best) & (scores > -float("inf")), ids, NO_TOKEN), axis=0)
@@ -92,3 +95,18 @@ def remember(record, position, token, floats, counts):
             average = decay * average + (1 - decay) * tl.exp(logprob)
             tl.store(floats_at(op + r.POINTER) + position + 1, average)
         index += 1
+
+
+@triton.jit
+def settle(record, position, entry, state, floats, counts, marks, history, outputs, MARKED: tl.constexpr):
+    """The end of a row's step: remember the token, take back its marks, hand out what was chosen."""
+    out_tokens, out_ok, out_exhausted = outputs
+    tl.debug_barrier()
+    token, ok = tl.load(state + r.TOKEN), tl.load(state + r.OK)
+    if ok != 0:
+        remember(record, position, token, floats, counts)
+    if MARKED and (tl.load(record + r.FLAGS) & r.HISTORY) != 0:
+        unmark(record, position, marks, history)
+    tl.store(out_tokens + entry, token)
+    tl.store(out_ok + entry, (ok != 0).to(tl.int8))
+    tl.store(out_exhausted + entry, (tl.load(state + r.EXHAUSTED) != 0).to(tl.int8))

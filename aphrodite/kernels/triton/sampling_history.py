@@ -1,6 +1,7 @@
 """Marks of one step: what a row's history and position say about single tokens (DRY, n-grams, bad words, bans).
 
-One program a row reads the row's history from the device and marks tokens; another takes the marks back after the draw.
+One program a row reads the row's history from the device and marks tokens; the one that settles the row takes the marks
+back after the draw.
 Cost: one read of the history for each of DRY and n-grams, and of what repeats (at most MAX_MATCH tokens deep), whatever
 the vocabulary. sampling/stages has the definitions.
 """
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
+from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.sampling_read import ints_at, op_at
 
 BLOCK = tl.constexpr(1024)
@@ -18,84 +20,71 @@ BLOCK = tl.constexpr(1024)
 
 @triton.jit
 def mark_kernel(
-    rows_ptr, positions_ptr, records_ptr, counts_ptr, marks_ptr, history_ptr, history_stride, vocab, num_rows
+    rows_ptr, positions_ptr, records_ptr, marks_ptr, history_ptr, history_stride, vocab, num_rows, PDL: tl.constexpr
 ):
+    launch_dependents(PDL)
+    wait_for_producer(PDL)
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row >= num_rows:
         return
     record = records_ptr + row * r.RECORD
-    if tl.load(record + r.ACTIVE) == 0:
+    if (tl.load(record + r.ACTIVE) == 0) | ((tl.load(record + r.FLAGS) & r.HISTORY) == 0):
         return
-    flags = tl.load(record + r.FLAGS)
     position = tl.load(positions_ptr + entry)
-    history = history_ptr + row * history_stride
-    num_prompt = tl.load(record + r.NUM_PROMPT)
-    if ((flags & r.COUNTS) != 0) & (position == num_prompt):
-        _mark_prompt(history, num_prompt, counts_ptr + row * vocab)
-    if (flags & r.HISTORY) != 0:
-        marks = marks_ptr + row * vocab
-        num_ops = tl.load(record + r.OPS)
-        index = 0
-        while index < num_ops:  # first, for it compares whole marks
-            op = op_at(record, index)
-            if tl.load(op + r.CODE) == r.DRY:
-                _dry(op, history, position, marks, vocab)
-            index += 1
-        num_ops = tl.load(record + r.ALL)
-        index = 0
-        while index < num_ops:
-            tl.debug_barrier()  # the one before may have marked the same tokens
-            op = op_at(record, index)
-            code = tl.load(op + r.CODE)
-            if code == r.NO_REPEAT_NGRAM:
-                _repeats(tl.load(op + r.FIRST), history, position, marks)
-            elif code == r.MASK:
-                if (position >= tl.load(op + r.FIRST)) & (position < tl.load(op + r.SECOND)):
-                    _mark_list(ints_at(op + r.POINTER), tl.load(op + r.COUNT), marks, r.BARRED_MARK, -1)
-            elif code == r.BAD_WORDS:
-                _bad_words(op, history, position, num_prompt, marks)
-            index += 1
-        tl.debug_barrier()
-        if position == tl.load(record + r.BARRED_AT):
-            _mark_list(ints_at(record + r.BARRED), tl.load(record + r.BARRED_COUNT), marks, r.BARRED_MARK, -1)
+    history, marks = history_ptr + row * history_stride, marks_ptr + row * vocab
+    num_ops = tl.load(record + r.OPS)
+    index = 0
+    while index < num_ops:  # first, for it compares whole marks
+        op = op_at(record, index)
+        if tl.load(op + r.CODE) == r.DRY:
+            _dry(op, history, position, marks, vocab)
+        index += 1
+    num_ops = tl.load(record + r.ALL)
+    index = 0
+    while index < num_ops:
+        tl.debug_barrier()  # the one before may have marked the same tokens
+        op = op_at(record, index)
+        code = tl.load(op + r.CODE)
+        if code == r.NO_REPEAT_NGRAM:
+            _repeats(tl.load(op + r.FIRST), history, position, marks)
+        elif code == r.MASK:
+            if (position >= tl.load(op + r.FIRST)) & (position < tl.load(op + r.SECOND)):
+                _mark_list(ints_at(op + r.POINTER), tl.load(op + r.COUNT), marks, r.BARRED_MARK, -1)
+        elif code == r.BAD_WORDS:
+            _bad_words(op, history, position, tl.load(record + r.NUM_PROMPT), marks)
+        index += 1
+    tl.debug_barrier()
+    if position == tl.load(record + r.BARRED_AT):
+        _mark_list(ints_at(record + r.BARRED), tl.load(record + r.BARRED_COUNT), marks, r.BARRED_MARK, -1)
 
 
 @triton.jit
-def unmark_kernel(rows_ptr, positions_ptr, records_ptr, marks_ptr, history_ptr, history_stride, vocab, num_rows):
-    entry = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + entry).to(tl.int64)
-    if row >= num_rows:
-        return
-    record = records_ptr + row * r.RECORD
-    if tl.load(record + r.ACTIVE) == 0:
-        return
-    if (tl.load(record + r.FLAGS) & r.HISTORY) != 0:
-        marks = marks_ptr + row * vocab
-        history = history_ptr + row * history_stride
-        reads_history = 0
-        num_ops = tl.load(record + r.ALL)
-        index = 0
-        while index < num_ops:
-            op = op_at(record, index)
-            code = tl.load(op + r.CODE)
-            if code == r.MASK:
-                _mark_list(ints_at(op + r.POINTER), tl.load(op + r.COUNT), marks, 0, r.KEPT)
-            elif code == r.BAD_WORDS:
-                width = tl.load(op + r.FIRST)
-                words = ints_at(op + r.POINTER)
-                stop_begin = tl.load(op + r.COUNT)
-                begin = 0
-                while begin < stop_begin:
-                    word = begin + tl.arange(0, BLOCK)
-                    _set_marks(words + word * width + width - 1, word < tl.load(op + r.COUNT), marks, 0, r.KEPT)
-                    begin += BLOCK
-            elif (code == r.DRY) | (code == r.NO_REPEAT_NGRAM):
-                reads_history = 1
-            index += 1
-        if reads_history != 0:
-            _mark_list(history, tl.load(positions_ptr + entry), marks, 0, r.KEPT)
-        _mark_list(ints_at(record + r.BARRED), tl.load(record + r.BARRED_COUNT), marks, 0, r.KEPT)
+def unmark(record, position, marks, history):
+    """Take back what `mark_kernel` marked for the row at this position."""
+    reads_history = 0
+    num_ops = tl.load(record + r.ALL)
+    index = 0
+    while index < num_ops:
+        op = op_at(record, index)
+        code = tl.load(op + r.CODE)
+        if code == r.MASK:
+            _mark_list(ints_at(op + r.POINTER), tl.load(op + r.COUNT), marks, 0, r.KEPT)
+        elif code == r.BAD_WORDS:
+            width = tl.load(op + r.FIRST)
+            words = ints_at(op + r.POINTER)
+            num_words = tl.load(op + r.COUNT)
+            begin = 0
+            while begin < num_words:
+                word = begin + tl.arange(0, BLOCK)
+                _set_marks(words + word * width + width - 1, word < num_words, marks, 0, r.KEPT)
+                begin += BLOCK
+        elif (code == r.DRY) | (code == r.NO_REPEAT_NGRAM):
+            reads_history = 1
+        index += 1
+    if reads_history != 0:
+        _mark_list(history, position, marks, 0, r.KEPT)
+    _mark_list(ints_at(record + r.BARRED), tl.load(record + r.BARRED_COUNT), marks, 0, r.KEPT)
 
 
 @triton.jit
@@ -112,16 +101,6 @@ def _mark_list(tokens, count, marks, bits, kept):
     while begin < count:
         at = begin + tl.arange(0, BLOCK)
         _set_marks(tokens + at, at < count, marks, bits, kept)
-        begin += BLOCK
-
-
-@triton.jit
-def _mark_prompt(history, num_prompt, counts):
-    begin = 0
-    while begin < num_prompt:
-        at = begin + tl.arange(0, BLOCK)
-        mask = at < num_prompt
-        tl.store(counts + tl.load(history + at, mask, other=0), r.IN_PROMPT, mask)
         begin += BLOCK
 
 

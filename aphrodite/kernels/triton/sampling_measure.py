@@ -1,7 +1,9 @@
 """The one pass over all logits: the maximum of every chunk, and sums for the stages that need the whole distribution.
 
-Cost: one read of the logits (and of counts and marks, int32, for rows whose edits look at them), `4 / CHUNK` bytes
-written a logit. After it a stage that keeps what lies near the maximum reads only the chunks that reach its threshold.
+Rows without a truncation are drawn from here: each piece has its best score. Cost: one read of the logits (and of
+counts and marks, int32, for rows whose edits look at them), `4 / CHUNK` bytes written a logit; a random number and two
+logarithms a logit of rows that are drawn. After it a stage that keeps what lies near the maximum reads only the chunks
+that reach its threshold.
 """
 
 from __future__ import annotations
@@ -10,16 +12,20 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
-from aphrodite.kernels.triton.sampling_read import read_logits
+from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
+from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, draw_piece
+from aphrodite.kernels.triton.sampling_read import edited, read_logits
 
 CHUNK = tl.constexpr(128)  # logits
 PIECE = tl.constexpr(4096)  # logits of one program
+PART = tl.constexpr(1024)  # of which so many are looked at at a time
 
 
 @triton.jit
 def measure_kernel(
     logits_ptr,
     rows_ptr,
+    positions_ptr,
     records_ptr,
     counts_ptr,
     marks_ptr,
@@ -30,42 +36,113 @@ def measure_kernel(
     num_rows,
     num_chunks,
     num_pieces,
+    PDL: tl.constexpr,
 ):
+    launch_dependents(PDL)
+    wait_for_producer(PDL)
     entry, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, logits = piece * PIECE, logits_ptr + entry * logits_stride
+    ahead = _load(logits, first, vocab)  # on its way while the record is read
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row >= num_rows:
         return
     record = records_ptr + row * r.RECORD
-    if tl.load(record + r.ACTIVE) == 0:
+    active, flags = tl.load(record + r.ACTIVE), tl.load(record + r.FLAGS)
+    whole = tl.load(record + r.EDITS) == tl.load(record + r.OPS)
+    if active == 0:
         return
-    ids = piece * PIECE + tl.arange(0, PIECE)
-    mask = ids < vocab
-    logits = logits_ptr + entry * logits_stride
-    raw, x = read_logits(logits, record, counts_ptr + row * vocab, marks_ptr + row * vocab, ids, mask, False)
-    chunk = piece * (PIECE // CHUNK) + tl.arange(0, PIECE // CHUNK)
-    tops = tl.max(tl.reshape(x, [PIECE // CHUNK, CHUNK]), axis=1)
-    tl.store(tops_ptr + entry * num_chunks + chunk, tops, chunk < num_chunks)
+    counts, marks = counts_ptr + row * vocab, marks_ptr + row * vocab
+    tops = tl.full([PART // CHUNK], -float("inf"), tl.float32)
+    bad = tl.zeros([PART], tl.int32)
+    begin, end = first, tl.minimum(first + PIECE, vocab)
+    while begin < end:
+        raw, ids = ahead, begin + tl.arange(0, PART)
+        ahead = _load(logits, begin + PART, end)
+        bad = bad | tl.where(raw < float("inf"), 0, 1)
+        x = edited(raw, record, counts, marks, ids, ids < vocab, 0)
+        here = tl.max(tl.reshape(x, [PART // CHUNK, CHUNK]), axis=1)
+        chunk = begin // CHUNK + tl.arange(0, PART // CHUNK)
+        tl.store(tops_ptr + entry * num_chunks + chunk, here, (chunk < num_chunks) & ~whole)
+        tops = tl.maximum(tops, here)
+        begin += PART
+    top = tl.max(tops, axis=0)
     out = pieces_ptr + (entry * num_pieces + piece) * r.PIECE_WORDS
-    bad = tl.max(tl.where(raw < float("inf"), 0, 1), axis=0)
-    tl.store(out + r.PIECE_BAD, bad.to(tl.float32))
-    if (tl.load(record + r.FLAGS) & r.STATS) != 0:
-        _store_sums(out, x, tl.max(tops, axis=0))
+    tl.store(out + r.PIECE_BAD, tl.max(bad, axis=0).to(tl.float32))
+    tl.store(out + r.PIECE_TOP, top)
+    if whole:
+        position = tl.load(positions_ptr + entry)
+        best, token = _draw_parts(logits, record, position, counts, marks, top, first, vocab)
+        tl.store(out + r.PIECE_SCORE, best)
+        tl.store(out + r.PIECE_TOKEN, token.to(tl.float32, bitcast=True))
+    elif (flags & r.STATS) != 0:
+        _store_sums(out, logits, record, counts, marks, top, first, vocab)
 
 
 @triton.jit
-def _store_sums(out, x, top):
-    there = x > -float("inf")
-    below = tl.where(there, x - tl.where(top > -float("inf"), top, 0.0), 0.0)
-    weight = tl.where(there, tl.exp(below), 0.0)
-    count = tl.sum(tl.where(there, 1.0, 0.0), axis=0)
-    mean = tl.sum(below, axis=0) / tl.maximum(count, 1.0)
-    apart = tl.where(there, below - mean, 0.0)
-    tl.store(out + r.PIECE_TOP, top)
-    tl.store(out + r.PIECE_MASS, tl.sum(weight, axis=0))
-    tl.store(out + r.PIECE_WEIGHTED, tl.sum(weight * below, axis=0))
-    tl.store(out + r.PIECE_COUNT, count)
+def _load(logits, begin, end):
+    ids = begin + tl.arange(0, PART)
+    return tl.load(logits + ids, ids < end, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _draw_parts(logits, record, position, counts, marks, top, first, vocab):
+    """`draw_piece` of a piece that is read anew, from the cache: fewer registers, and so more blocks, for all rows."""
+    best, token = tl.full([], -float("inf"), tl.float32), tl.full([], NO_TOKEN, tl.int32)
+    begin = first
+    while begin < tl.minimum(first + PIECE, vocab):
+        ids = begin + tl.arange(0, PART)
+        x = read_logits(logits, record, counts, marks, ids, ids < vocab, 0)
+        score, here = draw_piece(record, position, x, top, begin, PART)
+        token = tl.where(score > best, here, token)  # a lower one stays where they are equal
+        best = tl.maximum(best, score)
+        begin += PART
+    return best, token
+
+
+@triton.jit
+def _store_sums(out, logits, record, counts, marks, top, first, vocab):
+    top = tl.where(top > -float("inf"), top, 0.0)
+    mass, weighted = tl.zeros([PART], tl.float32), tl.zeros([PART], tl.float32)
+    total, count = tl.zeros([PART], tl.float32), tl.zeros([PART], tl.float32)
+    begin, end = first, tl.minimum(first + PIECE, vocab)
+    while begin < end:
+        ids = begin + tl.arange(0, PART)
+        x = read_logits(logits, record, counts, marks, ids, ids < vocab, 0)
+        there = x > -float("inf")
+        below = tl.where(there, x - top, 0.0)
+        weight = tl.where(there, tl.exp(below), 0.0)
+        mass += weight
+        weighted += weight * below
+        total += below
+        count += tl.where(there, 1.0, 0.0)
+        begin += PART
+    left = tl.sum(count, axis=0)
+    mean = tl.sum(total, axis=0) / tl.maximum(left, 1.0)
+    squares = tl.zeros([PART], tl.float32)
+    begin = first
+    while begin < end:
+        ids = begin + tl.arange(0, PART)
+        x = read_logits(logits, record, counts, marks, ids, ids < vocab, 0)
+        apart = tl.where(x > -float("inf"), (x - top) - mean, 0.0)
+        squares += apart * apart
+        begin += PART
+    tl.store(out + r.PIECE_MASS, tl.sum(mass, axis=0))
+    tl.store(out + r.PIECE_WEIGHTED, tl.sum(weighted, axis=0))
+    tl.store(out + r.PIECE_COUNT, left)
     tl.store(out + r.PIECE_MEAN, mean)
-    tl.store(out + r.PIECE_SQUARES, tl.sum(apart * apart, axis=0))
+    tl.store(out + r.PIECE_SQUARES, tl.sum(squares, axis=0))
+
+
+@triton.jit
+def best_of_pieces(pieces, num_pieces, top, PIECES: tl.constexpr):
+    """The token with the best score of a row with the maximum `top`, finite, that has no truncation."""
+    index = tl.arange(0, PIECES)
+    at = pieces + index * r.PIECE_WORDS
+    mask = index < num_pieces
+    own = tl.load(at + r.PIECE_TOP, mask, other=-float("inf"))
+    score = tl.load(at + r.PIECE_SCORE, mask & (own > -float("inf")), other=-float("inf")) + (own - top)
+    token = tl.load(at + r.PIECE_TOKEN, mask, other=0.0).to(tl.int32, bitcast=True)
+    return tl.min(tl.where(score == tl.max(score, axis=0), token, NO_TOKEN), axis=0)
 
 
 @triton.jit

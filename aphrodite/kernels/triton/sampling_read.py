@@ -92,12 +92,11 @@ def gumbel(uniform):
 
 
 @triton.jit
-def edit(op, x, ids, mask, counts, marks, SKIP_REPEATS: tl.constexpr):
+def edit(op, x, ids, mask, counts, marks):
     """`x` [N] of tokens `ids` after one operation that looks at each token alone.
 
     Args:
         counts, marks: of the row, [vocab] int32.
-        SKIP_REPEATS: leave the n-gram ban out.
     """
     code = tl.load(op + r.CODE)
     if code == r.TEMPERATURE:
@@ -112,20 +111,26 @@ def edit(op, x, ids, mask, counts, marks, SKIP_REPEATS: tl.constexpr):
         match = (tl.load(marks + ids, mask, other=0) & r.MATCH) - 1
         steps = match - tl.load(op + r.FIRST)  # the penalties start at the allowed length
         x = x - tl.load(floats_at(op + r.POINTER) + steps, mask & (match >= 0), other=0.0)
-    elif (code == r.NO_REPEAT_NGRAM) & (not SKIP_REPEATS):
+    elif code == r.NO_REPEAT_NGRAM:
         x = tl.where(tl.load(marks + ids, mask, other=0) < 0, -float("inf"), x)
     return x
 
 
 @triton.jit
-def read_logits(logits, record, counts, marks, ids, mask, SKIP_REPEATS: tl.constexpr):
-    """The model's logits of `ids` [N], and what the row's constraints and first operations make of them: both float32.
+def read_logits(logits, record, counts, marks, ids, mask, skipped):
+    """The model's logits of `ids` [N] as the row's constraints and first operations leave them, float32.
 
     Args:
         logits: the row's, of any floating type. Entries that `mask` leaves out are -inf.
+        skipped: code of an operation that is left out, or 0.
     """
     raw = tl.load(logits + ids, mask, other=-float("inf")).to(tl.float32)
-    x = raw
+    return edited(raw, record, counts, marks, ids, mask, skipped)
+
+
+@triton.jit
+def edited(x, record, counts, marks, ids, mask, skipped):
+    """The model's logits `x` [N] of the tokens `ids` after the row's constraints and first operations."""
     if (tl.load(record + r.FLAGS) & r.MARKED) != 0:
         mark = tl.load(marks + ids, mask, other=0)
         bias = ((mark >> r.BIAS_SHIFT) & r.BIAS_INDEX) - 1
@@ -134,6 +139,8 @@ def read_logits(logits, record, counts, marks, ids, mask, SKIP_REPEATS: tl.const
     num_ops = tl.load(record + r.EDITS)
     index = 0
     while index < num_ops:
-        x = edit(op_at(record, index), x, ids, mask, counts, marks, SKIP_REPEATS)
+        op = op_at(record, index)
+        if tl.load(op + r.CODE) != skipped:
+            x = edit(op, x, ids, mask, counts, marks)
         index += 1
-    return raw, x
+    return x

@@ -11,12 +11,23 @@ import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
 from aphrodite.kernels.triton.sampling_read import edit, floats_at, log, op_at, uniforms_at, value_of
-from aphrodite.kernels.triton.sampling_search import BY_MASS, BY_TYPICALITY, BY_VALUE, find_cut, keep
+from aphrodite.kernels.triton.sampling_search import (
+    BY_MASS,
+    BY_TYPICALITY,
+    BY_VALUE,
+    find_cut,
+    find_cut_wide,
+    highest_key,
+    keep,
+    lowest_key,
+)
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST_TEMPERATURE = tl.constexpr(1e-5)
 _FARTHEST = tl.constexpr(-1e6)  # stages/quadratic.py
 _USE_XTC = tl.constexpr(1)  # sampling/random.py
+_FAR = tl.constexpr(-32.0)  # from the top: where a search for a cut begins if nothing better is known
+LIST_CAPACITY = tl.constexpr(1024)  # candidates of a list
 
 
 @triton.jit
@@ -28,8 +39,8 @@ def token_at(tokens, at, mask, WIDE: tl.constexpr):
 @triton.jit
 def sums_of(values, count, top, BLOCK: tl.constexpr):
     """Of the survivors, float64: sum of exp(d), of exp(d) * d, their number; d = value - top."""
-    mass, weighted = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    left = tl.full([], 0.0, tl.float64)
+    mass, weighted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    left = tl.zeros([BLOCK], tl.int32)
     begin = 0
     while begin < count:
         at = begin + tl.arange(0, BLOCK)
@@ -37,32 +48,37 @@ def sums_of(values, count, top, BLOCK: tl.constexpr):
         there = x > -float("inf")
         below = tl.where(there, x - top, 0.0)
         weight = tl.where(there, tl.exp(below), 0.0)
-        mass += tl.sum(weight, axis=0).to(tl.float64)
-        weighted += tl.sum(weight * below, axis=0).to(tl.float64)
-        left += tl.sum(there.to(tl.int32), axis=0).to(tl.float64)
+        mass += weight
+        weighted += weight * below
+        left += there.to(tl.int32)
         begin += BLOCK
-    return mass, weighted, left
+    return (
+        tl.sum(mass.to(tl.float64), axis=0),
+        tl.sum(weighted.to(tl.float64), axis=0),
+        tl.sum(left, axis=0).to(tl.float64),
+    )
 
 
 @triton.jit
 def deviation_of(values, count, top, left, BLOCK: tl.constexpr):
     """Population standard deviation of the survivors, float64."""
-    total, squares = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    total = tl.zeros([BLOCK], tl.float32)
     begin = 0
     while begin < count:
         at = begin + tl.arange(0, BLOCK)
         x = tl.load(values + at, at < count, other=-float("inf"))
-        total += tl.sum(tl.where(x > -float("inf"), x - top, 0.0), axis=0).to(tl.float64)
+        total += tl.where(x > -float("inf"), x - top, 0.0)
         begin += BLOCK
-    mean = (total / left).to(tl.float32)
+    mean = (tl.sum(total.to(tl.float64), axis=0) / left).to(tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
     begin = 0
     while begin < count:
         at = begin + tl.arange(0, BLOCK)
         x = tl.load(values + at, at < count, other=-float("inf"))
         apart = tl.where(x > -float("inf"), (x - top) - mean, 0.0)
-        squares += tl.sum(apart * apart, axis=0).to(tl.float64)
+        squares += apart * apart
         begin += BLOCK
-    return tl.sqrt(squares / left)
+    return tl.sqrt(tl.sum(squares.to(tl.float64), axis=0) / left)
 
 
 @triton.jit
@@ -145,7 +161,7 @@ def _divide(values, count, divisor, BLOCK: tl.constexpr):
 def _quadratic(op, values, count, top, BLOCK: tl.constexpr):
     """values: k, s. Returns the largest, which a negative k or s may raise."""
     k, s = value_of(op, 0), value_of(op, 1)
-    highest = tl.full([], -float("inf"), tl.float32)
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
     tl.debug_barrier()
     begin = 0
     while begin < count:
@@ -154,10 +170,10 @@ def _quadratic(op, values, count, top, BLOCK: tl.constexpr):
         distance = tl.maximum(x - top, _FARTHEST)
         smoothed = tl.where(x == -float("inf"), x, top + distance * distance * (s * distance - k))
         tl.store(values + at, smoothed, at < count)
-        highest = tl.maximum(highest, tl.max(smoothed, axis=0))
+        highest = tl.maximum(highest, smoothed)
         begin += BLOCK
     tl.debug_barrier()
-    return highest
+    return tl.max(highest, axis=0)
 
 
 @triton.jit
@@ -166,16 +182,17 @@ def _edit_all(op, values, tokens, count, top, counts, marks, WIDE: tl.constexpr,
     highest = top
     tl.debug_barrier()
     if (tl.load(op + r.CODE) != r.NO_REPEAT_NGRAM) | _leaves_some(values, tokens, count, marks, WIDE, BLOCK):
-        highest = tl.full([], -float("inf"), tl.float32)
+        tops = tl.full([BLOCK], -float("inf"), tl.float32)
         begin = 0
         while begin < count:
             at = begin + tl.arange(0, BLOCK)
             mask = at < count
             x = tl.load(values + at, mask, other=-float("inf"))
-            x = edit(op, x, token_at(tokens, at, mask, WIDE), mask, counts, marks, False)
+            x = edit(op, x, token_at(tokens, at, mask, WIDE), mask, counts, marks)
             tl.store(values + at, x, mask)
-            highest = tl.maximum(highest, tl.max(x, axis=0))
+            tops = tl.maximum(tops, x)
             begin += BLOCK
+        highest = tl.max(tops, axis=0)
     tl.debug_barrier()
     return highest
 
@@ -183,16 +200,16 @@ def _edit_all(op, values, tokens, count, top, counts, marks, WIDE: tl.constexpr,
 @triton.jit
 def _leaves_some(values, tokens, count, marks, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Whether a survivor would not repeat an n-gram."""
-    left = tl.full([], 0, tl.int32)
+    left = tl.zeros([BLOCK], tl.int32)
     begin = 0
     while begin < count:
         at = begin + tl.arange(0, BLOCK)
         mask = at < count
         there = tl.load(values + at, mask, other=-float("inf")) > -float("inf")
         free = tl.load(marks + token_at(tokens, at, mask, WIDE), mask, other=-1) >= 0
-        left = tl.maximum(left, tl.max((there & free).to(tl.int32), axis=0))
+        left = tl.maximum(left, (there & free).to(tl.int32))
         begin += BLOCK
-    return left > 0
+    return tl.max(left, axis=0) > 0
 
 
 @triton.jit
@@ -202,47 +219,55 @@ def _xtc(op, record, position, values, tokens, count, top, mass, marks, WIDE: tl
     highest = top
     if coin < value_of(op, 0):
         level = value_of(op, 1) + log(mass)
-        least, spared = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32)
+        least, spared = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], -1, tl.int32)
         begin = 0
         while begin < count:
             at = begin + tl.arange(0, BLOCK)
             x = tl.load(values + at, at < count, other=-float("inf"))
-            chosen = (x > -float("inf")) & (x - top >= level)
-            here = tl.min(tl.where(chosen, x, float("inf")), axis=0)
-            last = tl.max(tl.where(chosen & (x == here), at, -1), axis=0)
-            spared = tl.where(here <= least, tl.where(last >= 0, last, spared), spared)
-            least = tl.minimum(least, here)
+            chosen = (x > -float("inf")) & (x - top >= level) & (x <= least)
+            least, spared = tl.where(chosen, x, least), tl.where(chosen, at, spared)
             begin += BLOCK
-        highest = tl.full([], -float("inf"), tl.float32)
+        last = tl.max(tl.where(least == tl.min(least, axis=0), spared, -1), axis=0)
+        tops = tl.full([BLOCK], -float("inf"), tl.float32)
         tl.debug_barrier()
         begin = 0
         while begin < count:
             at = begin + tl.arange(0, BLOCK)
             mask = at < count
             x = tl.load(values + at, mask, other=-float("inf"))
-            removed = (x - top >= level) & (at != spared)
+            removed = (x - top >= level) & (at != last)
             mark = tl.load(marks + token_at(tokens, at, mask, WIDE), mask & removed, other=0)
             x = tl.where(removed & ((mark & r.PROTECTED) == 0), -float("inf"), x)
             tl.store(values + at, x, mask)
-            highest = tl.maximum(highest, tl.max(x, axis=0))
+            tops = tl.maximum(tops, x)
             begin += BLOCK
         tl.debug_barrier()
+        highest = tl.max(tops, axis=0)
     return highest
 
 
 @triton.jit
-def _cut(op, code, values, count, top, mass, weighted, BLOCK: tl.constexpr):
+def _cut(op, code, values, count, top, mass, weighted, left, spare, indices, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Top-k, top-p and typical-p. Returns the largest of what stays."""
     kind, offset = tl.full([], BY_MASS, tl.int32), top
-    target = value_of(op, 0).to(tl.float64)
+    share = value_of(op, 0)
+    target = share.to(tl.float64)
+    lowest = tl.full([], _FAR, tl.float32)
     if code == r.TOP_K:
         kind = tl.full([], BY_VALUE, tl.int32)
     else:
         target = target * mass
+    if code == r.TOP_P:  # less than `left` tokens at the cut's weight at most make up what is left out
+        lowest = tl.maximum(log(tl.maximum((mass - target) / left, 1e-30)) - 0.01, _FAR)
     if code == r.TYPICAL_P:
         kind = tl.full([], BY_TYPICALITY, tl.int32)
         offset = -(weighted / mass).to(tl.float32)  # -ln p - H = -(value - top) + weighted / mass
-    cut, last = find_cut(values, count, top, offset, target, kind, BLOCK)
+    if WIDE:
+        cut, last = find_cut_wide(
+            values, count, top, offset, target, kind, lowest, spare, indices, BLOCK, LIST_CAPACITY
+        )
+    else:
+        cut, last = find_cut(values, count, top, offset, target, kind, lowest_key(), highest_key(top), BLOCK)
     return keep(values, count, top, offset, cut, last, kind, BLOCK)
 
 
@@ -262,13 +287,15 @@ def run_program(
     counts,
     marks,
     floats,
+    spare,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Run the row's operations from `first` on and note in `floats` how to draw; returns the largest of what is left.
 
     Args:
-        values: [count] float32, changed. tokens: [count] int32, the entries' tokens (unused if WIDE: entry = token).
+        values: [count] float32, changed. tokens: [count] int32, the entries' tokens.
+            If WIDE entries are tokens, and `tokens` is, like `spare` (float32), memory for LIST_CAPACITY entries.
         top: the largest of `values`, finite.
         first_mass, ...: what operation `first` has to go by where `values` are not the whole distribution (not WIDE).
         floats: the row's state.
@@ -295,7 +322,7 @@ def run_program(
                     mass, weighted, left = sums_of(values, count, top, BLOCK)
                     tl.store(floats + r.NORMALIZER, top + log(mass))
             elif (code == r.TOP_K) | (code == r.TOP_P) | (code == r.TYPICAL_P):
-                top = _cut(op, code, values, count, top, mass, weighted, BLOCK)
+                top = _cut(op, code, values, count, top, mass, weighted, left, spare, tokens, WIDE, BLOCK)
             elif code == r.DYNAMIC_TEMPERATURE:
                 divisor = dynamic_temperature(op, mass, weighted, left)
                 _divide(values, count, divisor, BLOCK)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiling import KernelCase
+from compiling import TARGETS, KernelCase
 
-from aphrodite.kernels.triton.sampling import (
-    EXACT,
-    choose_kernel,
-    draw_kernel,
-    finish_kernel,
-    report_kernel,
-    widen_kernel,
-)
-from aphrodite.kernels.triton.sampling_history import mark_kernel, unmark_kernel
+from aphrodite.kernels.triton.sampling import EXACT, MEASURE_REGISTERS
+from aphrodite.kernels.triton.sampling_choose import choose_kernel
+from aphrodite.kernels.triton.sampling_history import mark_kernel
 from aphrodite.kernels.triton.sampling_measure import measure_kernel
+from aphrodite.kernels.triton.sampling_report import report_kernel, settle_kernel
+from aphrodite.kernels.triton.sampling_wide import draw_kernel, widen_kernel
 
 _FLOATS = {"tops_ptr", "pieces_ptr", "values_ptr", "floats_ptr", "work_ptr", "scores_ptr", "out_ptr"}
 
 
-def _case(kernel: Any, dtype: str = "bf16", warps: int = 4, **constants: int) -> KernelCase:
+def _case(
+    kernel: Any, dtype: str = "bf16", warps: int = 4, registers: int = 0, spills: int = 0, **constants: Any
+) -> KernelCase:
     """Pointers are of int32 unless named above; integers are not specialised, strides are multiples of 16."""
     arguments: dict[str, Any] = {}
     for name in kernel.arg_names:
@@ -35,22 +33,30 @@ def _case(kernel: Any, dtype: str = "bf16", warps: int = 4, **constants: int) ->
         else:
             arguments[name] = "i32:16" if name == "logits_stride" else "i32"
     return KernelCase(
-        name=f"{kernel.__name__}-{dtype}",
+        name=f"{kernel.__name__}-{dtype}-{warps}" + ("-pdl" if constants.get("PDL") else ""),
         kernel=kernel,
         arguments=arguments,
         num_warps=warps,
-        options=EXACT,
+        options=EXACT
+        | ({"launch_pdl": True} if constants.get("PDL") else {})
+        | ({"maxnreg": registers} if registers else {}),
+        spills=spills,
+        targets=("sm_90",) if constants.get("PDL") else tuple(TARGETS),
     )
 
 
+_LISTED = {"CHUNKS": 1024, "PIECES": 32, "LISTS": True}
 CASES = [
-    _case(mark_kernel, warps=8),
-    _case(unmark_kernel),
-    _case(measure_kernel, warps=8),
-    _case(measure_kernel, "fp32", warps=8),
-    _case(choose_kernel, CHUNKS=1024, PIECES=32),
-    _case(widen_kernel, warps=16),
-    _case(draw_kernel),
     _case(report_kernel, "fp32"),
-    _case(finish_kernel, DRAWS=128),
+    _case(settle_kernel),
 ]
+for _pdl in (False, True):
+    CASES += [
+        _case(mark_kernel, warps=16, PDL=_pdl),
+        _case(measure_kernel, warps=8, registers=MEASURE_REGISTERS, PDL=_pdl),
+        _case(measure_kernel, "fp32", warps=8, registers=MEASURE_REGISTERS, PDL=_pdl),
+        _case(choose_kernel, warps=8, **_LISTED, SETTLES=True, PDL=_pdl),
+        _case(choose_kernel, warps=1, **_LISTED | {"LISTS": False}, SETTLES=True, PDL=_pdl),
+        _case(widen_kernel, warps=16, spills=8, SETTLES=True, PDL=_pdl),
+        _case(draw_kernel, warps=8, SETTLES=True, PDL=_pdl),
+    ]

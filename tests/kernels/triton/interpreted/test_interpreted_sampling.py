@@ -178,7 +178,8 @@ def test_padding_and_rows_of_the_other_path_are_left_alone() -> None:
     logits = torch.from_numpy(np.stack([logits_of(g, 200, "normal") for _ in range(3)]))
     token_ids, ok, exhausted = Choices.empty(3, CPU)
     ok[:] = True
-    rows.sampler.run(logits, torch.tensor([3, 1, 0]).int(), torch.tensor([0, 2, 7]).int(), token_ids, ok, exhausted)
+    places = torch.tensor([3, 1, 0]).int(), torch.tensor([0, 2, 7]).int()
+    rows.sampler.run(logits, *places, token_ids, ok, exhausted, rows.sampler.stage([1], [2], {}))
     assert ok.tolist() == [False, True, False]
     assert rows.sampler.kernels.counts.count_nonzero() == len({1, 2, int(token_ids[1])})
 

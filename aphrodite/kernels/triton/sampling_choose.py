@@ -1,0 +1,276 @@
+"""The choice of rows with few survivors: collects them from the chunks that can hold any, runs the program, draws.
+
+One block a row. Cost: a read of the chunk maxima and of the chunks that survivors are in. Rows without a truncation are
+drawn already (sampling_measure.py); rows with many survivors are left to sampling_wide.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aphrodite.kernels.triton import sampling_record as r
+from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
+from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, draw_listed, settle, top_shape
+from aphrodite.kernels.triton.sampling_measure import CHUNK, best_of_pieces, combine_pieces
+from aphrodite.kernels.triton.sampling_read import op_at, read_logits, value_of
+from aphrodite.kernels.triton.sampling_search import kth_largest
+from aphrodite.kernels.triton.sampling_stages import (
+    LIST_CAPACITY,
+    dynamic_temperature,
+    is_threshold,
+    number_at,
+    run_program,
+    threshold,
+)
+
+GROUP = tl.constexpr(16)  # chunks read at once
+_FEW_CHUNKS, _MANY_CHUNKS = tl.constexpr(48), tl.constexpr(400)  # that top-p looks at, at first and at last
+
+
+@triton.jit
+def choose_kernel(
+    logits_ptr,
+    rows_ptr,
+    positions_ptr,
+    records_ptr,
+    counts_ptr,
+    marks_ptr,
+    history_ptr,
+    tops_ptr,
+    pieces_ptr,
+    chunks_ptr,
+    values_ptr,
+    tokens_ptr,
+    states_ptr,
+    floats_ptr,
+    out_tokens_ptr,
+    out_ok_ptr,
+    out_exhausted_ptr,
+    history_stride,
+    logits_stride,
+    vocab,
+    num_rows,
+    num_chunks,
+    num_pieces,
+    CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    LISTS: tl.constexpr,
+    SETTLES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """LISTS: rows with truncations may be among the batch. SETTLES: end a row's step here, where its token is known."""
+    launch_dependents(PDL)
+    wait_for_producer(PDL)
+    entry = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + entry).to(tl.int64)
+    state, floats = states_ptr + entry * r.STATE_WORDS, floats_ptr + entry * r.STATE_FLOATS
+    tl.store(state + tl.arange(0, r.STATE_WORDS), tl.zeros([r.STATE_WORDS], tl.int32))
+    tl.store(floats + tl.arange(0, r.STATE_FLOATS), tl.zeros([r.STATE_FLOATS], tl.float32))
+    if row >= num_rows:
+        _hand_out_nothing(entry, out_tokens_ptr, out_ok_ptr, out_exhausted_ptr)
+        return
+    record = records_ptr + row * r.RECORD
+    if tl.load(record + r.ACTIVE) == 0:
+        _hand_out_nothing(entry, out_tokens_ptr, out_ok_ptr, out_exhausted_ptr)
+        return
+    position = tl.load(positions_ptr + entry)
+    counts, marks = counts_ptr + row * vocab, marks_ptr + row * vocab
+    pieces = pieces_ptr + entry * num_pieces * r.PIECE_WORDS
+    piece = tl.arange(0, PIECES)
+    own = pieces + piece * r.PIECE_WORDS
+    top = tl.max(tl.load(own + r.PIECE_TOP, piece < num_pieces, other=-float("inf")), axis=0)
+    bad = tl.max(tl.load(own + r.PIECE_BAD, piece < num_pieces, other=0.0), axis=0)
+    edits, ops = tl.load(record + r.EDITS), tl.load(record + r.OPS)
+    tl.debug_barrier()
+    tl.store(floats + r.TOP, top)
+    if (bad != 0) | (top == float("inf")):
+        tl.store(state + r.MODE, r.DONE)
+    elif top == -float("inf"):
+        if LISTS and _bans_repeats(record, edits):  # which is undone where it leaves nothing
+            tl.store(state + r.MODE, r.RUN_WIDE)
+        else:
+            tl.store(state + r.EXHAUSTED, 1)
+    elif edits == ops:
+        token = best_of_pieces(pieces, num_pieces, top, PIECES)
+        tl.store(state + r.MODE, r.DRAW_EDITED)
+        tl.store(state + r.TOKEN, tl.where(token == NO_TOKEN, 0, token))
+        tl.store(state + r.OK, (token != NO_TOKEN).to(tl.int32))
+    elif LISTS:
+        chunk = tl.arange(0, CHUNKS)
+        tops = tl.load(tops_ptr + entry * num_chunks + chunk, chunk < num_chunks, other=-float("inf"))
+        _choose_from_list(
+            logits_ptr + entry * logits_stride,
+            record,
+            position,
+            counts,
+            marks,
+            tops,
+            top,
+            pieces,
+            chunks_ptr + entry * num_chunks,
+            values_ptr + entry * LIST_CAPACITY,
+            tokens_ptr + entry * LIST_CAPACITY,
+            state,
+            floats,
+            vocab,
+            num_pieces,
+            PIECES,
+            CHUNKS,
+        )
+    if SETTLES:
+        tl.debug_barrier()
+        if tl.load(state + r.MODE) != r.RUN_WIDE:
+            history = history_ptr + row * history_stride
+            outputs = out_tokens_ptr, out_ok_ptr, out_exhausted_ptr
+            settle(record, position, entry, state, floats, counts, marks, history, outputs, LISTS)
+
+
+@triton.jit
+def _hand_out_nothing(entry, out_tokens, out_ok, out_exhausted):
+    tl.store(out_tokens + entry, 0)
+    tl.store(out_ok + entry, 0)
+    tl.store(out_exhausted + entry, 0)
+
+
+@triton.jit
+def _bans_repeats(record, edits):
+    found = False
+    index = 0
+    while index < edits:
+        found = found | (tl.load(op_at(record, index) + r.CODE) == r.NO_REPEAT_NGRAM)
+        index += 1
+    return found
+
+
+@triton.jit
+def _choose_from_list(
+    logits,
+    record,
+    position,
+    counts,
+    marks,
+    tops,
+    top,
+    pieces,
+    chunks,
+    values,
+    tokens,
+    state,
+    floats,
+    vocab,
+    num_pieces,
+    PIECES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    mass, weighted = tl.full([], 1.0, tl.float64), tl.full([], 0.0, tl.float64)
+    left, deviation = tl.full([], 1.0, tl.float64), tl.full([], 0.0, tl.float64)
+    if (tl.load(record + r.FLAGS) & r.STATS) != 0:
+        mass, weighted, left, deviation = combine_pieces(pieces, num_pieces, top, PIECES)
+    first = tl.load(record + r.EDITS)
+    divisor = tl.full([], 1.0, tl.float32)
+    code = tl.load(op_at(record, first) + r.CODE)  # 0 or a list's behind the last
+    divided = code == r.DYNAMIC_TEMPERATURE  # it keeps the order, so what follows it may tell which tokens matter
+    if divided:
+        divisor = dynamic_temperature(op_at(record, first), mass, weighted, left)
+        first += 1
+        tops = tl.div_rn(tops, divisor + tl.zeros_like(tops))
+        top = tl.div_rn(top, divisor)
+        code = tl.load(op_at(record, first) + r.CODE)
+    op = op_at(record, first)
+    lowest, wanted = tl.full([], float("inf"), tl.float32), tl.full([], 0, tl.int32)
+    if (code == r.MIN_P) | (is_threshold(code) & ~divided):
+        number = tl.full([], 0.0, tl.float32)
+        if code == r.MIROSTAT:
+            number = number_at(op, record, position, 2 * value_of(op, 1))
+        lowest = threshold(op, code, top, mass, weighted, deviation, number)
+    elif code == r.TOP_K:
+        wanted = tl.minimum(value_of(op, 0), 1e6).to(tl.int32)
+    elif (code == r.TOP_P) & ~divided:
+        wanted = tl.full([], _FEW_CHUNKS, tl.int32)
+    found = tl.full([], 0, tl.int32)
+    searching = (lowest < float("inf")) | ((wanted > 0) & (wanted <= LIST_CAPACITY))
+    while searching:
+        if wanted > 0:
+            lowest = kth_largest(tops, wanted, CHUNKS)
+        found = _collect(logits, record, counts, marks, tops, lowest, divisor, chunks, values, tokens, vocab, CHUNKS)
+        searching = tl.full([], 0, tl.int1)
+        short = (code == r.TOP_P) & (_mass_of(values, found, top) < value_of(op, 0).to(tl.float64) * mass)
+        if short & (found <= LIST_CAPACITY):  # not certain to hold all that survive
+            found = tl.full([], 0, tl.int32)
+            searching = wanted < _MANY_CHUNKS
+            wanted = tl.full([], _MANY_CHUNKS, tl.int32)
+    if (found == 0) | (found > LIST_CAPACITY):
+        tl.store(state + r.MODE, r.RUN_WIDE)
+    else:
+        top = run_program(
+            record,
+            position,
+            first,
+            values,
+            tokens,
+            found,
+            top,
+            mass,
+            weighted,
+            left,
+            deviation,
+            counts,
+            marks,
+            floats,
+            values,
+            False,
+            LIST_CAPACITY,
+        )
+        _finish_list(record, position, values, tokens, found, top, counts, state, floats)
+
+
+@triton.jit
+def _finish_list(record, position, values, tokens, found, top, counts, state, floats):
+    tl.debug_barrier()
+    tl.store(state + r.MODE, r.LISTED)
+    tl.store(state + r.LISTED_COUNT, found)
+    if tl.abs(top) < float("inf"):
+        top = top_shape(values, found, top, floats, LIST_CAPACITY)
+        chosen = draw_listed(record, position, values, tokens, found, top, floats, LIST_CAPACITY)
+        tl.store(state + r.TOKEN, tl.load(tokens + chosen))
+        tl.store(floats + r.CHOSEN, tl.load(values + chosen))
+        tl.store(state + r.OK, 1)
+    elif top == -float("inf"):
+        tl.store(state + r.EXHAUSTED, 1)
+
+
+@triton.jit
+def _mass_of(values, count, top):
+    at = tl.arange(0, LIST_CAPACITY)
+    x = tl.load(values + at, at < count, other=-float("inf"))
+    return tl.sum(tl.where(x > -float("inf"), tl.exp(x - top), 0.0), axis=0).to(tl.float64)
+
+
+@triton.jit
+def _collect(logits, record, counts, marks, tops, lowest, divisor, chunks, values, tokens, vocab, CHUNKS: tl.constexpr):
+    """Lists the tokens whose logits, divided, are at least `lowest`; returns how many, or more than LIST_CAPACITY."""
+    reach = (tops >= lowest) & (tops > -float("inf"))
+    place = tl.cumsum(reach.to(tl.int32), axis=0) - 1
+    total = tl.sum(reach.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    tl.store(chunks + place, tl.arange(0, CHUNKS), reach)
+    tl.debug_barrier()
+    found = tl.full([], 0, tl.int32)
+    begin = tl.full([], 0, tl.int32)
+    while (begin < total) & (found <= LIST_CAPACITY):
+        member = begin + tl.arange(0, GROUP)
+        chunk = tl.load(chunks + member, member < total, other=0)
+        ids = tl.reshape(chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :], [GROUP * CHUNK])
+        there = tl.reshape((member < total)[:, None] & (tl.arange(0, CHUNK) >= 0)[None, :], [GROUP * CHUNK])
+        mask = there & (ids < vocab)
+        x = read_logits(logits, record, counts, marks, ids, mask, 0)
+        x = tl.div_rn(x, divisor + tl.zeros_like(x))
+        taken = mask & (x >= lowest) & (x > -float("inf"))
+        at = found + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        tl.store(values + at, x, taken & (at < LIST_CAPACITY))
+        tl.store(tokens + at, ids, taken & (at < LIST_CAPACITY))
+        found += tl.sum(taken.to(tl.int32), axis=0)
+        begin += GROUP
+    tl.debug_barrier()
+    return found
