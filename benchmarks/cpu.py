@@ -1,6 +1,6 @@
 """Every CPU figure that we claim, beside this machine's bandwidth and beside llama.cpp where it is installed.
 
-    make bench-cpu                      all of it (about seven minutes)
+    make bench-cpu                      all of it
     make bench-cpu ARGS="--only decode --rounds 7"
 
 Engines take turns within each round, so that a slow minute of the machine meets all of them; figures are medians
