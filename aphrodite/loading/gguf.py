@@ -51,9 +51,7 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
 _QUANT_TYPES = {qtype.gguf_id: qtype for qtype in QuantType}
 # Names of ggml's other tensor types, so that a refusal can say what the file holds.
 _OTHER_TYPES = {
-    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
-    18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
-    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    9: "Q8_1", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4", 41: "Q1_0"
 }  # fmt: skip
 
 

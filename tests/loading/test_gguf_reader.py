@@ -103,7 +103,7 @@ DAMAGED = {
     "misaligned": (header(tensors=1) + tensor(offset=8) + b"\0" * 500, "not a multiple of 32"),
     "cut data": (header(tensors=1) + tensor() + b"\0" * 100, "but the file has"),
     "duplicate tensor": (header(tensors=2) + tensor() * 2 + b"\0" * 500, "appears twice"),
-    "known other type": (header(tensors=1) + tensor(type_id=12), "Q4_K"),
+    "known other type": (header(tensors=1) + tensor(type_id=40), "NVFP4"),
     "unknown type": (header(tensors=1) + tensor(type_id=999), "unknown type 999"),
 }
 
