@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import psutil
@@ -18,6 +19,7 @@ from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import EngineInfo
 from aphrodite.engine.sampling_defaults import sampling_defaults
 from aphrodite.errors import ConfigError
+from aphrodite.layers.dense import short_name
 from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import QuantType, RawTensor
@@ -79,8 +81,10 @@ def build_engine(
     defaults = sampling_defaults(checkpoint.generation_defaults, source=config.generation_config)
     weights = _ReportingWeights(checkpoint.weights, checkpoint.weight_bytes, progress)
     eos = frozenset(checkpoint.generation_defaults.eos_token_ids).union(eos_token_ids)
-    build = _build_on_device if _serves_on_gpu(config) else _build_on_host
-    runner, memory, limits = build(config, checkpoint, weights, eos, tokenizer)
+    if _serves_on_gpu(config):
+        runner, memory, limits = _build_on_device(config, checkpoint, weights, eos, tokenizer, progress)
+    else:
+        runner, memory, limits = _build_on_host(config, checkpoint, weights, eos, tokenizer)
     executor = runner.executor
     scheduler = Scheduler(
         SchedulerConfig(
@@ -159,8 +163,6 @@ def _host_executor(
         raise ConfigError("--executor triton runs on GPUs; leave --executor at auto on a CPU")
     if config.quantization != "none":
         raise ConfigError(f"--quantization {config.quantization} is for GPUs; a CPU keeps a GGUF file's 4 to 8 bits")
-    if config.kv_cache_dtype == "fp8":
-        raise ConfigError("--kv-cache-dtype fp8 is for GPUs; on a CPU use float16")
     threads = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
     reason = _native_declines(config, checkpoint.spec, weights)
     if config.executor == "native" and reason is not None:
@@ -168,6 +170,8 @@ def _host_executor(
     if reason is None:
         # The library brings its own threads; torch's would fight them for the cores.
         torch.set_num_threads(1)
+        if config.kv_cache_dtype not in ("auto", "float16", "float32"):
+            raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: the native kernels have float16 and float32")
         return NativeExecutor(
             checkpoint.spec,
             weights,
@@ -180,12 +184,18 @@ def _host_executor(
     if config.executor == "auto":
         logger.warning("serving with torch operations instead of the native kernels: %s", reason)
     torch.set_num_threads(threads)
+    dtype = _DTYPES.get(config.dtype, torch.bfloat16)
+    if _KV_DTYPES.get(config.kv_cache_dtype, dtype) is not dtype:
+        raise ConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype}: torch operations keep the KV cache in their own type,"
+            f" {short_name(dtype)}; leave it at auto or choose another --dtype"
+        )
     return TorchExecutor(
         checkpoint.spec,
         weights,
         block_size=config.block_size,
         max_model_len=max_model_len,
-        dtype=_DTYPES.get(config.dtype, torch.bfloat16),
+        dtype=dtype,
         device=torch.device("cpu"),
     )
 
@@ -220,6 +230,7 @@ def _build_on_device(
     weights: Mapping[str, RawTensor],
     eos_token_ids: frozenset[int],
     tokenizer: Tokenizer | None,
+    progress: ProgressCallback | None,
 ) -> _Built:
     # Triton is there only where a GPU is.
     from aphrodite.runner.device_executor import DeviceExecutor
@@ -274,6 +285,8 @@ def _build_on_device(
         use_graphs=config.enable_graphs,
         tokenizer=tokenizer,
     )
+    report = partial(progress, "preparing kernels") if progress is not None else lambda done, total: None
+    runner.warm_up(limits.max_num_batched_tokens, report)
     return _Built(runner, memory, limits)
 
 

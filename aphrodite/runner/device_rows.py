@@ -43,6 +43,7 @@ class DeviceRows:
     def __init__(self, num_rows: int, max_model_len: int, block_size: int, transfers: Transfers) -> None:
         device = transfers.device
         self.num_rows = num_rows
+        self.max_model_len = max_model_len
         self.block_size = block_size
         self._transfers = transfers
         max_blocks = -(-max_model_len // block_size)

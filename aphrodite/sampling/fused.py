@@ -99,7 +99,13 @@ class FastPath(Protocol):
 
 @runtime_checkable
 class DeviceSampler(FastPath, Protocol):
-    """A fast path that an accelerator runs without the host, so that a graph can hold it."""
+    """A fast path that an accelerator runs without the host, so that a graph can hold it.
+
+    Attributes:
+        all_launches: the most that `stage` can say.
+    """
+
+    all_launches: Hashable
 
     def stage(self, rows: Sequence[int], positions: Sequence[int], barred: Mapping[int, Set[int]]) -> Hashable:
         """Set which tokens each row may not choose at its position, and say what `run` has to launch for these rows."""

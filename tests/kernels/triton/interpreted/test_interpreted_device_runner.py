@@ -148,6 +148,14 @@ def test_tokens_are_those_of_the_reference(
     assert tokens(updates(device_runner(num_blocks, async_depth), num_blocks, params, budget)) == expected
 
 
+def test_warming_up_leaves_nothing_behind() -> None:
+    runner = device_runner(64, 1)
+    seen: list[tuple[int, int]] = []
+    runner.warm_up(48, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (seen[0][1], seen[0][1])
+    assert tokens(updates(runner, 64, SEEDED, 64)) == tokens(updates(host_runner(), 64, SEEDED, 512))
+
+
 def test_log_probabilities_are_those_of_the_reference() -> None:
     params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=2)
 
