@@ -136,7 +136,7 @@ def graph_seconds(launch: Callable[[], None], replays: int = 7) -> float:
         launch()
     for _ in range(2):
         graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -244,7 +244,7 @@ def by_operations(seconds: float, lengths: list[tuple[int, int]]) -> str:
 
 def decode_row(contexts: list[int], dtype: torch.dtype) -> str:
     step = make_step([(1, context) for context in contexts], dtype)
-    plan = plan_of(step, decode_config(DIM, BF16, card_of(step.qkv.device)))
+    plan = plan_of(step, decode_config(DIM, BF16, card_of(step.qkv.device), len(contexts)))
     seconds = each_layer(step, lambda layer: decode_layer(step, layer, plan))
     return by_bytes(seconds, sum(contexts) * TOKEN_BYTES / (1 if dtype == BF16 else 2))
 
@@ -253,7 +253,7 @@ def step_row(contexts: list[int]) -> str:
     """Rotary and decode attention by turns, as in a step."""
     step = make_step([(1, context) for context in contexts])
     table = torch.rand((max(contexts), DIM // 2), device="cuda")
-    plan = plan_of(step, decode_config(DIM, BF16, card_of(step.qkv.device)))
+    plan = plan_of(step, decode_config(DIM, BF16, card_of(step.qkv.device), len(contexts)))
 
     def layer(index: int) -> None:
         rotary_layer(step, index, table)
@@ -264,7 +264,7 @@ def step_row(contexts: list[int]) -> str:
 
 def plan_row(contexts: list[int]) -> str:
     step = make_step([(1, context) for context in contexts], layers=1)
-    config = decode_config(DIM, BF16, card_of(step.qkv.device))
+    config = decode_config(DIM, BF16, card_of(step.qkv.device), len(contexts))
     kept: list[DecodePlan] = []
 
     def plans() -> None:
@@ -368,26 +368,19 @@ def table() -> None:
 DECODE_CONFIGS = [
     DecodeConfig(tile, warps, stages)
     for tile, warps, stages in (
-        *((32, 2, stages) for stages in (3, 4)),
+        *((32, 2, stages) for stages in (2, 3, 4)),
         *((64, 2, stages) for stages in (2, 3, 4)),
         *((64, 4, stages) for stages in (2, 3, 4)),
         *((128, 4, stages) for stages in (2, 3)),
-        (128, 8, 2),
     )
 ]
-TARGETS = (16, 32, 64, 128)  # chunks over all sequences
+TARGETS = (8, 16, 32, 64)  # chunks over all sequences
 RAGGED_CONFIGS = [
-    RaggedConfig(128, 64, 8, 2),
-    RaggedConfig(128, 64, 8, 3),
-    RaggedConfig(128, 64, 8, 4),
-    RaggedConfig(128, 64, 8, 2, registers=128),
+    *(RaggedConfig(128, 64, 8, stages) for stages in (2, 3, 4)),
+    *(RaggedConfig(128, 32, 8, stages) for stages in (3, 4)),
     RaggedConfig(128, 128, 8, 2),
-    RaggedConfig(128, 32, 8, 3, registers=128),
-    RaggedConfig(128, 32, 8, 4),
     RaggedConfig(64, 64, 4, 2),
-    RaggedConfig(64, 32, 4, 3, registers=168),
-    RaggedConfig(256, 64, 16, 2),
-    RaggedConfig(256, 64, 16, 3),
+    *(RaggedConfig(256, 64, 16, stages) for stages in (2, 3)),
 ]
 ROTARY_CONFIGS = [
     RotaryConfig(heads, first, warps)
@@ -420,8 +413,8 @@ def best(name: str, results: Iterable[tuple[float, object]], count: int = 5) -> 
         print(f"    {seconds * 1e6:9.1f} us  {what}", flush=True)
 
 
-def tune_decode(name: str, contexts: list[int]) -> None:
-    step = make_step([(1, context) for context in contexts])
+def tune_decode(name: str, contexts: list[int], dtype: torch.dtype = BF16) -> None:
+    step = make_step([(1, context) for context in contexts], dtype)
     results: list[tuple[float, object]] = []
     for config in DECODE_CONFIGS:
         for target in TARGETS:
@@ -476,8 +469,11 @@ def tune() -> None:
     for tokens in (32, 256, 2048, 8192):
         tune_rotary(tokens)
         torch.cuda.empty_cache()
-    for name in ("1 x 8k", "1 x 32k", "32 x 256", "32 x 2k", "256 x 1k"):
+    for name in ("1 x 1k", "1 x 8k", "1 x 32k", "32 x 256", "32 x 2k", "128 x 256", "256 x 1k", "32k beside 31 x 1k"):
         tune_decode(name, DECODES[name])
+        torch.cuda.empty_cache()
+    for name in ("1 x 8k", "32 x 2k", "256 x 1k"):
+        tune_decode(f"{name}, fp8 cache", DECODES[name], FP8)
         torch.cuda.empty_cache()
     print(f"{time.perf_counter() - started:.1f} s in all")
 

@@ -18,7 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
 from aphrodite.kernels.dispatch import Declined
-from aphrodite.kernels.triton.decode_attention import DecodePlan, decode_attention, decode_config, plan_decode
+from aphrodite.kernels.triton.decode_attention import (
+    DecodeConfig,
+    DecodePlan,
+    decode_attention,
+    decode_config,
+    plan_decode,
+)
 from aphrodite.kernels.triton.paged import card_of, multiprocessors
 from aphrodite.kernels.triton.ragged_attention import (
     RaggedConfig,
@@ -114,7 +120,7 @@ class TritonAttention:
         self.transform = transform
         self.softcap = softcap
         card = card_of(shape.device)
-        self.decode_config = decode_config(shape.head_dim, shape.dtype, card)
+        self._card = card
         self.ragged_config = ragged_config(
             shape.head_dim, shape.dtype, card, fp8_cache=shape.cache_dtype == torch.float8_e4m3fn
         )
@@ -171,6 +177,10 @@ class TritonAttention:
                 raise RuntimeError("begin_step was not preceded by stage_step of the same step")
             works = staged.works
         return _TritonStep(self, inputs, cache, works)
+
+    def decode_config(self, sequences: int) -> DecodeConfig:
+        """Launch parameters of decode attention for a batch."""
+        return decode_config(self.shape.head_dim, self.shape.dtype, self._card, sequences)
 
     def _divide(self, lengths: HostLengths, window: int | None) -> Work:
         shape, config = self.shape, self.ragged_config
@@ -260,7 +270,7 @@ class _TritonStep:
                     rows=inputs.rows,
                     num_kv_heads=backend.shape.num_kv_heads,
                     window=window,
-                    config=backend.decode_config,
+                    config=backend.decode_config(inputs.context_lens.shape[0]),
                 )
         self._dense: dict[int | None, tuple[DenseRun, ...]] = {}
         self._tables: dict[int | None, TileTable] = {}
@@ -276,6 +286,7 @@ class _TritonStep:
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         backend, inputs = self._backend, self._inputs
         shape, transform = backend.shape, backend.transform
+        angles = transform.table(layer)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         window = shape.windows[layer]
         dense = self._dense.get(window, ())
@@ -285,8 +296,8 @@ class _TritonStep:
             values,
             positions=inputs.positions,
             slot_mapping=inputs.slot_mapping,
-            cos=transform.cos,
-            sin=transform.sin,
+            cos=angles.cos,
+            sin=angles.sin,
             num_heads=shape.num_heads,
             query_norm=transform.query_norms[layer] if transform.query_norms else None,
             key_norm=transform.key_norms[layer] if transform.key_norms else None,

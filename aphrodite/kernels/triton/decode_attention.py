@@ -33,8 +33,8 @@ from aphrodite.kernels.triton.paged import (
 )
 
 RECORD = 8  # int32 fields of a slot in the plan, see _plan_kernel
-PROGRAMS = 512  # that a large batch is divided into, at least, where its contexts are long enough
-PROGRAMS_OF_ONE = 256  # the same for a single sequence, whose combination is on the critical path
+PROGRAMS = 256  # that a batch is divided into, at least, where its contexts are long enough
+PROGRAMS_OF_ONE = 128  # the same for a single sequence, whose combination is on the critical path
 MIN_PRODUCT_ROWS = 16  # of tl.dot
 
 
@@ -60,14 +60,23 @@ class DecodePlan(NamedTuple):
     config: DecodeConfig
 
 
-def decode_config(head_dim: int, dtype: torch.dtype, card: Card) -> DecodeConfig:
-    """Launch parameters for a head size and compute dtype."""
+def decode_config(head_dim: int, dtype: torch.dtype, card: Card, sequences: int) -> DecodeConfig:
+    """Launch parameters for a head size, compute dtype and batch.
+
+    Measured on an H100 for heads of 128; many programs want small tiles, a single sequence wants few warps to agree.
+    """
+    stages = 2 if card == "hip" else 3
     if dtype == torch.float32:
         return DecodeConfig(tile=16, num_warps=8 if head_dim > 128 else 4, num_stages=2)
     if head_dim > 128:
-        return DecodeConfig(tile=32, num_warps=4, num_stages=2)
-    padded = head_dim & (head_dim - 1) != 0  # masks take registers
-    return DecodeConfig(tile=64, num_warps=4 if padded else 2, num_stages=2)
+        return DecodeConfig(tile=32, num_warps=4, num_stages=stages)
+    if head_dim & (head_dim - 1):  # masks take registers
+        return DecodeConfig(tile=64, num_warps=4, num_stages=2)
+    if sequences == 1:
+        return DecodeConfig(tile=64, num_warps=2, num_stages=stages)
+    if sequences < 128:
+        return DecodeConfig(tile=64, num_warps=4, num_stages=stages)
+    return DecodeConfig(tile=32, num_warps=2, num_stages=stages)
 
 
 def plan_decode(

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-Card = Literal["hopper", "cuda", "hip"]  # what launch parameters depend on: CUDA 9.0 and later, before that, AMD
+Card = Literal["hopper", "cuda", "hip"]  # what launch parameters depend on: data centre cards since 9.0, others, AMD
+LARGE_SHARED = 200 << 10  # bytes of shared memory that a program can have on the first kind; consumer cards have 99 KiB
 
 
 def card_of(device: torch.device) -> Card:
@@ -22,7 +23,8 @@ def card_of(device: torch.device) -> Card:
     if torch.version.hip is not None:
         return "hip"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return "hopper"
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return "hopper" if shared >= LARGE_SHARED else "cuda"
     return "cuda"
 
 

@@ -44,14 +44,12 @@ class RaggedConfig(NamedTuple):
         rows: of the products: query rows times heads of a group.
         tile: positions at once.
         num_warps, num_stages: of a program.
-        registers: a thread's at most, so that two programs fit on a CUDA multiprocessor; None for what it takes.
     """
 
     rows: int
     tile: int
     num_warps: int
     num_stages: int
-    registers: int | None = None
 
     def query_rows(self, group: int) -> int:
         """Query rows of a tile where `group` heads share a KV head."""
@@ -68,8 +66,8 @@ def ragged_config(head_dim: int, dtype: torch.dtype, card: Card, *, fp8_cache: b
         return RaggedConfig(rows=128, tile=64 if head_dim <= 64 else 32, num_warps=4, num_stages=2)
     if card == "hopper":
         if head_dim <= 128:
-            return RaggedConfig(rows=128, tile=64, num_warps=8, num_stages=3)
-        return RaggedConfig(rows=128, tile=16 if fp8_cache else 32, num_warps=8, num_stages=2)
+            return RaggedConfig(rows=128, tile=64, num_warps=8, num_stages=4)
+        return RaggedConfig(rows=128, tile=16 if fp8_cache else 32, num_warps=8, num_stages=3)
     rows, tile = (64, 32) if head_dim > 128 else (128, 64 if head_dim <= 64 else 32)
     return RaggedConfig(rows=rows, tile=tile, num_warps=8, num_stages=2)
 
@@ -221,7 +219,6 @@ def ragged_attention(
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **({} if config.registers is None else {"maxnreg": config.registers}),
         **launch_options(pdl),
     )
     if merges.shape[0] == 0:

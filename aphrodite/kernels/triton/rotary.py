@@ -31,11 +31,18 @@ class RotaryConfig(NamedTuple):
     num_warps: int
 
 
-def rotary_config(tokens: int) -> RotaryConfig:
-    """For few tokens, programs with little to do; for many, ones with enough loads in flight to fill the memory bus."""
+def rotary_config(tokens: int, heads: int, head_dim: int) -> RotaryConfig:
+    """Launch parameters for `heads` heads a token, those of keys and values included.
+
+    For few tokens, programs with little to do; for many, ones with enough loads in flight to fill the memory bus.
+    """
+    dim = triton.next_power_of_2(head_dim)
+    all_heads = triton.next_power_of_2(heads)
     if tokens <= 512:
-        return RotaryConfig(block_heads=4, table_first=True, num_warps=1)
-    return RotaryConfig(block_heads=16, table_first=False, num_warps=4)
+        block_heads = min(16, all_heads)
+        return RotaryConfig(block_heads, table_first=True, num_warps=max(1, block_heads * dim // 512))
+    block_heads = min(8192 // dim, all_heads)
+    return RotaryConfig(block_heads, table_first=False, num_warps=max(1, block_heads * dim // 1024))
 
 
 def rotary_to_cache(
@@ -76,9 +83,10 @@ def rotary_to_cache(
     _, kv_heads, block_size, head_dim = keys.shape
     half = cos.shape[1]
     rest = head_dim - 2 * half
-    config = config or rotary_config(tokens)
+    heads = num_heads + 2 * kv_heads
+    config = config or rotary_config(tokens, heads, head_dim)
     pdl = pdl_supported(qkv.device)
-    _rotary_kernel[(tokens, triton.cdiv(num_heads + 2 * kv_heads, config.block_heads))](
+    _rotary_kernel[(tokens, triton.cdiv(heads, config.block_heads))](
         qkv,
         kernel_view(keys),
         kernel_view(values),

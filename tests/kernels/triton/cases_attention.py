@@ -42,7 +42,7 @@ def _rotary(
     pdl: bool = False,
     tokens: int = 1,
 ) -> KernelCase:
-    config = rotary_config(tokens)
+    config = rotary_config(tokens, 48, head_dim)
     half = (rotated or head_dim) // 2
     rest = head_dim - 2 * half
     cache = "*u8" if fp8 else f"*{dtype}"
@@ -228,12 +228,12 @@ def _attention(target: str) -> list[KernelCase]:
     for head_dim in (64, 128, 256, *padded):
         for dtype in (half, single) if head_dim in (128, 256) else (half,):
             name = f"{head_dim} {NAMES[dtype]}"
-            decoding = decode_config(head_dim, dtype, CARDS[target])
+            decoding = decode_config(head_dim, dtype, CARDS[target], 8)
             extending = ragged_config(head_dim, dtype, CARDS[target])
             cases.append(_decode(name, head_dim, decoding, (target,), dtype=dtype))
             cases.append(_ragged(name, head_dim, extending, (target,), dtype=dtype))
     for head_dim in (128, 256):
-        decoding = decode_config(head_dim, half, CARDS[target])
+        decoding = decode_config(head_dim, half, CARDS[target], 8)
         extending = ragged_config(head_dim, half, CARDS[target], fp8_cache=True)
         name = f"{head_dim} fp8"
         cases.append(_decode(name, head_dim, decoding, (target,), kv=fp8))
@@ -242,10 +242,14 @@ def _attention(target: str) -> list[KernelCase]:
         name = f"{head_dim} soft-cap and window"
         cases.append(_decode(name, head_dim, decoding, (target,), group=8, softcap=50.0))
         cases.append(_ragged(name, head_dim, extending, (target,), group=2, softcap=50.0, window=4096))
-    cases.append(_decode("group 1", 128, decode_config(128, half, CARDS[target]), (target,), group=1))
+    cases.append(_decode("group 1", 128, decode_config(128, half, CARDS[target], 8), (target,), group=1))
+    for sequences in (1, 128):
+        decoding = decode_config(128, half, CARDS[target], sequences)
+        cases.append(_decode(f"batch {sequences}", 128, decoding, (target,)))
+        cases.append(_decode(f"batch {sequences} fp8", 128, decoding, (target,), kv=fp8))
     cases.append(_ragged("group 7", 128, ragged_config(128, half, CARDS[target]), (target,), group=7))
     if target == "sm_90":
-        cases.append(_decode("pdl", 128, decode_config(128, half, CARDS[target]), (target,), pdl=True))
+        cases.append(_decode("pdl", 128, decode_config(128, half, CARDS[target], 8), (target,), pdl=True))
         cases.append(_ragged("pdl", 128, ragged_config(128, half, CARDS[target]), (target,), pdl=True))
     return cases
 

@@ -288,7 +288,7 @@ def transformed(
 @pytest.mark.parametrize("keep_keys", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotated"), [(64, 64), (80, 80), (80, 20), (96, 64)])
-@pytest.mark.parametrize("config", [None, rotary_config(2048)])
+@pytest.mark.parametrize("config", [None, rotary_config(2048, 7, 64)])
 def test_rotary_to_cache(head_dim: int, rotated: int, norm: bool, keep_keys: bool, config: RotaryConfig | None) -> None:
     step = make_step([(3, 20), (1, 0), (1, 33)], heads=3, kv_heads=2, head_dim=head_dim)
     angles = torch.outer(torch.arange(40.0), torch.rand(rotated // 2))
