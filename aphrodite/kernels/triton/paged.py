@@ -23,7 +23,8 @@ def card_of(device: torch.device) -> Card:
     if torch.version.hip is not None:
         return "hip"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(device)
+        shared = getattr(properties, "shared_memory_per_block_optin", 0)  # not in torch's stubs
         return "hopper" if shared >= LARGE_SHARED else "cuda"
     return "cuda"
 
