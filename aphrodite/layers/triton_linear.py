@@ -1,7 +1,8 @@
 """A dense linear layer on a GPU: one fused kernel for few rows, the vendor's library and small kernels for many.
 
 Up to about 64 rows the time goes to reading the weight, and the kernels of `kernels/triton/linear.py` read it faster
-than the library does, the operations around the product included. Above, it goes to arithmetic, where the library wins.
+than the library does, the operations around the product included. Above, it goes to arithmetic, where the library wins,
+except that thousands of rows of a gated product are too much to write and read back.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ import torch.nn.functional as F
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
-from aphrodite.kernels.triton.linear import GEMV_MAX_ROWS, SKINNY_MAX_ROWS, Epilogue, gemv, skinny_gemm
+from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
+from aphrodite.kernels.triton.linear import Epilogue, choose_kernel, gemv, skinny_gemm
 from aphrodite.kernels.triton.norm import rms_norm
 
 if TYPE_CHECKING:
     from aphrodite.layers.linear import RmsNorm
+
+
+# Rows from which the fused gated product is faster than the library's and the activation's own kernel.
+GATED_GEMM_ROWS = 1024
 
 
 def interleave_gate_up(stacked: torch.Tensor) -> torch.Tensor:
@@ -39,10 +45,14 @@ def unfused_pairs(
     Args:
         product: `[T, in]` -> `[T, out]`, x W^T + b, its columns (gate, up) pairs when there is an activation.
     """
-    out = product(x if norm is None else rms_norm(x, norm.weight, norm.eps))
+    out = product(_normed(x, norm))
     if activation is not None:
         out = gated_pairs(out, activation)
     return out if residual is None else residual.add_(out)
+
+
+def _normed(x: torch.Tensor, norm: RmsNorm | None) -> torch.Tensor:
+    return x if norm is None else rms_norm(x, norm.weight, norm.eps)
 
 
 class TritonLinear:
@@ -59,8 +69,6 @@ class TritonLinear:
         self.bias = interleave_gate_up(bias) if gated and bias is not None else bias
         self.gated = gated
         self.choice = choice
-        # Matrix units would round float32 operands to tf32.
-        self.skinny_rows = GEMV_MAX_ROWS if weight.dtype == torch.float32 else SKINNY_MAX_ROWS
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -81,26 +89,31 @@ class TritonLinear:
         """act(norm(x) W^T + b) + residual; the result takes residual's place, which must not overlap x."""
         if (activation is not None) != self.gated:
             raise ValueError("an activation goes with a gated weight, whose rows are interleaved, and with no other")
-        rows = x.shape[0]
-        if not 0 < rows <= self.skinny_rows:
-            return self._by_library(x, norm, activation, residual)
+        kernel = choose_kernel(*self.weight.shape, x.shape[0], self.weight.itemsize, gated=self.gated)
         epilogue = Epilogue(self.bias, activation, residual)
-        if rows <= GEMV_MAX_ROWS:
+        if kernel == "gemv":
             return gemv(x, self.weight, epilogue, norm)
-        normed = x if norm is None else rms_norm(x, norm.weight, norm.eps)
-        return skinny_gemm(normed, self.weight, epilogue)
+        if kernel == "skinny":
+            return skinny_gemm(_normed(x, norm), self.weight, epilogue)
+        if activation is not None and self._fuses_gate(x, residual):
+            return gated_gemm(_normed(x, norm), self.weight, activation)
+        return self.by_library(x, norm, activation, residual)
 
-    def _by_library(
+    def _fuses_gate(self, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
+        alone = self.bias is None and residual is None
+        return alone and x.shape[0] >= GATED_GEMM_ROWS and gated_gemm_supports(x, self.weight)
+
+    def by_library(
         self,
         x: torch.Tensor,
         norm: RmsNorm | None,
         activation: Activation | None,
         residual: torch.Tensor | None,
     ) -> torch.Tensor:
+        """The same as a call, whatever the number of rows, without our products."""
         if residual is None or self.bias is not None:
             return unfused_pairs(self._product, x, norm, activation, residual)
-        normed = x if norm is None else rms_norm(x, norm.weight, norm.eps)
-        return residual.addmm_(normed, self.weight.t())
+        return residual.addmm_(_normed(x, norm), self.weight.t())
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)

@@ -19,13 +19,14 @@ from aphrodite.layers.triton_linear import TritonLinear
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch."))
 ACTIVATIONS = {"silu": reference.silu_mul, "gelu_tanh": reference.gelu_tanh_mul}
-CASES = [(torch.bfloat16, rows) for rows in (1, 2, 3, 8, 17, 64, 65)]
+CASES = [(torch.bfloat16, rows) for rows in (1, 2, 3, 8, 17, 64, 65, 1100)]
 CASES += [(torch.float16, 2), (torch.float16, 16), (torch.float32, 4), (torch.float32, 65)]
 CHOICE = Choice("dense", ())
 LAYERS: list[tuple[tuple[int, int], dict[str, Any]]] = [
     ((6144, 4096), {"norm": True}),
     ((4096, 4096), {"residual": True}),
     ((28672, 4096), {"norm": True, "activation": "silu"}),
+    ((6080, 1000), {"activation": "gelu_tanh"}),  # tiles at the edges
     ((4096, 14336), {"residual": True}),
     ((1152, 896), {"norm": True, "bias": True}),  # Qwen2.5-0.5B
     ((3072, 576), {"norm": True, "activation": "gelu_tanh", "bias": True}),
@@ -68,7 +69,7 @@ def test_layer(
     out = layer(x, norm=norm, activation=activation, residual=residual)
     assert out.dtype == dtype
     # Between separate kernels 16-bit dtypes are rounded more than once.
-    assert distance(out, expected) < (2 if rows > linear.GEMV_MAX_ROWS else 1) * TOLERANCE[dtype]
+    assert distance(out, expected) < (2 if rows > 1 else 1) * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])

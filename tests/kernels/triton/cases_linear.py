@@ -6,6 +6,7 @@ from typing import Any
 
 from compiling import NVIDIA, TARGETS, Constant, KernelCase
 
+from aphrodite.kernels.triton.gated_gemm import DEFAULT, _gated_gemm_kernel
 from aphrodite.kernels.triton.linear import _gemv_kernel, _skinny_kernel, gemv_config, padded_rows, skinny_config
 
 HOPPER = ("sm_90",)
@@ -99,7 +100,32 @@ def _skinny(
     )
 
 
+def _gated_gemm(in_features: int, activation: str) -> KernelCase:
+    return KernelCase(
+        name=f"gated_gemm-{in_features}-{activation}",
+        kernel=_gated_gemm_kernel,
+        arguments={
+            "x": f"tensordesc<bf16[{DEFAULT.rows}, {DEFAULT.chunk}]>",
+            "weight": f"tensordesc<bf16[{DEFAULT.columns}, {DEFAULT.chunk}]>",
+            "out": f"tensordesc<bf16[{DEFAULT.rows}, {DEFAULT.columns // 2}]>",
+            "rows": "i32",
+            "out_features": "i32:16",
+            "in_features": in_features,
+            "ROWS": DEFAULT.rows,
+            "COLUMNS": DEFAULT.columns,
+            "CHUNK": DEFAULT.chunk,
+            "GROUP": DEFAULT.group,
+            "STAGES": DEFAULT.stages,
+            "ACTIVATION": Constant(activation),
+        },
+        num_warps=DEFAULT.warps,
+        targets=HOPPER,
+    )
+
+
 CASES = [
+    _gated_gemm(4096, "silu"),
+    _gated_gemm(1024, "gelu_tanh"),
     _gemv((6144, 4096), 1, norm=True, pdl=True),
     _gemv((4096, 4096), 1, residual=True, pdl=True),
     _gemv((28672, 4096), 1, norm=True, activation="silu", pdl=True),

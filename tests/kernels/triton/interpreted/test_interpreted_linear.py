@@ -10,10 +10,13 @@ import torch
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import linear
+from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.gated_gemm import GatedConfig, gated_gemm, gated_gemm_supports
 from aphrodite.kernels.triton.linear import (
     Epilogue,
     GemvConfig,
     SkinnyConfig,
+    choose_kernel,
     gemv,
     gemv_config,
     skinny_config,
@@ -108,7 +111,7 @@ def test_skinny_gemm(rows: int, splits: int, out_features: int, in_features: int
 def test_skinny_gemm_of_gated_pairs(splits: int, ahead: bool) -> None:
     x, weight = random(6, 128, dtype=torch.float16), random(48, 128, dtype=torch.float16)
     out = skinny_gemm(
-        x, interleave_gate_up(weight), Epilogue(activation="silu"), SkinnyConfig(32, 32, splits, 2, 4, ahead)
+        x, interleave_gate_up(weight), Epilogue(activation="silu"), SkinnyConfig(32, 32, splits, 2, 4, ahead=ahead)
     )
     assert out.shape == (6, 24)
     assert distance(out, expected_linear(x, weight, activation="silu")) < TOLERANCE[torch.float16]
@@ -148,6 +151,33 @@ def test_default_cuts_cover_the_shape_and_fit_the_workspace(shape: tuple[int, in
         assert cut.splits == 1 or tiles <= linear.WORKSPACE_TILES
 
 
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (128256, 4096), (1024, 2048), (576, 576)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_each_kernel_gets_only_the_rows_and_values_that_it_can_do(shape: tuple[int, int], gated: bool) -> None:
+    for rows in range(200):
+        exact = choose_kernel(*shape, rows, 4, gated=gated)
+        assert exact == ("gemv" if 1 <= rows <= linear.GEMV_MAX_ROWS else "library")
+        fast = choose_kernel(*shape, rows, 2, gated=gated)
+        assert fast != "gemv" or 1 <= rows <= linear.GEMV_MAX_ROWS
+        assert fast != "skinny" or 1 <= rows <= linear.SKINNY_MAX_ROWS
+        assert (fast == "library") >= (rows == 0 or rows > linear.SKINNY_MAX_ROWS)
+    assert choose_kernel(*shape, 1, 2, gated=gated) == "gemv"
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize(("rows", "out_features", "in_features"), [(70, 96, 64), (5, 80, 40)])
+def test_gated_gemm(activation: Activation, rows: int, out_features: int, in_features: int) -> None:
+    """Tiles at the edges of rows, columns and sums, and blocks that do several tiles."""
+    x, weight = random(rows, in_features, dtype=torch.float16), random(out_features, in_features, dtype=torch.float16)
+    out = gated_gemm(x, interleave_gate_up(weight), activation, GatedConfig(32, 32, 32, 2, 2, 4))
+    assert out.shape == (rows, out_features // 2)
+    assert distance(out, expected_linear(x, weight, activation=activation)) < TOLERANCE[torch.float16]
+
+
+def test_the_gated_gemm_is_for_the_copy_engine_only() -> None:
+    assert not gated_gemm_supports(random(4, 64), random(32, 64))
+
+
 LAYERS: list[dict[str, Any]] = [
     {},
     {"bias": True, "norm": True},
@@ -159,7 +189,7 @@ LAYERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 5, 80])
+@pytest.mark.parametrize("rows", [1, 3, 80])
 @pytest.mark.parametrize("parts", LAYERS, ids=lambda parts: "+".join(parts) or "plain")
 def test_triton_linear(dtype: torch.dtype, rows: int, parts: dict[str, Any]) -> None:
     activation = parts.get("activation")
