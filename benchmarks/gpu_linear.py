@@ -3,19 +3,23 @@
     PYTHONPATH=. python benchmarks/gpu_linear.py                  # every shape, 1..256 rows
     PYTHONPATH=. python benchmarks/gpu_linear.py --tune           # the best three cuts of each shape
 
+gpu_prefill.py does the same for thousands of rows.
+
 A case is a CUDA graph that runs one layer after another over distinct random weights, 512 MB or more, so that none of
-it can lie in a cache. "fused" is what TritonLinear does for the layer with its norm, activation and residual; "library"
-the same by torch's product and one kernel for each other part; "product" torch's product alone. Shares: of 3.17 TB/s.
+it can lie in a cache. Each row is a layer with its norm, activation and residual: by our two kernels, by the library
+with a kernel for each other part, and the library's product alone; * marks what TritonLinear takes. Shares are of
+3.17 TB/s.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +28,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton import linear
+from aphrodite.kernels.triton import gated_gemm, linear
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
+from aphrodite.kernels.triton.gated_gemm import GatedConfig
 from aphrodite.kernels.triton.linear import Epilogue, GemvConfig, SkinnyConfig, gemv, skinny_gemm
 from aphrodite.kernels.triton.norm import add_rms_norm, rms_norm
 from aphrodite.layers.linear import RmsNorm
-from aphrodite.layers.triton_linear import TritonLinear, unfused_pairs
+from aphrodite.layers.triton_linear import TritonLinear
 
 CEILING = 3.17e12  # bytes a second that an H100 reads
 DTYPE = torch.bfloat16
 EPS = 1e-5
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-TUNED_ROWS = (1, 2, 4, 8, 32, 64, 128)
+ROWS = (1, 2, 3, 8, 16, 32, 48, 64, 128, 256)
+TUNED_ROWS = (1, 2, 8, 32, 64)
+# Weights read by one replay: the gap between two replays, some 6 us, is little beside that.
+CHAIN_BYTES = 4 << 30
 
 
 class Layer(NamedTuple):
@@ -88,23 +95,24 @@ class Bench:
         return self._random(rows, self.layer.in_features), residual
 
     def chain_us(self, one: Callable[[torch.Tensor], object]) -> float:
-        """Microseconds of `one(weight)` in a graph over all weights: median of 7 x 3 replays."""
+        """Microseconds of `one(weight)` in a graph over all weights, again and again: median of 5 x 2 replays."""
         one(self.weights[0])
         torch.cuda.synchronize()
+        rounds = max(CHAIN_BYTES // (self.layer.nbytes * len(self.weights)), 1)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for weight in self.weights:
+            for weight in self.weights * rounds:
                 one(weight)
         graph.replay()
         times = []
-        for _ in range(7):
+        for _ in range(5):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for _ in range(3):
+            for _ in range(2):
                 graph.replay()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / 3 / len(self.weights))
+            times.append(start.elapsed_time(end) * 1e3 / 2 / len(self.weights) / rounds)
         return statistics.median(times)
 
     def share(self, us: float) -> float:
@@ -128,33 +136,48 @@ class Bench:
         return float((out - expected).norm() / expected.norm())
 
 
-def tried_cuts(layer: Layer, rows: int) -> Iterator[GemvConfig | SkinnyConfig]:
+def tried_cuts(layer: Layer, rows: int) -> list[GemvConfig | SkinnyConfig]:
     """Candidates of one case, the shipped ones among them."""
     n, k = layer.out_features, layer.in_features
-    if rows <= linear.GEMV_MAX_ROWS:
-        cuts = {linear.gemv_config(n, k, rows)}
-        chunk = max(c for c in (512, 1024, 2048) if k % c == 0)
-        for block_rows, depth, warps in ((2, 1, 4), (2, 2, 4), (4, 1, 8), (4, 2, 8), (4, 2, 4), (2, 2, 8), (8, 1, 8)):
-            if block_rows * rows <= 16:
-                cuts.add(GemvConfig(block_rows, chunk, min(depth, k // chunk), min(warps, max(chunk // 256, 1))))
-        if chunk == 2048:
-            cuts |= {GemvConfig(2, 1024, 2, 4), GemvConfig(4, 1024, 2, 4)}
-        yield from sorted(cuts)
-    if rows >= linear.GEMV_MAX_ROWS:
-        yield from sorted(_skinny_cuts(n, k, rows))
+    cuts: list[GemvConfig | SkinnyConfig] = []
+    if rows <= 2:
+        cuts += sorted(_gemv_cuts(layer, rows))
+    if rows >= 2:
+        cuts += sorted(_skinny_cuts(n, k, rows))
+    return cuts
+
+
+def _gemv_cuts(layer: Layer, rows: int) -> set[GemvConfig]:
+    """8 to 32 values of a chunk for each thread, a vector of 16 bytes at least; few rows keep many blocks in flight."""
+    n, k = layer.out_features, layer.in_features
+    cuts = {linear.gemv_config(n, k, rows)}
+    small = layer.nbytes < 20 << 20
+    for block, chunk, depth, warps in itertools.product(
+        (1, 2, 4, 8), (256, 512, 1024, 2048), (1, 2, 4, 8), (1, 2, 4, 8)
+    ):
+        values = block * chunk // (32 * warps)
+        queued = values * depth // 2
+        if k % chunk or not 8 <= values * rows <= 64 or depth * chunk > k or not 8 <= queued <= (64 if small else 32):
+            continue
+        if (block == 1 and layer.activation) or (chunk < 1024 and not small) or chunk * block < 256 * warps:
+            continue
+        if (not small and (block * chunk < 4096 or warps < 4 or block > 4)) or (small and values > 32):
+            continue
+        if small and block * chunk * depth < 2048:
+            continue
+        cuts.add(GemvConfig(block, chunk, depth, warps))
+    return cuts
 
 
 def _skinny_cuts(n: int, k: int, rows: int) -> set[SkinnyConfig]:
-    if rows > 64:
-        return {SkinnyConfig(128, 64, s, 4, w) for s in (1, 2) for w in (4, 8)} | {SkinnyConfig(64, 128, 1, 4, 4)}
+    """The shipped cut and its neighbours, with and without the last tile requested ahead."""
     cuts = {linear.skinny_config(n, k, rows)}
     wide = n >= 6144
     for block, chunk, splits, stages in (
         (64, 128, 1, 3),
-        (64, 128, 1, 5),
+        (64, 128, 1, 4),
         (64, 256, 1, 3),
         (64, 64, 1, 6),
-        (128, 64, 1, 5),
         (64, 128, 2, 4),
         (64, 256, 2, 3),
         (64, 128, 4, 4),
@@ -172,14 +195,19 @@ def _skinny_cuts(n: int, k: int, rows: int) -> set[SkinnyConfig]:
 
 
 def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: Any) -> Callable[[Any], torch.Tensor]:
-    """The layer by one kernel with the given cut; the norm's own kernel comes before a skinny GEMM."""
+    """The layer by one kernel with the given cut; the norm's own kernel comes before all but the GEMV."""
     epilogue = Epilogue(None, bench.layer.activation, residual)
     if isinstance(cut, GemvConfig):
         return lambda weight: gemv(x, weight, epilogue, bench.norm, cut)
-    norm = bench.norm
-    if norm is None:
-        return lambda weight: skinny_gemm(x, weight, epilogue, cut)
-    return lambda weight: skinny_gemm(rms_norm(x, norm.weight, norm.eps), weight, epilogue, cut)
+    norm, activation = bench.norm, bench.layer.activation
+
+    def after_norm(weight: Any) -> torch.Tensor:
+        normed = x if norm is None else rms_norm(x, norm.weight, norm.eps)
+        if isinstance(cut, GatedConfig) and activation is not None:
+            return gated_gemm.gated_gemm(normed, weight, activation, cut)
+        return skinny_gemm(normed, weight, epilogue, cut)
+
+    return after_norm
 
 
 class _WithoutDevice:
@@ -213,10 +241,10 @@ def _compile_task(task: tuple[GPUTarget, bool, Layer, int, Any]) -> str | None:
     target, pdl, layer, rows, cut = task
     triton.runtime.driver.set_active(_WithoutDevice(target))
     linear.pdl_supported = lambda device: pdl
-    for name in ("_gemv_kernel", "_skinny_kernel"):
-        kernel = getattr(linear, name)
+    for module, name in ((linear, "_gemv_kernel"), (linear, "_skinny_kernel"), (gated_gemm, "_gated_gemm_kernel")):
+        kernel = getattr(module, name)
         if not isinstance(kernel, _CompileOnly):
-            setattr(linear, name, _CompileOnly(kernel))
+            setattr(module, name, _CompileOnly(kernel))
     bench = Bench(layer._replace(norm=layer.norm and isinstance(cut, GemvConfig)), "meta")
     try:
         run_cut(bench, *bench.inputs(rows), cut)(bench.weights[0])
@@ -241,17 +269,27 @@ def compile_ahead(cases: list[tuple[Layer, int, Any]]) -> None:
 
 def shipped_cut(layer: Layer, rows: int) -> GemvConfig | SkinnyConfig | None:
     """What TritonLinear takes for this case; None where it takes the library."""
-    if rows > linear.SKINNY_MAX_ROWS:
-        return None
-    choose = linear.gemv_config if rows <= linear.GEMV_MAX_ROWS else linear.skinny_config
-    return choose(layer.out_features, layer.in_features, rows)
+    n, k = layer.out_features, layer.in_features
+    kernel = linear.choose_kernel(n, k, rows, DTYPE.itemsize, gated=layer.activation is not None)
+    return own_cuts(layer, rows).get(kernel)
+
+
+def own_cuts(layer: Layer, rows: int) -> dict[str, GemvConfig | SkinnyConfig]:
+    """The default cut of each of our kernels that could do this case."""
+    cuts: dict[str, GemvConfig | SkinnyConfig] = {}
+    if rows <= 3:
+        cuts["gemv"] = linear.gemv_config(layer.out_features, layer.in_features, rows)
+    if 1 < rows <= 2 * linear.SKINNY_MAX_ROWS:
+        cuts["skinny"] = linear.skinny_config(layer.out_features, layer.in_features, rows)
+    return cuts
 
 
 def compare(layers: list[Layer], all_rows: list[int]) -> None:
-    """A table of our choice beside the library."""
-    cases = [(layer, rows, shipped_cut(layer, rows)) for layer in layers for rows in all_rows]
-    compile_ahead([case for case in cases if case[2] is not None])
-    print(f"{'layer':14} {'rows':>4} {'fused us':>9} {'%':>5} {'library us':>11} {'product us':>11} {'error':>8}")
+    """A table of our kernels beside the library."""
+    compile_ahead([(layer, r, cut) for layer in layers for r in all_rows for cut in own_cuts(layer, r).values()])
+    print(
+        f"{'layer':14} {'rows':>4} {'gemv us':>9} {'skinny us':>10} {'library us':>11} {'product':>10} {'%':>5} error"
+    )
     for layer in layers:
         bench = Bench(layer, "cuda")
         for rows in all_rows:
@@ -261,22 +299,28 @@ def compare(layers: list[Layer], all_rows: list[int]) -> None:
 def _compared(bench: Bench, rows: int) -> str:
     layer = bench.layer
     x, residual = bench.inputs(rows)
-    choice = Choice("dense", ())
-    kept = TritonLinear(bench.weights[0][:2], None, choice)
-    kept.gated = layer.activation is not None
-
-    def fused(weight: torch.Tensor) -> torch.Tensor:
-        kept.weight = weight
-        return kept(x, norm=bench.norm, activation=layer.activation, residual=residual)
+    taken = linear.choose_kernel(
+        layer.out_features, layer.in_features, rows, DTYPE.itemsize, gated=layer.activation is not None
+    )
+    ways = {name: run_cut(bench, x, residual, cut) for name, cut in own_cuts(layer, rows).items()}
+    kept = TritonLinear(bench.weights[0][:2], None, Choice("dense", ()), gated=layer.activation is not None)
 
     def library(weight: torch.Tensor) -> torch.Tensor:
-        return unfused_pairs(lambda rows: F.linear(rows, weight), x, bench.norm, layer.activation, residual)
+        kept.weight = weight
+        return kept.by_library(x, bench.norm, layer.activation, residual)
 
-    error = bench.error(fused, x, residual)
-    ours, theirs = bench.chain_us(fused), bench.chain_us(library)
+    ways["library"] = library
+    error = bench.error(ways[taken], x, residual)
+    times = {name: bench.chain_us(way) for name, way in ways.items()}
     alone = bench.chain_us(lambda weight: F.linear(x, weight))
+    cells = [
+        f"{times[name]:.2f}{'*' if name == taken else ' '}" if name in times else ""
+        for name in ("gemv", "skinny", "library")
+    ]
     head = f"{layer.model + ' ' + layer.name:14} {rows:4}"
-    return f"{head} {ours:9.2f} {bench.share(ours):5.1f} {theirs:11.2f} {alone:11.2f} {error:8.1e}"
+    return (
+        f"{head} {cells[0]:>10}{cells[1]:>11}{cells[2]:>12} {alone:10.2f} {bench.share(times[taken]):5.1f} {error:.1e}"
+    )
 
 
 def tune(layers: list[Layer], all_rows: list[int]) -> None:
