@@ -38,7 +38,10 @@ from aphrodite.platforms import platform_of
 from aphrodite.runner.inputs import DeviceInputs, HostLengths
 
 MAX_HEAD_DIM = 256
-DENSE_MIN = 512  # prompt tokens from which on torch's attention is used
+DENSE_TOKENS = (
+    2048  # from which on a call of torch's attention is worth the host's time for it, in one prompt or several
+)
+DENSE_MIN = 512  # of each prompt
 DENSE_MULTIPLE = 256  # and how many of them, so that there are not many different shapes
 DENSE_AFTER = 3  # steps with a shape, from which on torch's attention serves it
 DENSE_SHAPES = 64  # that torch's attention may serve at all
@@ -214,7 +217,7 @@ def dense_runs(lengths: HostLengths, window: int | None) -> list[DenseRun]:
             runs[-1] = last._replace(prompts=last.prompts + 1)
         else:
             runs.append(run)
-    return runs
+    return [run for run in runs if run.prompts * run.rows >= DENSE_TOKENS]
 
 
 def divide_rows(

@@ -178,9 +178,9 @@ def test_long_prompts(length: int, staged: int, device: torch.device) -> None:
 
 
 def test_equal_prompts_after_each_other(device: torch.device) -> None:
-    lengths = [(1, 90), (520, 520), (520, 520), (1024, 1024), (40, 2000), (520, 520)]
+    lengths = [(1, 90), (1030, 1030), (1030, 1030), (2048, 2048), (40, 2000), (1030, 1030)]
     step = make_step(lengths, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device=device)
-    for window in (None, 600, 300):
+    for window in (None, 1029, 300):
         for staged in (1, DENSE_AFTER, DENSE_AFTER + 2):  # a shape more is planned at each step
             out = attend(step, window=window, staged=staged)
             assert_close(out, dense_reference(step, window), ATOL[torch.bfloat16])

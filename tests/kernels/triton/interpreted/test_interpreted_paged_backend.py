@@ -14,6 +14,7 @@ from aphrodite.attention.triton_paged import (
     DENSE_MIN,
     DENSE_MULTIPLE,
     DENSE_SHAPES,
+    DENSE_TOKENS,
     DenseRun,
     DenseShapes,
     TritonAttention,
@@ -139,7 +140,7 @@ def covered(pairs: list[tuple[int, int]], window: int | None, dense: bool) -> li
     lengths = lengths_of(pairs)
     config = RaggedConfig(rows=64, tile=16, num_warps=4, num_stages=1)
     runs = dense_runs(lengths, window) if dense else []
-    assert bool(runs) == (dense and (window is None or window >= DENSE_MULTIPLE))
+    assert len(runs) == (0 if not dense else {None: 3, 1100: 2, 100: 0}[window])
     work = divide_rows(lengths, window, runs, config, group=2, kv_heads=2, programs=1)
     counts = [np.zeros(queries, dtype=int) for queries, _ in pairs]
     flat = np.zeros(sum(queries for queries, _ in pairs), dtype=int)
@@ -154,16 +155,16 @@ def covered(pairs: list[tuple[int, int]], window: int | None, dense: bool) -> li
     return counts
 
 
-@pytest.mark.parametrize("window", [None, 300, 100])
+@pytest.mark.parametrize("window", [None, 1100, 100])
 @pytest.mark.parametrize("dense", [False, True])
 def test_every_row_of_a_longer_query_is_served_once(dense: bool, window: int | None) -> None:
     pairs = [
         (1, 9),
-        (700, 700),
-        (700, 700),
-        (DENSE_MIN, DENSE_MIN),
+        (1090, 1090),
+        (1090, 1090),
+        *[(DENSE_MIN, DENSE_MIN)] * 4,
         (33, 33),
-        (900, 1000),
+        (2900, 3000),
         (1, 1),
         (2, 2),
         (5000, 5000),
@@ -173,18 +174,17 @@ def test_every_row_of_a_longer_query_is_served_once(dense: bool, window: int | N
 
 
 def test_equal_prompts_in_a_row_are_one_run() -> None:
-    pairs = [(1, 9), (700, 700), (700, 700), (1024, 1024), (700, 700), (700, 900)]
-    rows = 700 // DENSE_MULTIPLE * DENSE_MULTIPLE
+    pairs = [(1, 9), (1100, 1100), (1100, 1100), (2048, 2048), (2047, 2047), (1100, 1100), (2100, 2200)]
+    rows = 1100 // DENSE_MULTIPLE * DENSE_MULTIPLE
     assert dense_runs(lengths_of(pairs), None) == [
-        DenseRun(1, 2, 700, rows),
-        DenseRun(1401, 1, 1024, 1024),
-        DenseRun(2425, 1, 700, rows),
-    ]
+        DenseRun(1, 2, 1100, rows),
+        DenseRun(2201, 1, 2048, 2048),
+    ]  # alone, 1,100 and 2,047 tokens are too few
 
 
 def test_a_window_bounds_what_torch_attends_to() -> None:
-    assert dense_runs(lengths_of([(4000, 4000)]), 1000) == [DenseRun(0, 1, 4000, 768)]
-    assert dense_runs(lengths_of([(4000, 4000)]), 200) == []
+    assert dense_runs(lengths_of([(4000, 4000)]), 2100) == [DenseRun(0, 1, 4000, 2048)]
+    assert dense_runs(lengths_of([(4000, 4000)]), DENSE_TOKENS - 1) == []
 
 
 def test_torch_serves_a_shape_that_keeps_coming() -> None:
