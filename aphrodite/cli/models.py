@@ -51,6 +51,11 @@ def inspect(
 def _in_words(facts: Inspection) -> dict[str, str]:
     count = facts.parameters
     window = f", sliding window of {facts.window:,}" if facts.window is not None else ""
+    expanded = (
+        f"; {format_bytes(facts.expanded_bytes)} where they are expanded to 16 bits for want of a kernel"
+        if facts.weight_bytes < facts.expanded_bytes
+        else ""
+    )
     scaling = f", rotary scaling {facts.rotary_scaling}" if facts.rotary_scaling != "none" else ""
     return {
         "Name": facts.name,
@@ -63,7 +68,7 @@ def _in_words(facts: Inspection) -> dict[str, str]:
         f" {facts.num_kv_heads} KV heads, vocabulary of {facts.vocab_size:,}",
         "Tokenizer": facts.tokenizer or "none; name one with --tokenizer",
         "Chat template": "yes" if facts.chat_template else "none; name one with --chat-template",
-        "Weights": format_bytes(facts.weight_bytes),
+        "Weights": format_bytes(facts.weight_bytes) + expanded,
         "KV cache": f"{format_bytes(facts.kv_bytes_per_token)} a token",
         "Memory": ", ".join(f"{format_bytes(need.bytes)} with {need.context:,} tokens" for need in facts.memory),
     }

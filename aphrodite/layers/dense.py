@@ -33,7 +33,7 @@ def stack_dense(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.de
     Raises:
         ModelFormatError: a value does not fit float16.
     """
-    _warn_of_loss(parts, dtype)
+    _tell_of_change(parts, dtype)
     rows = sum(part.shape[0] for part in parts)
     out = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
     at = 0
@@ -48,15 +48,19 @@ def short_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _warn_of_loss(parts: Sequence[RawTensor], dtype: torch.dtype) -> None:
+def _tell_of_change(parts: Sequence[RawTensor], dtype: torch.dtype) -> None:
+    """Logs once for each type in blocks what expanding it costs, and for each type what is rounded."""
     kept = {torch.bfloat16: QuantType.BF16, torch.float16: QuantType.F16}.get(dtype)
-    if dtype == torch.float32:
-        return
     for part in parts:
-        if part.qtype is not kept:
-            log_once(
-                logging.WARNING, f"{part.qtype.name} weights: rounded to {short_name(dtype)}; --dtype float32 is exact"
-            )
+        changes = []
+        if part.qtype.block_size > 1:
+            factor = dtype.itemsize * part.qtype.block_size / part.qtype.block_bytes
+            changes.append(f"expanded to {short_name(dtype)} in {factor:.1f} times their memory")
+        if dtype != torch.float32 and part.qtype is not kept:
+            changes.append(f"rounded to {short_name(dtype)}; --dtype float32 is exact")
+        if changes:
+            level = logging.INFO if dtype == torch.float32 else logging.WARNING
+            log_once(level, f"{part.qtype.name} weights: {', '.join(changes)}")
 
 
 def _convert(raw: RawTensor, out: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from aphrodite.loading.checkpoint import Checkpoint, LoadFormat, open_checkpoint
 from aphrodite.loading.config_reader import load_json_object
 
 KV_ELEMENT_BYTES = 2  # float16, the default
+EXPANDED_WEIGHT_BYTES = 2  # bfloat16 or float16
 _CONTEXTS = (4096, 8192)
 
 
@@ -31,7 +32,9 @@ class Inspection:
         window: the narrowest sliding window, or None.
         tokenizer: kind of the tokenizer, or None where the checkpoint has none.
         kv_bytes_per_token: at float16, over all layers.
-        memory: need at 4k, 8k (where the model reaches that far) and the full context.
+        weight_bytes: as they are stored, which is what kernels for their types need.
+        expanded_bytes: at 16 bits a weight, which is what is needed where a type has no kernel.
+        memory: need at 4k, 8k (where the model reaches that far) and the full context, weights as they are stored.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Inspection:
     tokenizer: str | None
     chat_template: bool
     weight_bytes: int
+    expanded_bytes: int
     kv_bytes_per_token: int
     memory: tuple[MemoryNeed, ...]
 
@@ -99,6 +103,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         tokenizer=tokenizer,
         chat_template=chat_template,
         weight_bytes=weight_bytes,
+        expanded_bytes=EXPANDED_WEIGHT_BYTES * checkpoint.parameters,
         kv_bytes_per_token=kv_bytes,
         memory=tuple(MemoryNeed(context=n, bytes=weight_bytes + n * kv_bytes) for n in contexts),
     )
