@@ -18,7 +18,10 @@ from aphrodite.runner.inputs import ForwardInputs
 class AttentionShape:
     """What a back end must support: the model's heads, the cache's blocks, dtypes of both, the device.
 
-    `windows` has an entry a layer: how many latest positions a query sees, itself included; None for all.
+    Attributes:
+        windows: an entry a layer: how many latest positions a query sees, itself included; None for all.
+        query_scale: of the scores; None means 1 / sqrt(head_dim).
+        softcap: c where scores become c * tanh(score / c); 0 for none.
     """
 
     windows: tuple[int | None, ...]
@@ -29,6 +32,8 @@ class AttentionShape:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     device: torch.device
+    query_scale: float | None = None
+    softcap: float = 0.0
 
     @property
     def num_layers(self) -> int:
@@ -41,7 +46,7 @@ class AttentionShape:
 
     @property
     def scale(self) -> float:
-        return float(self.head_dim**-0.5)
+        return float(self.head_dim**-0.5) if self.query_scale is None else self.query_scale
 
     @property
     def bytes_per_block(self) -> int:
@@ -57,14 +62,22 @@ class KVCache(NamedTuple):
     values: torch.Tensor
 
 
+class RotaryTable(NamedTuple):
+    """`[max_model_len, rotated / 2]` float32: pairs (i, i + rotated / 2) of the first `rotated` dimensions of a head
+    turn by their position's angle (arXiv 2104.09864)."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 class QueryKeyTransform(NamedTuple):
     """What becomes of a layer's queries and keys before they meet: a norm for each head, if any, then rotation.
 
     Attributes:
-        cos, sin: `[max_model_len, rotated / 2]` float32: pairs (i, i + rotated / 2) of the first `rotated`
-            dimensions of a head turn by their position's angle (arXiv 2104.09864).
+        cos, sin: as `RotaryTable`, of every layer unless there are `layer_tables`.
         query_norms, key_norms: a weight `[head_dim]` a layer, or empty where the model has none.
         norm_eps: of these norms.
+        layer_tables: one a layer where layers turn by different angles; layers that turn alike share theirs.
     """
 
     cos: torch.Tensor
@@ -72,6 +85,11 @@ class QueryKeyTransform(NamedTuple):
     query_norms: tuple[torch.Tensor, ...] = ()
     key_norms: tuple[torch.Tensor, ...] = ()
     norm_eps: float = 0.0
+    layer_tables: tuple[RotaryTable, ...] = ()
+
+    def table(self, layer: int) -> RotaryTable:
+        """The table of a layer."""
+        return self.layer_tables[layer] if self.layer_tables else RotaryTable(self.cos, self.sin)
 
 
 class StepAttention(Protocol):

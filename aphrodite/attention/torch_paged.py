@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform, StepAttention
+from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform, RotaryTable, StepAttention
+from aphrodite.attention.softcap import soft_cap
 from aphrodite.attention.step_plan import MAX_QUERIES, AttentionGroup, StepPlanner
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.runner.inputs import ForwardInputs
@@ -91,6 +92,8 @@ class TiledAttention:
         values = values.view(-1, self._tile, dim)
 
         scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(self._shape.scale).view(*tiled, self._tile)
+        if self._shape.softcap:
+            scores = soft_cap(scores, self._shape.softcap)
         scores.add_(group.bias.view(batch, rows, tiles, self._tile).transpose(1, 2))
         weights = scores.sub_(scores.amax(dim=(2, 4), keepdim=True)).exp_()
         sums = weights.sum(dim=-1, keepdim=True)
@@ -134,6 +137,8 @@ class SdpaAttention:
     def _attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
     ) -> torch.Tensor:
+        if self._shape.softcap:
+            return self._attend_capped(query, keys, values, group)
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1),
             keys.transpose(0, 1),
@@ -142,6 +147,14 @@ class SdpaAttention:
             scale=self._shape.scale,
         )
         return out.transpose(0, 1)
+
+    def _attend_capped(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
+    ) -> torch.Tensor:
+        """The same with bounded scores, which torch's function does not know."""
+        scores = soft_cap((query @ keys.transpose(2, 3)).float().mul_(self._shape.scale), self._shape.softcap)
+        weights = scores.add_(group.bias).softmax(dim=-1)
+        return weights.to(values.dtype) @ values
 
 
 class _GroupAttention(Protocol):
@@ -169,8 +182,8 @@ class _PagedStep:
         self._shape = shape
         self._transform = transform
         self._slots = inputs.slot_mapping
-        self._cos = transform.cos.index_select(0, inputs.positions)[:, None]  # [rows, 1, rotated / 2]
-        self._sin = transform.sin.index_select(0, inputs.positions)[:, None]
+        self._positions = inputs.positions
+        self._angles: dict[int, RotaryTable] = {}  # by the identity of the table that they are from
         self._cache = cache
         self._planner = planner
         self._attend = attend
@@ -183,7 +196,8 @@ class _PagedStep:
         if self._transform.query_norms:
             query = self._norm(query, self._transform.query_norms[layer])
             key = self._norm(key, self._transform.key_norms[layer])
-        query, key = rotate(query, self._cos, self._sin), rotate(key, self._cos, self._sin)
+        cos, sin = self._angles_of(layer)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         num_tokens = self._slots.shape[0]
         keys.flatten(1, 2).index_copy_(1, self._slots, key[:num_tokens].transpose(0, 1))
@@ -196,8 +210,17 @@ class _PagedStep:
             out.index_copy_(0, group.query_rows[: group.num_queries], self._unfold(attended, group))
         return out
 
+    def _angles_of(self, layer: int) -> RotaryTable:
+        """Cosines and sines of this step's positions, `[rows, 1, rotated / 2]`; layers that turn alike share them."""
+        cos, sin = self._transform.table(layer)
+        if id(cos) not in self._angles:
+            picked = (table.index_select(0, self._positions)[:, None] for table in (cos, sin))
+            self._angles[id(cos)] = RotaryTable(*picked)
+        return self._angles[id(cos)]
+
     def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(heads, (self._shape.head_dim,), weight, self._transform.norm_eps)
+        wide = heads.to(weight.dtype)
+        return F.rms_norm(wide, (self._shape.head_dim,), weight, self._transform.norm_eps).to(heads.dtype)
 
     def _gather(self, cache: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
         """`[kv_heads, B, K, head_dim]` of a layer's cache."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from aphrodite.kernels.dispatch import Choice, Declined, choose, log_once
 from aphrodite.layers.activation import Activation, gated_activation
 from aphrodite.layers.dense import short_name, stack_dense, to_dense
 from aphrodite.layers.invariant import decline_invariant, invariant_matmul
+from aphrodite.layers.norm import RmsNorm as RmsNorm
 from aphrodite.quantization.fp8 import decline_fp8
 from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
 from aphrodite.quantization.types import RawTensor
@@ -24,16 +25,6 @@ from aphrodite.quantization.types import RawTensor
 if TYPE_CHECKING:
     from aphrodite.layers.fp8_linear import Fp8Linear
     from aphrodite.layers.triton_linear import TritonLinear
-
-
-class RmsNorm(NamedTuple):
-    """Root-mean-square normalisation (arXiv 1910.07467)."""
-
-    weight: torch.Tensor  # [hidden]
-    eps: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class Linear(Protocol):

@@ -1,7 +1,8 @@
 """Rotary position embedding: frequencies and cos/sin tables, without torch.
 
 Rotary embedding is arXiv 2104.09864; YaRN is arXiv 2309.00071; linear interpolation arXiv 2306.15595;
-"dynamic NTK" and "llama3" follow the definitions that checkpoints name by these words in config.json.
+LongRoPE is arXiv 2402.13753; "dynamic NTK" and "llama3" follow the definitions that checkpoints name by these words in
+config.json.
 Every executor reads the same tables, so positions mean the same thing on every device.
 """
 
@@ -18,13 +19,13 @@ from aphrodite.models.spec import RotarySpec
 def inverse_frequencies(rotary: RotarySpec, max_len: int) -> tuple[np.ndarray, float]:
     """Angle per position of each pair of dimensions, and the factor that multiplies cos and sin.
 
-    Only "dynamic" looks at `max_len`, the longest context that will be served: its base is stretched
-    once for that length if it exceeds the original context, and left alone otherwise. (The original
-    recipe stretches by the current length, which would make keys already cached disagree with later
-    queries and a request's tokens depend on how its prompt was cut into chunks.)
+    Only "dynamic" and "longrope" look at `max_len`, the longest context that will be served: the base is stretched
+    once for that length, or the long divisors are taken, if it exceeds the original context. (The original recipes
+    go by the current length, which would make keys already cached disagree with later queries and a request's tokens
+    depend on how its prompt was cut into chunks.)
 
     Returns:
-        float64 `[dim / 2]` in radians per position, and the attention factor (1.0 except for YaRN).
+        float64 `[dim / 2]` in radians per position, and the attention factor (1.0 except for YaRN and LongRoPE).
 
     Raises:
         ModelFormatError: the scaling lacks a value that it needs, or has an impossible one.
@@ -43,8 +44,13 @@ def inverse_frequencies(rotary: RotarySpec, max_len: int) -> tuple[np.ndarray, f
         case "yarn":
             frequencies = _yarn(rotary)
             attention_factor = _yarn_attention_factor(rotary)
-    if rotary.freq_divisors:
-        frequencies = frequencies / np.asarray(rotary.freq_divisors, dtype=np.float64)
+        case "longrope":
+            frequencies = _unscaled(rotary.theta, rotary.dim)
+            attention_factor = rotary.attention_factor or 1.0
+    short = rotary.scaling == "longrope" and max_len <= rotary.original_max_position
+    divisors = rotary.short_divisors if short else rotary.freq_divisors
+    if divisors:
+        frequencies = frequencies / np.asarray(divisors, dtype=np.float64)
     return frequencies, attention_factor
 
 
@@ -114,7 +120,7 @@ def _check(rotary: RotarySpec) -> None:
         raise refuse(f"theta must be positive, not {rotary.theta}")
     if not (math.isfinite(rotary.factor) and rotary.factor > 0.0):
         raise refuse(f"scaling factor must be positive, not {rotary.factor}")
-    if rotary.scaling in ("dynamic", "yarn", "llama3") and rotary.original_max_position < 1:
+    if rotary.scaling in ("dynamic", "yarn", "llama3", "longrope") and rotary.original_max_position < 1:
         raise refuse(f'"{rotary.scaling}" scaling needs the original context length')
     if rotary.scaling == "dynamic" and rotary.dim == 2:
         raise refuse('"dynamic" scaling needs more than two dimensions')
@@ -122,7 +128,10 @@ def _check(rotary: RotarySpec) -> None:
         raise refuse('"yarn" scaling needs theta other than 1 and positive beta_fast and beta_slow')
     if rotary.scaling == "llama3" and rotary.high_freq_factor <= rotary.low_freq_factor:
         raise refuse('"llama3" scaling needs high_freq_factor above low_freq_factor')
-    if rotary.freq_divisors and len(rotary.freq_divisors) != rotary.dim // 2:
-        raise refuse(f"{len(rotary.freq_divisors)} frequency divisors for {rotary.dim // 2} frequencies")
-    if any(not math.isfinite(divisor) or divisor == 0.0 for divisor in rotary.freq_divisors):
-        raise refuse("a frequency divisor is zero or not finite")
+    if rotary.scaling == "longrope" and not (rotary.freq_divisors and rotary.short_divisors):
+        raise refuse('"longrope" scaling needs a long and a short factor for every frequency')
+    for divisors in (rotary.freq_divisors, rotary.short_divisors):
+        if divisors and len(divisors) != rotary.dim // 2:
+            raise refuse(f"{len(divisors)} frequency divisors for {rotary.dim // 2} frequencies")
+        if any(not math.isfinite(divisor) or divisor == 0.0 for divisor in divisors):
+            raise refuse("a frequency divisor is zero or not finite")

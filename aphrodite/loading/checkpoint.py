@@ -20,6 +20,7 @@ from aphrodite.loading.generation import GenerationDefaults, generation_from_con
 from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
 from aphrodite.loading.safetensors import INDEX_NAME, read_safetensors, read_sharded_safetensors
 from aphrodite.loading.weights import Weights, match_weights
+from aphrodite.models.families.rotary import ROPE_TENSORS
 from aphrodite.models.registry import family_of_config, family_of_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import QuantType, RawTensor
@@ -160,9 +161,8 @@ def _open_gguf(path: Path) -> Checkpoint:
         str(path),
         spec,
         tensors,
-        family.gguf_names,
-        harmless=lambda name: name == "rope_freqs.weight",  # already part of the spec
-        interleaved=family.gguf_interleaves,
+        family.gguf,
+        harmless=lambda name: name in ROPE_TENSORS,  # already part of the spec
     )
     split = _SPLIT_NAME.fullmatch(path.name)
     return Checkpoint(
@@ -219,7 +219,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
     family = family_of_config(config)
     spec = family.from_config(config)
     tensors = _read_tensors(path)
-    head, embedding = (family.hf_names.checkpoint_name(f"{module}.weight") for module in ("head", "embed"))
+    head, embedding = (family.hf.names.checkpoint_name(f"{module}.weight") for module in ("head", "embed"))
     if spec.tied_head and head in tensors and embedding in tensors:
         if _same_bytes(tensors[head], tensors[embedding]):
             del tensors[head]
@@ -230,7 +230,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
         str(directory),
         spec,
         tensors,
-        family.hf_names,
+        family.hf,
         harmless=lambda name: name.endswith("rotary_emb.inv_freq"),  # computed from the spec
     )
     return _described(directory, "safetensors", config, spec, weights)

@@ -145,6 +145,22 @@ class ConfigReader:
             raise self.wrong(key, _expectation(int, low, high) + " or a list of such", value)
         return found
 
+    def numbers(self, key: str, *, low: float, high: float) -> list[float]:
+        """A list of numbers; empty when it is absent or null.
+
+        Raises:
+            ModelFormatError: it is anything else, or one is out of bounds (inclusive).
+        """
+        value = self._values.get(self._prefix + key)
+        if value is None:
+            return []
+        items: list[object] = value if isinstance(value, list) else [None]
+        found = [float(item) for item in items if type(item) is int or type(item) is float]
+        found = [item for item in found if low <= item <= high]
+        if len(found) < len(items):
+            raise self.wrong(key, "a list in which each is " + _expectation(float, low, high), value)
+        return found
+
     def wrong(self, key: str, expected: str, found: object) -> ModelFormatError:
         """The error for a key that is not what it should be."""
         return ModelFormatError(

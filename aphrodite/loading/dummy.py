@@ -57,7 +57,7 @@ def encode_dense(values: np.ndarray, qtype: QuantType) -> np.ndarray:
 
 
 def _ones(name: str, shape: tuple[int, ...]) -> RawTensor:
-    return RawTensor(name, shape, QuantType.F32, np.ones((1, *shape), "<f4").view(np.uint8))
+    return RawTensor(name, shape, QuantType.F32, np.ones((math.prod(shape[:-1]), shape[-1]), "<f4").view(np.uint8))
 
 
 def _noise(name: str, shape: tuple[int, ...], qtype: QuantType, pool: np.ndarray, seed: int) -> NoiseTensor:

@@ -1,8 +1,8 @@
 """The decoder's parameters: their canonical names and shapes, derived from a `ModelSpec`.
 
-    embed.weight, layers.{i}.attn_norm.weight, layers.{i}.{q,k,v,o}.{weight,bias},
-    layers.{i}.{q_norm,k_norm}.weight, layers.{i}.mlp_norm.weight, layers.{i}.{gate,up,down}.{weight,bias},
-    norm.weight, head.weight
+    embed.weight, layers.{i}.attn_norm.{weight,bias}, layers.{i}.{q,k,v,o}.{weight,bias},
+    layers.{i}.{q_norm,k_norm}.weight, layers.{i}.attn_post_norm.{weight,bias}, layers.{i}.mlp_norm.{weight,bias},
+    layers.{i}.{gate,up,down}.{weight,bias}, layers.{i}.mlp_post_norm.{weight,bias}, norm.{weight,bias}, head.weight
 
 Families map these names to those of a checkpoint; executors ask for weights by them.
 """
@@ -14,44 +14,71 @@ from dataclasses import dataclass
 
 from aphrodite.models.spec import ModelSpec
 
+HEAD_PLACEHOLDER = "{head}"
+
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every parameter of the model, in the order of the forward pass; linear weights are `[out, in]`."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    linears = (
+    attention = (
         ("q", q_rows, hidden, spec.qkv_bias),
         ("k", kv_rows, hidden, spec.qkv_bias),
         ("v", kv_rows, hidden, spec.qkv_bias),
         ("o", hidden, q_rows, spec.output_bias),
+    )
+    feed_forward = (
         ("gate", inner, hidden, spec.mlp_bias),
         ("up", inner, hidden, spec.mlp_bias),
         ("down", hidden, inner, spec.mlp_bias),
     )
+    before, behind = spec.block != "post_norm", spec.block in ("post_norm", "sandwich")
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab_size, hidden)}
-    for layer in range(spec.num_layers):
-        prefix = f"layers.{layer}."
-        shapes[prefix + "attn_norm.weight"] = (hidden,)
-        shapes[prefix + "mlp_norm.weight"] = (hidden,)
-        if spec.qk_norm:
-            shapes[prefix + "q_norm.weight"] = (spec.head_dim,)
-            shapes[prefix + "k_norm.weight"] = (spec.head_dim,)
+
+    def add_norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (hidden,)
+        if spec.norm_bias:
+            shapes[f"{name}.bias"] = (hidden,)
+
+    def add_linears(prefix: str, linears: tuple[tuple[str, int, int, bool], ...]) -> None:
         for name, rows, columns, bias in linears:
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
-    shapes["norm.weight"] = (hidden,)
+
+    for layer in range(spec.num_layers):
+        prefix = f"layers.{layer}."
+        if before:
+            add_norm(prefix + "attn_norm")
+        if before and spec.block != "parallel":
+            add_norm(prefix + "mlp_norm")
+        if spec.qk_norm:
+            shapes[prefix + "q_norm.weight"] = _head_norm_shape(spec, spec.num_heads)
+            shapes[prefix + "k_norm.weight"] = _head_norm_shape(spec, spec.num_kv_heads)
+        add_linears(prefix, attention)
+        add_linears(prefix, feed_forward)
+        if behind:
+            add_norm(prefix + "attn_post_norm")
+            add_norm(prefix + "mlp_post_norm")
+    add_norm("norm")
     if not spec.tied_head:
         shapes["head.weight"] = (spec.vocab_size, hidden)
     return shapes
+
+
+def _head_norm_shape(spec: ModelSpec, heads: int) -> tuple[int, ...]:
+    if spec.head_norm == "width":
+        return (heads * spec.head_dim,)
+    return (heads, spec.head_dim) if spec.head_norm == "each_head" else (spec.head_dim,)
 
 
 @dataclass(frozen=True, slots=True)
 class NameTable:
     """How one kind of checkpoint names the parameters.
 
-    `top` and `layer` map a canonical module ("embed", "q") to the checkpoint's; `layer_prefix` holds
-    `{}` for the layer's number.
+    `top` and `layer` map a canonical module ("embed", "q") to the checkpoint's; `layer_prefix` holds `{}` for the
+    layer's number. Canonical modules with the same name in the checkpoint are stacked there in one tensor, in the order
+    of the table. A name with `{head}` stands for one tensor a head.
     """
 
     top: Mapping[str, str]
@@ -65,6 +92,10 @@ class NameTable:
             return f"{self.top[module]}.{kind}"
         _, number, module = module.split(".")
         return f"{self.layer_prefix.format(number)}{self.layer[module]}.{kind}"
+
+    def renamed(self, **layer: str) -> NameTable:
+        """This table with other names of some modules of a layer."""
+        return NameTable(self.top, self.layer_prefix, {**self.layer, **layer})
 
 
 HF_NAMES = NameTable(
@@ -96,9 +127,31 @@ GGUF_NAMES = NameTable(
         "q_norm": "attn_q_norm",
         "k_norm": "attn_k_norm",
         "o": "attn_output",
+        "attn_post_norm": "post_attention_norm",
         "mlp_norm": "ffn_norm",
         "gate": "ffn_gate",
         "up": "ffn_up",
         "down": "ffn_down",
+        "mlp_post_norm": "post_ffw_norm",
     },
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """How one kind of checkpoint keeps a family's parameters, where that is not how the decoder wants them.
+
+    Attributes:
+        interleaved: rows of q and k pair neighbouring dimensions for rotary embedding, not the two halves of a head.
+        grouped_qkv: the rows of stacked q, k and v go by KV head: its query heads, its key, its value.
+        norm_offset: norms' weights are stored less this.
+    """
+
+    names: NameTable
+    interleaved: bool = False
+    grouped_qkv: bool = False
+    norm_offset: float = 0.0
+
+
+HF_STORAGE = Storage(names=HF_NAMES)
+GGUF_STORAGE = Storage(names=GGUF_NAMES)

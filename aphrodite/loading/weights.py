@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from aphrodite.errors import ModelFormatError
-from aphrodite.loading.parameters import NameTable, parameter_shapes
+from aphrodite.loading.parameters import HEAD_PLACEHOLDER, Storage, parameter_shapes
 from aphrodite.models.spec import ModelSpec
+from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.types import QuantType, RawTensor
 
 _SHOWN = 4  # names listed in an error, of each kind
@@ -58,39 +61,39 @@ def match_weights(
     source: str,
     spec: ModelSpec,
     tensors: Mapping[str, RawTensor],
-    names: NameTable,
+    storage: Storage,
     *,
     harmless: Callable[[str], bool],
-    interleaved: bool = False,
 ) -> Weights:
     """Assign a checkpoint's tensors to the parameters of `spec`.
 
+    What the checkpoint keeps otherwise than the decoder wants is converted when a parameter is loaded: stacked tensors
+    are cut, rows that pair neighbouring dimensions are reordered to halves, norms get their offset and the last one the
+    scale of the logits, in float32.
+
     Args:
         source: the checkpoint, for the error.
+        storage: how it names and keeps them.
         harmless: tells of a left-over tensor whether the decoder does not need it.
-        interleaved: rows of q and k pair neighbouring dimensions; they are reordered to halves.
 
     Raises:
         ModelFormatError: names are missing or left over, or shapes are wrong; all in one message.
     """
     parameters: dict[str, Parameter] = {}
-    missing: list[str] = []
-    misshapen: list[str] = []
+    missing: dict[str, None] = {}
+    misshapen: dict[str, None] = {}
     left_over = dict.fromkeys(tensors)
-    for canonical, shape in parameter_shapes(spec).items():
-        name = names.checkpoint_name(canonical)
-        raw = tensors.get(name)
-        if raw is None:
-            missing.append(name)
-            continue
-        del left_over[name]
-        if raw.shape != shape:
-            misshapen.append(f"{name} is {list(raw.shape)} instead of {list(shape)}")
-            continue
-        if len(shape) == 1 and raw.qtype.block_size > 1:
-            misshapen.append(f"{name} is {raw.qtype.name}, but norms and biases must be F32, F16 or BF16")
-            continue
-        parameters[canonical] = _parameter(canonical, raw, spec.head_dim if interleaved else None)
+    shapes = parameter_shapes(spec)
+    for canonical, place in _places(spec, shapes, storage).items():
+        found = [tensors[name] for name in place.names if name in tensors]
+        missing.update(dict.fromkeys(name for name in place.names if name not in tensors))
+        for name in place.names:
+            left_over.pop(name, None)
+        wrong = [problem for raw in found if (problem := _problem(canonical, raw, place.shape))]
+        misshapen.update(dict.fromkeys(wrong))
+        if len(found) == len(place.names) and not wrong:
+            load = _loader(canonical, shapes[canonical], found, place.rows, spec, storage)
+            parameters[canonical] = Parameter(shapes[canonical], load.qtype, load)
     unknown = [name for name in left_over if not harmless(name)]
     if missing or misshapen or unknown:
         problems = (
@@ -103,21 +106,120 @@ def match_weights(
     return Weights(parameters)
 
 
-def _parameter(canonical: str, raw: RawTensor, interleaved_head_dim: int | None) -> Parameter:
+class _Place(NamedTuple):
+    """Where a parameter lies: tensors that are stacked to it, the shape that each must have, and which rows are its own
+    (None for all)."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    rows: np.ndarray | slice | None
+
+
+def _places(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], storage: Storage) -> dict[str, _Place]:
+    stacks: dict[str, list[str]] = {}
+    for canonical in shapes:
+        stacks.setdefault(storage.names.checkpoint_name(canonical), []).append(canonical)
+    places: dict[str, _Place] = {}
+    for name, members in stacks.items():
+        first = shapes[members[0]]
+        if HEAD_PLACEHOLDER in name:
+            names = tuple(name.replace(HEAD_PLACEHOLDER, str(head)) for head in range(first[0]))
+            places[members[0]] = _Place(names, first[1:], None)
+        elif len(members) == 1:
+            places[members[0]] = _Place((name,), first, None)
+        else:
+            stacked = (sum(shapes[member][0] for member in members), *first[1:])
+            grouped = storage.grouped_qkv and len(members) == 3  # q, k and v
+            rows: Sequence[np.ndarray | slice]
+            rows = _grouped_rows(spec) if grouped else _consecutive([shapes[member][0] for member in members])
+            places |= {member: _Place((name,), stacked, own) for member, own in zip(members, rows, strict=True)}
+    return places
+
+
+def _consecutive(counts: Sequence[int]) -> list[slice]:
+    ends = list(itertools.accumulate(counts))
+    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+
+def _grouped_rows(spec: ModelSpec) -> list[np.ndarray]:
+    """Rows of q, k and v where each KV head's query heads, key and value lie together."""
+    group = spec.num_heads // spec.num_kv_heads
+    rows = np.arange((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
+    by_head = rows.reshape(spec.num_kv_heads, group + 2, spec.head_dim)
+    return [part.reshape(-1) for part in (by_head[:, :group], by_head[:, group], by_head[:, group + 1])]
+
+
+def _problem(canonical: str, raw: RawTensor, shape: tuple[int, ...]) -> str | None:
+    if raw.shape != shape:
+        return f"{raw.name} is {list(raw.shape)} instead of {list(shape)}"
+    if raw.qtype.block_size > 1 and (len(shape) == 1 or _is_norm(canonical)):
+        return f"{raw.name} is {raw.qtype.name}, but norms and biases must be F32, F16 or BF16"
+    return None
+
+
+def _is_norm(canonical: str) -> bool:
+    return canonical.endswith("norm.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """Makes a parameter of its tensors: their rows `rows`, reordered by `order`, then (w + offset) * scale.
+
+    With `by_value` rows are single values: of vectors, and of norms with a row a head.
+    """
+
+    raws: tuple[RawTensor, ...]
+    shape: tuple[int, ...]
+    rows: np.ndarray | slice | None
+    order: np.ndarray | None
+    by_value: bool
+    offset: float
+    scale: float
+
+    @property
+    def qtype(self) -> QuantType:
+        return QuantType.F32 if self._folds else self.raws[0].qtype
+
+    @property
+    def _folds(self) -> bool:
+        return self.offset != 0.0 or self.scale != 1.0
+
+    def __call__(self) -> RawTensor:
+        first = self.raws[0]
+        data = first.data if len(self.raws) == 1 else np.concatenate([raw.data for raw in self.raws])
+        for rows in (self.rows, self.order):
+            if rows is not None:  # lossless, since blocks lie along the columns
+                data = data.reshape(-1, first.qtype.block_bytes)[rows] if self.by_value else data[rows]
+        raw = RawTensor(first.name, self.shape, first.qtype, data.reshape(math.prod(self.shape[:-1]), -1))
+        if not self._folds:
+            return raw
+        values = ((dequantize(raw).astype(np.float64) + self.offset) * self.scale).astype("<f4")
+        return RawTensor(raw.name, raw.shape, QuantType.F32, values.reshape(raw.data.shape[0], -1).view(np.uint8))
+
+
+def _loader(
+    canonical: str,
+    shape: tuple[int, ...],
+    raws: Sequence[RawTensor],
+    rows: np.ndarray | slice | None,
+    spec: ModelSpec,
+    storage: Storage,
+) -> _Loader:
     module = canonical.split(".")[-2]
-    if interleaved_head_dim is None or module not in ("q", "k"):
-        return Parameter(raw.shape, raw.qtype, lambda: raw)
-    head_dim = interleaved_head_dim
-    return Parameter(raw.shape, raw.qtype, lambda: _halves_from_pairs(raw, head_dim))
+    order = None
+    if storage.interleaved and module in ("q", "k", "q_norm", "k_norm"):
+        count = math.prod(shape) if _is_norm(canonical) else shape[0]
+        order = _halves_from_pairs(count, spec.head_dim, spec.rotary.dim)
+    offset = storage.norm_offset if _is_norm(canonical) else 0.0
+    scale = spec.logit_scale if canonical in ("norm.weight", "norm.bias") else 1.0
+    return _Loader(tuple(raws), shape, rows, order, len(shape) == 1 or _is_norm(canonical), offset, scale)
 
 
-def _halves_from_pairs(raw: RawTensor, head_dim: int) -> RawTensor:
-    """Rows of each head reordered from (0, d/2, 1, d/2 + 1, …) to (0, 1, 2, …): lossless."""
-    rows = np.arange(raw.shape[0]).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
-    if len(raw.shape) > 1:
-        return raw.take_rows(rows)
-    values = raw.data.reshape(raw.shape[0], raw.qtype.block_bytes)[rows]
-    return RawTensor(raw.name, raw.shape, raw.qtype, values.reshape(1, -1))
+def _halves_from_pairs(count: int, head_dim: int, rotated: int) -> np.ndarray:
+    """Indices that reorder the turning dimensions of each head from (0, r/2, 1, r/2 + 1, …) to (0, 1, 2, …)."""
+    head = np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, head_dim)])
+    order: np.ndarray = (np.arange(0, count, head_dim)[:, None] + head).reshape(-1)
+    return order
 
 
 def _listed(what: str, names: Iterable[str]) -> list[str]:

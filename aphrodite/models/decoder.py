@@ -9,19 +9,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from aphrodite.attention.backend import QueryKeyTransform, StepAttention
-from aphrodite.layers.linear import RmsNorm
+from aphrodite.attention.backend import QueryKeyTransform, RotaryTable, StepAttention
+from aphrodite.attention.softcap import soft_cap
 from aphrodite.layers.rotary import rotary_tables
-from aphrodite.models.spec import ModelSpec
-from aphrodite.models.weights import DecoderWeights, LayerWeights
+from aphrodite.models.blocks import BLOCKS, project
+from aphrodite.models.spec import ModelSpec, RotarySpec
+from aphrodite.models.weights import DecoderWeights
 
 
 class Decoder:
-    """A pre-norm transformer decoder with grouped-query attention and a gated feed-forward block."""
+    """A transformer decoder with grouped-query attention and gated feed-forward blocks."""
 
     def __init__(self, spec: ModelSpec, weights: DecoderWeights) -> None:
         self.spec = spec
         self.weights = weights
+        self._block = BLOCKS[spec.block]
 
     def forward(self, token_ids: torch.Tensor, attention: StepAttention) -> torch.Tensor:
         """Hidden states before the final norm.
@@ -34,29 +36,38 @@ class Decoder:
             `[rows, hidden]` of the compute dtype.
         """
         residual = F.embedding(token_ids, self.weights.embed)
+        if self.spec.embedding_scale != 1.0:
+            residual = residual * self.spec.embedding_scale
         for index, layer in enumerate(self.weights.visit_layers()):
-            residual = self._layer(index, layer, residual, attention)
+            residual = self._block(index, layer, residual, attention, self.spec.activation)
         return residual
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[L, hidden]` of `forward` -> `[L, vocab]` of the compute dtype."""
-        return self.weights.head(hidden, norm=RmsNorm(self.weights.norm, self.spec.norm_eps))
-
-    def _layer(self, index: int, layer: LayerWeights, residual: torch.Tensor, attention: StepAttention) -> torch.Tensor:
-        eps = self.spec.norm_eps
-        qkv = layer.qkv(residual, norm=RmsNorm(layer.attn_norm, eps))
-        residual = layer.o(attention(index, qkv), residual=residual)
-        gated = layer.gate_up(residual, norm=RmsNorm(layer.mlp_norm, eps), activation=self.spec.activation)
-        return layer.down(gated, residual=residual)
+        logits = project(self.weights.head, hidden, self.weights.norm)
+        return soft_cap(logits, self.spec.logit_softcap) if self.spec.logit_softcap else logits
 
 
 def query_key_transform(spec: ModelSpec, weights: DecoderWeights, max_model_len: int) -> QueryKeyTransform:
     """What the attention back end does to queries and keys; tables reach to `max_model_len` positions."""
-    cos, sin = (torch.from_numpy(table).to(weights.embed.device) for table in rotary_tables(spec.rotary, max_model_len))
+    device = weights.embed.device
+    tables: dict[RotarySpec | None, RotaryTable] = {}
+    for layer in range(spec.num_layers):
+        rotary = spec.rotary_of(layer)
+        if rotary not in tables:
+            tables[rotary] = _table(rotary, spec.rotary.dim, max_model_len, device)
     return QueryKeyTransform(
-        cos,
-        sin,
+        *tables[spec.rotary_of(0)],
         query_norms=tuple(layer.q_norm for layer in weights.layers if layer.q_norm is not None),
         key_norms=tuple(layer.k_norm for layer in weights.layers if layer.k_norm is not None),
         norm_eps=spec.norm_eps,
+        layer_tables=tuple(tables[rotary] for rotary in spec.layer_rotaries),
     )
+
+
+def _table(rotary: RotarySpec | None, dim: int, max_model_len: int, device: torch.device) -> RotaryTable:
+    """Tables of a layer; one without positions turns by nothing, so that all layers are served alike."""
+    if rotary is None:
+        ones = torch.ones((max_model_len, dim // 2), dtype=torch.float32, device=device)
+        return RotaryTable(ones, torch.zeros_like(ones))
+    return RotaryTable(*(torch.from_numpy(table).to(device) for table in rotary_tables(rotary, max_model_len)))

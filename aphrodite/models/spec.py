@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-RotaryScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
+RotaryScaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
+NormKind = Literal["rms", "layer"]
+BlockKind = Literal["pre_norm", "post_norm", "sandwich", "parallel"]
+HeadNorm = Literal["head", "each_head", "width"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotarySpec:
     """Rotary position embedding (arXiv 2104.09864), rotate-half pairing, with its long-context scaling.
 
-    Fields that a scaling does not use keep their defaults.
+    The first `dim` dimensions of a head turn. Fields that a scaling does not use keep their defaults.
     """
 
     dim: int
@@ -24,17 +27,31 @@ class RotarySpec:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: 0.1 * ln(factor) + 1
-    freq_divisors: tuple[float, ...] = ()  # per frequency, [dim / 2]; GGUF's rope_freqs tensor
+    attention_factor: float | None = None  # yarn, longrope; None: yarn's 0.1 * ln(factor) + 1, longrope's 1
+    freq_divisors: tuple[float, ...] = ()  # per frequency, [dim / 2]; GGUF's rope_freqs tensor; longrope's long factors
+    short_divisors: tuple[float, ...] = ()  # longrope: instead of those where the original context is enough
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Shape and kinds of a decoder-only transformer.
 
-    `windows` has one entry a layer: how many latest positions (the current one included) a query of
-    that layer sees, or None for all. With `qk_norm` every head of q and k is RMS-normalised before rotation, by one
-    weight for all heads of q and one for those of k.
+    Attributes:
+        windows: an entry a layer: how many latest positions (the current one included) a query sees, None for all.
+        rotary: of every layer, or of most.
+        layer_rotaries: an entry a layer where they differ, None for a layer without positions; empty where all have
+            `rotary`.
+        block: where norms and residual additions stand. "pre_norm": x + f(norm(x)), attention then feed-forward;
+            "post_norm": x + norm(f(x)); "sandwich": x + norm(f(norm(x))); "parallel": both of one norm(x), x + f + g.
+        norm: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450), the latter with `norm_bias` or without.
+        float32_norms: norms' weights stay float32 whatever the compute type, which would round them too much.
+        qk_norm: queries and keys are normalised before rotation, by a norm of the kind that `head_norm` says: RMS of
+            each head by one weight for all heads ("head"); LayerNorm of each head by weights of its own ("each_head");
+            RMS of all heads together ("width").
+        attention_scale: of the scores; None means 1 / sqrt(head_dim).
+        attention_softcap, logit_softcap: c where scores, or logits, become c * tanh(x / c); 0 for none.
+        embedding_scale: of embeddings before the first layer.
+        logit_scale: of logits before the cap. `match_weights` makes it part of the last norm's weight.
     """
 
     family: str
@@ -49,9 +66,29 @@ class ModelSpec:
     max_position: int
     rotary: RotarySpec
     windows: tuple[int | None, ...]
+    layer_rotaries: tuple[RotarySpec | None, ...] = ()
     activation: Literal["silu", "gelu_tanh"] = "silu"
+    block: BlockKind = "pre_norm"
+    norm: NormKind = "rms"
+    norm_bias: bool = False
+    float32_norms: bool = False
     tied_head: bool = False
     qk_norm: bool = False
+    head_norm: HeadNorm = "head"
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    @property
+    def query_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return float(self.head_dim**-0.5) if self.attention_scale is None else self.attention_scale
+
+    def rotary_of(self, layer: int) -> RotarySpec | None:
+        """The rotary embedding of a layer, None where it has none."""
+        return self.layer_rotaries[layer] if self.layer_rotaries else self.rotary

@@ -1,8 +1,6 @@
 """From canonically named checkpoint tensors to the decoder's layers, one tensor at a time.
 
-Canonical names: embed.weight, norm.weight, head.weight (absent when tied), and for each layer i
-layers.{i}.attn_norm.weight, layers.{i}.mlp_norm.weight and layers.{i}.{q,k,v,o,gate,up,down}.weight
-with .bias where the spec says so, and layers.{i}.{q_norm,k_norm}.weight with norms of heads.
+Canonical names and shapes are those of `loading/parameters.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from aphrodite.errors import ModelFormatError
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.layers.dense import to_dense
 from aphrodite.layers.linear import Linear, build_linear, dense_linear
+from aphrodite.layers.norm import LayerNorm, Norm, QueryKeyNorm, RmsNorm, norm_tensors
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.streaming import SLOTS, LayerStream
 from aphrodite.quantization.types import RawTensor
@@ -25,14 +24,17 @@ from aphrodite.quantization.types import RawTensor
 class LayerWeights:
     """One decoder layer; projections of the same input are stacked."""
 
-    attn_norm: torch.Tensor  # [hidden]
+    attn_norm: Norm | None  # before attention
     qkv: Linear  # hidden -> (heads + 2 * kv_heads) * head_dim
     o: Linear  # heads * head_dim -> hidden
-    mlp_norm: torch.Tensor  # [hidden]
+    mlp_norm: Norm | None  # before the feed-forward block
     gate_up: Linear  # hidden -> 2 * intermediate, gate first
     down: Linear  # intermediate -> hidden
-    q_norm: torch.Tensor | None = None  # [head_dim], for every head of q
+    attn_post_norm: Norm | None = None  # behind attention
+    mlp_post_norm: Norm | None = None  # behind the feed-forward block
+    q_norm: torch.Tensor | None = None  # [head_dim], for every head of q; the attention back end applies it
     k_norm: torch.Tensor | None = None  # [head_dim]
+    qk_norm: QueryKeyNorm | None = None  # of other kinds; the decoder applies it
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -40,8 +42,11 @@ class LayerWeights:
 
     @property
     def norms(self) -> tuple[torch.Tensor, ...]:
-        found = (self.attn_norm, self.mlp_norm, self.q_norm, self.k_norm)
-        return tuple(norm for norm in found if norm is not None)
+        """Every tensor of every norm."""
+        around = (self.attn_norm, self.attn_post_norm, self.mlp_norm, self.mlp_post_norm)
+        found = [tensor for norm in around if norm is not None for tensor in norm_tensors(norm)]
+        found += [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        return (*found, *(self.qk_norm.tensors if self.qk_norm is not None else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +55,7 @@ class DecoderWeights:
 
     embed: torch.Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
-    norm: torch.Tensor  # [hidden]
+    norm: Norm  # before the head
     head: Linear  # hidden -> vocab; shares `embed` when tied
     stream: LayerStream | None = None  # brings the projections of the last layers, where they are in host memory
 
@@ -62,7 +67,7 @@ class DecoderWeights:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        tensors = [self.embed, self.norm, *(norm for layer in self.layers for norm in layer.norms)]
+        tensors = [self.embed, *norm_tensors(self.norm), *(norm for layer in self.layers for norm in layer.norms)]
         tensors += [tensor for linear in self.linears for tensor in linear.tensors]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
@@ -107,7 +112,7 @@ class _Loader:
         spec = self._spec
         embed = to_dense(self._take("embed.weight", spec.vocab_size, spec.hidden_size), self._dtype, self._device)
         layers, stream = self._layers(offload_bytes)
-        norm = self._vector("norm.weight", spec.hidden_size)
+        norm = self._norm("norm")
         if spec.tied_head:
             head: Linear = dense_linear(embed, None, Choice("tied to the embedding", ()))
         else:
@@ -144,26 +149,52 @@ class _Loader:
         attention = spec.num_heads * spec.head_dim
         kv = spec.num_kv_heads * spec.head_dim
         hidden, intermediate = spec.hidden_size, spec.intermediate_size
+        before, behind = spec.block != "post_norm", spec.block in ("post_norm", "sandwich")
+        of_heads = spec.qk_norm and spec.head_norm == "head"
         return LayerWeights(
-            attn_norm=self._vector(name + "attn_norm.weight", hidden),
+            attn_norm=self._norm(name + "attn_norm") if before else None,
             qkv=self._linear([name + "q", name + "k", name + "v"], [attention, kv, kv], hidden, bias=spec.qkv_bias),
             o=self._linear([name + "o"], [hidden], attention, bias=spec.output_bias),
-            mlp_norm=self._vector(name + "mlp_norm.weight", hidden),
+            mlp_norm=self._norm(name + "mlp_norm") if before and spec.block != "parallel" else None,
             gate_up=self._linear(
                 [name + "gate", name + "up"], [intermediate, intermediate], hidden, bias=spec.mlp_bias, gated=True
             ),
             down=self._linear([name + "down"], [hidden], intermediate, bias=spec.mlp_bias),
-            q_norm=self._vector(name + "q_norm.weight", spec.head_dim) if spec.qk_norm else None,
-            k_norm=self._vector(name + "k_norm.weight", spec.head_dim) if spec.qk_norm else None,
+            attn_post_norm=self._norm(name + "attn_post_norm") if behind else None,
+            mlp_post_norm=self._norm(name + "mlp_post_norm") if behind else None,
+            q_norm=self._norm_weight(name + "q_norm.weight", spec.head_dim) if of_heads else None,
+            k_norm=self._norm_weight(name + "k_norm.weight", spec.head_dim) if of_heads else None,
+            qk_norm=self._query_key_norm(name) if spec.qk_norm and not of_heads else None,
         )
+
+    def _query_key_norm(self, name: str) -> QueryKeyNorm:
+        spec = self._spec
+        norms: list[Norm] = []
+        for module, heads in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads)):
+            if spec.head_norm == "width":
+                weight = self._norm_weight(f"{name}{module}.weight", heads * spec.head_dim)
+                norms.append(RmsNorm(weight, spec.norm_eps))
+            else:
+                weight = self._norm_weight(f"{name}{module}.weight", heads, spec.head_dim)
+                norms.append(LayerNorm(weight, None, spec.norm_eps))
+        return QueryKeyNorm(*norms)
+
+    def _norm(self, name: str) -> Norm:
+        spec = self._spec
+        weight = self._norm_weight(f"{name}.weight", spec.hidden_size)
+        if spec.norm == "rms":
+            return RmsNorm(weight, spec.norm_eps)
+        bias = self._norm_weight(f"{name}.bias", spec.hidden_size) if spec.norm_bias else None
+        return LayerNorm(weight, bias, spec.norm_eps)
 
     def _linear(self, names: list[str], rows: list[int], columns: int, *, bias: bool, gated: bool = False) -> Linear:
         parts = [self._take(f"{name}.weight", out, columns) for name, out in zip(names, rows, strict=True)]
         biases = [self._take(f"{name}.bias", out) if bias else None for name, out in zip(names, rows, strict=True)]
         return build_linear(parts, biases, self._dtype, self._device, gated=gated, fp8=self._fp8)
 
-    def _vector(self, name: str, size: int) -> torch.Tensor:
-        return to_dense(self._take(name, size), self._dtype, self._device)
+    def _norm_weight(self, name: str, *shape: int) -> torch.Tensor:
+        dtype = torch.float32 if self._spec.float32_norms else self._dtype
+        return to_dense(self._take(name, *shape), dtype, self._device)
 
     def _take(self, name: str, *shape: int) -> RawTensor:
         raw = self._tensors.get(name)

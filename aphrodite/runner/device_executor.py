@@ -66,6 +66,8 @@ class DeviceExecutor:
             dtype=dtype,
             cache_dtype=kv_dtype,
             device=device,
+            query_scale=spec.query_scale,
+            softcap=spec.attention_softcap,
         )
         declined = TritonAttention.decline(self._shape)
         if declined is not None:
@@ -76,7 +78,8 @@ class DeviceExecutor:
             raise ConfigError(f"fp8 weights compute in bfloat16, not {short_name(dtype)}; use --dtype bfloat16")
         loaded = load_weights(spec, weights, dtype, device, offload_bytes=offload_bytes, fp8=fp8)
         self._decoder = Decoder(spec, loaded)
-        self._attention = TritonAttention(self._shape, query_key_transform(spec, loaded, max_model_len))
+        transform = query_key_transform(spec, loaded, max_model_len)
+        self._attention = TritonAttention(self._shape, transform, softcap=spec.attention_softcap)
         self._cache: KVCache | None = None
 
     @property

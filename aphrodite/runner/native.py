@@ -111,6 +111,8 @@ class NativeExecutor:
             return native_library.unavailable_reason()
         if block_size != KV_BLOCK:
             return f"its KV cache has blocks of {KV_BLOCK} positions, not {block_size}"
+        if unknown := _unknown_parts(spec):
+            return f"its programs have no {', '.join(unknown)}"
         if spec.head_dim % 16 != 0 or spec.rotary.dim > spec.head_dim:
             return f"head size {spec.head_dim} is not a multiple of 16 or is below the rotary size {spec.rotary.dim}"
         if spec.qk_norm and spec.head_dim % BLOCK_COLUMNS != 0:
@@ -326,7 +328,7 @@ def _compile_attention(compiler: _Compiler, spec: ModelSpec, layer: int, buffers
         output=attended,
         layer=layer,
         window=spec.windows[layer] or 0,
-        value=spec.head_dim**-0.5,
+        value=spec.query_scale,
     )
     out_packs = compiler.packs("attended", [f"{prefix}o.weight"], spec.num_heads * spec.head_dim)
     builder.add_op(OpKind.PACK, source=attended, packs=list(out_packs.values()))
@@ -364,6 +366,23 @@ def _compile_head(compiler: _Compiler, spec: ModelSpec, residual: int) -> None:
         value=spec.norm_eps,
     )
     builder.add_op(OpKind.LINEAR, rows=RowSet.LOGITS, output=LOGITS, weights=[compiler.weight(name, packs)])
+
+
+def _unknown_parts(spec: ModelSpec) -> list[str]:
+    """What the model has and programs have not."""
+    return [
+        what
+        for what, present in (
+            (f"{spec.block} blocks", spec.block != "pre_norm"),
+            ("layer norms", spec.norm != "rms"),
+            (f"norms of queries and keys by {spec.head_norm}", spec.qk_norm and spec.head_norm != "head"),
+            ("rotary embedding that differs between layers", bool(spec.layer_rotaries)),
+            ("scale of embeddings", spec.embedding_scale != 1.0),
+            ("bound of attention scores", spec.attention_softcap != 0.0),
+            ("bound of logits", spec.logit_softcap != 0.0),
+        )
+        if present
+    ]
 
 
 def _linear_names(spec: ModelSpec) -> list[str]:

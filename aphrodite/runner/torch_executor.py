@@ -67,6 +67,8 @@ class TorchExecutor:
             dtype=dtype,
             cache_dtype=dtype,
             device=device,
+            query_scale=spec.query_scale,
+            softcap=spec.attention_softcap,
         )
         loaded = load_weights(spec, weights, dtype, device)
         transform = query_key_transform(spec, loaded, max_model_len)

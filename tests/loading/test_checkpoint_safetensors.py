@@ -294,7 +294,11 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "odd head": ({"head_dim": 7}, "head_dim should be even"),
     "activation": ({"hidden_act": "relu6"}, "hidden_act should be one of"),
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantized with awq"),
-    "scaling": ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.type should be one of"),
+    "scaling": ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type should be one of"),
+    "long factors": (
+        {"rope_scaling": {"type": "longrope", "long_factor": [1.0, "x"]}},
+        "rope_scaling.long_factor should be a list in which each is a number",
+    ),
     "factor": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
     "factor 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor should be"),
     "factors": ({"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 0.5}}, "high_freq_factor"),

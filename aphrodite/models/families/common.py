@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aphrodite.loading.config_reader import ConfigReader
-from aphrodite.loading.parameters import GGUF_NAMES, HF_NAMES, NameTable
-from aphrodite.models.families.rotary import rotary_from_config, rotary_from_gguf
+from aphrodite.loading.parameters import GGUF_STORAGE, HF_STORAGE, Storage
+from aphrodite.models.families.rotary import Rotary, rotary_from_config, rotary_from_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
 MAX_LAYERS = 1 << 10
 MAX_WIDTH = 1 << 20
 MAX_VOCAB = 1 << 22
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+Activation = Literal["silu", "gelu_tanh"]
+_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -28,23 +29,23 @@ class Family:
     """A kind of model: which checkpoints it recognises and how they become a `ModelSpec`.
 
     Attributes:
+        title: the models that people know, for the documentation.
         architectures: names in config.json's `architectures`; `name` also matches `model_type`.
         gguf_architecture: value of GGUF's `general.architecture`, or None when GGUF files of this
             family carry another family's.
         from_config: config.json → spec.
         from_gguf: reader of the architecture's own keys, and the tensors → spec.
-        gguf_interleaves: GGUF rows of q and k pair neighbouring dimensions for rotary embedding
-            instead of the two halves of a head.
+        hf, gguf: how safetensors and GGUF files of the family name and keep their tensors.
     """
 
     name: str
+    title: str
     architectures: tuple[str, ...]
     from_config: Callable[[ConfigReader], ModelSpec]
     gguf_architecture: str | None = None
     from_gguf: Callable[[ConfigReader, Mapping[str, RawTensor]], ModelSpec]
-    hf_names: NameTable = HF_NAMES
-    gguf_names: NameTable = GGUF_NAMES
-    gguf_interleaves: bool = False
+    hf: Storage = HF_STORAGE
+    gguf: Storage = GGUF_STORAGE
 
 
 def decoder_from_config(
@@ -52,7 +53,11 @@ def decoder_from_config(
     *,
     family: str,
     windows: tuple[int | None, ...] | None = None,
+    rotary: Rotary | None = None,
     default_head_dim: int | None = None,
+    epsilon: str = "rms_norm_eps",
+    default_activation: str = "silu",
+    default_tied: bool = False,
     qk_norm: bool = False,
     qkv_bias: bool = False,
     output_bias: bool = False,
@@ -61,7 +66,10 @@ def decoder_from_config(
     """The spec that config.json's common keys describe; `windows` None means full attention.
 
     Args:
+        rotary: where the family reads it otherwise than `rotary_from_config`.
         default_head_dim: where the key is absent; None divides the hidden size by the heads.
+        epsilon: key of the norms' epsilon.
+        default_activation, default_tied: where the keys are absent.
 
     Raises:
         ModelFormatError: a value is missing, mistyped, out of bounds or contradicts another.
@@ -70,9 +78,10 @@ def decoder_from_config(
     hidden_size = config.read("hidden_size", int, low=2, high=MAX_WIDTH)
     num_heads = config.read("num_attention_heads", int, low=1, high=MAX_WIDTH)
     num_kv_heads = config.read("num_key_value_heads", int, num_heads, low=1, high=num_heads)
-    head_dim = config.read("head_dim", int, default_head_dim or hidden_size // num_heads, low=2, high=MAX_WIDTH)
-    _check_heads(config, "num_key_value_heads", num_heads, num_kv_heads, "head_dim", head_dim)
-    rotary = rotary_from_config(config, head_dim)
+    dim = head_dim(config, default_head_dim)
+    _check_heads(config, "num_key_value_heads", num_heads, num_kv_heads, "head_dim", dim)
+    rotary = rotary or rotary_from_config(config, dim)
+    activation = "hidden_activation" if config.has("hidden_activation") else "hidden_act"
     return ModelSpec(
         family=family,
         vocab_size=config.read("vocab_size", int, low=1, high=MAX_VOCAB),
@@ -81,13 +90,13 @@ def decoder_from_config(
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        norm_eps=config.read("rms_norm_eps", float, 1e-6, low=0.0, high=1.0),
+        head_dim=dim,
+        norm_eps=config.read(epsilon, float, 1e-6, low=0.0, high=1.0),
         max_position=rotary.max_position,
         rotary=rotary.spec,
         windows=windows or (None,) * num_layers,
-        activation=config.choice("hidden_act", _ACTIVATIONS, "silu"),
-        tied_head=config.read("tie_word_embeddings", bool, False),
+        activation=config.choice(activation, _ACTIVATIONS, default_activation),
+        tied_head=config.read("tie_word_embeddings", bool, default_tied),
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
@@ -96,9 +105,22 @@ def decoder_from_config(
 
 
 def decoder_from_gguf(
-    config: ConfigReader, tensors: Mapping[str, RawTensor], *, family: str, qk_norm: bool = False
+    config: ConfigReader,
+    tensors: Mapping[str, RawTensor],
+    *,
+    family: str,
+    windows: tuple[int | None, ...] | None = None,
+    epsilon: str = "attention.layer_norm_rms_epsilon",
+    activation: Activation = "silu",
+    partial_rotary: bool = False,
+    qk_norm: bool = False,
 ) -> ModelSpec:
     """The spec that GGUF's common keys describe; biases and a tied head show in the tensors' names.
+
+    Args:
+        windows: where they are not the same for every layer.
+        epsilon: key of the norms' epsilon.
+        partial_rotary: the family may turn a part of each head only.
 
     Raises:
         ModelFormatError: a value is missing, mistyped, out of bounds or contradicts another.
@@ -110,13 +132,12 @@ def decoder_from_gguf(
     hidden_size = config.read("embedding_length", int, low=2, high=MAX_WIDTH)
     num_heads = config.read("attention.head_count", int, low=1, high=MAX_WIDTH)
     num_kv_heads = config.read("attention.head_count_kv", int, num_heads, low=1, high=num_heads)
-    head_dim = config.read("attention.key_length", int, hidden_size // num_heads, low=2, high=MAX_WIDTH)
-    value_dim = config.read("attention.value_length", int, head_dim)
-    if value_dim != head_dim:
-        raise config.wrong("attention.value_length", f"{head_dim}, like the keys'", value_dim)
-    _check_heads(config, "attention.head_count_kv", num_heads, num_kv_heads, "attention.key_length", head_dim)
-    rotary = rotary_from_gguf(config, tensors, head_dim)
-    window = config.read("attention.sliding_window", int, 0, low=0, high=1 << 31)
+    dim = config.read("attention.key_length", int, hidden_size // num_heads, low=2, high=MAX_WIDTH)
+    value_dim = config.read("attention.value_length", int, dim)
+    if value_dim != dim:
+        raise config.wrong("attention.value_length", f"{dim}, like the keys'", value_dim)
+    _check_heads(config, "attention.head_count_kv", num_heads, num_kv_heads, "attention.key_length", dim)
+    rotary = rotary_from_gguf(config, tensors, dim, partial=partial_rotary)
     return ModelSpec(
         family=family,
         vocab_size=_gguf_vocab_size(config, tensors),
@@ -125,17 +146,67 @@ def decoder_from_gguf(
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        norm_eps=config.read("attention.layer_norm_rms_epsilon", float, low=0.0, high=1.0),
+        head_dim=dim,
+        norm_eps=config.read(epsilon, float, low=0.0, high=1.0),
         max_position=rotary.max_position,
         rotary=rotary.spec,
-        windows=(window or None,) * num_layers,
+        windows=windows or (gguf_window(config),) * num_layers,
+        activation=activation,
         tied_head="output.weight" not in tensors,
         qk_norm=qk_norm,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
     )
+
+
+def head_dim(config: ConfigReader, default: int | None = None) -> int:
+    """`head_dim` of a config.json; where it is absent, `default` or the hidden size divided by the heads."""
+    if default is None:
+        hidden_size = config.read("hidden_size", int, low=2, high=MAX_WIDTH)
+        default = hidden_size // config.read("num_attention_heads", int, low=1, high=MAX_WIDTH)
+    return config.read("head_dim", int, default, low=2, high=MAX_WIDTH)
+
+
+def windows_by_type(config: ConfigReader, window: int | None, pattern: int) -> tuple[int | None, ...]:
+    """Windows of a config.json with `layer_types`; where they are absent, every `pattern`-th layer sees all.
+
+    Args:
+        window: of the layers that have one.
+        pattern: default of `sliding_window_pattern`.
+    """
+    num_layers = layer_count(config)
+    kinds = config.strings("layer_types")
+    if not kinds:
+        return every_other(num_layers, window, config.read("sliding_window_pattern", int, pattern, low=1))
+    known = ("sliding_attention", "full_attention")
+    if len(kinds) != num_layers or any(kind not in known for kind in kinds):
+        raise config.wrong("layer_types", f"a list of {num_layers}, one a layer, each of {' or '.join(known)}", kinds)
+    return tuple(window if kind == known[0] else None for kind in kinds)
+
+
+def every_other(num_layers: int, window: int | None, pattern: int) -> tuple[int | None, ...]:
+    """Windows where every `pattern`-th layer sees all positions."""
+    return tuple(window if (layer + 1) % pattern else None for layer in range(num_layers))
+
+
+def gguf_window(config: ConfigReader) -> int | None:
+    """GGUF's sliding window; 0 stands for none."""
+    return config.read("attention.sliding_window", int, 0, low=0, high=1 << 31) or None
+
+
+def gguf_windows(config: ConfigReader, pattern: int) -> tuple[int | None, ...]:
+    """GGUF's sliding window in all but every `pattern`-th layer, which llama.cpp knows by the family."""
+    num_layers = config.read("block_count", int, low=1, high=MAX_LAYERS)
+    pattern = config.read("attention.sliding_window_pattern", int, pattern, low=1)
+    return every_other(num_layers, gguf_window(config), pattern)
+
+
+def bound_or_none(config: ConfigReader, key: str, default: float) -> float:
+    """A bound of scores or logits: null stands for none, which is 0."""
+    if config.has(key):
+        default = 0.0
+    return config.read(key, float, default, low=1e-3, high=1e6)
 
 
 def layer_count(config: ConfigReader) -> int:

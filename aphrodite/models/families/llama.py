@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.loading.parameters import GGUF_NAMES, Storage
 from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
@@ -27,9 +28,10 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
 
 LLAMA = Family(
     name="llama",
+    title="Llama 2 to 3.3, SmolLM 1 and 2, Yi, Falcon 3, DeepSeek LLM, Vicuna",
     architectures=("LlamaForCausalLM",),
     from_config=_from_config,
     gguf_architecture="llama",
     from_gguf=_from_gguf,
-    gguf_interleaves=True,
+    gguf=Storage(names=GGUF_NAMES, interleaved=True),
 )

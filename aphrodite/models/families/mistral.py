@@ -19,6 +19,7 @@ def _from_config(config: ConfigReader) -> ModelSpec:
 
 MISTRAL = Family(
     name="mistral",
+    title="Mistral 7B, Nemo, Small, Large; Ministral 8B",
     architectures=("MistralForCausalLM",),
     from_config=_from_config,
     from_gguf=LLAMA.from_gguf,

@@ -35,6 +35,7 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
 
 QWEN2 = Family(
     name="qwen2",
+    title="Qwen 1.5, 2, 2.5; QwQ",
     architectures=("Qwen2ForCausalLM",),
     from_config=_from_config,
     gguf_architecture="qwen2",

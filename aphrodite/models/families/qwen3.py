@@ -32,6 +32,7 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
 
 QWEN3 = Family(
     name="qwen3",
+    title="Qwen 3 (dense)",
     architectures=("Qwen3ForCausalLM",),
     from_config=_from_config,
     gguf_architecture="qwen3",

@@ -1,0 +1,74 @@
+"""A decoder layer, by where its norms and residual additions stand (`ModelSpec.block`).
+
+Each block is a function from the residual stream `[rows, hidden]` before a layer to that behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from aphrodite.attention.backend import StepAttention
+from aphrodite.layers.activation import Activation
+from aphrodite.layers.linear import Linear
+from aphrodite.layers.norm import LayerNorm, Norm
+from aphrodite.models.spec import BlockKind
+from aphrodite.models.weights import LayerWeights
+
+# (index of the layer, its weights, residual stream, attention, activation) -> residual stream
+Block = Callable[[int, LayerWeights, torch.Tensor, StepAttention, Activation], torch.Tensor]
+
+
+def pre_norm_block(
+    index: int, layer: LayerWeights, residual: torch.Tensor, attention: StepAttention, activation: Activation
+) -> torch.Tensor:
+    """Llama's: x + attention(norm(x)), then x + mlp(norm(x)); additions are part of the products before them."""
+    residual = layer.o(_attended(index, layer, residual, attention), residual=residual)
+    return layer.down(project(layer.gate_up, residual, layer.mlp_norm, activation), residual=residual)
+
+
+def post_norm_block(
+    index: int, layer: LayerWeights, residual: torch.Tensor, attention: StepAttention, activation: Activation
+) -> torch.Tensor:
+    """x + norm(attention(x)), then x + norm(mlp(x)); inputs are normalised, too, where the layer has such norms."""
+    if layer.attn_post_norm is None or layer.mlp_post_norm is None:
+        raise RuntimeError(f"layer {index} was loaded without the norms that stand behind its parts")
+    residual = residual + layer.attn_post_norm(layer.o(_attended(index, layer, residual, attention)))
+    inner = project(layer.gate_up, residual, layer.mlp_norm, activation)
+    return residual + layer.mlp_post_norm(layer.down(inner))
+
+
+def parallel_block(
+    index: int, layer: LayerWeights, residual: torch.Tensor, attention: StepAttention, activation: Activation
+) -> torch.Tensor:
+    """x + attention(norm(x)) + mlp(norm(x)), of one norm."""
+    if layer.attn_norm is None:
+        raise RuntimeError(f"layer {index} was loaded without its norm")
+    normed = layer.attn_norm(residual)
+    attended = attention(index, _heads_normed(layer, layer.qkv(normed)))
+    residual = layer.o(attended, residual=residual)
+    return layer.down(layer.gate_up(normed, activation=activation), residual=residual)
+
+
+BLOCKS: Mapping[BlockKind, Block] = {
+    "pre_norm": pre_norm_block,
+    "post_norm": post_norm_block,
+    "sandwich": post_norm_block,
+    "parallel": parallel_block,
+}
+
+
+def project(linear: Linear, x: torch.Tensor, norm: Norm | None, activation: Activation | None = None) -> torch.Tensor:
+    """`linear` of the normalised `x`; linear layers fuse RMSNorm, another norm goes before."""
+    if isinstance(norm, LayerNorm):
+        return linear(norm(x), activation=activation)
+    return linear(x, norm=norm, activation=activation)
+
+
+def _attended(index: int, layer: LayerWeights, x: torch.Tensor, attention: StepAttention) -> torch.Tensor:
+    return attention(index, _heads_normed(layer, project(layer.qkv, x, layer.attn_norm)))
+
+
+def _heads_normed(layer: LayerWeights, qkv: torch.Tensor) -> torch.Tensor:
+    return qkv if layer.qk_norm is None else layer.qk_norm(qkv)
