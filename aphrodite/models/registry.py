@@ -7,13 +7,41 @@ from collections.abc import Iterable
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.models.families.cohere import COHERE, COHERE2
 from aphrodite.models.families.common import Family
+from aphrodite.models.families.gemma2 import GEMMA2
+from aphrodite.models.families.gemma3 import GEMMA3
+from aphrodite.models.families.glm4 import GLM, GLM4
+from aphrodite.models.families.granite import GRANITE
+from aphrodite.models.families.internlm2 import INTERNLM2
 from aphrodite.models.families.llama import LLAMA
 from aphrodite.models.families.mistral import MISTRAL
+from aphrodite.models.families.olmo2 import OLMO2, OLMO3
+from aphrodite.models.families.phi3 import PHI3
 from aphrodite.models.families.qwen2 import QWEN2
 from aphrodite.models.families.qwen3 import QWEN3
+from aphrodite.models.families.smollm3 import SMOLLM3
+from aphrodite.models.families.stablelm import STABLELM
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    COHERE,
+    COHERE2,
+    GLM,
+    GLM4,
+    GRANITE,
+    INTERNLM2,
+    OLMO2,
+    OLMO3,
+    SMOLLM3,
+    STABLELM,
+)
 
 
 def family_of_config(config: ConfigReader) -> Family:

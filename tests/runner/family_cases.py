@@ -1,0 +1,242 @@
+"""Families as tiny random models of transformers, and as the GGUF files that llama.cpp would make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from torch_executor_cases import tiny_model
+
+HEADS, KV_HEADS, HEAD_DIM, CONTEXT, WINDOW = 6, 2, 16, 512, 40
+SIZES: dict[str, Any] = {
+    "hidden_size": HEADS * HEAD_DIM,
+    "num_hidden_layers": 4,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+TYPES = ["sliding_attention", "full_attention"] * 2
+Writer = gguf.GGUFWriter
+
+
+def no_keys(writer: Writer) -> None:
+    """The ordinary keys say all."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to make.
+
+    Attributes:
+        name: of transformers' classes.
+        options: of its configuration.
+        architecture: of its GGUF file, or None where llama.cpp has none.
+        keys: adds those of the architecture's own.
+        permutes: llama.cpp's converter reorders rows of q and k.
+        norm_offset: which it adds to norms.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    architecture: gguf.MODEL_ARCH | None = None
+    keys: Callable[[Writer], None] = no_keys
+    permutes: bool = False
+    norm_offset: float = 0.0
+    layer_norm: bool = False
+    turning: int = HEAD_DIM
+
+    def model(self) -> Any:
+        config = getattr(transformers, f"{self.name}TextConfig", None) or getattr(transformers, f"{self.name}Config")
+        model_class = getattr(transformers, f"{self.name}ForCausalLM")
+        model = tiny_model(model_class, config, **{**SIZES, **self.options})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.sub_(self.norm_offset)
+        return model
+
+
+def gemma2_keys(writer: Writer) -> None:
+    writer.add_attn_logit_softcapping(20.0)
+    writer.add_final_logit_softcapping(15.0)
+    writer.add_sliding_window(WINDOW)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+
+
+def gemma3_keys(writer: Writer) -> None:
+    writer.add_sliding_window(WINDOW)
+    writer.add_sliding_window_pattern(2)
+    writer.add_rope_freq_base(1e6)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+
+
+def granite_keys(writer: Writer) -> None:
+    writer.add_attention_scale(0.2)
+    writer.add_embedding_scale(3.0)
+    writer.add_residual_scale(0.4)
+    writer.add_logit_scale(2.0)
+
+
+def cohere_keys(writer: Writer) -> None:
+    writer.add_logit_scale(0.7)
+
+
+def cohere2_keys(writer: Writer) -> None:
+    writer.add_logit_scale(0.5)
+    writer.add_sliding_window(WINDOW)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def olmo3_keys(writer: Writer) -> None:
+    writer.add_sliding_window(WINDOW)
+    writer.add_rope_freq_base(5e5)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(128)
+
+
+def smollm3_keys(writer: Writer) -> None:
+    writer.add_rope_freq_base(2e6)
+
+
+def parallel_keys(writer: Writer) -> None:
+    writer.add_parallel_residual(True)
+
+
+GEMMA = {"query_pre_attn_scalar": HEAD_DIM, "sliding_window": WINDOW, "layer_types": TYPES}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 5e5}
+ARCH = gguf.MODEL_ARCH
+CASES: dict[str, Case] = {
+    "gemma 2": Case(
+        "Gemma2",
+        {**GEMMA, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 15.0},
+        ARCH.GEMMA2,
+        gemma2_keys,
+        norm_offset=1.0,
+    ),
+    "gemma 2 without bounds": Case(
+        "Gemma2",
+        {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+        norm_offset=1.0,
+    ),
+    "gemma 3": Case("Gemma3", {**GEMMA, "rope_parameters": GEMMA3_ROPE}, ARCH.GEMMA3, gemma3_keys, norm_offset=1.0),
+    "phi 3": Case("Phi3", {"sliding_window": WINDOW}, ARCH.PHI3, lambda writer: writer.add_sliding_window(WINDOW)),
+    "phi 4 mini": Case(
+        "Phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}, ARCH.PHI3, turning=HEAD_DIM * 3 // 4
+    ),
+    "smollm 3": Case("SmolLM3", {}, ARCH.SMOLLM3, smollm3_keys, permutes=True),
+    "olmo 2": Case("Olmo2", {}, ARCH.OLMO2),
+    "olmo 3": Case(
+        "Olmo3",
+        {
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+        ARCH.OLMO2,
+        olmo3_keys,
+    ),
+    "granite": Case("Granite", MULTIPLIERS, ARCH.GRANITE, granite_keys, permutes=True),
+    "stablelm": Case("StableLm", {"use_qkv_bias": True}, ARCH.STABLELM, layer_norm=True, turning=HEAD_DIM // 4),
+    "stablelm 12b": Case(
+        "StableLm",
+        {"qk_layernorm": True, "use_parallel_residual": True},
+        ARCH.STABLELM,
+        parallel_keys,
+        layer_norm=True,
+        turning=HEAD_DIM // 4,
+    ),
+    "command-r": Case("Cohere", {"logit_scale": 0.7}, ARCH.COMMAND_R, cohere_keys, layer_norm=True),
+    "command-r+": Case(
+        "Cohere", {"logit_scale": 0.7, "use_qk_norm": True}, ARCH.COMMAND_R, cohere_keys, layer_norm=True
+    ),
+    "command-a": Case(
+        "Cohere2", {"logit_scale": 0.5, "sliding_window": WINDOW}, ARCH.COHERE2, cohere2_keys, layer_norm=True
+    ),
+    "glm 4 (2024)": Case("Glm"),
+    "glm 4": Case("Glm4", {}, ARCH.GLM4, turning=HEAD_DIM // 2),
+    "mistral nemo": Case("Mistral", {"head_dim": 32, "sliding_window": None}),
+}
+
+
+def write_gguf(path: Path, case: Case, model: Any) -> Path:
+    """The GGUF file of a model, under the names and in the row order of llama.cpp."""
+    if case.architecture is None:
+        raise ValueError(f"llama.cpp does not know {case.name}")
+    config = model.config
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[case.architecture])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(case.turning)
+    if case.layer_norm:
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if "rope_theta" in config.rope_parameters and case.keys not in (smollm3_keys,):
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    case.keys(writer)
+    for name, values in gguf_tensors(case, case.architecture, model).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_tensors(case: Case, architecture: gguf.MODEL_ARCH, model: Any) -> dict[str, np.ndarray]:
+    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    tensors: dict[str, np.ndarray] = {}
+    heads: dict[str, list[np.ndarray]] = {}
+    for name, tensor in model.state_dict().items():
+        values = tensor.float().numpy()
+        if ".norms." in name:  # StableLM's norms of single heads
+            heads.setdefault(name.split(".norms.")[0] + ".weight", []).append(values)
+            continue
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise ValueError(f"llama.cpp has no name for {name}")
+        if case.permutes and target.split(".")[-2] in ("attn_q", "attn_k"):
+            values = permuted(values, HEADS if "attn_q" in target else KV_HEADS)
+        if target.endswith("norm.weight"):
+            values = values + np.float32(case.norm_offset)
+        tensors[target] = values
+    for name, parts in heads.items():
+        tensors[str(names.get_name(name, try_suffixes=(".weight",)))] = np.stack(parts)
+    return tensors
+
+
+def permuted(values: np.ndarray, heads: int) -> np.ndarray:
+    """What the converter does to rows of q and k of models that it takes for Llama's relatives."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
