@@ -243,7 +243,7 @@ class DeviceRunner:
             self._logits[:bucket].copy_(logits)
             return
         choices = _unpack(self._chosen, bucket)
-        self.sampler.run(logits, staged.sample_rows, staged.sample_positions, *choices, launches)
+        self.sampler.run(logits, staged.sample_rows, staged.sample_positions, *choices, launches=launches)
         self.rows.append(staged, choices[0])
 
     def _try_prompt(self, tokens: int) -> None:

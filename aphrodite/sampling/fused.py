@@ -122,6 +122,9 @@ class DeviceSampler(FastPath, Protocol):
     ) -> None:
         """What `Sampler.run` says."""
 
+    def logprobs(self, logits: torch.Tensor, entries: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
+        """`gather_logprobs` of the rows `entries` [W] of `logits`, without waiting; `token_ids` [W] int64."""
+
 
 def open_fast_path(info: SamplerInfo) -> FastPath | None:
     """The fast path for the device, or None with the reason in the log."""

@@ -252,8 +252,12 @@ class Sampler:
         """
         if not bool(logits.amax(-1).isfinite().all()):
             raise RequestFailedError("the model's logits for this prompt are not finite numbers")
-        native = None if self._fused is None else self._fused.native
-        tensors = gather_logprobs(logits, target_ids.to(device=logits.device, dtype=torch.int64), k, native)
+        targets = target_ids.to(device=logits.device, dtype=torch.int64)
+        if isinstance(self._fused, DeviceSampler):
+            entries = torch.arange(len(logits), device=logits.device)
+            tensors = self._fused.logprobs(logits, entries, targets, k)
+        else:
+            tensors = gather_logprobs(logits, targets, k, None if self._fused is None else self._fused.native)
         return [tensors.entry(entry, k) for entry in range(len(logits))]
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ import torch
 
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.kernels.triton import sampling_record as r
+from aphrodite.kernels.triton.logprobs import MAX_TOP, top_logprobs
 from aphrodite.kernels.triton.sampling import Launches, Outputs, SamplingKernels
 from aphrodite.sampling.breakers import Breakers
 from aphrodite.sampling.fused import Choices, HostChoices
@@ -64,7 +65,7 @@ class TritonSampler:
             return False
         self.rows.add(row)
         self._programs[row], self._num_prompt[row] = program, num_prompt
-        self._launches[row] = _launches_of(program)
+        self._launches[row] = _launches_of(program, plan.greedy)
         if plan.logprobs is not None:
             self.wanted[row] = plan.logprobs
             if plan.processed_logprobs:
@@ -119,7 +120,7 @@ class TritonSampler:
 
     def stage(self, rows: Sequence[int], positions: Sequence[int], barred: Mapping[int, Set[int]]) -> Launches:
         """Set which tokens each row may not choose at its position, and say what `run` has to launch for these rows."""
-        launches = max(map(self._launches.__getitem__, rows), default=Launches.WHOLE)
+        launches = max(map(self._launches.__getitem__, rows), default=Launches.GREEDY)
         if not barred and not self._barred:
             return launches
         for row, position in zip(rows, positions, strict=True):
@@ -187,12 +188,20 @@ class TritonSampler:
     ) -> LogprobTensors:
         """Of the rows that want any; k is the longest list of them."""
         asking = [number for number, row in enumerate(rows) if row in self.wanted]
-        index = self._upload(np.array(asking, np.int64))
-        speaking = logits[index].float()
+        entries = self._upload(np.array(asking, np.int64))
+        token_ids = chosen[entries].long()
         if processed is not None:
             last = self._upload(np.array([rows[number] in self._processed for number in asking]))
-            speaking = torch.where(last[:, None], processed[index], speaking)
-        return gather_logprobs(speaking, chosen[index].long(), k)
+            logits = torch.where(last[:, None], processed[entries], logits[entries].float())
+            entries = torch.arange(len(asking), device=self._device)
+        return self.logprobs(logits, entries, token_ids, k)
+
+    def logprobs(self, logits: torch.Tensor, entries: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
+        """`gather_logprobs` of the rows `entries` [W] of `logits`, on the device; `token_ids` [W] int64."""
+        k = min(k, logits.shape[-1])
+        if k > MAX_TOP:
+            return gather_logprobs(logits[entries].float(), token_ids, k)
+        return LogprobTensors(token_ids, *top_logprobs(logits, entries, token_ids, k))
 
     def _mark(self, row: int, program: RowProgram) -> None:
         """Write the marks that last as long as the request."""
@@ -246,7 +255,9 @@ class TritonSampler:
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
-def _launches_of(program: RowProgram) -> Launches:
+def _launches_of(program: RowProgram, greedy: bool) -> Launches:
     if program.flags & r.HISTORY.value:
         return Launches.MARKED
-    return Launches.LISTED if program.edits < program.num_ops else Launches.WHOLE
+    if program.edits < program.num_ops:
+        return Launches.LISTED
+    return Launches.GREEDY if greedy else Launches.WHOLE

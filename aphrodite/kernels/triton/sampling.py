@@ -1,11 +1,10 @@
 """The sampler on the device: plans of all rows of a step in a few launches that a CUDA graph can hold.
 
     mark      what history and position say about single tokens            (sampling_history.py)
-    measure   one read of all logits: chunk maxima, sums where needed,
-              and the draw of rows without a truncation                    (sampling_measure.py)
-    choose    rows with few survivors: the program on a list of them       (sampling_choose.py)
+    measure   one read of all logits: chunk maxima, sums where needed      (sampling_measure.py)
+    choose    greedy rows, and those with few survivors, from a list       (sampling_choose.py)
     widen     rows with many: the program over the vocabulary, in a copy   (sampling_wide.py)
-    draw      of those
+    draw      of those, and of rows without a truncation
 
 A row ends (`settle`, sampling_draw.py) in the first of these that knows its token. `Launches` says which of them a step
 needs, by the plans of its rows; which way a row goes depends on its logits and its plan alone.
@@ -36,9 +35,10 @@ MEASURE_REGISTERS = 64  # a thread: four blocks run on a multiprocessor of NVIDI
 class Launches(IntEnum):
     """What a step launches; each does what the ones before it do, too."""
 
-    WHOLE = 0  # measure, choose: rows whose operations look at single tokens, and not at the history
-    LISTED = 1  # and widen, draw: rows with truncations and the like
-    MARKED = 2  # and mark: rows whose history or position decides about tokens
+    GREEDY = 0  # measure, choose
+    WHOLE = 1  # and draw: rows without truncations
+    LISTED = 2  # and widen: rows with truncations and the like
+    MARKED = 3  # and mark: rows whose history or position decides about tokens
 
 
 class Outputs(NamedTuple):
@@ -116,9 +116,7 @@ class SamplingKernels:
         sizes = (stride, self.vocab, self.num_rows, self._chunks, self._pieces)
         sums = (self._tops, self._piece_words)
         grid = (batch, self._pieces)
-        measure_kernel[grid](
-            logits, rows, positions, *tables, *sums, *sizes, num_warps=8, **self._few_registers, **options
-        )
+        measure_kernel[grid](logits, rows, *tables, *sums, *sizes, num_warps=8, **self._few_registers, **options)
         lists = launches >= Launches.LISTED
         states = (self._states, self._floats)
         choose_kernel[(batch,)](
@@ -128,7 +126,7 @@ class SamplingKernels:
             PIECES=max(triton.next_power_of_2(self._pieces), 32),
             LISTS=lists,
             SETTLES=settles,
-            num_warps=8 if lists else 1,
+            num_warps=8 if lists else 4,
             **options,
         )
         if lists:
@@ -139,9 +137,10 @@ class SamplingKernels:
                 num_warps=16,
                 **options,
             )
+        if launches >= Launches.WHOLE:
             draw_kernel[(batch, DRAW_BLOCKS.value)](
-                *(rows, positions, *tables, self.history, self._work, *states, self._scores, self._winners),
-                *(*outputs, history_stride, self.vocab),
+                *(logits, rows, positions, *tables, self.history, self._tops, self._work, *states),
+                *(self._scores, self._winners, *outputs, history_stride, stride, self.vocab, self._chunks),
                 SETTLES=settles,
                 num_warps=8,
                 **options,

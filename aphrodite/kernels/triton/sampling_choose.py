@@ -1,7 +1,7 @@
 """The choice of rows with few survivors: collects them from the chunks that can hold any, runs the program, draws.
 
-One block a row. Cost: a read of the chunk maxima and of the chunks that survivors are in. Rows without a truncation are
-drawn already (sampling_measure.py); rows with many survivors are left to sampling_wide.py.
+One block a row. Cost: a read of the chunk maxima and of the chunks that survivors are in. Rows without a truncation and
+rows with many survivors are left to sampling_wide.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from aphrodite.kernels.triton import sampling_record as r
 from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, draw_listed, settle, top_shape
-from aphrodite.kernels.triton.sampling_measure import CHUNK, best_of_pieces, combine_pieces
+from aphrodite.kernels.triton.sampling_measure import CHUNK, combine_pieces
 from aphrodite.kernels.triton.sampling_read import op_at, read_logits, value_of
 from aphrodite.kernels.triton.sampling_search import kth_largest
 from aphrodite.kernels.triton.sampling_stages import (
@@ -26,6 +26,7 @@ from aphrodite.kernels.triton.sampling_stages import (
 
 GROUP = tl.constexpr(16)  # chunks read at once
 _FEW_CHUNKS, _MANY_CHUNKS = tl.constexpr(48), tl.constexpr(400)  # that top-p looks at, at first and at last
+_TOO_MANY_CHUNKS = tl.constexpr(680)  # whose survivors a list would hold only if they had hardly more than one each
 
 
 @triton.jit
@@ -78,9 +79,11 @@ def choose_kernel(
     counts, marks = counts_ptr + row * vocab, marks_ptr + row * vocab
     pieces = pieces_ptr + entry * num_pieces * r.PIECE_WORDS
     piece = tl.arange(0, PIECES)
-    own = pieces + piece * r.PIECE_WORDS
-    top = tl.max(tl.load(own + r.PIECE_TOP, piece < num_pieces, other=-float("inf")), axis=0)
-    bad = tl.max(tl.load(own + r.PIECE_BAD, piece < num_pieces, other=0.0), axis=0)
+    bad = tl.max(tl.load(pieces + piece * r.PIECE_WORDS + r.PIECE_BAD, piece < num_pieces, other=0.0), axis=0)
+    chunk = tl.arange(0, CHUNKS)
+    tops = tl.load(tops_ptr + entry * num_chunks + chunk, chunk < num_chunks, other=-float("inf"))
+    top = tl.max(tops, axis=0)
+    logits = logits_ptr + entry * logits_stride
     edits, ops = tl.load(record + r.EDITS), tl.load(record + r.OPS)
     tl.debug_barrier()
     tl.store(floats + r.TOP, top)
@@ -92,15 +95,17 @@ def choose_kernel(
         else:
             tl.store(state + r.EXHAUSTED, 1)
     elif edits == ops:
-        token = best_of_pieces(pieces, num_pieces, top, PIECES)
-        tl.store(state + r.MODE, r.DRAW_EDITED)
-        tl.store(state + r.TOKEN, tl.where(token == NO_TOKEN, 0, token))
-        tl.store(state + r.OK, (token != NO_TOKEN).to(tl.int32))
+        if tl.load(record + r.GREEDY) != 0:
+            best = tl.min(tl.where(tops == top, chunk, CHUNKS), axis=0)
+            ids = best * CHUNK + tl.arange(0, CHUNK)
+            x = read_logits(logits, record, counts, marks, ids, ids < vocab, 0)
+            tl.store(state + r.TOKEN, tl.min(tl.where(x == top, ids, NO_TOKEN), axis=0))
+            tl.store(state + r.OK, 1)
+        else:
+            tl.store(state + r.MODE, r.DRAW_EDITED)
     elif LISTS:
-        chunk = tl.arange(0, CHUNKS)
-        tops = tl.load(tops_ptr + entry * num_chunks + chunk, chunk < num_chunks, other=-float("inf"))
         _choose_from_list(
-            logits_ptr + entry * logits_stride,
+            logits,
             record,
             position,
             counts,
@@ -120,7 +125,8 @@ def choose_kernel(
         )
     if SETTLES:
         tl.debug_barrier()
-        if tl.load(state + r.MODE) != r.RUN_WIDE:
+        mode = tl.load(state + r.MODE)
+        if (mode == r.DONE) | (mode == r.LISTED):
             history = history_ptr + row * history_stride
             outputs = out_tokens_ptr, out_ok_ptr, out_exhausted_ptr
             settle(record, position, entry, state, floats, counts, marks, history, outputs, LISTS)
@@ -195,11 +201,13 @@ def _choose_from_list(
             lowest = kth_largest(tops, wanted, CHUNKS)
         found = _collect(logits, record, counts, marks, tops, lowest, divisor, chunks, values, tokens, vocab, CHUNKS)
         searching = tl.full([], 0, tl.int1)
-        short = (code == r.TOP_P) & (_mass_of(values, found, top) < value_of(op, 0).to(tl.float64) * mass)
-        if short & (found <= LIST_CAPACITY):  # not certain to hold all that survive
-            found = tl.full([], 0, tl.int32)
-            searching = wanted < _MANY_CHUNKS
-            wanted = tl.full([], _MANY_CHUNKS, tl.int32)
+        if (code == r.TOP_P) & (found <= LIST_CAPACITY):
+            missing = value_of(op, 0).to(tl.float64) * mass - _mass_of(values, found, top)
+            if missing > 0:  # not certain to hold all that survive; others weigh no more than the lowest here
+                possible = (LIST_CAPACITY - found).to(tl.float32) * tl.exp(lowest - top)
+                searching = (wanted < _MANY_CHUNKS) & (missing <= possible.to(tl.float64))
+                found = tl.full([], 0, tl.int32)
+                wanted = tl.full([], _MANY_CHUNKS, tl.int32)
     if (found == 0) | (found > LIST_CAPACITY):
         tl.store(state + r.MODE, r.RUN_WIDE)
     else:
@@ -256,7 +264,7 @@ def _collect(logits, record, counts, marks, tops, lowest, divisor, chunks, value
     tl.debug_barrier()
     tl.store(chunks + place, tl.arange(0, CHUNKS), reach)
     tl.debug_barrier()
-    found = tl.full([], 0, tl.int32)
+    found = tl.where(total > _TOO_MANY_CHUNKS, LIST_CAPACITY + 1, 0)
     begin = tl.full([], 0, tl.int32)
     while (begin < total) & (found <= LIST_CAPACITY):
         member = begin + tl.arange(0, GROUP)

@@ -1,9 +1,7 @@
 """The one pass over all logits: the maximum of every chunk, and sums for the stages that need the whole distribution.
 
-Rows without a truncation are drawn from here: each piece has its best score. Cost: one read of the logits (and of
-counts and marks, int32, for rows whose edits look at them), `4 / CHUNK` bytes written a logit; a random number and two
-logarithms a logit of rows that are drawn. After it a stage that keeps what lies near the maximum reads only the chunks
-that reach its threshold.
+Cost: one read of the logits (and of counts and marks, int32, for rows whose edits look at them), `4 / CHUNK` bytes
+written a logit. After it a stage that keeps what lies near the maximum reads only the chunks that reach its threshold.
 """
 
 from __future__ import annotations
@@ -13,11 +11,10 @@ import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
 from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
-from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, draw_piece
 from aphrodite.kernels.triton.sampling_read import edited, read_logits
 
 CHUNK = tl.constexpr(128)  # logits
-PIECE = tl.constexpr(4096)  # logits of one program
+PIECE = tl.constexpr(8192)  # logits of one program
 PART = tl.constexpr(1024)  # of which so many are looked at at a time
 
 
@@ -25,7 +22,6 @@ PART = tl.constexpr(1024)  # of which so many are looked at at a time
 def measure_kernel(
     logits_ptr,
     rows_ptr,
-    positions_ptr,
     records_ptr,
     counts_ptr,
     marks_ptr,
@@ -42,61 +38,43 @@ def measure_kernel(
     wait_for_producer(PDL)
     entry, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, logits = piece * PIECE, logits_ptr + entry * logits_stride
-    ahead = _load(logits, first, vocab)  # on its way while the record is read
+    end = tl.minimum(first + PIECE, vocab)
+    # On their way while the record is read; afterwards four parts ahead of the one that is looked at.
+    part1, part2 = _load(logits, first, end), _load(logits, first + PART, end)
+    part3, part4 = _load(logits, first + 2 * PART, end), _load(logits, first + 3 * PART, end)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row >= num_rows:
         return
     record = records_ptr + row * r.RECORD
-    active, flags = tl.load(record + r.ACTIVE), tl.load(record + r.FLAGS)
-    whole = tl.load(record + r.EDITS) == tl.load(record + r.OPS)
+    active, flags, edits = tl.load(record + r.ACTIVE), tl.load(record + r.FLAGS), tl.load(record + r.EDITS)
     if active == 0:
         return
     counts, marks = counts_ptr + row * vocab, marks_ptr + row * vocab
     tops = tl.full([PART // CHUNK], -float("inf"), tl.float32)
     bad = tl.zeros([PART], tl.int32)
-    begin, end = first, tl.minimum(first + PIECE, vocab)
+    begin = first
     while begin < end:
-        raw, ids = ahead, begin + tl.arange(0, PART)
-        ahead = _load(logits, begin + PART, end)
-        bad = bad | tl.where(raw < float("inf"), 0, 1)
-        x = edited(raw, record, counts, marks, ids, ids < vocab, 0)
+        x, ids = part1.to(tl.float32), begin + tl.arange(0, PART)
+        part1, part2, part3, part4 = part2, part3, part4, _load(logits, begin + 4 * PART, end)
+        bad = bad | tl.where(x < float("inf"), 0, 1)
+        x = edited(x, record, flags, edits, counts, marks, ids, ids < vocab, 0)
         here = tl.max(tl.reshape(x, [PART // CHUNK, CHUNK]), axis=1)
         chunk = begin // CHUNK + tl.arange(0, PART // CHUNK)
-        tl.store(tops_ptr + entry * num_chunks + chunk, here, (chunk < num_chunks) & ~whole)
+        tl.store(tops_ptr + entry * num_chunks + chunk, here, chunk < num_chunks)
         tops = tl.maximum(tops, here)
         begin += PART
-    top = tl.max(tops, axis=0)
     out = pieces_ptr + (entry * num_pieces + piece) * r.PIECE_WORDS
     tl.store(out + r.PIECE_BAD, tl.max(bad, axis=0).to(tl.float32))
-    tl.store(out + r.PIECE_TOP, top)
-    if whole:
-        position = tl.load(positions_ptr + entry)
-        best, token = _draw_parts(logits, record, position, counts, marks, top, first, vocab)
-        tl.store(out + r.PIECE_SCORE, best)
-        tl.store(out + r.PIECE_TOKEN, token.to(tl.float32, bitcast=True))
-    elif (flags & r.STATS) != 0:
+    if (flags & r.STATS) != 0:
+        top = tl.max(tops, axis=0)
+        tl.store(out + r.PIECE_TOP, top)
         _store_sums(out, logits, record, counts, marks, top, first, vocab)
 
 
 @triton.jit
 def _load(logits, begin, end):
     ids = begin + tl.arange(0, PART)
-    return tl.load(logits + ids, ids < end, other=-float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _draw_parts(logits, record, position, counts, marks, top, first, vocab):
-    """`draw_piece` of a piece that is read anew, from the cache: fewer registers, and so more blocks, for all rows."""
-    best, token = tl.full([], -float("inf"), tl.float32), tl.full([], NO_TOKEN, tl.int32)
-    begin = first
-    while begin < tl.minimum(first + PIECE, vocab):
-        ids = begin + tl.arange(0, PART)
-        x = read_logits(logits, record, counts, marks, ids, ids < vocab, 0)
-        score, here = draw_piece(record, position, x, top, begin, PART)
-        token = tl.where(score > best, here, token)  # a lower one stays where they are equal
-        best = tl.maximum(best, score)
-        begin += PART
-    return best, token
+    return tl.load(logits + ids, ids < end, other=-float("inf"))
 
 
 @triton.jit
@@ -131,18 +109,6 @@ def _store_sums(out, logits, record, counts, marks, top, first, vocab):
     tl.store(out + r.PIECE_COUNT, left)
     tl.store(out + r.PIECE_MEAN, mean)
     tl.store(out + r.PIECE_SQUARES, tl.sum(squares, axis=0))
-
-
-@triton.jit
-def best_of_pieces(pieces, num_pieces, top, PIECES: tl.constexpr):
-    """The token with the best score of a row with the maximum `top`, finite, that has no truncation."""
-    index = tl.arange(0, PIECES)
-    at = pieces + index * r.PIECE_WORDS
-    mask = index < num_pieces
-    own = tl.load(at + r.PIECE_TOP, mask, other=-float("inf"))
-    score = tl.load(at + r.PIECE_SCORE, mask & (own > -float("inf")), other=-float("inf")) + (own - top)
-    token = tl.load(at + r.PIECE_TOKEN, mask, other=0.0).to(tl.int32, bitcast=True)
-    return tl.min(tl.where(score == tl.max(score, axis=0), token, NO_TOKEN), axis=0)
 
 
 @triton.jit

@@ -124,21 +124,24 @@ def read_logits(logits, record, counts, marks, ids, mask, skipped):
         logits: the row's, of any floating type. Entries that `mask` leaves out are -inf.
         skipped: code of an operation that is left out, or 0.
     """
-    raw = tl.load(logits + ids, mask, other=-float("inf")).to(tl.float32)
-    return edited(raw, record, counts, marks, ids, mask, skipped)
+    x = tl.load(logits + ids, mask, other=-float("inf")).to(tl.float32)
+    return edited(x, record, tl.load(record + r.FLAGS), tl.load(record + r.EDITS), counts, marks, ids, mask, skipped)
 
 
 @triton.jit
-def edited(x, record, counts, marks, ids, mask, skipped):
-    """The model's logits `x` [N] of the tokens `ids` after the row's constraints and first operations."""
-    if (tl.load(record + r.FLAGS) & r.MARKED) != 0:
+def edited(x, record, flags, edits, counts, marks, ids, mask, skipped):
+    """The model's logits `x` [N] of the tokens `ids` after the row's constraints and first operations.
+
+    Args:
+        flags, edits: the words of the record.
+    """
+    if (flags & r.MARKED) != 0:
         mark = tl.load(marks + ids, mask, other=0)
         bias = ((mark >> r.BIAS_SHIFT) & r.BIAS_INDEX) - 1
         x = x + tl.load(floats_at(record + r.BIAS) + bias, mask & (bias >= 0), other=0.0)
         x = tl.where((mark & (r.BANNED | r.BARRED_MARK)) != 0, -float("inf"), x)
-    num_ops = tl.load(record + r.EDITS)
     index = 0
-    while index < num_ops:
+    while index < edits:
         op = op_at(record, index)
         if tl.load(op + r.CODE) != skipped:
             x = edit(op, x, ids, mask, counts, marks)

@@ -79,7 +79,7 @@ MAX_MATCH = 512  # tokens of history that DRY compares at most
 
 # Where a row's distribution is after its program, and what is left to do (`state` of sampling.py).
 DONE = tl.constexpr(0)  # the token is chosen
-DRAW_EDITED = tl.constexpr(1)  # as DONE; drawn from the logits as they are read
+DRAW_EDITED = tl.constexpr(1)  # from the logits as they are read
 RUN_WIDE = tl.constexpr(2)  # its survivors may be too many for a list: run the program over the vocabulary
 DRAW_WORK = tl.constexpr(3)  # from the row's work buffer
 LISTED = tl.constexpr(4)  # as DONE; the survivors are in the row's list
@@ -107,6 +107,4 @@ PIECE_COUNT = tl.constexpr(3)
 PIECE_MEAN = tl.constexpr(4)  # of d
 PIECE_SQUARES = tl.constexpr(5)  # sum of (d - mean)^2
 PIECE_BAD = tl.constexpr(6)  # 1: a logit is NaN or +inf
-PIECE_SCORE = tl.constexpr(7)  # the best of logit and noise, of rows without a truncation
-PIECE_TOKEN = tl.constexpr(8)  # int32: the token that has it
-PIECE_WORDS = tl.constexpr(12)
+PIECE_WORDS = tl.constexpr(8)

@@ -44,7 +44,7 @@ def report_kernel(
     x = tl.full([REPORT_PIECE], -float("inf"), tl.float32)
     if mode == r.DRAW_WORK:
         x = shape(tl.load(work_ptr + entry * vocab + ids, ids < vocab, other=-float("inf")), floats)
-    elif mode == r.DRAW_EDITED:
+    elif (mode == r.DRAW_EDITED) | ((mode == r.DONE) & (tl.load(state + r.OK) != 0)):
         logits = logits_ptr + entry * logits_stride
         record, counts, marks = records_ptr + row * r.RECORD, counts_ptr + row * vocab, marks_ptr + row * vocab
         x = read_logits(logits, record, counts, marks, ids, ids < vocab, 0)

@@ -1,7 +1,9 @@
-"""Rows with many survivors: the program over the vocabulary, in a float32 copy of the row's logits, and the draw.
+"""Rows that draw from the whole vocabulary: those without a truncation, and those with many survivors.
 
-`widen` has one block a row and reads the row some 10 times (20 where hundreds of tokens share a logit), 10 us a time;
-`draw` has several. Rows with few survivors cost a load in each.
+The latter run their program over a float32 copy of their logits first: `widen` has one block a row and reads the row
+some 10 times (20 where hundreds of tokens share a logit). `draw` has several blocks a row, which make a random number
+and two logarithms for each token that could win: one that lies farther below the top than two of them can differ
+cannot. Other rows cost a load in each.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ import triton.language as tl
 from aphrodite.kernels.triton import sampling_record as r
 from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, draw_piece, settle, shape, top_shape
+from aphrodite.kernels.triton.sampling_measure import CHUNK
 from aphrodite.kernels.triton.sampling_read import read_logits
 from aphrodite.kernels.triton.sampling_stages import LIST_CAPACITY, run_program
 
 DRAW_PIECE = tl.constexpr(1024)
 DRAW_BLOCKS = tl.constexpr(16)  # of a row
 WIDE_BLOCK = tl.constexpr(4096)
+# Gumbel noise from 24-bit uniforms lies within [-2.82, 16.64] (sampling/random.py): what is farther below the top than
+# that is wide cannot be drawn.
+_HOPELESS = tl.constexpr(19.6)
 
 
 @triton.jit
@@ -110,12 +116,14 @@ def _copy(logits, record, counts, marks, work, vocab, skipped):
 
 @triton.jit
 def draw_kernel(
+    logits_ptr,
     rows_ptr,
     positions_ptr,
     records_ptr,
     counts_ptr,
     marks_ptr,
     history_ptr,
+    tops_ptr,
     work_ptr,
     states_ptr,
     floats_ptr,
@@ -125,28 +133,41 @@ def draw_kernel(
     out_ok_ptr,
     out_exhausted_ptr,
     history_stride,
+    logits_stride,
     vocab,
+    num_chunks,
     SETTLES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The draw of rows in their work buffer; a row's last block takes the best of all its blocks."""
+    """A row's last block takes the best of all its blocks."""
     launch_dependents(PDL)
     wait_for_producer(PDL)
     entry, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     state, floats = states_ptr + entry * r.STATE_WORDS, floats_ptr + entry * r.STATE_FLOATS
-    if tl.load(state + r.MODE) != r.DRAW_WORK:
+    mode = tl.load(state + r.MODE)
+    if (mode != r.DRAW_EDITED) & (mode != r.DRAW_WORK):
         return
     row = tl.load(rows_ptr + entry).to(tl.int64)
     record, position = records_ptr + row * r.RECORD, tl.load(positions_ptr + entry)
+    counts, marks = counts_ptr + row * vocab, marks_ptr + row * vocab
     work, top = work_ptr + entry * vocab, tl.load(floats + r.TOP)
     best, token = tl.full([], -float("inf"), tl.float32), tl.full([], NO_TOKEN, tl.int32)
     first = block * DRAW_PIECE
     while first < vocab:
         ids = first + tl.arange(0, DRAW_PIECE)
-        x = shape(tl.load(work + ids, ids < vocab, other=-float("inf")), floats)
-        score, here = draw_piece(record, position, x, top, first, DRAW_PIECE)
-        token = tl.where(score > best, here, token)  # a lower one stays where they are equal
-        best = tl.maximum(best, score)
+        x = tl.full([DRAW_PIECE], -float("inf"), tl.float32)
+        if mode == r.DRAW_WORK:
+            x = shape(tl.load(work + ids, ids < vocab, other=-float("inf")), floats)
+        else:
+            chunk = first // CHUNK + tl.arange(0, DRAW_PIECE // CHUNK)
+            highest = tl.load(tops_ptr + entry * num_chunks + chunk, chunk < num_chunks, other=-float("inf"))
+            if tl.max(highest, axis=0) - top > -_HOPELESS:
+                logits = logits_ptr + entry * logits_stride
+                x = read_logits(logits, record, counts, marks, ids, ids < vocab, 0)
+        if tl.max(x, axis=0) - top > -_HOPELESS:
+            score, here = draw_piece(record, position, x, top, first, DRAW_PIECE)
+            token = tl.where(score > best, here, token)  # a lower one stays where they are equal
+            best = tl.maximum(best, score)
         first += DRAW_BLOCKS * DRAW_PIECE
     scores, winners = scores_ptr + entry * DRAW_BLOCKS, winners_ptr + entry * DRAW_BLOCKS
     tl.store(scores + block, best)
@@ -158,11 +179,12 @@ def draw_kernel(
         winner = tl.load(winners + each, cache_modifier=".cg")
         token = tl.min(tl.where(score == tl.max(score, axis=0), winner, NO_TOKEN), axis=0)
         found = token != NO_TOKEN
+        token = tl.where(found, token, 0)
         tl.store(state + r.OK, found.to(tl.int32))
-        tl.store(state + r.TOKEN, tl.where(found, token, 0))
-        tl.store(floats + r.CHOSEN, tl.load(work + tl.where(found, token, 0)))
+        tl.store(state + r.TOKEN, token)
+        if mode == r.DRAW_WORK:
+            tl.store(floats + r.CHOSEN, tl.load(work + token))
         if SETTLES:
-            counts, marks = counts_ptr + row * vocab, marks_ptr + row * vocab
             history = history_ptr + row * history_stride
             outputs = out_tokens_ptr, out_ok_ptr, out_exhausted_ptr
             settle(record, position, entry, state, floats, counts, marks, history, outputs, True)

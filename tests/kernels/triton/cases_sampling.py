@@ -6,6 +6,7 @@ from typing import Any
 
 from compiling import TARGETS, KernelCase
 
+from aphrodite.kernels.triton.logprobs import take_kernel, weigh_kernel
 from aphrodite.kernels.triton.sampling import EXACT, MEASURE_REGISTERS
 from aphrodite.kernels.triton.sampling_choose import choose_kernel
 from aphrodite.kernels.triton.sampling_history import mark_kernel
@@ -13,7 +14,17 @@ from aphrodite.kernels.triton.sampling_measure import measure_kernel
 from aphrodite.kernels.triton.sampling_report import report_kernel, settle_kernel
 from aphrodite.kernels.triton.sampling_wide import draw_kernel, widen_kernel
 
-_FLOATS = {"tops_ptr", "pieces_ptr", "values_ptr", "floats_ptr", "work_ptr", "scores_ptr", "out_ptr"}
+_FLOATS = {
+    "tops_ptr",
+    "pieces_ptr",
+    "values_ptr",
+    "floats_ptr",
+    "work_ptr",
+    "scores_ptr",
+    "out_ptr",
+    "logprobs_ptr",
+    "top_logprobs_ptr",
+}
 
 
 def _case(
@@ -49,6 +60,8 @@ _LISTED = {"CHUNKS": 1024, "PIECES": 32, "LISTS": True}
 CASES = [
     _case(report_kernel, "fp32"),
     _case(settle_kernel),
+    _case(weigh_kernel, "fp32"),
+    _case(take_kernel, "fp32", CHUNKS=1024, PIECES=16),
 ]
 for _pdl in (False, True):
     CASES += [
@@ -56,7 +69,7 @@ for _pdl in (False, True):
         _case(measure_kernel, warps=8, registers=MEASURE_REGISTERS, PDL=_pdl),
         _case(measure_kernel, "fp32", warps=8, registers=MEASURE_REGISTERS, PDL=_pdl),
         _case(choose_kernel, warps=8, **_LISTED, SETTLES=True, PDL=_pdl),
-        _case(choose_kernel, warps=1, **_LISTED | {"LISTS": False}, SETTLES=True, PDL=_pdl),
+        _case(choose_kernel, warps=4, **_LISTED | {"LISTS": False}, SETTLES=True, PDL=_pdl),
         _case(widen_kernel, warps=16, spills=8, SETTLES=True, PDL=_pdl),
         _case(draw_kernel, warps=8, SETTLES=True, PDL=_pdl),
     ]

@@ -18,6 +18,7 @@ import reference
 from sampling_cases import FIELDS, LOGITS, logits_of, random_params
 from sampling_harness import EOS, FakeTokenizer, text_of
 
+from aphrodite.kernels.triton.logprobs import top_logprobs
 from aphrodite.sampling.fused import Choices
 from aphrodite.sampling.logprobs import LogprobTensors
 from aphrodite.sampling.params import SamplingParams, from_mapping, to_mapping
@@ -235,3 +236,24 @@ def test_plans_without_a_kernel_are_declined() -> None:
     assert not _plan({"dry_multiplier": 1, "dry_base": 1.001}, 100)
     assert not _plan({"logit_bias": {str(token): 1.0 for token in range(256)}}, 300)
     assert _plan({"logit_bias": {str(token): 1.0 for token in range(255)}}, 300)
+
+
+@pytest.mark.parametrize(("vocab", "k", "dtype"), [(100, 5, "float32"), (300, 20, "float16"), (9000, 3, "float32")])
+def test_logprobs_without_sorting(vocab: int, k: int, dtype: str) -> None:
+    """Ties, masked tokens and fewer candidates than asked for included."""
+    g = np.random.default_rng(vocab)
+    logits = np.stack([logits_of(g, vocab, kind) for kind in ("normal", "model", "flat", "wide")]).astype(dtype)
+    logits[2] = np.round(logits[2])
+    logits[3, : vocab - 2] = -np.inf
+    entries, tokens = np.array([3, 0, 2, 1]), np.array([vocab - 1, 7, vocab // 2, 0])
+    found = top_logprobs(torch.from_numpy(logits), torch.from_numpy(entries), torch.from_numpy(tokens), k)
+    for number, (entry, token) in enumerate(zip(entries, tokens, strict=True)):
+        row = logits[entry].astype(np.float64)
+        logprobs = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        order = np.lexsort((np.arange(vocab), -row))
+        listed = order[: min(k, int((row > -np.inf).sum()))]
+        assert abs(float(found.logprobs[number]) - logprobs[token]) < 1e-5
+        assert int(found.ranks[number]) == int(np.flatnonzero(order == token)[0]) + 1
+        assert found.top_ids[number, : len(listed)].tolist() == listed.tolist()
+        assert np.abs(found.top_logprobs[number, : len(listed)].numpy() - logprobs[listed]).max() < 1e-5
+        assert (found.top_logprobs[number, len(listed) :] == -math.inf).all()
