@@ -18,10 +18,11 @@ from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.dummy import dummy_weights
 from aphrodite.loading.generation import GenerationDefaults, generation_from_config, generation_from_gguf
 from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
+from aphrodite.loading.multimodal import text_tensors
 from aphrodite.loading.safetensors import INDEX_NAME, read_safetensors, read_sharded_safetensors
 from aphrodite.loading.weights import Weights, match_weights
 from aphrodite.models.families.rotary import ROPE_TENSORS
-from aphrodite.models.registry import family_of_config, family_of_gguf
+from aphrodite.models.registry import family_of_config, family_of_gguf, is_wrapped, text_config
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import QuantType, RawTensor
 
@@ -217,8 +218,10 @@ def _open_safetensors(path: Path) -> Checkpoint:
     config = ConfigReader.from_file(directory / "config.json")
     _refuse_quantized(config)
     family = family_of_config(config)
-    spec = family.from_config(config)
+    spec = family.from_config(text_config(config, family))
     tensors = _read_tensors(path)
+    if is_wrapped(config, family):
+        tensors = text_tensors(str(directory), tensors)
     head, embedding = (family.hf.names.checkpoint_name(f"{module}.weight") for module in ("head", "embed"))
     if spec.tied_head and head in tensors and embedding in tensors:
         if _same_bytes(tensors[head], tensors[embedding]):
@@ -272,7 +275,8 @@ def _open_dummy(path: Path) -> Checkpoint:
     if file.suffix == ".gguf":
         raise ModelFormatError(f"{file}: dummy weights are made from a config.json, not from a GGUF file")
     config = ConfigReader.from_file(file)
-    spec = family_of_config(config).from_config(config)
+    family = family_of_config(config)
+    spec = family.from_config(text_config(config, family))
     dtype = config.choice("dtype" if config.has("dtype") else "torch_dtype", _DTYPES, "bfloat16")
     return _described(file.parent, "dummy", config, spec, dummy_weights(spec, dtype))
 

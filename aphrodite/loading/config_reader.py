@@ -53,6 +53,11 @@ class ConfigReader:
         """
         return cls(path, load_json_object(path))
 
+    def with_defaults(self, defaults: Mapping[str, object]) -> ConfigReader:
+        """The same with values for keys that are absent."""
+        values = {**{self._prefix + key: value for key, value in defaults.items()}, **self._values}
+        return ConfigReader(self.source, values, prefix=self._prefix, label=self._label)
+
     def has(self, key: str) -> bool:
         """Whether the key is present, even as null."""
         return self._prefix + key in self._values

@@ -52,7 +52,7 @@ def family_of_config(config: ConfigReader) -> Family:
     """
     found = config.strings("architectures")
     for family in FAMILIES:
-        if any(name in family.architectures for name in found):
+        if any(name in family.architectures + family.wrapped_by for name in found):
             return family
     if not found:
         model_type = config.read("model_type", str, "")
@@ -60,8 +60,27 @@ def family_of_config(config: ConfigReader) -> Family:
             if family.name == model_type:
                 return family
         found = [model_type]
-    known = [name for family in FAMILIES for name in family.architectures]
+    known = [name for family in FAMILIES for name in family.architectures + family.wrapped_by]
     raise _unsupported(config.source, ", ".join(found), known)
+
+
+def text_config(config: ConfigReader, family: Family) -> ConfigReader:
+    """What of a config.json describes the decoder: all, or `text_config` where the model also sees images.
+
+    Raises:
+        ModelFormatError: `text_config` is missing there.
+    """
+    if not is_wrapped(config, family):
+        return config
+    section = config.section("text_config")
+    if section is None:
+        raise config.wrong("text_config", "an object (the text model)", None)
+    return section
+
+
+def is_wrapped(config: ConfigReader, family: Family) -> bool:
+    """Whether the model is a text model of `family` inside one that also sees images."""
+    return any(name in family.wrapped_by for name in config.strings("architectures"))
 
 
 def family_of_gguf(metadata: ConfigReader) -> Family:

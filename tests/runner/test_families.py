@@ -11,8 +11,18 @@ import torch
 from family_cases import CASES, HEAD_DIM, HEADS, KV_HEADS, SIZES, Case, write_gguf
 from safetensors.torch import save_file
 from torch_executor_cases import BLOCK_SIZE, Driver, executor_of, prompts, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
+from aphrodite.errors import ModelFormatError
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.runner.torch_executor import TorchExecutor
 
@@ -142,4 +152,39 @@ def test_longrope_takes_the_factors_of_the_length_that_is_served(served: int, le
     driver = Driver(executor_of(model, max_model_len=served))
     (tokens,) = prompts(211, (length,))
     (logits,) = driver.step([(driver.add(tokens), length)])
+    torch.testing.assert_close(logits, reference(model, tokens), rtol=0, atol=1e-4)
+
+
+def test_text_part_of_gemma_3_that_sees_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**SIZES, **CASES["gemma 3"].options, "vocab_size": 211, "intermediate_size": 112, "initializer_range": 0.15}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    check_text_part(Gemma3ForConditionalGeneration(config), tmp_path, caplog)
+    described = json.loads((tmp_path / "config.json").read_text())
+    for key in ("num_attention_heads", "num_key_value_heads", "max_position_embeddings"):  # as in published files
+        del described["text_config"][key]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ModelFormatError, match=r"q_proj\.weight is \[96, 96\] instead of \[128, 96\]"):
+        open_checkpoint(tmp_path)
+
+
+def test_text_part_of_mistral_small_that_sees_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = {**SIZES, "model_type": "mistral", "vocab_size": 211, "intermediate_size": 112, "initializer_range": 0.15}
+    vision: dict[str, Any] = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+    }
+    vision |= {"num_attention_heads": 2, "head_dim": 16}
+    config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    check_text_part(Mistral3ForConditionalGeneration(config), tmp_path, caplog)
+
+
+def check_text_part(model: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model.float().eval().save_pretrained(folder)
+    driver = Driver(executor_at(folder))
+    assert "will not see images" in caplog.text
+    (tokens,) = prompts(200, (61,))
+    (logits,) = driver.step([(driver.add(tokens), 61)])
     torch.testing.assert_close(logits, reference(model, tokens), rtol=0, atol=1e-4)

@@ -33,6 +33,8 @@ class Family:
         architectures: names in config.json's `architectures`; `name` also matches `model_type`.
         gguf_architecture: value of GGUF's `general.architecture`, or None when GGUF files of this
             family carry another family's.
+        wrapped_by: names there of models that see images, whose text part is of this family and described by
+            `text_config`.
         from_config: config.json → spec.
         from_gguf: reader of the architecture's own keys, and the tensors → spec.
         hf, gguf: how safetensors and GGUF files of the family name and keep their tensors.
@@ -41,6 +43,7 @@ class Family:
     name: str
     title: str
     architectures: tuple[str, ...]
+    wrapped_by: tuple[str, ...] = ()
     from_config: Callable[[ConfigReader], ModelSpec]
     gguf_architecture: str | None = None
     from_gguf: Callable[[ConfigReader, Mapping[str, RawTensor]], ModelSpec]

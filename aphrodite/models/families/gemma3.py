@@ -32,9 +32,20 @@ from aphrodite.quantization.types import RawTensor
 _PATTERN = 6
 _THETA, _WINDOW_THETA = 1e6, 1e4
 _LAYERS_27B = 62
+# What transformers assumes; files of models that see images leave out what does not differ.
+_DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+}
 
 
 def _from_config(config: ConfigReader) -> ModelSpec:
+    config = config.with_defaults(_DEFAULTS)
     refuse_bidirectional(config)
     attention_bias = config.read("attention_bias", bool, False)
     dim = head_dim(config, DEFAULT_HEAD_DIM)
@@ -92,6 +103,7 @@ GEMMA3 = Family(
     name="gemma3_text",
     title="Gemma 3 (text)",
     architectures=("Gemma3ForCausalLM",),
+    wrapped_by=("Gemma3ForConditionalGeneration",),
     from_config=_from_config,
     gguf_architecture="gemma3",
     from_gguf=_from_gguf,

@@ -21,6 +21,7 @@ MISTRAL = Family(
     name="mistral",
     title="Mistral 7B, Nemo, Small, Large; Ministral 8B",
     architectures=("MistralForCausalLM",),
+    wrapped_by=("Mistral3ForConditionalGeneration",),
     from_config=_from_config,
     from_gguf=LLAMA.from_gguf,
 )
