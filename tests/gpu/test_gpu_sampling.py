@@ -38,7 +38,7 @@ class Device:
     def __init__(self, num_rows: int, vocab: int, device: torch.device, *, fused: bool = True) -> None:
         self.device, self.vocab = device, vocab
         self.history = torch.zeros(num_rows + 1, 4096, dtype=torch.int32, device=device)
-        self.num_prompt = torch.zeros(num_rows, dtype=torch.int32)
+        self.num_prompt = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.sampler = Sampler(
             num_rows,
             vocab,
@@ -214,7 +214,7 @@ def test_no_synchronisation_and_equal_in_a_graph(device: torch.device, dtype: to
     assert found == expected
 
 
-def test_eager_run_and_start_do_not_synchronise(device: torch.device) -> None:
+def test_eager_run_start_and_rewind_do_not_synchronise(device: torch.device) -> None:
     rows = 8
     one, positions = started(device, rows)
     logits = model_logits(device, rows)
@@ -227,6 +227,7 @@ def test_eager_run_and_start_do_not_synchronise(device: torch.device) -> None:
         one.sampler.start(2, params, 5, [1] * 101)
         one.sampler.bar(1, 101, [5, 6, 7])
         one.sampler.sample(logits, list(range(rows)), [101] * rows)
+        one.sampler.rewind(3, 100)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -77,15 +77,64 @@ def choose_kernel(
         return
     position = tl.load(positions_ptr + entry)
     counts, marks = counts_ptr + row * vocab, marks_ptr + row * vocab
-    pieces = pieces_ptr + entry * num_pieces * r.PIECE_WORDS
+    tl.debug_barrier()
+    _choose(
+        logits_ptr + entry * logits_stride,
+        record,
+        position,
+        counts,
+        marks,
+        tops_ptr + entry * num_chunks,
+        pieces_ptr + entry * num_pieces * r.PIECE_WORDS,
+        chunks_ptr + entry * num_chunks,
+        values_ptr + entry * LIST_CAPACITY,
+        tokens_ptr + entry * LIST_CAPACITY,
+        state,
+        floats,
+        vocab,
+        num_chunks,
+        num_pieces,
+        CHUNKS,
+        PIECES,
+        LISTS,
+    )
+    if SETTLES:
+        tl.debug_barrier()
+        mode = tl.load(state + r.MODE)
+        if (mode == r.DONE) | (mode == r.LISTED):
+            history = history_ptr + row * history_stride
+            outputs = out_tokens_ptr, out_ok_ptr, out_exhausted_ptr
+            settle(record, position, entry, state, floats, counts, marks, history, outputs, LISTS)
+
+
+@triton.jit
+def _choose(
+    logits,
+    record,
+    position,
+    counts,
+    marks,
+    tops_ptr,
+    pieces,
+    chunks,
+    values,
+    tokens,
+    state,
+    floats,
+    vocab,
+    num_chunks,
+    num_pieces,
+    CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    LISTS: tl.constexpr,
+):
+    """Writes the row's state: its token, or which kernel goes on with it."""
     piece = tl.arange(0, PIECES)
     bad = tl.max(tl.load(pieces + piece * r.PIECE_WORDS + r.PIECE_BAD, piece < num_pieces, other=0.0), axis=0)
     chunk = tl.arange(0, CHUNKS)
-    tops = tl.load(tops_ptr + entry * num_chunks + chunk, chunk < num_chunks, other=-float("inf"))
+    tops = tl.load(tops_ptr + chunk, chunk < num_chunks, other=-float("inf"))
     top = tl.max(tops, axis=0)
-    logits = logits_ptr + entry * logits_stride
     edits, ops = tl.load(record + r.EDITS), tl.load(record + r.OPS)
-    tl.debug_barrier()
     tl.store(floats + r.TOP, top)
     if (bad != 0) | (top == float("inf")):
         tl.store(state + r.MODE, r.DONE)
@@ -104,32 +153,10 @@ def choose_kernel(
         else:
             tl.store(state + r.MODE, r.DRAW_EDITED)
     elif LISTS:
+        lists = chunks, values, tokens
         _choose_from_list(
-            logits,
-            record,
-            position,
-            counts,
-            marks,
-            tops,
-            top,
-            pieces,
-            chunks_ptr + entry * num_chunks,
-            values_ptr + entry * LIST_CAPACITY,
-            tokens_ptr + entry * LIST_CAPACITY,
-            state,
-            floats,
-            vocab,
-            num_pieces,
-            PIECES,
-            CHUNKS,
+            logits, record, position, counts, marks, tops, top, pieces, lists, state, floats, vocab, num_pieces, PIECES
         )
-    if SETTLES:
-        tl.debug_barrier()
-        mode = tl.load(state + r.MODE)
-        if (mode == r.DONE) | (mode == r.LISTED):
-            history = history_ptr + row * history_stride
-            outputs = out_tokens_ptr, out_ok_ptr, out_exhausted_ptr
-            settle(record, position, entry, state, floats, counts, marks, history, outputs, LISTS)
 
 
 @triton.jit
@@ -159,31 +186,59 @@ def _choose_from_list(
     tops,
     top,
     pieces,
-    chunks,
-    values,
-    tokens,
+    lists,
     state,
     floats,
     vocab,
     num_pieces,
     PIECES: tl.constexpr,
-    CHUNKS: tl.constexpr,
 ):
+    _, values, tokens = lists
     mass, weighted = tl.full([], 1.0, tl.float64), tl.full([], 0.0, tl.float64)
     left, deviation = tl.full([], 1.0, tl.float64), tl.full([], 0.0, tl.float64)
     if (tl.load(record + r.FLAGS) & r.STATS) != 0:
         mass, weighted, left, deviation = combine_pieces(pieces, num_pieces, top, PIECES)
     first = tl.load(record + r.EDITS)
     divisor = tl.full([], 1.0, tl.float32)
-    code = tl.load(op_at(record, first) + r.CODE)  # 0 or a list's behind the last
-    divided = code == r.DYNAMIC_TEMPERATURE  # it keeps the order, so what follows it may tell which tokens matter
-    if divided:
+    divided = tl.load(op_at(record, first) + r.CODE) == r.DYNAMIC_TEMPERATURE
+    if divided:  # it keeps the order, so what follows it may tell which tokens matter
         divisor = dynamic_temperature(op_at(record, first), mass, weighted, left)
         first += 1
         tops = tl.div_rn(tops, divisor + tl.zeros_like(tops))
         top = tl.div_rn(top, divisor)
-        code = tl.load(op_at(record, first) + r.CODE)
     op = op_at(record, first)
+    lowest, wanted = _reach(op, record, position, top, mass, weighted, deviation, divided)
+    found = _list_survivors(logits, record, counts, marks, tops, top, op, lowest, wanted, divisor, mass, lists, vocab)
+    if (found == 0) | (found > LIST_CAPACITY):
+        tl.store(state + r.MODE, r.RUN_WIDE)
+    else:
+        sums = mass, weighted, left, deviation
+        top = run_program(
+            record,
+            position,
+            first,
+            values,
+            tokens,
+            found,
+            top,
+            sums,
+            counts,
+            marks,
+            floats,
+            values,
+            False,
+            LIST_CAPACITY,
+        )
+        _finish_list(record, position, values, tokens, found, top, counts, state, floats)
+
+
+@triton.jit
+def _reach(op, record, position, top, mass, weighted, deviation, divided):
+    """Which tokens can survive the operation `op`, a row's first (0 or a list's code behind the last).
+
+    Returns the lowest logit, inf if it is not known, and from how many chunks it looks for tokens, 0 if neither is.
+    """
+    code = tl.load(op + r.CODE)
     lowest, wanted = tl.full([], float("inf"), tl.float32), tl.full([], 0, tl.int32)
     if (code == r.MIN_P) | (is_threshold(code) & ~divided):
         number = tl.full([], 0.0, tl.float32)
@@ -194,43 +249,28 @@ def _choose_from_list(
         wanted = tl.minimum(value_of(op, 0), 1e6).to(tl.int32)
     elif (code == r.TOP_P) & ~divided:
         wanted = tl.full([], _FEW_CHUNKS, tl.int32)
+    return lowest, wanted
+
+
+@triton.jit
+def _list_survivors(logits, record, counts, marks, tops, top, op, lowest, wanted, divisor, mass, lists, vocab):
+    """Lists what can survive; returns the number of tokens, 0 or more than LIST_CAPACITY if a list cannot hold them."""
+    is_top_p = tl.load(op + r.CODE) == r.TOP_P
     found = tl.full([], 0, tl.int32)
     searching = (lowest < float("inf")) | ((wanted > 0) & (wanted <= LIST_CAPACITY))
     while searching:
         if wanted > 0:
-            lowest = kth_largest(tops, wanted, CHUNKS)
-        found = _collect(logits, record, counts, marks, tops, lowest, divisor, chunks, values, tokens, vocab, CHUNKS)
+            lowest = kth_largest(tops, wanted)
+        found = _collect(logits, record, counts, marks, tops, lowest, divisor, lists, vocab)
         searching = tl.full([], 0, tl.int1)
-        if (code == r.TOP_P) & (found <= LIST_CAPACITY):
-            missing = value_of(op, 0).to(tl.float64) * mass - _mass_of(values, found, top)
+        if is_top_p & (found <= LIST_CAPACITY):
+            missing = value_of(op, 0).to(tl.float64) * mass - _mass_of(lists[1], found, top)
             if missing > 0:  # not certain to hold all that survive; others weigh no more than the lowest here
                 possible = (LIST_CAPACITY - found).to(tl.float32) * tl.exp(lowest - top)
                 searching = (wanted < _MANY_CHUNKS) & (missing <= possible.to(tl.float64))
                 found = tl.full([], 0, tl.int32)
                 wanted = tl.full([], _MANY_CHUNKS, tl.int32)
-    if (found == 0) | (found > LIST_CAPACITY):
-        tl.store(state + r.MODE, r.RUN_WIDE)
-    else:
-        top = run_program(
-            record,
-            position,
-            first,
-            values,
-            tokens,
-            found,
-            top,
-            mass,
-            weighted,
-            left,
-            deviation,
-            counts,
-            marks,
-            floats,
-            values,
-            False,
-            LIST_CAPACITY,
-        )
-        _finish_list(record, position, values, tokens, found, top, counts, state, floats)
+    return found
 
 
 @triton.jit
@@ -256,13 +296,14 @@ def _mass_of(values, count, top):
 
 
 @triton.jit
-def _collect(logits, record, counts, marks, tops, lowest, divisor, chunks, values, tokens, vocab, CHUNKS: tl.constexpr):
+def _collect(logits, record, counts, marks, tops, lowest, divisor, lists, vocab):
     """Lists the tokens whose logits, divided, are at least `lowest`; returns how many, or more than LIST_CAPACITY."""
+    chunks, values, tokens = lists
     reach = (tops >= lowest) & (tops > -float("inf"))
     place = tl.cumsum(reach.to(tl.int32), axis=0) - 1
     total = tl.sum(reach.to(tl.int32), axis=0)
     tl.debug_barrier()
-    tl.store(chunks + place, tl.arange(0, CHUNKS), reach)
+    tl.store(chunks + place, tl.arange(0, tops.shape[0]), reach)
     tl.debug_barrier()
     found = tl.where(total > _TOO_MANY_CHUNKS, LIST_CAPACITY + 1, 0)
     begin = tl.full([], 0, tl.int32)

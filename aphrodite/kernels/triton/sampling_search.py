@@ -221,7 +221,7 @@ def keep(values, count, top, offset, cut, last, kind, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kth_largest(values, k, N: tl.constexpr):
+def kth_largest(values, k):
     """The `k`-th largest of `values` [N] float32 in registers, or -inf where fewer are left."""
     keys = ordered(values)
     ways = tl.arange(0, WAYS).to(tl.int64)

@@ -280,10 +280,7 @@ def run_program(
     tokens,
     count,
     top,
-    first_mass,
-    first_weighted,
-    first_left,
-    first_deviation,
+    first_sums,
     counts,
     marks,
     floats,
@@ -297,9 +294,11 @@ def run_program(
         values: [count] float32, changed. tokens: [count] int32, the entries' tokens.
             If WIDE entries are tokens, and `tokens` is, like `spare` (float32), memory for LIST_CAPACITY entries.
         top: the largest of `values`, finite.
-        first_mass, ...: what operation `first` has to go by where `values` are not the whole distribution (not WIDE).
+        first_sums: mass, weighted sum, survivors and deviation that operation `first` has to go by where `values` are
+            not the whole distribution (not WIDE).
         floats: the row's state.
     """
+    first_mass, first_weighted, first_left, first_deviation = first_sums
     num_ops = tl.load(record + r.OPS)
     index = first
     while index < num_ops:
