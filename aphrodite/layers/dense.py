@@ -8,6 +8,7 @@ float32 values), with the copy to the device behind the read of the next piece.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from aphrodite.errors import ModelFormatError
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.quantization.dequantize import dequantize
+from aphrodite.quantization.packed import PackedTensor
 from aphrodite.quantization.types import NoiseTensor, QuantType, RawTensor
 
 _PIECE_VALUES = 4 * 1024 * 1024  # values in flight; bounds what conversion needs above its result
@@ -53,14 +55,15 @@ def _tell_of_change(parts: Sequence[RawTensor], dtype: torch.dtype) -> None:
     kept = {torch.bfloat16: QuantType.BF16, torch.float16: QuantType.F16}.get(dtype)
     for part in parts:
         changes = []
-        if part.qtype.block_size > 1:
-            factor = dtype.itemsize * part.qtype.block_size / part.qtype.block_bytes
+        expanded = part.qtype.block_size > 1 or isinstance(part, PackedTensor)
+        if expanded:
+            factor = dtype.itemsize * math.prod(part.shape) / part.nbytes
             changes.append(f"expanded to {short_name(dtype)} in {factor:.1f} times their memory")
-        if dtype != torch.float32 and part.qtype is not kept:
+        if dtype != torch.float32 and (expanded or part.qtype is not kept):
             changes.append(f"rounded to {short_name(dtype)}; --dtype float32 is exact")
         if changes:
             level = logging.INFO if dtype == torch.float32 else logging.WARNING
-            log_once(level, f"{part.qtype.name} weights: {', '.join(changes)}")
+            log_once(level, f"{part.type_name} weights: {', '.join(changes)}")
 
 
 def _convert(raw: RawTensor, out: torch.Tensor) -> None:
@@ -84,14 +87,14 @@ def _pieces(raw: RawTensor, out: torch.Tensor) -> Iterator[tuple[RawTensor, torc
         return
     step = max(1, _PIECE_VALUES // raw.shape[1])
     for first in range(0, raw.shape[0], step):
-        data = raw.data[first : first + step]
-        yield RawTensor(raw.name, (data.shape[0], raw.shape[1]), raw.qtype, data), out[first : first + step]
+        rows = slice(first, first + step)
+        yield raw.take_rows(rows), out[rows]
 
 
 def _send(raw: RawTensor, device: torch.device) -> torch.Tensor:
-    """`raw` on `device`, as it is stored or as float32 if that is in blocks. Does not wait for the copy: torch's
-    allocator keeps the pinned memory until it is done."""
-    dtype = _STORED.get(raw.qtype)
+    """`raw` on `device`, as it is stored or, if that is in blocks or packed, as float32. Does not wait for the copy:
+    torch's allocator keeps the pinned memory until it is done."""
+    dtype = None if isinstance(raw, PackedTensor) else _STORED.get(raw.qtype)
     values = np.ascontiguousarray(raw.data if dtype is not None else dequantize(raw)).reshape(-1).view(np.uint8)
     staged = torch.empty(values.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     np.copyto(staged.numpy(), values)

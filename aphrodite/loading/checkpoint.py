@@ -19,7 +19,8 @@ from aphrodite.loading.dummy import dummy_weights
 from aphrodite.loading.generation import GenerationDefaults, generation_from_config, generation_from_gguf
 from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
 from aphrodite.loading.multimodal import text_tensors
-from aphrodite.loading.safetensors import INDEX_NAME, read_safetensors, read_sharded_safetensors
+from aphrodite.loading.quantized.methods import unpack_tensors
+from aphrodite.loading.safetensors import INDEX_NAME, StoredTensor, read_safetensors, read_sharded_safetensors
 from aphrodite.loading.weights import Weights, match_weights
 from aphrodite.models.families.rotary import ROPE_TENSORS
 from aphrodite.models.registry import family_of_config, family_of_gguf, is_wrapped, text_config
@@ -73,7 +74,7 @@ class Checkpoint:
 
     @property
     def tensors_by_type(self) -> dict[QuantType, int]:
-        """Tensors of each storage type, the type with most bytes first."""
+        """Tensors of each type, the type with most bytes first; packed ones count as what they are expanded to."""
         parameters = self.weights.parameters.values()
         count: Counter[QuantType] = Counter(parameter.qtype for parameter in parameters)
         size: Counter[QuantType] = Counter()
@@ -84,8 +85,13 @@ class Checkpoint:
     @property
     def quantization(self) -> str:
         """For people: `Q4_1 (210 tensors), Q8_0 (1), F32 (61)`."""
-        (first, count), *rest = self.tensors_by_type.items()
-        return ", ".join([f"{first.name} ({count} tensors)", *(f"{qtype.name} ({n})" for qtype, n in rest)])
+        parameters = self.weights.parameters.values()
+        count = Counter(parameter.type_name for parameter in parameters)
+        size: Counter[str] = Counter()
+        for parameter in parameters:
+            size[parameter.type_name] += parameter.nbytes
+        (first, _), *rest = size.most_common()
+        return ", ".join([f"{first} ({count[first]} tensors)", *(f"{name} ({count[name]})" for name, _ in rest)])
 
 
 def open_checkpoint(model: str | Path, *, load_format: LoadFormat = "auto") -> Checkpoint:
@@ -216,12 +222,12 @@ def _with_splits(file: GGUFFile, metadata: ConfigReader) -> Mapping[str, RawTens
 def _open_safetensors(path: Path) -> Checkpoint:
     directory = path.parent if path.is_file() else path
     config = ConfigReader.from_file(directory / "config.json")
-    _refuse_quantized(config)
     family = family_of_config(config)
     spec = family.from_config(text_config(config, family))
-    tensors = _read_tensors(path)
+    stored = _read_tensors(path)
     if is_wrapped(config, family):
-        tensors = text_tensors(str(directory), tensors)
+        stored = text_tensors(str(directory), stored)
+    tensors = unpack_tensors(stored, config)
     head, embedding = (family.hf.names.checkpoint_name(f"{module}.weight") for module in ("head", "embed"))
     if spec.tied_head and head in tensors and embedding in tensors:
         if _same_bytes(tensors[head], tensors[embedding]):
@@ -234,7 +240,8 @@ def _open_safetensors(path: Path) -> Checkpoint:
         spec,
         tensors,
         family.hf,
-        harmless=lambda name: name.endswith("rotary_emb.inv_freq"),  # computed from the spec
+        # The former is computed from the spec; quantizers write the latter for modules that have none.
+        harmless=lambda name: name.endswith("rotary_emb.inv_freq") or _is_zero_bias(tensors[name]),
     )
     return _described(directory, "safetensors", config, spec, weights)
 
@@ -243,7 +250,11 @@ def _same_bytes(a: RawTensor, b: RawTensor) -> bool:
     return a.qtype is b.qtype and np.array_equal(a.data, b.data)
 
 
-def _read_tensors(path: Path) -> dict[str, RawTensor]:
+def _is_zero_bias(raw: RawTensor) -> bool:
+    return raw.name.endswith(".bias") and not raw.data.any()
+
+
+def _read_tensors(path: Path) -> dict[str, StoredTensor]:
     if path.is_file():
         return read_safetensors(path)
     single = path / "model.safetensors"
@@ -258,16 +269,6 @@ def _read_tensors(path: Path) -> dict[str, RawTensor]:
             "download the model again"
         )
     return read_safetensors(files[0])
-
-
-def _refuse_quantized(config: ConfigReader) -> None:
-    section = config.section("quantization_config")
-    if section is not None:
-        method = section.read("quant_method", str, "an unnamed method")
-        raise ModelFormatError(
-            f"{config.source}: the weights are quantized with {method}, which is not supported yet; "
-            "use the original safetensors checkpoint or a GGUF file"
-        )
 
 
 def _open_dummy(path: Path) -> Checkpoint:

@@ -122,6 +122,11 @@ class ConfigReader:
             raise self.wrong(key, "an object", value)
         return ConfigReader(self.source, value, label=self._name(key) + ".")
 
+    def sections(self) -> list[ConfigReader]:
+        """The objects under all keys, in order; what is no object is passed over."""
+        found = (self.section(key) for key, value in self._values.items() if isinstance(value, Mapping))
+        return [section for section in found if section is not None]
+
     def strings(self, key: str) -> list[str]:
         """A list of texts; empty when it is absent or null.
 

@@ -8,6 +8,7 @@ checkpoints spread over several files that `model.safetensors.index.json` lists.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
@@ -29,6 +30,35 @@ _BITS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of any type as it lies in a file.
+
+    `dtype` is the format's name of the type, `data` the bytes, a view of the file's memory map.
+    """
+
+    source: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    def dense(self) -> RawTensor:
+        """The tensor for a parameter that is stored without quantization.
+
+        Raises:
+            ModelFormatError: its type is not one of F32, F16 and BF16.
+        """
+        qtype = _DENSE.get(self.dtype)
+        if qtype is None:
+            raise ModelFormatError(
+                f"{self.source}: tensor {self.name!r} is stored as {self.dtype}, which is not supported; "
+                f"use a checkpoint in {', '.join(_DENSE)}"
+            )
+        rows, columns = math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
+        return RawTensor(self.name, self.shape, qtype, self.data.reshape(rows, qtype.row_bytes(columns)))
+
+
 class _Entry(NamedTuple):
     name: str
     dtype: str
@@ -37,11 +67,11 @@ class _Entry(NamedTuple):
     end: int
 
 
-def read_safetensors(path: Path) -> dict[str, RawTensor]:
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, as views of its memory map. Reads only the header.
 
     Raises:
-        ModelFormatError: damaged, truncated, or with a tensor of an unsupported type.
+        ModelFormatError: damaged or truncated.
     """
     buffer = map_file(path)
     if len(buffer) < 8:
@@ -54,10 +84,15 @@ def read_safetensors(path: Path) -> dict[str, RawTensor]:
     entries = [_entry(path, name, value) for name, value in header.items() if name != "__metadata__"]
     _check_layout(path, entries, len(buffer) - data_start)
     data = np.frombuffer(buffer, np.uint8)
-    return {entry.name: _tensor(path, entry, data[data_start:]) for entry in entries}
+    return {
+        entry.name: StoredTensor(
+            path, entry.name, entry.dtype, entry.shape, data[data_start + entry.start : data_start + entry.end]
+        )
+        for entry in entries
+    }
 
 
-def read_sharded_safetensors(index: Path) -> dict[str, RawTensor]:
+def read_sharded_safetensors(index: Path) -> dict[str, StoredTensor]:
     """The tensors of all files that an index lists.
 
     Raises:
@@ -66,7 +101,7 @@ def read_sharded_safetensors(index: Path) -> dict[str, RawTensor]:
     weight_map = load_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFormatError(f"{index}: weight_map should map tensor names to files; download the index again")
-    tensors: dict[str, RawTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in _shard_names(index, weight_map):
         shard = read_safetensors(index.parent / file)
         twice = next((name for name in shard if name in tensors), None)
@@ -123,18 +158,6 @@ def _check_layout(path: Path, entries: list[_Entry], available: int) -> None:
         position = entry.end
     if position != available:
         raise _damaged(path, f"its tensors take {position} bytes, but {available} follow the header")
-
-
-def _tensor(path: Path, entry: _Entry, data: np.ndarray) -> RawTensor:
-    qtype = _DENSE.get(entry.dtype)
-    if qtype is None:
-        raise ModelFormatError(
-            f"{path}: tensor {entry.name!r} is stored as {entry.dtype}, which is not supported; "
-            f"use a checkpoint in {', '.join(_DENSE)}"
-        )
-    rows, columns = math.prod(entry.shape[:-1]), entry.shape[-1] if entry.shape else 1
-    values = data[entry.start : entry.end].reshape(rows, qtype.row_bytes(columns))
-    return RawTensor(entry.name, entry.shape, qtype, values)
 
 
 def _damaged(path: Path, problem: str) -> ModelFormatError:

@@ -14,6 +14,7 @@ from aphrodite.errors import ModelFormatError
 from aphrodite.loading.parameters import HEAD_PLACEHOLDER, Storage, parameter_shapes
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.dequantize import dequantize
+from aphrodite.quantization.packed import PackedMatrix, PackedTensor
 from aphrodite.quantization.types import QuantType, RawTensor
 
 _SHOWN = 4  # names listed in an error, of each kind
@@ -21,11 +22,15 @@ _SHOWN = 4  # names listed in an error, of each kind
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter that can be had: its description costs nothing, `load` may read and copy."""
+    """A parameter that can be had: its description costs nothing, `load` may read and copy.
+
+    `matrix` is the packing out of which it is expanded, None if it is stored as `qtype` says.
+    """
 
     shape: tuple[int, ...]
     qtype: QuantType
     load: Callable[[], RawTensor]
+    matrix: PackedMatrix | None = None
 
     @property
     def count(self) -> int:
@@ -33,7 +38,15 @@ class Parameter:
         return math.prod(self.shape)
 
     @property
+    def type_name(self) -> str:
+        """How it is stored, for people."""
+        return self.qtype.name if self.matrix is None else self.matrix.method
+
+    @property
     def nbytes(self) -> int:
+        """Bytes as it is stored."""
+        if self.matrix is not None:
+            return self.matrix.nbytes * self.shape[0] // self.matrix.shape[0]
         return self.count // self.shape[-1] * self.qtype.row_bytes(self.shape[-1])
 
 
@@ -93,7 +106,8 @@ def match_weights(
         misshapen.update(dict.fromkeys(wrong))
         if len(found) == len(place.names) and not wrong:
             load = _loader(canonical, shapes[canonical], found, place.rows, spec, storage)
-            parameters[canonical] = Parameter(shapes[canonical], load.qtype, load)
+            matrix = found[0].matrix if isinstance(found[0], PackedTensor) else None
+            parameters[canonical] = Parameter(shapes[canonical], load.qtype, load, matrix)
     unknown = [name for name in left_over if not harmless(name)]
     if missing or misshapen or unknown:
         problems = (
@@ -185,16 +199,21 @@ class _Loader:
         return self.offset != 0.0 or self.scale != 1.0
 
     def __call__(self) -> RawTensor:
-        first = self.raws[0]
-        data = first.data if len(self.raws) == 1 else np.concatenate([raw.data for raw in self.raws])
+        raw = self.raws[0]
+        if len(self.shape) > len(raw.shape):  # one a head
+            raw = RawTensor(raw.name, self.shape, raw.qtype, np.concatenate([part.data for part in self.raws]))
         for rows in (self.rows, self.order):
-            if rows is not None:  # lossless, since blocks lie along the columns
-                data = data.reshape(-1, first.qtype.block_bytes)[rows] if self.by_value else data[rows]
-        raw = RawTensor(first.name, self.shape, first.qtype, data.reshape(math.prod(self.shape[:-1]), -1))
+            if rows is not None:
+                raw = _take_values(raw, rows, self.shape) if self.by_value else raw.take_rows(rows)
         if not self._folds:
             return raw
         values = ((dequantize(raw).astype(np.float64) + self.offset) * self.scale).astype("<f4")
         return RawTensor(raw.name, raw.shape, QuantType.F32, values.reshape(raw.data.shape[0], -1).view(np.uint8))
+
+
+def _take_values(raw: RawTensor, rows: np.ndarray | slice, shape: tuple[int, ...]) -> RawTensor:
+    values = raw.data.reshape(-1, raw.qtype.block_bytes)[rows]
+    return RawTensor(raw.name, shape, raw.qtype, values.reshape(math.prod(shape[:-1]), -1))
 
 
 def _loader(

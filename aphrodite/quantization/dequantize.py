@@ -14,6 +14,8 @@ import numpy as np
 
 from aphrodite.quantization import iquants, kquants
 from aphrodite.quantization.block_fields import half, nibbles
+from aphrodite.quantization.dense_types import numbers_of, to_float32
+from aphrodite.quantization.packed import PackedTensor
 from aphrodite.quantization.types import QuantType, RawTensor
 
 _PIECE_VALUES = 64 * 1024  # expanded at a time: what lies between the operations on them stays in a core's cache
@@ -21,22 +23,16 @@ _PIECE_VALUES = 64 * 1024  # expanded at a time: what lies between the operation
 
 def dequantize(raw: RawTensor) -> np.ndarray:
     """The tensor's values, float32 of `raw.shape`; always a new array."""
+    if isinstance(raw, PackedTensor):
+        return raw.expand()
     if raw.qtype.block_size == 1:
-        return _dense(raw).reshape(raw.shape)
+        return np.array(to_float32(numbers_of(raw), raw.qtype))
     blocks = np.ascontiguousarray(raw.data).reshape(-1, raw.qtype.block_bytes)
     values = np.empty((len(blocks), raw.qtype.block_size), np.float32)
     expand, step = _BLOCKS[raw.qtype], _PIECE_VALUES // raw.qtype.block_size
     for first in range(0, len(blocks), step):
         expand(blocks[first : first + step], values[first : first + step])
     return values.reshape(raw.shape)
-
-
-def _dense(raw: RawTensor) -> np.ndarray:
-    data = np.ascontiguousarray(raw.data)
-    if raw.qtype is QuantType.BF16:
-        return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-    dense: np.ndarray = data.view("<f2" if raw.qtype is QuantType.F16 else "<f4").astype(np.float32)
-    return dense
 
 
 def _fifth_bits(blocks: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:

@@ -70,9 +70,15 @@ class RawTensor:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def take_rows(self, index: np.ndarray) -> RawTensor:
-        """The same tensor with its rows reordered; lossless, since blocks lie along the columns."""
-        return RawTensor(self.name, self.shape, self.qtype, self.data[index])
+    @property
+    def type_name(self) -> str:
+        """How it is stored, for people."""
+        return self.qtype.name
+
+    def take_rows(self, rows: np.ndarray | slice) -> RawTensor:
+        """Some rows of a matrix, or all in another order; lossless, since blocks lie along the columns."""
+        data = self.data[rows]
+        return RawTensor(self.name, (len(data) // math.prod(self.shape[1:-1]), *self.shape[1:]), self.qtype, data)
 
 
 class NoiseTensor(RawTensor):

@@ -293,7 +293,7 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"num_key_value_heads": 3}, "divisor of the 4"),
     "odd head": ({"head_dim": 7}, "head_dim should be even"),
     "activation": ({"hidden_act": "relu6"}, "hidden_act should be one of"),
-    "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantized with awq"),
+    "quantized": ({"quantization_config": {"quant_method": "hqq"}}, "quantized with hqq, which is not supported"),
     "scaling": ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type should be one of"),
     "long factors": (
         {"rope_scaling": {"type": "longrope", "long_factor": [1.0, "x"]}},

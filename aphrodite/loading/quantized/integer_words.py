@@ -1,0 +1,100 @@
+"""AWQ and GPTQ checkpoints: codes of a few bits in 32-bit words, with a scale and a zero for each group of inputs.
+
+Layouts: AutoAWQ's gemm layout (arXiv 2306.00978) and AutoGPTQ's and GPTQModel's `qweight`, `qzeros`, `scales` and
+`g_idx` (arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from aphrodite.errors import ModelFormatError
+from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.loading.quantized.tensors import DENSE_TYPES, ModuleTensors, group_size_of, numbers
+from aphrodite.loading.safetensors import StoredTensor
+from aphrodite.quantization.packed import AwqMatrix, GptqMatrix, PackedTensor
+
+_INT32 = ("I32", "U32")
+_GPTQ_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+
+
+def unpack_awq(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[str, PackedTensor]:
+    """Takes every AWQ module out of `tensors`; their weights by name.
+
+    Raises:
+        ModelFormatError: another layout than gemm, other bits than 4, or tensors that do not fit.
+    """
+    if config.read("bits", int) != 4:
+        raise config.wrong("bits", "4", config.read("bits", int))
+    for key in ("version", "format"):
+        layout = config.read(key, str, "gemm")
+        if layout.lower() != "gemm":
+            raise config.wrong(key, "gemm", layout)
+    group_size = _group_size(config)
+    modules, found = ModuleTensors(tensors, "AWQ"), {}
+    for module in modules.modules_with(".qweight"):
+        codes = numbers(modules.take(f"{module}.qweight", _INT32, (None, None)))
+        columns, words = codes.shape
+        groups = columns // group_size_of(columns, group_size, module)
+        zeros = numbers(modules.take(f"{module}.qzeros", _INT32, (groups, words)))
+        scales = modules.take(f"{module}.scales", DENSE_TYPES, (groups, words * 8)).dense()
+        name = f"{module}.weight"
+        found[name] = PackedTensor(name, scales.qtype, AwqMatrix(codes, zeros, scales))
+    return found
+
+
+def unpack_gptq(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[str, PackedTensor]:
+    """Takes every GPTQ module out of `tensors`; their weights by name.
+
+    Raises:
+        ModelFormatError: a layout that is not supported, or tensors that do not fit.
+    """
+    bits = config.read("bits", int)
+    if bits not in (2, 3, 4, 8):
+        raise config.wrong("bits", "2, 3, 4 or 8", bits)
+    if config.read("is_marlin_format", bool, False):
+        raise config.wrong("is_marlin_format", "false", True)
+    if config.section("dynamic") is not None:
+        raise ModelFormatError(
+            f"{config.source}: quantization_config.dynamic gives modules bits of their own, which is not supported; "
+            "use a checkpoint with the same bits everywhere"
+        )
+    zero_offset = config.choice("checkpoint_format", _GPTQ_ZERO_OFFSETS, "gptq")
+    group_size, act_order = _group_size(config), config.read("desc_act", bool, False)
+    modules, found = ModuleTensors(tensors, "GPTQ"), {}
+    for module in modules.modules_with(".qweight"):
+        codes = numbers(modules.take(f"{module}.qweight", _INT32, (None, None)))
+        rows, columns = codes.shape[1], codes.shape[0] * 32 // bits
+        groups = columns // group_size_of(columns, group_size, module)
+        zeros = numbers(modules.take(f"{module}.qzeros", _INT32, (groups, rows * bits // 32)))
+        scales = modules.take(f"{module}.scales", DENSE_TYPES, (groups, rows)).dense()
+        group_of = None
+        if act_order or modules.has(f"{module}.g_idx"):
+            group_of = scattered_groups(modules.take(f"{module}.g_idx", ("I32",), (columns,)), groups)
+        name = f"{module}.weight"
+        matrix = GptqMatrix(bits, codes, zeros, zero_offset, scales, group_of)
+        found[name] = PackedTensor(name, scales.qtype, matrix)
+    return found
+
+
+def scattered_groups(order: StoredTensor, groups: int) -> np.ndarray | None:
+    """The group of each input, None where groups are consecutive.
+
+    Raises:
+        ModelFormatError: a group that has no scale.
+    """
+    group_of = numbers(order).view("<i4")
+    if group_of.min(initial=0) < 0 or group_of.max(initial=0) >= groups:
+        raise ModelFormatError(
+            f"{order.source}: {order.name!r} names a group outside 0 to {groups - 1}; "
+            "the checkpoint is damaged: download it again"
+        )
+    consecutive = np.arange(len(group_of)) // (len(group_of) // groups)
+    return None if np.array_equal(group_of, consecutive) else group_of.astype(np.intp)
+
+
+def _group_size(config: ConfigReader) -> int:
+    size = config.read("group_size", int, 128, low=-1, high=1 << 20)
+    if size == 0:
+        raise config.wrong("group_size", "-1 or at least 1", size)
+    return size

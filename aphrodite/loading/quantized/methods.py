@@ -1,0 +1,49 @@
+"""Which quantization method a safetensors checkpoint has, and its tensors as parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aphrodite.errors import ModelFormatError
+from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.loading.quantized.bitsandbytes import unpack_bitsandbytes
+from aphrodite.loading.quantized.compressed_tensors import unpack_compressed_tensors
+from aphrodite.loading.quantized.eight_bit import unpack_fp8
+from aphrodite.loading.quantized.integer_words import unpack_awq, unpack_gptq
+from aphrodite.loading.safetensors import StoredTensor
+from aphrodite.quantization.packed import PackedTensor
+from aphrodite.quantization.types import RawTensor
+
+_Unpack = Callable[[dict[str, StoredTensor], ConfigReader], dict[str, PackedTensor]]
+_METHODS: dict[str, _Unpack] = {
+    "awq": unpack_awq,
+    "gptq": unpack_gptq,
+    "fp8": unpack_fp8,
+    "compressed-tensors": unpack_compressed_tensors,
+    "bitsandbytes": unpack_bitsandbytes,
+}
+
+
+def unpack_tensors(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[str, RawTensor]:
+    """A checkpoint's tensors as its parameters: a module's weight for the tensors of which it is made.
+
+    Args:
+        tensors: as they lie in the files.
+        config: of config.json, whose `quantization_config` names the method.
+
+    Raises:
+        ModelFormatError: the method is unknown, the checkpoint does not fit it, or a tensor that no method claims is
+            neither F32 nor F16 nor BF16.
+    """
+    section = config.section("quantization_config") or config.section("compression_config")
+    if section is None:
+        return {name: tensor.dense() for name, tensor in tensors.items()}
+    method = section.read("quant_method", str, "")
+    if method not in _METHODS:
+        raise ModelFormatError(
+            f"{config.source}: the weights are quantized with {method or 'an unnamed method'}, which is not supported "
+            f"(supported: {', '.join(_METHODS)}); use another version of the model, or a GGUF file"
+        )
+    rest = dict(tensors)
+    packed = _METHODS[method](rest, section)
+    return {**{name: tensor.dense() for name, tensor in rest.items()}, **packed}
