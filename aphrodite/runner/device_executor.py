@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ import triton
 from aphrodite.attention.backend import AttentionShape, KVCache
 from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.errors import ConfigError
+from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
 from aphrodite.models.decoder import Decoder, query_key_transform
 from aphrodite.models.spec import ModelSpec
@@ -81,6 +83,10 @@ class DeviceExecutor:
         transform = query_key_transform(spec, loaded, max_model_len)
         self._attention = TritonAttention(self._shape, transform, softcap=spec.attention_softcap)
         self._cache: KVCache | None = None
+        if spec.block in ("post_norm", "sandwich") or spec.norm != "rms" or (spec.qk_norm and spec.head_norm != "head"):
+            log_once(
+                logging.INFO, f"norms of {spec.family}: in part by torch, for kernels fuse RMSNorm before products"
+            )
 
     @property
     def weight_bytes(self) -> int:

@@ -16,6 +16,7 @@ from torch_executor_cases import tiny_model
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT, WINDOW = 6, 2, 16, 512, 40
 SIZES: dict[str, Any] = {
     "hidden_size": HEADS * HEAD_DIM,
+    "intermediate_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS,

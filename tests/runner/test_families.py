@@ -23,7 +23,10 @@ from transformers import (
 )
 
 from aphrodite.errors import ModelFormatError
+from aphrodite.kernels.cpu import library
 from aphrodite.loading.checkpoint import open_checkpoint
+from aphrodite.models.docs import NATIVE_FAMILIES
+from aphrodite.runner.native import NativeExecutor
 from aphrodite.runner.torch_executor import TorchExecutor
 
 STEPS = 32
@@ -109,6 +112,36 @@ def test_gguf_gives_the_same_logits(loaded: Loaded, tmp_path: Path) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-5)
 
 
+def test_half_precision_stays_near_float32(loaded: Loaded) -> None:
+    driver = Driver(executor_of(loaded.model, dtype=torch.bfloat16))
+    batch = [driver.add(tokens) for tokens in prompts(211, LENGTHS)]
+    driver.step([(request, len(request.tokens) - 1) for request in batch])
+    for request, logits in zip(batch, driver.step([(request, 1) for request in batch]), strict=True):
+        expected = reference(loaded.model, request.tokens)[-1]
+        assert (logits[0] - expected).abs().mean() < 0.2 * expected.std()
+
+
+def test_the_native_executor_takes_what_is_documented(loaded: Loaded, tmp_path: Path) -> None:
+    if library.load() is None:
+        pytest.skip("the native library is not built")
+    loaded.model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    reason = NativeExecutor.declines(checkpoint.spec, checkpoint.weights)
+    if checkpoint.spec.family not in NATIVE_FAMILIES:
+        assert reason is not None
+        assert reason.startswith("its programs have no ")
+        return
+    assert reason is None
+    executor = NativeExecutor(
+        checkpoint.spec, checkpoint.weights, block_size=BLOCK_SIZE, max_model_len=512, kv_dtype="float32", threads=1
+    )
+    executor.allocate_kv_cache(200)
+    driver = Driver(executor)  # type: ignore[arg-type]
+    (tokens,) = prompts(211, (150,))
+    (logits,) = driver.step([(driver.add(tokens), 150)])
+    torch.testing.assert_close(logits, reference(loaded.model, tokens), rtol=0, atol=1e-4)
+
+
 def test_internlm2_tensors_become_llamas(tmp_path: Path) -> None:
     """transformers has no code for InternLM 2, whose decoder is Llama's: rename and stack Llama's tensors."""
     model = tiny_model(LlamaForCausalLM, LlamaConfig, **SIZES)
@@ -157,7 +190,7 @@ def test_longrope_takes_the_factors_of_the_length_that_is_served(served: int, le
 
 def test_text_part_of_gemma_3_that_sees_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**SIZES, **CASES["gemma 3"].options, "vocab_size": 211, "intermediate_size": 112, "initializer_range": 0.15}
+    text = {**SIZES, **CASES["gemma 3"].options, "vocab_size": 211, "initializer_range": 0.15}
     config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
     check_text_part(Gemma3ForConditionalGeneration(config), tmp_path, caplog)
     described = json.loads((tmp_path / "config.json").read_text())
@@ -169,7 +202,7 @@ def test_text_part_of_gemma_3_that_sees_images(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_text_part_of_mistral_small_that_sees_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    text = {**SIZES, "model_type": "mistral", "vocab_size": 211, "intermediate_size": 112, "initializer_range": 0.15}
+    text = {**SIZES, "model_type": "mistral", "vocab_size": 211, "initializer_range": 0.15}
     vision: dict[str, Any] = {
         "model_type": "pixtral",
         "hidden_size": 32,

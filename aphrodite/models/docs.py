@@ -1,0 +1,71 @@
+"""The page of all models (`docs/models.md`), made from the registry; `python -m aphrodite.models.docs` prints it.
+
+A test holds the committed page against it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from aphrodite.models.families.common import Family
+from aphrodite.models.registry import FAMILIES
+
+_INTRODUCTION = """\
+# Models
+
+A checkpoint's `config.json` (or a GGUF file's metadata) names its architecture, and the architecture decides which \
+family of this table reads it. A fine-tune of a model that is listed needs nothing more. What is not listed is refused \
+with the list of what is; nothing in a checkpoint is ever executed.
+
+Every family is held to [transformers](https://github.com/huggingface/transformers) by tests that make a tiny random \
+checkpoint with it: logits of three prompts within 1e-4 in float32, 32 greedy tokens equal, prompts cut into chunks \
+and decoded token by token equal to whole ones, and the same through a GGUF file under llama.cpp's names where it has \
+the family (`tests/runner/test_families.py`; InternLM 2, which transformers does not have, is held to Llama with its \
+tensors renamed).
+
+This page is made from the registry: `python -m aphrodite.models.docs > docs/models.md`."""
+
+_NOTES = """\
+## Where they run
+
+- **CPU, native library**: models whose layers are like Llama's: {native}. Others run on torch operations; the log \
+says what the library lacks.
+- **CPU, torch** (`--executor torch`): all.
+- **GPU**: all. Norms behind a layer's parts, LayerNorm, and norms of queries and keys other than per-head RMS are \
+plain torch operations there and not yet fused.
+
+## Notes
+
+- *Scaled contexts.* "dynamic" and LongRoPE scaling are chosen once, by the longest context that is served \
+(`--max-model-len`), so that a request's tokens do not depend on how its prompt was cut: a Phi-3 model with 128k \
+positions uses its long factors unless it is served with its original context or less.
+- *Models that see images* are served without their vision part. The log says so.
+- *Gemma's norms* are stored less one; the sum is kept in float32 whatever the compute type."""
+
+# Families that the native CPU library runs; its executor decides by the model (`NativeExecutor.declines`).
+NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm2", "glm")
+
+
+def models_page() -> str:
+    """The whole page."""
+    rows = [_cells(family) for family in sorted(FAMILIES, key=lambda family: family.title.lower())]
+    table = _table(("Models", "Architecture in config.json", "Architecture in GGUF"), rows)
+    native = "; ".join(family.title for family in FAMILIES if family.name in NATIVE_FAMILIES)
+    return "\n\n".join([_INTRODUCTION, "## Families", table, _NOTES.format(native=native)]) + "\n"
+
+
+def _cells(family: Family) -> tuple[str, str, str]:
+    architectures = ", ".join(f"`{name}`" for name in family.architectures)
+    if family.wrapped_by:
+        architectures += "; text part of " + ", ".join(f"`{name}`" for name in family.wrapped_by)
+    return family.title, architectures, f"`{family.gguf_architecture}`" if family.gguf_architecture else "–"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(models_page())
