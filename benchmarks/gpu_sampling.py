@@ -135,7 +135,7 @@ def kernel_times(graph: torch.cuda.CUDAGraph) -> str:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         graph.replay()
         torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in profile.events() if str(event.device_type).endswith("CUDA")]
     added = dict[str, float]()
     last = 0.0
     for event in sorted(events, key=lambda event: event.time_range.end):

@@ -242,9 +242,9 @@ class DeviceRunner:
         if launches is None:
             self._logits[:bucket].copy_(logits)
             return
-        choices = _unpack(self._chosen, bucket)
-        self.sampler.run(logits, staged.sample_rows, staged.sample_positions, *choices, launches=launches)
-        self.rows.append(staged, choices[0])
+        token_ids, ok, exhausted = _unpack(self._chosen, bucket)
+        self.sampler.run(logits, staged.sample_rows, staged.sample_positions, token_ids, ok, exhausted, launches)
+        self.rows.append(staged, token_ids)
 
     def _try_prompt(self, tokens: int) -> None:
         step = RowStep(self.rows.num_rows, 0, tokens, [], False, True)
