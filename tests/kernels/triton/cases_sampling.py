@@ -70,7 +70,7 @@ for _pdl in (False, True):
         _case(measure_kernel, "fp32", warps=8, registers=MEASURE_REGISTERS, PDL=_pdl),
         _case(choose_kernel, warps=8, **_LISTED, SETTLES=True, PDL=_pdl),
         _case(choose_kernel, warps=4, **_LISTED | {"LISTS": False}, SETTLES=True, PDL=_pdl),
-        # Two registers, outside of the passes; half the threads would have room for them and be slower.
+        # Two registers, outside of the passes; half the threads compile without (not timed).
         _case(widen_kernel, warps=16, spills=8, SETTLES=True, PDL=_pdl),
         _case(draw_kernel, warps=8, SETTLES=True, PDL=_pdl),
     ]
