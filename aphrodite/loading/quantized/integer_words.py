@@ -33,9 +33,10 @@ def unpack_awq(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[s
     group_size = _group_size(config)
     modules, found = ModuleTensors(tensors, "AWQ"), {}
     for module in modules.modules_with(".qweight"):
-        codes = numbers(modules.take(f"{module}.qweight", _INT32, (None, None)))
+        stored = modules.take(f"{module}.qweight", _INT32, (None, None))
+        codes = numbers(stored)
         columns, words = codes.shape
-        groups = columns // group_size_of(columns, group_size, module)
+        groups = columns // group_size_of(stored, columns, group_size)
         zeros = numbers(modules.take(f"{module}.qzeros", _INT32, (groups, words)))
         scales = modules.take(f"{module}.scales", DENSE_TYPES, (groups, words * 8)).dense()
         name = f"{module}.weight"
@@ -63,9 +64,10 @@ def unpack_gptq(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[
     group_size, act_order = _group_size(config), config.read("desc_act", bool, False)
     modules, found = ModuleTensors(tensors, "GPTQ"), {}
     for module in modules.modules_with(".qweight"):
-        codes = numbers(modules.take(f"{module}.qweight", _INT32, (None, None)))
+        stored = modules.take(f"{module}.qweight", _INT32, (None, None))
+        codes = numbers(stored)
         rows, columns = codes.shape[1], codes.shape[0] * 32 // bits
-        groups = columns // group_size_of(columns, group_size, module)
+        groups = columns // group_size_of(stored, columns, group_size)
         zeros = numbers(modules.take(f"{module}.qzeros", _INT32, (groups, rows * bits // 32)))
         scales = modules.take(f"{module}.scales", DENSE_TYPES, (groups, rows)).dense()
         group_of = None

@@ -84,13 +84,16 @@ def numbers(tensor: StoredTensor) -> np.ndarray:
     return tensor.data.view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
 
 
-def group_size_of(columns: int, group_size: int, what: str) -> int:
-    """Inputs that share a scale; -1 stands for all.
+def group_size_of(tensor: StoredTensor, columns: int, group_size: int) -> int:
+    """Inputs of a module with `columns` of them that share a scale; -1 stands for all.
 
     Raises:
         ModelFormatError: they do not divide the inputs.
     """
     size = columns if group_size == -1 else group_size
-    if columns % size:
-        raise ModelFormatError(f"{what}: groups of {size} do not divide {columns} inputs; the checkpoint is damaged")
+    if columns < 1 or columns % size:
+        raise ModelFormatError(
+            f"{tensor.source}: groups of {size} do not divide the {columns} inputs of {tensor.name!r}; "
+            "weights and configuration do not belong together"
+        )
     return size
