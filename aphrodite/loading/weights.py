@@ -120,13 +120,16 @@ def match_weights(
     return Weights(parameters)
 
 
+_Rows = np.ndarray | slice
+
+
 class _Place(NamedTuple):
     """Where a parameter lies: tensors that are stacked to it, the shape that each must have, and which rows are its own
     (None for all)."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    rows: np.ndarray | slice | None
+    rows: _Rows | None
 
 
 def _places(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], storage: Storage) -> dict[str, _Place]:
@@ -144,18 +147,18 @@ def _places(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], storage: Sto
         else:
             stacked = (sum(shapes[member][0] for member in members), *first[1:])
             grouped = storage.grouped_qkv and len(members) == 3  # q, k and v
-            rows: Sequence[np.ndarray | slice]
             rows = _grouped_rows(spec) if grouped else _consecutive([shapes[member][0] for member in members])
-            places |= {member: _Place((name,), stacked, own) for member, own in zip(members, rows, strict=True)}
+            for member, own in zip(members, rows, strict=True):
+                places[member] = _Place((name,), stacked, own)
     return places
 
 
-def _consecutive(counts: Sequence[int]) -> list[slice]:
+def _consecutive(counts: Sequence[int]) -> list[_Rows]:
     ends = list(itertools.accumulate(counts))
     return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
-def _grouped_rows(spec: ModelSpec) -> list[np.ndarray]:
+def _grouped_rows(spec: ModelSpec) -> list[_Rows]:
     """Rows of q, k and v where each KV head's query heads, key and value lie together."""
     group = spec.num_heads // spec.num_kv_heads
     rows = np.arange((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
@@ -184,7 +187,7 @@ class _Loader:
 
     raws: tuple[RawTensor, ...]
     shape: tuple[int, ...]
-    rows: np.ndarray | slice | None
+    rows: _Rows | None
     order: np.ndarray | None
     by_value: bool
     offset: float
@@ -211,7 +214,7 @@ class _Loader:
         return RawTensor(raw.name, raw.shape, QuantType.F32, values.reshape(raw.data.shape[0], -1).view(np.uint8))
 
 
-def _take_values(raw: RawTensor, rows: np.ndarray | slice, shape: tuple[int, ...]) -> RawTensor:
+def _take_values(raw: RawTensor, rows: _Rows, shape: tuple[int, ...]) -> RawTensor:
     values = raw.data.reshape(-1, raw.qtype.block_bytes)[rows]
     return RawTensor(raw.name, shape, raw.qtype, values.reshape(math.prod(shape[:-1]), -1))
 
@@ -220,7 +223,7 @@ def _loader(
     canonical: str,
     shape: tuple[int, ...],
     raws: Sequence[RawTensor],
-    rows: np.ndarray | slice | None,
+    rows: _Rows | None,
     spec: ModelSpec,
     storage: Storage,
 ) -> _Loader:
