@@ -29,8 +29,7 @@ This page is made from the registry: `python -m aphrodite.models.docs > docs/mod
 _NOTES = """\
 ## Where they run
 
-- **CPU, native library**: models whose layers are like Llama's: {native}. Others run on torch operations; the log \
-says what the library lacks.
+- **CPU, native library**: {native}. Others run on torch operations; the log says what the library lacks.
 - **CPU, torch** (`--executor torch`): all.
 - **GPU**: all. Norms behind a layer's parts, LayerNorm, and norms of queries and keys other than per-head RMS are \
 plain torch operations there and not yet fused.
@@ -44,7 +43,10 @@ positions uses its long factors unless it is served with its original context or
 - *Gemma's norms* are stored less one; the sum is kept in float32 whatever the compute type."""
 
 # Families that the native CPU library runs; its executor decides by the model (`NativeExecutor.declines`).
-NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm2", "glm")
+NATIVE_FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm2"),
+    *("glm", "glm4", "gemma3_text", "granite", "smollm3"),
+)
 
 
 def models_page() -> str:

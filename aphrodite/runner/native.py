@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ from aphrodite.kernels.cpu.program import (
     tiles_bytes,
 )
 from aphrodite.layers.rotary import rotary_tables
-from aphrodite.models.spec import ModelSpec
+from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import QuantType, RawTensor
 from aphrodite.runner.inputs import ForwardInputs
 
@@ -282,12 +282,15 @@ def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed:
     qkv = builder.add_buffer((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
     attended = builder.add_buffer(spec.num_heads * spec.head_dim)
     embedding = compiler.table("embed.weight")
-    builder.add_op(OpKind.EMBED, output=residual, weights=[embedding])
+    builder.add_op(OpKind.EMBED, output=residual, weights=[embedding], value=spec.embedding_scale)
+    part = builder.add_buffer(spec.hidden_size) if spec.block == "sandwich" else residual
+    rotaries = list(dict.fromkeys(spec.rotary_of(layer) for layer in range(spec.num_layers)))
     for layer in range(spec.num_layers):
-        _compile_attention(compiler, spec, layer, (residual, qkv, attended))
-        _compile_mlp(compiler, spec, layer, residual)
+        table = rotaries.index(spec.rotary_of(layer))
+        _compile_attention(compiler, spec, layer, table, (residual, qkv, attended, part))
+        _compile_mlp(compiler, spec, layer, residual, part)
     _compile_head(compiler, spec, residual)
-    cos, sin = rotary_tables(spec.rotary, executor.max_model_len)
+    cos, sin = _stacked_tables(spec, rotaries, executor.max_model_len)
     return builder.build(
         executor._library,
         executor.isa,
@@ -302,8 +305,20 @@ def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed:
     )
 
 
-def _compile_attention(compiler: _Compiler, spec: ModelSpec, layer: int, buffers: tuple[int, int, int]) -> None:
-    residual, qkv, attended = buffers
+def _stacked_tables(
+    spec: ModelSpec, rotaries: Sequence[RotarySpec | None], max_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines `[tables, max_len, half]`; a layer without positions turns by nothing."""
+    shape = (max_len, spec.rotary.dim // 2)
+    nothing = np.ones(shape, np.float32), np.zeros(shape, np.float32)
+    tables = [nothing if rotary is None else rotary_tables(rotary, max_len) for rotary in rotaries]
+    return np.stack([cos for cos, _ in tables]), np.stack([sin for _, sin in tables])
+
+
+def _compile_attention(
+    compiler: _Compiler, spec: ModelSpec, layer: int, table: int, buffers: tuple[int, int, int, int]
+) -> None:
+    residual, qkv, attended, part = buffers
     builder, prefix = compiler.builder, f"layers.{layer}."
     names = [f"{prefix}{part}.weight" for part in "qkv"]
     packs = compiler.packs("normed", names, spec.hidden_size)
@@ -319,6 +334,7 @@ def _compile_attention(compiler: _Compiler, spec: ModelSpec, layer: int, buffers
         source=qkv,
         layer=layer,
         vector=head_norms[0] if head_norms else 0,
+        window=table,
         flag=int(spec.qk_norm),
         value=spec.norm_eps,
     )
@@ -333,10 +349,20 @@ def _compile_attention(compiler: _Compiler, spec: ModelSpec, layer: int, buffers
     out_packs = compiler.packs("attended", [f"{prefix}o.weight"], spec.num_heads * spec.head_dim)
     builder.add_op(OpKind.PACK, source=attended, packs=list(out_packs.values()))
     out = compiler.weight(f"{prefix}o.weight", out_packs)
-    builder.add_op(OpKind.LINEAR, output=residual, weights=[out], flag=1)
+    _compile_addition(compiler, spec, out, residual, part, f"{prefix}attn_post_norm.weight")
 
 
-def _compile_mlp(compiler: _Compiler, spec: ModelSpec, layer: int, residual: int) -> None:
+def _compile_addition(compiler: _Compiler, spec: ModelSpec, weight: int, residual: int, part: int, norm: str) -> None:
+    """A product added to the residual stream, through `part` and a norm in models with norms behind their parts."""
+    if part == residual:
+        compiler.builder.add_op(OpKind.LINEAR, output=residual, weights=[weight], flag=1)
+        return
+    compiler.builder.add_op(OpKind.LINEAR, output=part, weights=[weight])
+    vector = compiler.vector(norm)
+    compiler.builder.add_op(OpKind.NORM_ADD, source=part, output=residual, vector=vector, value=spec.norm_eps)
+
+
+def _compile_mlp(compiler: _Compiler, spec: ModelSpec, layer: int, residual: int, part: int) -> None:
     builder, prefix = compiler.builder, f"layers.{layer}."
     names = [f"{prefix}gate.weight", f"{prefix}up.weight"]
     packs = compiler.packs("normed", names, spec.hidden_size)
@@ -347,7 +373,7 @@ def _compile_mlp(compiler: _Compiler, spec: ModelSpec, layer: int, residual: int
     pair = [compiler.weight(name, packs) for name in names]
     builder.add_op(OpKind.GATED, weights=pair, packs=list(down_packs.values()), flag=kind)
     down = compiler.weight(f"{prefix}down.weight", down_packs)
-    builder.add_op(OpKind.LINEAR, output=residual, weights=[down], flag=1)
+    _compile_addition(compiler, spec, down, residual, part, f"{prefix}mlp_post_norm.weight")
 
 
 def _compile_head(compiler: _Compiler, spec: ModelSpec, residual: int) -> None:
@@ -373,11 +399,9 @@ def _unknown_parts(spec: ModelSpec) -> list[str]:
     return [
         what
         for what, present in (
-            (f"{spec.block} blocks", spec.block != "pre_norm"),
+            (f"{spec.block} blocks", spec.block not in ("pre_norm", "sandwich")),
             ("layer norms", spec.norm != "rms"),
             (f"norms of queries and keys by {spec.head_norm}", spec.qk_norm and spec.head_norm != "head"),
-            ("rotary embedding that differs between layers", bool(spec.layer_rotaries)),
-            ("scale of embeddings", spec.embedding_scale != 1.0),
             ("bound of attention scores", spec.attention_softcap != 0.0),
             ("bound of logits", spec.logit_softcap != 0.0),
         )

@@ -45,6 +45,7 @@ class Case:
         keys: adds those of the architecture's own.
         permutes: llama.cpp's converter reorders rows of q and k.
         norm_offset: which it adds to norms.
+        native: the native CPU library runs it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     permutes: bool = False
     norm_offset: float = 0.0
     layer_norm: bool = False
+    native: bool = True
     turning: int = HEAD_DIM
 
     def model(self) -> Any:
@@ -76,6 +78,8 @@ def gemma2_keys(writer: Writer) -> None:
 
 
 def gemma3_keys(writer: Writer) -> None:
+    writer.add_key_length(32)
+    writer.add_value_length(32)
     writer.add_sliding_window(WINDOW)
     writer.add_sliding_window_pattern(2)
     writer.add_rope_freq_base(1e6)
@@ -136,19 +140,27 @@ CASES: dict[str, Case] = {
         ARCH.GEMMA2,
         gemma2_keys,
         norm_offset=1.0,
+        native=False,
     ),
     "gemma 2 without bounds": Case(
         "Gemma2",
         {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
         norm_offset=1.0,
     ),
-    "gemma 3": Case("Gemma3", {**GEMMA, "rope_parameters": GEMMA3_ROPE}, ARCH.GEMMA3, gemma3_keys, norm_offset=1.0),
+    "gemma 3": Case(
+        "Gemma3",
+        {**GEMMA, "head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": GEMMA3_ROPE},
+        ARCH.GEMMA3,
+        gemma3_keys,
+        norm_offset=1.0,
+        turning=32,
+    ),
     "phi 3": Case("Phi3", {"sliding_window": WINDOW}, ARCH.PHI3, lambda writer: writer.add_sliding_window(WINDOW)),
     "phi 4 mini": Case(
         "Phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}, ARCH.PHI3, turning=HEAD_DIM * 3 // 4
     ),
     "smollm 3": Case("SmolLM3", {}, ARCH.SMOLLM3, smollm3_keys, permutes=True),
-    "olmo 2": Case("Olmo2", {}, ARCH.OLMO2),
+    "olmo 2": Case("Olmo2", {}, ARCH.OLMO2, native=False),
     "olmo 3": Case(
         "Olmo3",
         {
@@ -160,9 +172,12 @@ CASES: dict[str, Case] = {
         },
         ARCH.OLMO2,
         olmo3_keys,
+        native=False,
     ),
     "granite": Case("Granite", MULTIPLIERS, ARCH.GRANITE, granite_keys, permutes=True),
-    "stablelm": Case("StableLm", {"use_qkv_bias": True}, ARCH.STABLELM, layer_norm=True, turning=HEAD_DIM // 4),
+    "stablelm": Case(
+        "StableLm", {"use_qkv_bias": True}, ARCH.STABLELM, layer_norm=True, turning=HEAD_DIM // 4, native=False
+    ),
     "stablelm 12b": Case(
         "StableLm",
         {"qk_layernorm": True, "use_parallel_residual": True},
@@ -170,13 +185,19 @@ CASES: dict[str, Case] = {
         parallel_keys,
         layer_norm=True,
         turning=HEAD_DIM // 4,
+        native=False,
     ),
-    "command-r": Case("Cohere", {"logit_scale": 0.7}, ARCH.COMMAND_R, cohere_keys, layer_norm=True),
+    "command-r": Case("Cohere", {"logit_scale": 0.7}, ARCH.COMMAND_R, cohere_keys, layer_norm=True, native=False),
     "command-r+": Case(
-        "Cohere", {"logit_scale": 0.7, "use_qk_norm": True}, ARCH.COMMAND_R, cohere_keys, layer_norm=True
+        "Cohere", {"logit_scale": 0.7, "use_qk_norm": True}, ARCH.COMMAND_R, cohere_keys, layer_norm=True, native=False
     ),
     "command-a": Case(
-        "Cohere2", {"logit_scale": 0.5, "sliding_window": WINDOW}, ARCH.COHERE2, cohere2_keys, layer_norm=True
+        "Cohere2",
+        {"logit_scale": 0.5, "sliding_window": WINDOW},
+        ARCH.COHERE2,
+        cohere2_keys,
+        layer_norm=True,
+        native=False,
     ),
     "glm 4 (2024)": Case("Glm"),
     "glm 4": Case("Glm4", {}, ARCH.GLM4, turning=HEAD_DIM // 2),

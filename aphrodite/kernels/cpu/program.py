@@ -32,6 +32,7 @@ class OpKind(enum.IntEnum):
     ROTARY_KV = 5
     ATTENTION = 6
     GATHER = 7
+    NORM_ADD = 8
 
 
 class RowSet(enum.IntEnum):
@@ -261,14 +262,17 @@ class ProgramBuilder:
     def build(
         self, library: NativeLibrary, isa: str | None, cos: np.ndarray, sin: np.ndarray, **dimensions: int
     ) -> Program:
-        """The program; `dimensions` are those of `ProgramDesc` in `native/program.h` that no table gives."""
+        """The program; `cos` and `sin` are `[max_len, rotary_half]`, or several such tables stacked.
+
+        `dimensions` are those of `ProgramDesc` in `native/program.h` that no table gives.
+        """
         cos, sin = (np.ascontiguousarray(table, dtype=np.float32) for table in (cos, sin))
         ops = (_Op * len(self._ops))(*self._ops)
         weights = (_WeightDesc * len(self._weights))(*self._weights)
         packs = (_PackDesc * len(self._packs))(*self._packs)
         buffers = (ctypes.c_int64 * len(self._buffers))(*self._buffers)
         vectors = (ctypes.c_void_p * len(self._vectors))(*(vector.ctypes.data for vector in self._vectors))
-        desc = _ProgramDesc(max_len=cos.shape[0], rotary_half=cos.shape[1], **dimensions)
+        desc = _ProgramDesc(max_len=cos.shape[-2], rotary_half=cos.shape[-1], **dimensions)
         desc.cos, desc.sin = cos.ctypes.data, sin.ctypes.data
         for name, array in (("op", ops), ("weight", weights), ("pack", packs), ("buffer", buffers)):
             setattr(desc, f"{name}s", ctypes.addressof(array))

@@ -52,7 +52,7 @@ def _from_config(config: ConfigReader) -> ModelSpec:
     rotary = rotary_from_config(config, dim, default_theta=_THETA)
     spec = decoder_from_config(
         config,
-        family="gemma3",
+        family="gemma3_text",
         windows=windows_by_type(config, config.read("sliding_window", int, 4096, low=1), _PATTERN),
         rotary=rotary,
         default_head_dim=DEFAULT_HEAD_DIM,
@@ -86,7 +86,7 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
     spec = decoder_from_gguf(
         config,
         tensors,
-        family="gemma3",
+        family="gemma3_text",
         windows=gguf_windows(config, _PATTERN),
         activation="gelu_tanh",
         qk_norm=True,
@@ -100,7 +100,7 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
 
 
 GEMMA3 = Family(
-    name="gemma3_text",
+    name="gemma3_text",  # as model_type
     title="Gemma 3 (text)",
     architectures=("Gemma3ForCausalLM",),
     wrapped_by=("Gemma3ForConditionalGeneration",),

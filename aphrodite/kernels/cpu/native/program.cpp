@@ -91,6 +91,7 @@ private:
     void rotary_kv(const Op& op, Team& team, int worker);
     void attention(const Op& op, Team& team, int worker);
     void gather(const Op& op, Team& team, int worker);
+    void norm_add(const Op& op, Team& team, int worker);
 
     RowSpans spans(int64_t rows, int threads) const;
     static bool packs_rows(const Op& op) {
@@ -239,14 +240,17 @@ void Program::run_op(const Op& op, Team& team, int worker) {
         case OpKind::RotaryKv: return rotary_kv(op, team, worker);
         case OpKind::Attention: return attention(op, team, worker);
         case OpKind::Gather: return gather(op, team, worker);
+        case OpKind::NormAdd: return norm_add(op, team, worker);
     }
 }
 
 void Program::embed(const Op& op, Team& team, int worker) {
     const TileWeight table = weight(op.first_weight);
     team.phase(worker, step_.tokens, [&](int64_t t) {
-        tile_row(table.type, table.tiles, table.columns, step_.token_ids[t],
-                 buffers_[op.output] + t * widths_[op.output]);
+        float* row = buffers_[op.output] + t * widths_[op.output];
+        tile_row(table.type, table.tiles, table.columns, step_.token_ids[t], row);
+        if (op.value != 0.0f)
+            for (int64_t i = 0; i < table.columns; ++i) row[i] *= op.value;
     });
 }
 
@@ -289,6 +293,16 @@ void Program::rms_norm(const Op& op, Team& team, int worker) {
         // pack expects row 0 of the whole at its pointer
         for (int i = 0; i < op.pack_count; ++i)
             kernels_.pack(normed - row * columns, columns, group, pack_of(op.first_pack + i, worker));
+    });
+}
+
+void Program::norm_add(const Op& op, Team& team, int worker) {
+    const int64_t width = widths_[op.output];
+    float* normed = norm_rows_ + worker * kGroupRows * width;
+    team.phase(worker, rows_of(op.rows), [&](int64_t t) {
+        kernels_.rms_norm(buffers_[op.input] + t * width, vectors_[op.vector], op.value, width, normed);
+        float* sum = buffers_[op.output] + t * width;
+        for (int64_t i = 0; i < width; ++i) sum[i] += normed[i];
     });
 }
 
@@ -358,8 +372,8 @@ void Program::rotary_kv(const Op& op, Team& team, int worker) {
         const int64_t kv_head = chunk % desc_.kv_heads, begin = chunk / desc_.kv_heads * span;
         for (int64_t t = begin; t < std::min(begin + span, step_.tokens); ++t) {
             float* row = buffers_[op.input] + t * widths_[op.input];
-            const float* cos = desc_.cos + step_.positions[t] * half;
-            const float* sin = desc_.sin + step_.positions[t] * half;
+            const int64_t angles = (op.window * desc_.max_len + step_.positions[t]) * half;
+            const float *cos = desc_.cos + angles, *sin = desc_.sin + angles;
             const auto turn = [&](float* head, int32_t norm) {
                 if (op.flag) kernels_.rms_norm(head, vectors_[norm], op.value, head_dim, head);
                 kernels_.rotate(head, cos, sin, half);

@@ -8,17 +8,18 @@
 namespace aph {
 
 enum class OpKind : int32_t {
-    Embed = 0,      // output = rows of weight, dequantized
+    Embed = 0,      // output = rows of weight, dequantized, times value (0 for 1)
     RmsNorm = 1,    // packs = norm(input) * vector, value = eps
     Pack = 2,       // packs = input
     Linear = 3,     // output (+)= weights x their packs
     Gated = 4,      // packs = act(gate) * up, weights gate, up; flag = GateKind
     RotaryKv = 5,   // rotates q and k of input in place, writes k and v into the cache of layer; if flag, every head of
-                    // q and k is normed first, by vector (q) and vector + 1 (k), value = eps
+                    // q and k is normed first, by vector (q) and vector + 1 (k), value = eps; window = rotary table
     Attention = 6,  // output = attention of input's q over the cache of layer, value = scale
     Gather = 7,     // output row i = input row logits_index[i]
+    NormAdd = 8,    // output += norm(input) * vector, value = eps
 };
-constexpr int kOpKinds = 8;
+constexpr int kOpKinds = 9;
 
 enum class RowSet : int32_t { Tokens = 0, Logits = 1 };
 
@@ -55,7 +56,7 @@ struct PackDesc {
 struct ProgramDesc {
     int64_t vocab_size, max_len, num_layers, heads, kv_heads, head_dim, rotary_half;
     int64_t kv_type;       // KvType
-    const float* cos;      // [max_len, rotary_half]
+    const float* cos;      // [rotary tables, max_len, rotary_half]
     const float* sin;
     const Op* ops;
     const WeightDesc* weights;
