@@ -77,6 +77,11 @@ def gemma2_keys(writer: Writer) -> None:
     writer.add_value_length(HEAD_DIM)
 
 
+def nemo_keys(writer: Writer) -> None:
+    writer.add_key_length(32)
+    writer.add_value_length(32)
+
+
 def gemma3_keys(writer: Writer) -> None:
     writer.add_key_length(32)
     writer.add_value_length(32)
@@ -199,14 +204,15 @@ CASES: dict[str, Case] = {
         layer_norm=True,
         native=False,
     ),
-    "glm 4 (2024)": Case("Glm"),
+    "glm 4 (2024)": Case("Glm", {}, ARCH.CHATGLM, turning=HEAD_DIM // 2),
     "glm 4": Case("Glm4", {}, ARCH.GLM4, turning=HEAD_DIM // 2),
-    "mistral nemo": Case("Mistral", {"head_dim": 32, "sliding_window": None}),
+    "mistral nemo": Case("Mistral", {"head_dim": 32, "sliding_window": None}, ARCH.LLAMA, nemo_keys, True, turning=32),
+    "internlm 2 (gguf)": Case("Llama", {}, ARCH.INTERNLM2, permutes=True),
 }
 
 
-def write_gguf(path: Path, case: Case, model: Any) -> Path:
-    """The GGUF file of a model, under the names and in the row order of llama.cpp."""
+def write_gguf(path: Path, case: Case, model: Any, **more: np.ndarray) -> Path:
+    """The GGUF file of a model, under the names and in the row order of llama.cpp; `more` are further tensors."""
     if case.architecture is None:
         raise ValueError(f"llama.cpp does not know {case.name}")
     config = model.config
@@ -225,7 +231,8 @@ def write_gguf(path: Path, case: Case, model: Any) -> Path:
     if "rope_theta" in config.rope_parameters and case.keys not in (smollm3_keys,):
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     case.keys(writer)
-    for name, values in gguf_tensors(case, case.architecture, model).items():
+    tensors = gguf_tensors(case, case.architecture, model)
+    for name, values in {**tensors, **{f"{key}.weight": values for key, values in more.items()}}.items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -255,6 +262,10 @@ def gguf_tensors(case: Case, architecture: gguf.MODEL_ARCH, model: Any) -> dict[
         tensors[target] = values
     for name, parts in heads.items():
         tensors[str(names.get_name(name, try_suffixes=(".weight",)))] = np.stack(parts)
+    if architecture is ARCH.CHATGLM:  # published files have them stacked, as the model's own code does
+        for name in [name for name in tensors if ".attn_q." in name]:
+            parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
+            tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
     return tensors
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from family_cases import CASES, HEAD_DIM, HEADS, KV_HEADS, SIZES, Case, write_gguf
+from family_cases import ARCH, CASES, HEAD_DIM, HEADS, KV_HEADS, SIZES, Case, write_gguf
 from safetensors.torch import save_file
 from torch_executor_cases import BLOCK_SIZE, Driver, executor_of, prompts, tiny_model
 from transformers import (
@@ -172,8 +174,8 @@ def test_internlm2_tensors_become_llamas(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("served", "length"), [(128, 120), (512, 300)])
-def test_longrope_takes_the_factors_of_the_length_that_is_served(served: int, length: int) -> None:
-    rope = {
+def test_longrope_takes_the_factors_of_the_length_that_is_served(served: int, length: int, tmp_path: Path) -> None:
+    rope: dict[str, Any] = {
         "rope_type": "longrope",
         "rope_theta": 1e4,
         "partial_rotary_factor": 0.75,
@@ -182,10 +184,19 @@ def test_longrope_takes_the_factors_of_the_length_that_is_served(served: int, le
     }
     options = {**SIZES, "rope_parameters": rope, "original_max_position_embeddings": 128}
     model = tiny_model(Phi3ForCausalLM, Phi3Config, **options)
-    driver = Driver(executor_of(model, max_model_len=served))
     (tokens,) = prompts(211, (length,))
-    (logits,) = driver.step([(driver.add(tokens), length)])
-    torch.testing.assert_close(logits, reference(model, tokens), rtol=0, atol=1e-4)
+    expected = reference(model, tokens)
+    factors = {f"rope_factors_{kind}": np.array(rope[f"{kind}_factor"], np.float32) for kind in ("short", "long")}
+    file = write_gguf(tmp_path / "tiny.gguf", Case("Phi3", {}, ARCH.PHI3, longrope_keys, turning=12), model, **factors)
+    for executor in (executor_of(model, max_model_len=served), executor_at(file, served)):
+        driver = Driver(executor)
+        (logits,) = driver.step([(driver.add(tokens), length)])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def longrope_keys(writer: Any) -> None:
+    writer.add_rope_scaling_orig_ctx_len(128)
+    writer.add_rope_scaling_attn_factors(math.sqrt(1.0 + math.log(512 / 128) / math.log(128)))
 
 
 def test_text_part_of_gemma_3_that_sees_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
