@@ -227,7 +227,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
     stored = _read_tensors(path)
     if is_wrapped(config, family):
         stored = text_tensors(str(directory), stored)
-    tensors = unpack_tensors(stored, config)
+    tensors = unpack_tensors(stored, config, directory)
     head, embedding = (family.hf.names.checkpoint_name(f"{module}.weight") for module in ("head", "embed"))
     if spec.tied_head and head in tensors and embedding in tensors:
         if _same_bytes(tensors[head], tensors[embedding]):

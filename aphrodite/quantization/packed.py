@@ -7,11 +7,13 @@ they stand for. Arithmetic is float32. Nothing is read before rows are asked for
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from aphrodite.kernels.dispatch import log_once
 from aphrodite.quantization.dense_types import encode_dense, numbers_of, to_float32
 from aphrodite.quantization.types import QuantType, RawTensor
 
@@ -46,7 +48,7 @@ class PackedTensor(RawTensor):
     """Rows of a `PackedMatrix` as a tensor of a checkpoint.
 
     `qtype` is the type in which the method's own kernels compute. `data` is the matrix in that type, made anew on each
-    access; `expand` gives the values without that rounding.
+    access, for whoever holds stored types only; `expand` gives the values without that rounding.
     """
 
     __slots__ = ("matrix", "rows")
@@ -71,6 +73,11 @@ class PackedTensor(RawTensor):
 
     @property
     def data(self) -> np.ndarray:
+        factor = self.qtype.block_bytes * self.shape[0] * self.shape[1] / self.nbytes
+        log_once(
+            logging.WARNING,
+            f"{self.type_name} weights: expanded to {self.qtype.name} in {factor:.1f} times their memory, and rounded",
+        )
         data = np.empty((self.shape[0], self.qtype.row_bytes(self.shape[1])), np.uint8)
         step = max(1, _PIECE_VALUES // self.shape[1])
         for first in range(0, self.shape[0], step):
@@ -157,7 +164,7 @@ class PackQuantizedMatrix:
     Stored codes and zeros are those of signed integers plus 2^(bits - 1); without zeros it is symmetric.
     """
 
-    bits: int  # 4 or 8
+    bits: int  # 2, 4 or 8
     columns: int  # of the matrix; words may be padded
     codes: np.ndarray  # [out, words] uint32
     scales: RawTensor  # [out or 1, groups]

@@ -65,7 +65,7 @@ def compressed(form: str, kind: str = "int", bits: int = 4, **weights: Any) -> d
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 BITSANDBYTES = {"quant_method": "bitsandbytes", "_load_in_4bit": True}
 WORDS = compressed("pack-quantized")
-W4A16 = modules.pack_quantized
+WORD_CODES = modules.pack_quantized
 E4M3 = torch.float8_e4m3fn
 CASES: dict[str, tuple[Pack, dict[str, Any], str]] = {
     "awq": (grouped(modules.awq, 32), awq_config(), "AWQ 4-bit"),
@@ -89,18 +89,19 @@ CASES: dict[str, tuple[Pack, dict[str, Any], str]] = {
         partial(modules.float8, kind="block", dtype=E4M3), {**FP8, "weight_block_size": [24, 40]}, "FP8 E4M3"
     ),
     "w4a16": (
-        grouped(W4A16, 32, bits=4, symmetric=True), compressed("pack-quantized", group_size=32), "W4A16"
+        grouped(WORD_CODES, 32, bits=4, symmetric=True), compressed("pack-quantized", group_size=32), "W4A16"
     ),
     "w4a16 asymmetric": (
-        grouped(W4A16, 32, bits=4, symmetric=False), WORDS, "W4A16"
+        grouped(WORD_CODES, 32, bits=4, symmetric=False), WORDS, "W4A16"
     ),
-    "w4a16 channel": (grouped(W4A16, None, bits=4, symmetric=True), WORDS, "W4A16"),
+    "w4a16 channel": (grouped(WORD_CODES, None, bits=4, symmetric=True), WORDS, "W4A16"),
     "w4a16 act-order": (
-        grouped(W4A16, 32, bits=4, symmetric=False, act_order=True), WORDS, "W4A16"
+        grouped(WORD_CODES, 32, bits=4, symmetric=False, act_order=True), WORDS, "W4A16"
     ),
     "w8a16": (
-        grouped(W4A16, 32, bits=8, symmetric=False), compressed("pack-quantized", bits=8), "W8A16"
+        grouped(WORD_CODES, 32, bits=8, symmetric=False), compressed("pack-quantized", bits=8), "W8A16"
     ),
+    "w2a16": (grouped(WORD_CODES, 32, bits=2, symmetric=False), compressed("pack-quantized", bits=2), "W2A16"),
     "w8a8": (partial(modules.int8, per_channel=True), compressed("int-quantized", bits=8), "W8A8 int8"),
     "w8a8 tensor": (partial(modules.int8, per_channel=False), compressed("int-quantized", bits=8), "W8A8 int8"),
     "w8a8 asymmetric": (
@@ -212,7 +213,9 @@ def test_a_quantized_model_is_the_dense_one_with_its_values(
         found = logits(checkpoint)
     assert torch.equal(found, logits(open_checkpoint(tmp_path / "dense")))
     assert f"{method} weights: expanded to float32 in" in caplog.text
-    native = logits(checkpoint, native=True)
+    with caplog.at_level(logging.WARNING, "aphrodite.kernels"):
+        native = logits(checkpoint, native=True)
+    assert f"{method} weights: expanded to {checkpoint.weights['head.weight'].qtype.name} in" in caplog.text
     assert torch.linalg.norm(native - found) < 0.02 * torch.linalg.norm(found)  # its matrices are rounded to 16 bits
 
 
@@ -280,6 +283,16 @@ def test_biases_of_zeros_that_quantizers_add_are_harmless(original: Path, tmp_pa
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "lm_head.bias": torch.zeros(96)}, tmp_path / "model.safetensors")
     assert "head.bias" not in open_checkpoint(tmp_path).weights
+
+
+def test_a_configuration_in_a_file_of_its_own_is_read(original: Path, tmp_path: Path) -> None:
+    pack, config, _ = CASES["gptq 4 v1 "]
+    meaning = write(original, tmp_path, pack, config)
+    (tmp_path / "config.json").write_bytes((original / "config.json").read_bytes())
+    own = {key: value for key, value in config.items() if key != "quant_method"}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(own))
+    found = dequantize(open_checkpoint(tmp_path).weights["head.weight"])
+    assert np.array_equal(found, meaning["lm_head"].astype(np.float32))
 
 
 def test_opening_reads_no_weights(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

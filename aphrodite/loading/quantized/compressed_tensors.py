@@ -19,7 +19,7 @@ from aphrodite.quantization.packed import PackedTensor, PackQuantizedMatrix, Sca
 from aphrodite.quantization.types import RawTensor
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
-_KINDS = {("int", 4), ("int", 8), ("float", 8)}
+_KINDS = {("int", 2), ("int", 4), ("int", 8), ("float", 8)}
 
 
 class _Scheme(NamedTuple):
@@ -72,7 +72,7 @@ def _schemes(config: ConfigReader) -> list[_Scheme]:
 def _scheme(weights: ConfigReader) -> _Scheme:
     kind, bits = weights.read("type", str, "int"), weights.read("num_bits", int)
     if (kind, bits) not in _KINDS:
-        raise weights.wrong("num_bits", "4 or 8 (int) or 8 (float)", f"{bits} ({kind})")
+        raise weights.wrong("num_bits", "2, 4 or 8 (int) or 8 (float)", f"{bits} ({kind})")
     group_size = weights.read("group_size", int, None, low=-1, high=1 << 20)
     sizes = weights.integers("block_structure", low=1, high=1 << 16)
     block = (sizes[0], sizes[1]) if len(sizes) == 2 else None

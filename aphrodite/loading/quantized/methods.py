@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.config_reader import ConfigReader
@@ -14,6 +15,7 @@ from aphrodite.loading.safetensors import StoredTensor
 from aphrodite.quantization.packed import PackedTensor
 from aphrodite.quantization.types import RawTensor
 
+_GPTQ_FILE = "quantize_config.json"
 _Unpack = Callable[[dict[str, StoredTensor], ConfigReader], dict[str, PackedTensor]]
 _METHODS: dict[str, _Unpack] = {
     "awq": unpack_awq,
@@ -24,24 +26,29 @@ _METHODS: dict[str, _Unpack] = {
 }
 
 
-def unpack_tensors(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[str, RawTensor]:
+def unpack_tensors(tensors: dict[str, StoredTensor], config: ConfigReader, directory: Path) -> dict[str, RawTensor]:
     """A checkpoint's tensors as its parameters: a module's weight for the tensors of which it is made.
 
     Args:
         tensors: as they lie in the files.
-        config: of config.json, whose `quantization_config` names the method.
+        config: of config.json, whose `quantization_config` names the method; early GPTQ checkpoints have a
+            `quantize_config.json` instead.
+        directory: of the checkpoint.
 
     Raises:
         ModelFormatError: the method is unknown, the checkpoint does not fit it, or a tensor that no method claims is
             neither F32 nor F16 nor BF16.
     """
     section = config.section("quantization_config") or config.section("compression_config")
+    own_file = directory / _GPTQ_FILE
+    if section is None and own_file.exists():
+        section = ConfigReader.from_file(own_file).with_defaults({"quant_method": "gptq"})
     if section is None:
         return {name: tensor.dense() for name, tensor in tensors.items()}
     method = section.read("quant_method", str, "")
     if method not in _METHODS:
         raise ModelFormatError(
-            f"{config.source}: the weights are quantized with {method or 'an unnamed method'}, which is not supported "
+            f"{section.source}: the weights are quantized with {method or 'an unnamed method'}, which is not supported "
             f"(supported: {', '.join(_METHODS)}); use another version of the model, or a GGUF file"
         )
     rest = dict(tensors)
