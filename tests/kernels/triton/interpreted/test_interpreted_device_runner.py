@@ -5,6 +5,7 @@ Graphs need a GPU (tests/gpu/test_gpu_engine.py); all else of a step is the same
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from typing import Any
 
@@ -16,6 +17,7 @@ from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.core.plan import StepPlan, TokenLogprobs
 from aphrodite.core.request import Request, RequestUpdate
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
+from aphrodite.layers.triton_linear import TritonLinear
 from aphrodite.loading.dummy import dummy_weights
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import QuantType
@@ -39,9 +41,9 @@ SPEC = ModelSpec(
     rotary=RotarySpec(dim=16),
     windows=(None, 24),
 )
-PROMPTS = [[1 + (7 * i + 13 * j) % 150 for j in range(length)] for i, length in enumerate((3, 16, 33, 40))]
-GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
-SEEDED = SamplingParams(max_tokens=6, temperature=1.3, repetition_penalty=1.2, min_p=0.01, ignore_eos=True, seed=5)
+PROMPTS = [[1 + (7 * i + 13 * j) % 150 for j in range(length)] for i, length in enumerate((3, 16, 33))]
+GREEDY = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+SEEDED = SamplingParams(max_tokens=3, temperature=1.3, repetition_penalty=1.2, min_p=0.01, ignore_eos=True, seed=5)
 
 GUIDED = msgspec.structs.replace(SEEDED, guidance_scale=2.0)
 
@@ -51,10 +53,10 @@ def _accept_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonAttention, "decline", staticmethod(lambda shape: None))
 
 
-def device_runner(num_blocks: int, async_depth: int) -> DeviceRunner:
+def device_runner(num_blocks: int, async_depth: int, spec: ModelSpec = SPEC) -> DeviceRunner:
     executor = DeviceExecutor(
-        SPEC,
-        dummy_weights(SPEC, QuantType.F32),
+        spec,
+        dummy_weights(spec, QuantType.F32),
         block_size=16,
         max_model_len=128,
         dtype=torch.float32,
@@ -64,10 +66,10 @@ def device_runner(num_blocks: int, async_depth: int) -> DeviceRunner:
     return DeviceRunner(executor, **settings(num_blocks, async_depth), use_graphs=False)
 
 
-def host_runner() -> Runner:
+def host_runner(spec: ModelSpec = SPEC) -> Runner:
     executor = TorchExecutor(
-        SPEC,
-        dummy_weights(SPEC, QuantType.F32),
+        spec,
+        dummy_weights(spec, QuantType.F32),
         block_size=16,
         max_model_len=128,
         dtype=torch.float32,
@@ -136,7 +138,7 @@ def tokens(found: list[RequestUpdate]) -> dict[str, list[int]]:
         (GREEDY, 64, 64, 1),  # prompts in chunks, beside decodes
         (SEEDED, 64, 512, 0),
         (SEEDED, 64, 40, 1),
-        (SEEDED, 9, 64, 1),  # preemption
+        (SEEDED, 5, 64, 1),  # preemption
         (GUIDED, 64, 64, 1),
     ],
 )
@@ -167,3 +169,41 @@ def test_log_probabilities_are_those_of_the_reference() -> None:
     assert len(theirs) == sum(len(prompt) - 1 + 3 for prompt in PROMPTS)
     assert [(entry.token_id, entry.top_ids) for entry in ours] == [(entry.token_id, entry.top_ids) for entry in theirs]
     assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "as Gemma": {
+        "block": "sandwich",
+        "float32_norms": True,
+        "qk_norm": True,
+        "attention_scale": 0.3,
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "embedding_scale": 30.0,
+        "layer_rotaries": (SPEC.rotary, RotarySpec(dim=16, theta=100.0)),
+    },
+    "as Cohere and StableLM": {
+        "block": "parallel",
+        "norm": "layer",
+        "norm_bias": True,
+        "qk_norm": True,
+        "head_norm": "each_head",
+        "rotary": RotarySpec(dim=4),
+        "layer_rotaries": (None, RotarySpec(dim=4)),
+    },
+}
+
+
+@pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS.keys())
+def test_other_decoders_give_the_same_tokens(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = dataclasses.replace(SPEC, **fields)
+    params = msgspec.structs.replace(GREEDY, max_tokens=2)
+    expected = tokens(updates(host_runner(spec), 64, params, 64))
+
+    def on_a_gpu(
+        weight: torch.Tensor, bias: Any, choice: Any, *, gated: bool = False, fp8: bool = False
+    ) -> TritonLinear:
+        return TritonLinear(weight, bias, choice, gated=gated)
+
+    monkeypatch.setattr("aphrodite.layers.linear.dense_linear", on_a_gpu)
+    assert tokens(updates(device_runner(64, 1, spec), 64, params, 64)) == expected
