@@ -22,7 +22,7 @@ Rows = np.ndarray | slice
 
 _PIECE_VALUES = 4 * 1024 * 1024  # expanded at a time where a whole matrix is asked for
 # Output column c of eight lies in this nibble of an AWQ word (gemm layout).
-_AWQ_NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)
+_AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class PackedMatrix(Protocol):
@@ -118,9 +118,8 @@ class AwqMatrix:
         return self.codes.nbytes + self.zeros.nbytes + self.scales.nbytes
 
     def expand(self, rows: Rows) -> np.ndarray:
-        numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         scale = to_float32(numbers_of(self.scales)[:, rows], self.scales.qtype).T
-        return _affine(_awq_nibbles(self.codes, numbers), _awq_nibbles(self.zeros, numbers), scale, None)
+        return _affine(_awq_nibbles(self.codes, rows), _awq_nibbles(self.zeros, rows), scale, None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -328,16 +327,21 @@ def unpack_stream(words: np.ndarray, bits: int) -> np.ndarray:
         triples = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(words), -1, 3)
         joined: np.ndarray = triples[..., 0] | triples[..., 1] << np.uint8(1) | triples[..., 2] << np.uint8(2)
         return joined
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    numbers: np.ndarray = stream[..., None] >> shifts & np.uint8((1 << bits) - 1)
+    numbers = np.empty((*stream.shape, 8 // bits), np.uint8)
+    for place in range(8 // bits):
+        np.bitwise_and(stream >> np.uint8(bits * place), np.uint8((1 << bits) - 1), out=numbers[..., place])
     return numbers.reshape(len(words), -1)
 
 
-def _awq_nibbles(words: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """uint8 `[columns, rows of words]`."""
-    shift = np.uint32(4) * _AWQ_NIBBLES[columns % 8]
-    numbers: np.ndarray = (words[:, columns // 8] >> shift & np.uint32(0x0F)).astype(np.uint8)
-    return numbers.T
+def _awq_nibbles(words: np.ndarray, rows: Rows) -> np.ndarray:
+    """Rows of the matrix whose transpose `words` `[rows of words, out / 8]` hold: uint8 `[rows, rows of words]`."""
+    chosen = slice(rows.start // 8, -(-rows.stop // 8)) if isinstance(rows, slice) else slice(None)
+    transposed = np.ascontiguousarray(words[:, chosen].T)
+    numbers = np.empty((len(transposed), 8, len(words)), np.uint8)
+    for column, nibble in enumerate(_AWQ_NIBBLES):
+        numbers[:, column] = transposed >> np.uint32(4 * nibble) & np.uint32(0x0F)
+    flat = numbers.reshape(-1, len(words))
+    return flat[rows.start % 8 :][: rows.stop - rows.start] if isinstance(rows, slice) else flat[rows]
 
 
 def _affine(codes: np.ndarray, zero: np.ndarray, scale: np.ndarray, group_of: np.ndarray | None) -> np.ndarray:
@@ -351,8 +355,8 @@ def _affine(codes: np.ndarray, zero: np.ndarray, scale: np.ndarray, group_of: np
     values = codes.astype(np.float32, order="C")
     zero = zero.astype(np.float32)
     if group_of is not None:
-        values -= zero[:, group_of]
-        values *= scale[:, group_of]
+        values -= np.take(zero, group_of, axis=1)
+        values *= np.take(scale, group_of, axis=1)
         return values
     groups = values.reshape(*scale.shape, -1)
     groups -= zero[..., None]
