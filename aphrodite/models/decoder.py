@@ -25,21 +25,25 @@ class Decoder:
         self.weights = weights
         self._block = BLOCKS[spec.block]
 
-    def forward(self, token_ids: torch.Tensor, attention: StepAttention) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, attention: StepAttention, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Hidden states before the final norm.
 
         Args:
             token_ids: `[rows]` integers; rows beyond the step's tokens are padding.
             attention: all that lies between a layer's qkv product and its output product.
+            keep: `[L]` integers, the rows to return; None for all.
 
         Returns:
-            `[rows, hidden]` of the compute dtype.
+            `[rows, hidden]` or `[L, hidden]` of the compute dtype.
         """
         residual = F.embedding(token_ids, self.weights.embed)
         if self.spec.embedding_scale != 1.0:
             residual = residual * self.spec.embedding_scale
         for index, layer in enumerate(self.weights.visit_layers()):
-            residual = self._block(index, layer, residual, attention, self.spec.activation)
+            kept = keep if index == self.spec.num_layers - 1 else None
+            residual = self._block(index, layer, residual, attention, self.spec.activation, kept)
         return residual
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

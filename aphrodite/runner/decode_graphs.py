@@ -1,19 +1,27 @@
-"""Decode steps as CUDA (or HIP) graphs, one for each padded batch size, captured when first needed.
+"""Decode steps as CUDA (or HIP) graphs, one for each padded batch size.
 
-All graphs share one memory pool, and the largest is captured first, so that the others fit into what it took.
-What a graph leaves behind lies in tensors from outside of it.
+They are captured when the engine starts, for a capture holds up every stream. All share one memory pool, and the
+largest comes first, so that the others fit into what it took. What a graph leaves behind lies in tensors from outside
+of it.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Hashable
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+# Up to so many sequences a launch that is not needed costs a share of a step that shows; graphs without it are captured
+# once they have been wanted so many times.
+SMALL_BATCH = 8
+WANTED_TIMES = 8
 
 
 def decode_buckets(most: int) -> list[int]:
@@ -31,12 +39,20 @@ class DecodeGraphs:
         run: computes a step of `bucket` padded sequences in one of several variants, which graphs are told apart by. It
             reads and writes tensors at fixed addresses only, and takes padding as input when it is captured.
         pad: makes all of a bucket's inputs padding.
+        complete: a variant that does all that any other does, `None` apart.
     """
 
     def __init__(
-        self, most: int, stream: torch.cuda.Stream, run: Callable[[int, Hashable], None], pad: Callable[[int], None]
+        self,
+        most: int,
+        stream: torch.cuda.Stream,
+        run: Callable[[int, Hashable], None],
+        pad: Callable[[int], None],
+        complete: Hashable,
     ) -> None:
-        self._buckets = decode_buckets(most)
+        self.buckets = decode_buckets(most)
+        self._complete = complete
+        self._wanted: Counter[tuple[int, Hashable]] = Counter()
         self._stream = stream
         self._run = run
         self._pad = pad
@@ -45,15 +61,18 @@ class DecodeGraphs:
 
     def bucket(self, count: int) -> int:
         """The padded size of a batch of `count` sequences."""
-        return self._buckets[bisect_left(self._buckets, count)]
+        return self.buckets[bisect_left(self.buckets, count)]
 
     def prepare(self, bucket: int, variant: Hashable) -> torch.cuda.CUDAGraph:
-        """The graph of a bucket, captured now if it is new; overwrites the bucket's inputs then."""
-        if not self._graphs and bucket != self._buckets[-1]:
-            self._graphs[self._buckets[-1], variant] = self._capture(self._buckets[-1], variant)
-        if (bucket, variant) not in self._graphs:
-            self._graphs[bucket, variant] = self._capture(bucket, variant)
-        return self._graphs[bucket, variant]
+        """A graph for a step of a bucket, captured now if there is none; overwrites the bucket's inputs then."""
+        key = bucket, variant
+        if key not in self._graphs:
+            self._wanted[key] += 1
+            complete = None if variant is None else self._graphs.get((bucket, self._complete))
+            if complete is not None and (bucket > SMALL_BATCH or self._wanted[key] < WANTED_TIMES):
+                return complete
+            self._graphs[key] = self._capture(bucket, variant)
+        return self._graphs[key]
 
     def _capture(self, bucket: int, variant: Hashable) -> torch.cuda.CUDAGraph:
         began = time.perf_counter()
@@ -61,7 +80,13 @@ class DecodeGraphs:
         self._run(bucket, variant)  # compiles kernels and lets libraries set up, which a capture must not meet
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._run(bucket, variant)
+        collecting = gc.isenabled()
+        gc.disable()  # an old graph that is let go of during a capture would break it
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._run(bucket, variant)
+        finally:
+            if collecting:
+                gc.enable()
         logger.debug("captured the decode step of %d sequences in %.2f s", bucket, time.perf_counter() - began)
         return graph

@@ -109,10 +109,8 @@ class DeviceExecutor:
         if self._cache is None:
             raise RuntimeError("allocate_kv_cache must be called before forward")
         step = self._attention.begin_step(inputs, self._cache)
-        hidden = self._decoder.forward(inputs.token_ids, step)
-        if inputs.lengths is not None:
-            hidden = hidden.index_select(0, inputs.logits_index)
-        return self._decoder.logits(hidden)
+        keep = None if inputs.lengths is None else inputs.logits_index
+        return self._decoder.logits(self._decoder.forward(inputs.token_ids, step, keep))
 
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""

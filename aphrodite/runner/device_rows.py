@@ -194,7 +194,7 @@ class DeviceRows:
     def _start(self, start: RowStart) -> None:
         prompt = np.array(start.prompt_token_ids, dtype=np.int32)
         self._transfers.to_device(prompt, self.token_ids[start.row, : len(prompt)])
-        self.num_prompt[start.row] = len(prompt)
+        self.num_prompt[start.row].fill_(len(prompt))  # an assignment would wait for the device
         self._block_counts[start.row] = 0
 
     def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -86,7 +86,7 @@ class DeviceRunner:
         stream = self._transfers.stream
         self._graphs = None
         if use_graphs and stream is not None:
-            self._graphs = DecodeGraphs(num_rows, stream, self._decode, self._pad)
+            self._graphs = DecodeGraphs(num_rows, stream, self._decode, self._pad, self.sampler.all_launches)
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))  # the model was loaded there
 
@@ -125,7 +125,7 @@ class DeviceRunner:
         return Outcome(StepResult(plan.step_id, rows), seconds, waited)
 
     def warm_up(self, max_tokens: int, progress: Callable[[int, int], None]) -> None:
-        """Compile the kernels of usual steps, capture the first graphs, and try the largest step.
+        """Compile the kernels of usual steps, capture graphs, and try the largest step.
 
         All of it computes padding or the spare row, and what it leaves in the cache is never read.
 
@@ -138,10 +138,9 @@ class DeviceRunner:
         """
         largest = min(max_tokens, self.rows.max_model_len)
         prompts = sorted({min(16, largest), min(2048, largest), largest})
-        buckets = [bucket for bucket in (2, 8, 16, 32, 64, 128) if bucket < self.rows.num_rows]
+        buckets = [self.rows.num_rows, 1] if self._graphs is None else reversed(self._graphs.buckets)
         tasks: list[Callable[[], None]] = [partial(self._try_prompt, tokens) for tokens in prompts]
         tasks += [partial(self._try_decode, bucket) for bucket in buckets]
-        tasks += [partial(self._try_decode, bucket, captured=True) for bucket in (self.rows.num_rows, 1)]
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
                 for number, task in enumerate(tasks):
@@ -252,12 +251,12 @@ class DeviceRunner:
         staged = self.rows.stage_ragged([step], np.array([tokens - 1], np.int32), [0], table)
         self.executor.forward(staged.inputs)
 
-    def _try_decode(self, bucket: int, *, captured: bool = False) -> None:
-        if captured and self._graphs is not None:
+    def _try_decode(self, bucket: int) -> None:
+        if self._graphs is not None:
             self._graphs.prepare(bucket, self.sampler.all_launches)
         else:
             self._pad(bucket)
-            self._decode(bucket, self.sampler.all_launches if captured else None)
+            self._decode(bucket, self.sampler.all_launches)
 
     def _pad(self, bucket: int) -> None:
         self.rows.stage_decode([], bucket)
