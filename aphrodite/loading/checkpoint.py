@@ -247,7 +247,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 
 def _same_bytes(a: RawTensor, b: RawTensor) -> bool:
-    return a.qtype is b.qtype and np.array_equal(a.data, b.data)
+    return a.type_name == b.type_name and np.array_equal(a.data, b.data)
 
 
 def _is_zero_bias(raw: RawTensor) -> bool:

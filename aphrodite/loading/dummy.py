@@ -15,6 +15,7 @@ import numpy as np
 from aphrodite.loading.parameters import parameter_shapes
 from aphrodite.loading.weights import Parameter, Weights
 from aphrodite.models.spec import ModelSpec
+from aphrodite.quantization.dense_types import encode_dense
 from aphrodite.quantization.types import NoiseTensor, QuantType, RawTensor
 
 STANDARD_DEVIATION = 0.02
@@ -43,17 +44,6 @@ def dummy_weights(spec: ModelSpec, qtype: QuantType = QuantType.BF16, seed: int 
         else:
             parameters[name] = Parameter(shape, qtype, partial(_noise, name, shape, qtype, pool, seed))
     return Weights(parameters)
-
-
-def encode_dense(values: np.ndarray, qtype: QuantType) -> np.ndarray:
-    """float32 values in the bytes of a dense type, uint8 `[..., itemsize]`; to nearest, ties to even."""
-    if qtype is QuantType.BF16:
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        encoded = (rounded >> np.uint32(16)).astype("<u2")
-    else:
-        encoded = values.astype("<f2" if qtype is QuantType.F16 else "<f4")
-    return encoded[..., None].view(np.uint8)
 
 
 def _ones(name: str, shape: tuple[int, ...]) -> RawTensor:

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from aphrodite.errors import ModelFormatError
 from aphrodite.layers.rotary import inverse_frequencies
 from aphrodite.loading.checkpoint import open_checkpoint
-from aphrodite.loading.dummy import encode_dense
+from aphrodite.quantization.dense_types import encode_dense
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.types import QuantType
 
