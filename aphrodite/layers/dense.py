@@ -58,7 +58,9 @@ def _tell_of_change(parts: Sequence[RawTensor], dtype: torch.dtype) -> None:
         expanded = part.qtype.block_size > 1 or isinstance(part, PackedTensor)
         if expanded:
             factor = dtype.itemsize * math.prod(part.shape) / part.nbytes
-            changes.append(f"expanded to {short_name(dtype)} in {factor:.1f} times their memory")
+            # Of packed tensors it differs a little from shape to shape, which is no reason to log it again.
+            times = f"about {factor:.0f}" if isinstance(part, PackedTensor) else f"{factor:.1f}"
+            changes.append(f"expanded to {short_name(dtype)} in {times} times their memory")
         if dtype != torch.float32 and (expanded or part.qtype is not kept):
             changes.append(f"rounded to {short_name(dtype)}; --dtype float32 is exact")
         if changes:
