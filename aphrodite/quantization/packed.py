@@ -76,7 +76,7 @@ class PackedTensor(RawTensor):
         factor = self.qtype.block_bytes * self.shape[0] * self.shape[1] / self.nbytes
         log_once(
             logging.WARNING,
-            f"{self.type_name} weights: expanded to {self.qtype.name} in about {factor:.0f} times their memory, rounded",
+            f"{self.type_name} weights: expanded to {self.qtype.name} in about {factor:.0f} times the memory, rounded",
         )
         data = np.empty((self.shape[0], self.qtype.row_bytes(self.shape[1])), np.uint8)
         step = max(1, _PIECE_VALUES // self.shape[1])
