@@ -132,7 +132,7 @@ class GptqMatrix:
     bits: int  # 2, 3, 4 or 8
     codes: np.ndarray  # [in * bits / 32, out] uint32
     zeros: np.ndarray  # [groups, out * bits / 32] uint32
-    zero_offset: int  # added to stored zeros: 1 in version 1, 0 in version 2
+    zero_offset: int  # added to stored zeros, modulo 2^bits: 1 in version 1, 0 in version 2
     scales: RawTensor  # [groups, out]
     group_of: np.ndarray | None  # [in], group of each input; None for consecutive groups of one size
 
@@ -151,7 +151,8 @@ class GptqMatrix:
 
     def expand(self, rows: Rows) -> np.ndarray:
         codes = unpack_stream(np.ascontiguousarray(self.codes[:, rows].T), self.bits)
-        zero = unpack_stream(self.zeros, self.bits)[:, rows].T.astype(np.int16) + np.int16(self.zero_offset)
+        stored = unpack_stream(self.zeros, self.bits)[:, rows].T
+        zero = stored + np.uint8(self.zero_offset) & np.uint8((1 << self.bits) - 1)
         scale = to_float32(numbers_of(self.scales)[:, rows], self.scales.qtype).T
         return _affine(codes, zero, scale, self.group_of)
 

@@ -52,12 +52,12 @@ def gptq(
 ) -> Module:
     groups, largest = columns // group, 1 << bits
     codes = rng.integers(0, largest, (columns, out))
-    zeros = rng.integers(1 if version == 1 else 0, largest, (groups, out))
+    zeros = rng.integers(0, largest, (groups, out))
     scales = random_scales(rng, (groups, out), torch.float16)
     order = np.arange(columns) // group
     if act_order:
         order = rng.permutation(order)
-    stored_zeros = zeros - 1 if version == 1 else zeros
+    stored_zeros = (zeros - 1) % largest if version == 1 else zeros
     tensors = {
         "qweight": words_of(codes.T.tolist(), bits).T.contiguous(),
         "qzeros": words_of(stored_zeros.tolist(), bits),
