@@ -48,7 +48,7 @@ class Platform:
     @property
     def has_cudnn_attention(self) -> bool:
         """Whether torch's attention can be cuDNN's, which compiles for Ampere and later."""
-        return self.kind == "cuda" and self.capability >= (8, 0) and torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
+        return self.kind == "cuda" and self.capability >= (8, 0) and torch.backends.cudnn.is_available()
 
     @property
     def fp8_dtype(self) -> torch.dtype | None:

@@ -1,8 +1,8 @@
 """Decode steps as CUDA (or HIP) graphs, one for each padded batch size.
 
-They are captured when the engine starts, for a capture holds up every stream. All share one memory pool, and the
-largest comes first, so that the others fit into what it took. What a graph leaves behind lies in tensors from outside
-of it.
+A complete one for each size is captured when the engine starts, since a capture holds up every stream; variants that
+launch less follow where they are wanted again and again. All share one memory pool, and the largest comes first, so
+that the others fit into what it took. What a graph leaves behind lies in tensors from outside of it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Up to so many sequences a launch that is not needed costs a share of a step that shows; graphs without it are captured
-# once they have been wanted so many times.
-SMALL_BATCH = 8
+# A variant gets a graph of its own once it has been wanted so many times: until then the complete one serves, so that
+# streams are not held up for what comes once.
 WANTED_TIMES = 8
 
 
@@ -69,7 +68,7 @@ class DecodeGraphs:
         if key not in self._graphs:
             self._wanted[key] += 1
             complete = None if variant is None else self._graphs.get((bucket, self._complete))
-            if complete is not None and (bucket > SMALL_BATCH or self._wanted[key] < WANTED_TIMES):
+            if complete is not None and self._wanted[key] < WANTED_TIMES:
                 return complete
             self._graphs[key] = self._capture(bucket, variant)
         return self._graphs[key]

@@ -23,6 +23,7 @@ from aphrodite.loading.dummy import dummy_weights
 from aphrodite.loading.parameters import HF_NAMES
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.types import QuantType
+from aphrodite.runner.decode_graphs import WANTED_TIMES
 from aphrodite.sampling.params import SamplingParams
 
 TINY = {
@@ -192,8 +193,8 @@ def test_a_decode_step_does_not_wait_for_the_device(make_core: Any) -> None:
     """Every kind of synchronisation that torch can see is an error while steps are launched."""
     core = make_core()
     for number, prompt in enumerate(PROMPTS):
-        add(core, str(number), prompt, SEEDED)
-    for _ in range(4):  # prompts, and the capture of the graph
+        add(core, str(number), prompt, msgspec.structs.replace(SEEDED, max_tokens=64))
+    for _ in range(2 * WANTED_TIMES):  # prompts, and the capture of the graph that these rows want
         core.step()
     launch = core.runner.launch
 

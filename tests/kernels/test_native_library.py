@@ -87,8 +87,28 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
         assert np.array_equal(harness.run(inputs), expected)
 
 
+TILED = {
+    QuantType.F32,
+    QuantType.F16,
+    QuantType.BF16,
+    QuantType.Q4_0,
+    QuantType.Q4_1,
+    QuantType.Q5_0,
+    QuantType.Q5_1,
+    QuantType.Q8_0,
+}
+
+
 @built
-@pytest.mark.parametrize("qtype", list(QuantType), ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("qtype", [qtype for qtype in QuantType if qtype not in TILED], ids=lambda qtype: qtype.name)
+def test_other_types_have_no_tiles(qtype: QuantType) -> None:
+    loaded = library.load()
+    assert loaded is not None
+    assert tiles_bytes(loaded, qtype, 48, 256) == 0
+
+
+@built
+@pytest.mark.parametrize("qtype", sorted(TILED, key=lambda qtype: qtype.gguf_id), ids=lambda qtype: qtype.name)
 def test_tiles_take_the_files_bytes_and_give_rows_back(qtype: QuantType) -> None:
     """Reads rows back through the lookup of an embedding and an exact product."""
     loaded = library.load()
