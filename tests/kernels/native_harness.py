@@ -34,6 +34,18 @@ from aphrodite.runner.inputs import ForwardInputs
 ISAS = ("avx512", "avx2", "portable")
 BLOCK = 16
 
+# The types that the native library has tiles for.
+TILED = (
+    QuantType.F32,
+    QuantType.F16,
+    QuantType.BF16,
+    QuantType.Q4_0,
+    QuantType.Q4_1,
+    QuantType.Q5_0,
+    QuantType.Q5_1,
+    QuantType.Q8_0,
+)
+
 
 def available_isas() -> list[str]:
     """Instruction sets that run here; empty without the library."""

@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-from native_harness import available_isas, exact_values, product_harness, raw_tensor, step
+from native_harness import TILED, available_isas, exact_values, product_harness, raw_tensor, step
 
 from aphrodite.kernels.cpu import library
 from aphrodite.kernels.cpu.program import Activation, NativeMemory, repack, tiles_bytes
-from aphrodite.quantization.types import QuantType
+from aphrodite.quantization.types import QuantType, RawTensor
 
 built = pytest.mark.skipif(not available_isas(), reason="the native library is not built")
 
@@ -87,28 +87,19 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
         assert np.array_equal(harness.run(inputs), expected)
 
 
-TILED = {
-    QuantType.F32,
-    QuantType.F16,
-    QuantType.BF16,
-    QuantType.Q4_0,
-    QuantType.Q4_1,
-    QuantType.Q5_0,
-    QuantType.Q5_1,
-    QuantType.Q8_0,
-}
-
-
 @built
 @pytest.mark.parametrize("qtype", [qtype for qtype in QuantType if qtype not in TILED], ids=lambda qtype: qtype.name)
 def test_other_types_have_no_tiles(qtype: QuantType) -> None:
     loaded = library.load()
     assert loaded is not None
     assert tiles_bytes(loaded, qtype, 48, 256) == 0
+    data = np.zeros((48, qtype.row_bytes(256)), np.uint8)
+    with pytest.raises(ValueError, match="no tiles"):
+        repack(loaded, RawTensor("w", (48, 256), qtype, data), NativeMemory(loaded, 1 << 16).address)
 
 
 @built
-@pytest.mark.parametrize("qtype", sorted(TILED, key=lambda qtype: qtype.gguf_id), ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("qtype", TILED, ids=lambda qtype: qtype.name)
 def test_tiles_take_the_files_bytes_and_give_rows_back(qtype: QuantType) -> None:
     """Reads rows back through the lookup of an embedding and an exact product."""
     loaded = library.load()

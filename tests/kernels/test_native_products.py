@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from native_harness import available_isas, exact_values, product_harness, raw_tensor, step
+from native_harness import TILED, available_isas, exact_values, product_harness, raw_tensor, step
 
 from aphrodite.kernels.cpu.program import Activation
 from aphrodite.quantization.types import QuantType
@@ -46,7 +46,7 @@ def _quantized(qtype: QuantType) -> bool:
 
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("kind", list(Activation))
-@pytest.mark.parametrize("qtype", list(QuantType), ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("qtype", TILED, ids=lambda qtype: qtype.name)
 def test_product_is_exact_up_to_the_activations_rounding(qtype: QuantType, kind: Activation, isa: str) -> None:
     if kind is not Activation.FLOAT32 and not _quantized(qtype):
         pytest.skip("dense weights take float activations")

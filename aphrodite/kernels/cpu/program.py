@@ -162,8 +162,14 @@ def tiles_bytes(library: NativeLibrary, qtype: QuantType, rows: int, columns: in
 
 
 def repack(library: NativeLibrary, weight: RawTensor, address: int) -> None:
-    """Writes a weight's tiles (`tiles_bytes` of them) to `address`, on the library's default threads."""
+    """Writes a weight's tiles (`tiles_bytes` of them) to `address`, on the library's default threads.
+
+    Raises:
+        ValueError: the weight's data are of another size, or the library has no tiles for its type or shape.
+    """
     rows, columns = weight.shape
+    if not tiles_bytes(library, weight.qtype, rows, columns):
+        raise ValueError(f"{weight.name}: there are no tiles for [{rows}, {columns}] {weight.qtype.name}")
     data = np.ascontiguousarray(weight.data)
     if data.nbytes != rows * weight.qtype.row_bytes(columns):
         raise ValueError(f"{weight.name}: {data.nbytes} bytes do not make [{rows}, {columns}] {weight.qtype.name}")
