@@ -113,15 +113,13 @@ class TritonAttention:
 
     name = "triton paged"
 
-    def __init__(self, shape: AttentionShape, transform: QueryKeyTransform, *, softcap: float = 0.0) -> None:
+    def __init__(self, shape: AttentionShape, transform: QueryKeyTransform) -> None:
         """Args:
         shape: what to serve; see `decline`.
         transform: of queries and keys.
-        softcap: bound of the scores, 0 for none.
         """
         self.shape = shape
         self.transform = transform
-        self.softcap = softcap
         card = card_of(shape.device)
         self._card = card
         self.ragged_config = ragged_config(
@@ -129,7 +127,7 @@ class TritonAttention:
         )
         self.windows = tuple(dict.fromkeys(shape.windows))
         has_cudnn = shape.device.type == "cuda" and platform_of(shape.device).has_cudnn_attention
-        dense = has_cudnn and shape.dtype in (torch.bfloat16, torch.float16) and softcap == 0.0
+        dense = has_cudnn and shape.dtype in (torch.bfloat16, torch.float16) and shape.softcap == 0.0
         self._dense_shapes = DenseShapes() if dense else None
         self._programs = multiprocessors(shape.device)
         self._staged: StagedStep | None = None
@@ -334,7 +332,7 @@ class _TritonStep:
                 scale=shape.scale,
                 config=backend.ragged_config,
                 window=window,
-                softcap=backend.softcap,
+                softcap=backend.shape.softcap,
             )
         plan = self._plans.get(window)
         if plan is not None:
@@ -347,7 +345,7 @@ class _TritonStep:
                 block_tables=inputs.block_tables,
                 num_heads=shape.num_heads,
                 scale=shape.scale,
-                softcap=backend.softcap,
+                softcap=backend.shape.softcap,
             )
         return out
 

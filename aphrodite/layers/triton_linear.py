@@ -74,10 +74,6 @@ class TritonLinear:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
     def __call__(
         self,
         x: torch.Tensor,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from aphrodite.attention.backend import QueryKeyTransform, RotaryTable, StepAttention
+from aphrodite.attention.backend import AttentionShape, QueryKeyTransform, RotaryTable, StepAttention
 from aphrodite.attention.softcap import soft_cap
 from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.blocks import BLOCKS, project
@@ -50,6 +50,24 @@ class Decoder:
         """`[L, hidden]` of `forward` -> `[L, vocab]` of the compute dtype."""
         logits = project(self.weights.head, hidden, self.weights.norm)
         return soft_cap(logits, self.spec.logit_softcap) if self.spec.logit_softcap else logits
+
+
+def attention_shape(
+    spec: ModelSpec, *, block_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device
+) -> AttentionShape:
+    """What an attention back end must support to serve the model."""
+    return AttentionShape(
+        windows=spec.windows,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        device=device,
+        query_scale=spec.query_scale,
+        softcap=spec.attention_softcap,
+    )
 
 
 def query_key_transform(spec: ModelSpec, weights: DecoderWeights, max_model_len: int) -> QueryKeyTransform:

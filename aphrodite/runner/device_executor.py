@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import triton
 
-from aphrodite.attention.backend import AttentionShape, KVCache
+from aphrodite.attention.backend import KVCache
 from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.errors import ConfigError
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
-from aphrodite.models.decoder import Decoder, query_key_transform
+from aphrodite.models.decoder import Decoder, attention_shape, query_key_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
 from aphrodite.platforms import platform_of
@@ -59,18 +59,7 @@ class DeviceExecutor:
         self.block_size = block_size
         self.device = device
         self.dtype = dtype
-        self._shape = AttentionShape(
-            windows=spec.windows,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=block_size,
-            dtype=dtype,
-            cache_dtype=kv_dtype,
-            device=device,
-            query_scale=spec.query_scale,
-            softcap=spec.attention_softcap,
-        )
+        self._shape = attention_shape(spec, block_size=block_size, dtype=dtype, cache_dtype=kv_dtype, device=device)
         declined = TritonAttention.decline(self._shape)
         if declined is not None:
             raise ConfigError(f"this model cannot run on the GPU: {declined.reason}; --device cpu serves it")
@@ -81,7 +70,7 @@ class DeviceExecutor:
         loaded = load_weights(spec, weights, dtype, device, offload_bytes=offload_bytes, fp8=fp8)
         self._decoder = Decoder(spec, loaded)
         transform = query_key_transform(spec, loaded, max_model_len)
-        self._attention = TritonAttention(self._shape, transform, softcap=spec.attention_softcap)
+        self._attention = TritonAttention(self._shape, transform)
         self._cache: KVCache | None = None
         if spec.block in ("post_norm", "sandwich") or spec.norm != "rms" or (spec.qk_norm and spec.head_norm != "head"):
             log_once(

@@ -20,10 +20,9 @@ from aphrodite.errors import ConfigError
 from aphrodite.runner.decode_graphs import DecodeGraphs
 from aphrodite.runner.device_executor import DeviceExecutor
 from aphrodite.runner.device_rows import DeviceRows, StagedStep, ragged_lengths
-from aphrodite.runner.results import LogitsLayout, Outcome, error_of, fail_rows, logits_layout, start_sampling
+from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, error_of, logits_layout
 from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
 from aphrodite.sampling.guidance import guide
-from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
 
@@ -75,9 +74,7 @@ class DeviceRunner:
             device=device,
             vocabulary=None if tokenizer is None else Vocabulary(vocab_size, tokenizer),
         )
-        self._params: dict[int, SamplingParams] = {}
-        self._scored: dict[int, int] = {}  # rows whose prompt's log-probabilities are wanted: the prompt's length
-        self._unservable: set[int] = set()  # rows whose sampler could not be prepared
+        self._requests = RowRequests(self.sampler)
         # What graphs leave behind.
         self._logits = torch.zeros(num_rows, vocab_size, dtype=executor.dtype, device=device)
         self._chosen = torch.zeros(
@@ -119,8 +116,7 @@ class DeviceRunner:
                     rows[number] = rows[number]._replace(token_id=token_ids[entry], logprobs=logprobs, trace=trace)
                 else:
                     rows[number] = rows[number]._replace(error=error_of(exhausted[entry]))
-        if self._unservable:
-            fail_rows(rows, self._unservable)
+        self._requests.fail_unservable(rows)
         seconds = step.clock.seconds() if step.clock is not None and step.choices is not None else 0.0
         return Outcome(StepResult(plan.step_id, rows), seconds, waited)
 
@@ -160,34 +156,14 @@ class DeviceRunner:
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         began = self._transfers.mark()
-        self._apply(plan)
+        self.rows.apply(plan)
+        self._requests.apply(plan)
         if not plan.steps:
             return LaunchedStep()
         decodes = all(step.count == 1 and step.samples for step in plan.steps)
         step = self._launch_decode(plan.steps) if decodes else self._launch_ragged(plan.steps)
         step.clock = StepClock(began, self._transfers.mark())
         return step
-
-    def _apply(self, plan: StepPlan) -> None:
-        """Take over what the plan changes."""
-        for row in plan.ends:
-            self.sampler.end(row)
-            del self._params[row]
-            self._scored.pop(row, None)
-            self._unservable.discard(row)
-        self.rows.apply(plan)
-        for start in plan.starts:
-            self._params[start.row] = start.sampling
-            if start.sampling.prompt_logprobs is not None:
-                self._scored[start.row] = len(start.prompt_token_ids)
-            if not start_sampling(self.sampler, start):
-                self._unservable.add(start.row)
-        for rewind in plan.rewinds:
-            self.sampler.rewind(rewind.row, rewind.position)
-            if rewind.barred:
-                self.sampler.bar(rewind.row, rewind.position, rewind.barred)
-            else:
-                self.sampler.unbar(rewind.row, rewind.position)
 
     def _launch_decode(self, steps: Sequence[RowStep]) -> LaunchedStep:
         """A step of one token for each row."""
@@ -210,7 +186,7 @@ class DeviceRunner:
 
     def _launch_ragged(self, steps: Sequence[RowStep]) -> LaunchedStep:
         """A step in which some rows compute more than one token, or do not sample."""
-        layout = logits_layout(steps, self._scored)
+        layout = logits_layout(steps, self._requests.scored)
         sampling = [number for number, step in enumerate(steps) if step.samples]
         table = self.executor.stage_step(ragged_lengths(steps))
         staged = self.rows.stage_ragged(steps, layout.entries, sampling, table)
@@ -277,7 +253,7 @@ class DeviceRunner:
     def _guide(self, steps: Sequence[RowStep], layout: LogitsLayout, logits: torch.Tensor) -> None:
         """Replace the logits of guided rows by what they and their shadows' make together."""
         own, others = self._transfers.to_device(np.array(list(layout.guides.values())).T.copy())
-        scales = [self._params[steps[number].row].guidance_scale for number in layout.guides]
+        scales = [self._requests.params[steps[number].row].guidance_scale for number in layout.guides]
         guide(logits, own, others, self._transfers.to_device(np.array(scales, np.float32)))
 
     def _append_to_shadows(
@@ -295,7 +271,9 @@ class DeviceRunner:
 
     def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> list[TokenLogprobs]:
         targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + len(logits)]
-        return self.sampler.prompt_logprobs(logits.float(), targets, self._params[step.row].prompt_logprobs or 0)
+        return self.sampler.prompt_logprobs(
+            logits.float(), targets, self._requests.params[step.row].prompt_logprobs or 0
+        )
 
 
 def _unpack(chosen: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from aphrodite.core.plan import RowResult, RowStart, RowStep, StepResult
+from aphrodite.core.plan import RowResult, RowStart, RowStep, StepPlan, StepResult
 from aphrodite.sampling.extensions import installed_extensions
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
@@ -90,22 +90,53 @@ def error_of(exhausted: bool) -> str:
     return NON_FINITE_LOGITS + (EXTENSION_FAILED if installed_extensions() else "")
 
 
-def start_sampling(sampler: Sampler, start: RowStart) -> bool:
-    """Give a row to the sampler; False if its plan cannot be prepared, which must not cost others their step.
+class RowRequests:
+    """What a data plane remembers of the requests that its rows serve, and tells its sampler of them.
 
-    The row is sampled without any stage then, until the request is told.
+    Attributes:
+        params: of every taken row.
+        scored: rows whose prompt's log-probabilities are wanted, with the prompt's length.
     """
-    try:
-        sampler.start(start.row, start.sampling, start.seed, start.prompt_token_ids)
-    except Exception:
-        logger.exception("request %s fails: its sampler could not be prepared", start.request_id)
-        sampler.start(start.row, SamplingParams(), start.seed, start.prompt_token_ids)
-        return False
-    return True
 
+    def __init__(self, sampler: Sampler) -> None:
+        self.params: dict[int, SamplingParams] = {}
+        self.scored: dict[int, int] = {}
+        self._sampler = sampler
+        self._unservable: set[int] = set()  # rows whose sampler could not be prepared
 
-def fail_rows(results: list[RowResult], unservable: Set[int]) -> None:
-    """Tell the requests whose sampler could not be prepared."""
-    for number, result in enumerate(results):
-        if result.row in unservable:
-            results[number] = RowResult(result.row, error=UNSERVABLE)
+    def apply(self, plan: StepPlan) -> None:
+        """Take over what the plan changes; the rows' tokens have been."""
+        for row in plan.ends:
+            self._sampler.end(row)
+            del self.params[row]
+            self.scored.pop(row, None)
+            self._unservable.discard(row)
+        for start in plan.starts:
+            self.params[start.row] = start.sampling
+            if start.sampling.prompt_logprobs is not None:
+                self.scored[start.row] = len(start.prompt_token_ids)
+            self._start(start)
+        for rewind in plan.rewinds:
+            self._sampler.rewind(rewind.row, rewind.position)
+            if rewind.barred:
+                self._sampler.bar(rewind.row, rewind.position, rewind.barred)
+            else:
+                self._sampler.unbar(rewind.row, rewind.position)
+
+    def fail_unservable(self, results: list[RowResult]) -> None:
+        """Tell the requests whose sampler could not be prepared."""
+        if not self._unservable:
+            return
+        for number, result in enumerate(results):
+            if result.row in self._unservable:
+                results[number] = RowResult(result.row, error=UNSERVABLE)
+
+    def _start(self, start: RowStart) -> None:
+        """Give a row to the sampler. A plan that cannot be prepared must not cost others their step: the row is
+        sampled without any stage then, until its request is told."""
+        try:
+            self._sampler.start(start.row, start.sampling, start.seed, start.prompt_token_ids)
+        except Exception:
+            logger.exception("request %s fails: its sampler could not be prepared", start.request_id)
+            self._sampler.start(start.row, SamplingParams(), start.seed, start.prompt_token_ids)
+            self._unservable.add(start.row)

@@ -15,10 +15,9 @@ import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.runner.executor import ModelExecutor
-from aphrodite.runner.results import LogitsLayout, Outcome, error_of, fail_rows, logits_layout, start_sampling
+from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, error_of, logits_layout
 from aphrodite.runner.rows import Rows
 from aphrodite.sampling.guidance import guide
-from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
 
@@ -54,9 +53,7 @@ class Runner:
             vocabulary=None if tokenizer is None else Vocabulary(executor.spec.vocab_size, tokenizer),
         )
         self.async_depth = async_depth
-        self._params: dict[int, SamplingParams] = {}
-        self._scored: dict[int, int] = {}  # prompt lengths of the rows whose prompt's log-probabilities are wanted
-        self._unservable: set[int] = set()  # rows whose sampler could not be prepared
+        self._requests = RowRequests(self.sampler)
         self._thread = ThreadPoolExecutor(1, "runner") if async_depth else None
 
     def launch(self, plan: StepPlan) -> Future[Outcome] | None:
@@ -79,13 +76,14 @@ class Runner:
             self._thread.shutdown(wait=True)
 
     def _run(self, plan: StepPlan) -> Outcome:
-        self._apply(plan)
+        self.rows.apply(plan)
+        self._requests.apply(plan)
         steps = plan.steps
         if not steps:
             return Outcome(StepResult(plan.step_id, []), 0.0, 0.0)
         rows = [step.row for step in steps]
         decodes = all(step.count == 1 and step.samples for step in steps)
-        layout = None if decodes else logits_layout(steps, self._scored)
+        layout = None if decodes else logits_layout(steps, self._requests.scored)
         if layout is None or (len(layout.entries) == len(steps) and all(step.count == 1 for step in steps)):
             inputs = self.rows.decode_inputs(steps, rows)
         else:
@@ -97,30 +95,8 @@ class Runner:
             results = self._sample(logits, rows, [step.start + 1 for step in steps])
         else:
             results = self._finish_chunks(steps, layout, logits)
-        if self._unservable:
-            fail_rows(results, self._unservable)
+        self._requests.fail_unservable(results)
         return Outcome(StepResult(plan.step_id, results), forward_seconds, forward_seconds)
-
-    def _apply(self, plan: StepPlan) -> None:
-        """Take over what the plan changes."""
-        for row in plan.ends:
-            self.sampler.end(row)
-            self._params.pop(row, None)
-            self._scored.pop(row, None)
-            self._unservable.discard(row)
-        self.rows.apply(plan)
-        for start in plan.starts:
-            self._params[start.row] = start.sampling
-            if start.sampling.prompt_logprobs is not None:
-                self._scored[start.row] = len(start.prompt_token_ids)
-            if not start_sampling(self.sampler, start):
-                self._unservable.add(start.row)
-        for rewind in plan.rewinds:
-            self.sampler.rewind(rewind.row, rewind.position)
-            if rewind.barred:
-                self.sampler.bar(rewind.row, rewind.position, rewind.barred)
-            else:
-                self.sampler.unbar(rewind.row, rewind.position)
 
     def _finish_chunks(self, steps: list[RowStep], layout: LogitsLayout, logits: torch.Tensor) -> list[RowResult]:
         """Results of a step in which not every row decodes: samples for those that do, prompts' scores."""
@@ -148,7 +124,7 @@ class Runner:
 
     def _guide(self, steps: list[RowStep], layout: LogitsLayout, logits: torch.Tensor) -> None:
         own, others = torch.tensor(list(layout.guides.values())).unbind(1)
-        scales = torch.tensor([self._params[steps[number].row].guidance_scale for number in layout.guides])
+        scales = torch.tensor([self._requests.params[steps[number].row].guidance_scale for number in layout.guides])
         guide(logits, own, others, scales)
 
     def _sample(self, logits: torch.Tensor, rows: list[int], positions: list[int]) -> list[RowResult]:
@@ -169,5 +145,5 @@ class Runner:
     def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> list[TokenLogprobs]:
         count = len(logits)
         targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + count]
-        top = self._params[step.row].prompt_logprobs
+        top = self._requests.params[step.row].prompt_logprobs
         return self.sampler.prompt_logprobs(logits, targets, top or 0)

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from aphrodite.attention.backend import AttentionShape, KVCache
+from aphrodite.attention.backend import KVCache
 from aphrodite.attention.choice import choose_attention
 from aphrodite.attention.torch_paged import TiledAttention
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
 from aphrodite.layers.invariant import ROW_MULTIPLE, row_blocks
 from aphrodite.layers.linear import DenseLinear
-from aphrodite.models.decoder import Decoder, query_key_transform
+from aphrodite.models.decoder import Decoder, attention_shape, query_key_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
 from aphrodite.quantization.types import RawTensor
@@ -58,18 +58,7 @@ class TorchExecutor:
         self.block_size = block_size
         self.device = device
         self._dtype = dtype
-        self._shape = AttentionShape(
-            windows=spec.windows,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=block_size,
-            dtype=dtype,
-            cache_dtype=dtype,
-            device=device,
-            query_scale=spec.query_scale,
-            softcap=spec.attention_softcap,
-        )
+        self._shape = attention_shape(spec, block_size=block_size, dtype=dtype, cache_dtype=dtype, device=device)
         loaded = load_weights(spec, weights, dtype, device)
         transform = query_key_transform(spec, loaded, max_model_len)
         self._attention, self._attention_choice = choose_attention(self._shape, transform)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from aphrodite.kernels.cpu.sampling import NativeSampling
+from aphrodite.kernels.dispatch import log_once
 from aphrodite.kernels.triton import sampling_record as r
 from aphrodite.kernels.triton.logprobs import MAX_TOP, top_logprobs
 from aphrodite.kernels.triton.sampling import Launches, Outputs, SamplingKernels
@@ -25,8 +26,6 @@ from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs
 from aphrodite.sampling.plan import SamplingPlan
 from aphrodite.sampling.stages.base import SamplerInfo
 from aphrodite.sampling.triton_plan import Declined, Op, RowProgram, encode
-
-logger = logging.getLogger(__name__)
 
 
 class TritonSampler:
@@ -61,7 +60,7 @@ class TritonSampler:
         """Take the row if the kernels can do its whole plan, and say whether."""
         program = encode(plan, self._vocab)
         if isinstance(program, Declined):
-            logger.debug("row %d is sampled by torch operations: %s", row, program.reason)
+            log_once(logging.INFO, f"sampling by torch operations, slower, for requests with {program.reason}")
             return False
         self.rows.add(row)
         self._programs[row], self._num_prompt[row] = program, num_prompt

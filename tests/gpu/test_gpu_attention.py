@@ -72,11 +72,12 @@ def attend(
         dtype=step.qkv.dtype,
         cache_dtype=step.keys.dtype,
         device=device,
+        softcap=softcap,
     )
     longest = int(step.context_lens.max())
     ones, zeros = torch.ones(longest, dim // 2, device=device), torch.zeros(longest, dim // 2, device=device)
     assert TritonAttention.decline(shape) is None
-    backend = TritonAttention(shape, QueryKeyTransform(ones, zeros), softcap=softcap)
+    backend = TritonAttention(shape, QueryKeyTransform(ones, zeros))
     lengths = HostLengths(step.query_start.diff().cpu().numpy(), step.context_lens.cpu().numpy())
     table = np.zeros(0, dtype=np.int32)
     for _ in range(0 if decode_only else staged):
