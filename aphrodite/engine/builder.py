@@ -161,6 +161,8 @@ def _host_executor(
     """The native library where it can run this model, else torch; an explicit choice is never replaced."""
     if config.executor == "triton":
         raise ConfigError("--executor triton runs on GPUs; leave --executor at auto on a CPU")
+    if config.cpu_offload_gb:
+        raise ConfigError("--cpu-offload-gb is for GPUs; on a CPU all weights are in its memory")
     if config.quantization != "none":
         raise ConfigError(f"--quantization {config.quantization} is for GPUs; a CPU keeps a GGUF file's 4 to 8 bits")
     threads = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -171,7 +173,9 @@ def _host_executor(
         # The library brings its own threads; torch's would fight them for the cores.
         torch.set_num_threads(1)
         if config.kv_cache_dtype not in ("auto", "float16", "float32"):
-            raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: the native kernels have float16 and float32")
+            raise ConfigError(
+                f"--kv-cache-dtype {config.kv_cache_dtype}: the native kernels take float16 and float32, or auto"
+            )
         return NativeExecutor(
             checkpoint.spec,
             weights,
@@ -236,6 +240,8 @@ def _build_on_device(
     from aphrodite.runner.device_executor import DeviceExecutor
     from aphrodite.runner.device_runner import DeviceRunner
 
+    if config.activations != "int16":
+        raise ConfigError(f"--activations {config.activations} is for the native CPU kernels; a GPU has --quantization")
     limits = _limits(config, DEVICE_DEFAULTS)
     spec = checkpoint.spec
     wanted_model_len = config.max_model_len or spec.max_position

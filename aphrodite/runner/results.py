@@ -108,7 +108,7 @@ class RowRequests:
         """Take over what the plan changes; the rows' tokens have been."""
         for row in plan.ends:
             self._sampler.end(row)
-            del self.params[row]
+            self.params.pop(row, None)
             self.scored.pop(row, None)
             self._unservable.discard(row)
         for start in plan.starts:

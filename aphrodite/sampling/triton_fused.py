@@ -60,7 +60,7 @@ class TritonSampler:
         """Take the row if the kernels can do its whole plan, and say whether."""
         program = encode(plan, self._vocab)
         if isinstance(program, Declined):
-            log_once(logging.INFO, f"sampling by torch operations, slower, for requests with {program.reason}")
+            log_once(logging.INFO, f"a request is sampled by torch operations, slower: {program.reason}")
             return False
         self.rows.add(row)
         self._programs[row], self._num_prompt[row] = program, num_prompt

@@ -23,6 +23,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         pytest.param({"device": "cuda"}, "--device cuda", marks=NO_GPU),
         pytest.param({"executor": "triton"}, "--device cuda", marks=NO_GPU),
         ({"device": "cpu", "executor": "triton"}, "runs on GPUs"),
+        ({"device": "cpu", "cpu_offload_gb": 1.0}, "is for GPUs"),
         ({"device": "cpu", "kv_cache_dtype": "fp8"}, "float16 and float32"),
         ({"device": "cpu", "kv_cache_dtype": "bfloat16"}, "float16 and float32"),
         ({"executor": "torch", "dtype": "float32", "kv_cache_dtype": "float16"}, "leave it at auto"),
