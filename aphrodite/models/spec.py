@@ -130,6 +130,8 @@ class ModelSpec:
         embedding_scale: of embeddings before the first layer.
         logit_scale: of logits before the cap. `match_weights` makes it part of the last norm's weight.
         moe: the experts of all layers that are not dense, None where every layer is.
+        mla: latent attention instead of grouped queries; `head_dim` is that of its queries and keys then, `num_kv_heads`
+            is `num_heads`, and `rotary` is of the dimensions that turn.
     """
 
     family: str
@@ -163,6 +165,12 @@ class ModelSpec:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     moe: MoeSpec | None = None
+    mla: MlaSpec | None = None
+
+    @property
+    def kv_dim(self) -> int:
+        """Values that a layer's KV cache holds for a position."""
+        return 2 * self.num_kv_heads * self.head_dim if self.mla is None else self.mla.latent_dim
 
     @property
     def query_scale(self) -> float:
