@@ -4,6 +4,12 @@
     layers.{i}.{q_norm,k_norm}.weight, layers.{i}.attn_post_norm.{weight,bias}, layers.{i}.mlp_norm.{weight,bias},
     layers.{i}.{gate,up,down}.{weight,bias}, layers.{i}.mlp_post_norm.{weight,bias}, norm.{weight,bias}, head.weight
 
+Attention sinks are layers.{i}.sinks.weight `[heads]`. A layer with experts has, instead of gate, up and down,
+
+    layers.{i}.router.{weight,bias} `[experts, hidden]`, layers.{i}.router.correction `[experts]`,
+    layers.{i}.expert_{gate,up,down}.{weight,bias} `[experts, out, in]`,
+    layers.{i}.shared_{gate,up,down}.weight, layers.{i}.shared_router.weight `[1, hidden]`
+
 Families map these names to those of a checkpoint; executors ask for weights by them.
 """
 
@@ -12,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aphrodite.models.spec import ModelSpec
+from aphrodite.models.spec import ModelSpec, MoeSpec
 
 HEAD_PLACEHOLDER = "{head}"
+EXPERT_PLACEHOLDER = "{expert}"
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -56,13 +63,39 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes[prefix + "q_norm.weight"] = _head_norm_shape(spec, spec.num_heads)
             shapes[prefix + "k_norm.weight"] = _head_norm_shape(spec, spec.num_kv_heads)
         add_linears(prefix, attention)
-        add_linears(prefix, feed_forward)
+        if spec.attention_sinks:
+            shapes[prefix + "sinks.weight"] = (spec.num_heads,)
+        moe = spec.moe_of(layer)
+        if moe is None:
+            add_linears(prefix, feed_forward)
+        else:
+            shapes.update((prefix + name, shape) for name, shape in _moe_shapes(moe, hidden))
         if behind:
             add_norm(prefix + "attn_post_norm")
             add_norm(prefix + "mlp_post_norm")
     add_norm("norm")
     if not spec.tied_head:
         shapes["head.weight"] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def _moe_shapes(moe: MoeSpec, hidden: int) -> list[tuple[str, tuple[int, ...]]]:
+    """A layer's experts and their router."""
+    experts, inner, shared = moe.num_experts, moe.intermediate_size, moe.shared_intermediate_size
+    shapes: list[tuple[str, tuple[int, ...]]] = [("router.weight", (experts, hidden))]
+    if moe.router_bias:
+        shapes.append(("router.bias", (experts,)))
+    if moe.correction_bias:
+        shapes.append(("router.correction", (experts,)))
+    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+        shapes.append((f"expert_{name}.weight", (experts, rows, columns)))
+        if moe.expert_bias:
+            shapes.append((f"expert_{name}.bias", (experts, rows)))
+    if shared:
+        shapes += [("shared_gate.weight", (shared, hidden)), ("shared_up.weight", (shared, hidden))]
+        shapes.append(("shared_down.weight", (hidden, shared)))
+        if moe.shared_gate:
+            shapes.append(("shared_router.weight", (1, hidden)))
     return shapes
 
 
@@ -78,7 +111,8 @@ class NameTable:
 
     `top` and `layer` map a canonical module ("embed", "q") to the checkpoint's; `layer_prefix` holds `{}` for the
     layer's number. Canonical modules with the same name in the checkpoint are stacked there in one tensor, in the order
-    of the table. A name with `{head}` stands for one tensor a head.
+    of the table. A name with `{head}` or `{expert}` stands for one tensor a head, or an expert. A key with a dot, as
+    "router.correction", is a parameter whose name in the checkpoint is given in full.
     """
 
     top: Mapping[str, str]
@@ -91,11 +125,12 @@ class NameTable:
         if not module.startswith("layers."):
             return f"{self.top[module]}.{kind}"
         _, number, module = module.split(".")
-        return f"{self.layer_prefix.format(number)}{self.layer[module]}.{kind}"
+        prefix, whole = self.layer_prefix.format(number), self.layer.get(f"{module}.{kind}")
+        return f"{prefix}{self.layer[module]}.{kind}" if whole is None else prefix + whole
 
-    def renamed(self, **layer: str) -> NameTable:
-        """This table with other names of some modules of a layer."""
-        return NameTable(self.top, self.layer_prefix, {**self.layer, **layer})
+    def renamed(self, names: Mapping[str, str] | None = None, **layer: str) -> NameTable:
+        """This table with other names of some modules of a layer; `names` for keys that are no identifiers."""
+        return NameTable(self.top, self.layer_prefix, {**self.layer, **(names or {}), **layer})
 
 
 HF_NAMES = NameTable(
@@ -113,6 +148,14 @@ HF_NAMES = NameTable(
         "gate": "mlp.gate_proj",
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
+        "router": "mlp.gate",
+        "router.correction": "mlp.gate.e_score_correction_bias",
+        "expert_gate": "mlp.experts.{expert}.gate_proj",
+        "expert_up": "mlp.experts.{expert}.up_proj",
+        "expert_down": "mlp.experts.{expert}.down_proj",
+        "shared_gate": "mlp.shared_experts.gate_proj",
+        "shared_up": "mlp.shared_experts.up_proj",
+        "shared_down": "mlp.shared_experts.down_proj",
     },
 )
 
@@ -132,6 +175,16 @@ GGUF_NAMES = NameTable(
         "gate": "ffn_gate",
         "up": "ffn_up",
         "down": "ffn_down",
+        "sinks": "attn_sinks",
+        "router": "ffn_gate_inp",
+        "router.correction": "exp_probs_b.bias",
+        "expert_gate": "ffn_gate_exps",
+        "expert_up": "ffn_up_exps",
+        "expert_down": "ffn_down_exps",
+        "shared_gate": "ffn_gate_shexp",
+        "shared_up": "ffn_up_shexp",
+        "shared_down": "ffn_down_shexp",
+        "shared_router": "ffn_gate_inp_shexp",
         "mlp_post_norm": "post_ffw_norm",
     },
 )
