@@ -78,7 +78,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     by_type: dict[str, int] = {}
     for parameter in checkpoint.weights.parameters.values():
         by_type[parameter.type_name] = by_type.get(parameter.type_name, 0) + parameter.count
-    kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * KV_ELEMENT_BYTES
+    kv_bytes = spec.num_layers * spec.kv_dim * KV_ELEMENT_BYTES
     contexts = [*(context for context in _CONTEXTS if context < spec.max_position), spec.max_position]
     tokenizer, chat_template = _text_parts(checkpoint)
     return Inspection(

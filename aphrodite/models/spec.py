@@ -130,8 +130,8 @@ class ModelSpec:
         embedding_scale: of embeddings before the first layer.
         logit_scale: of logits before the cap. `match_weights` makes it part of the last norm's weight.
         moe: the experts of all layers that are not dense, None where every layer is.
-        mla: latent attention instead of grouped queries; `head_dim` is that of its queries and keys then, `num_kv_heads`
-            is `num_heads`, and `rotary` is of the dimensions that turn.
+        mla: latent attention instead of grouped queries; `head_dim` is that of its queries and keys then,
+            `num_kv_heads` is `num_heads`, and `rotary` is of the dimensions that turn.
     """
 
     family: str
