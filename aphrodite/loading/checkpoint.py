@@ -168,7 +168,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         str(path),
         spec,
         tensors,
-        family.gguf,
+        family.gguf if family.gguf_of is None else family.gguf_of(tensors),
         harmless=lambda name: name in ROPE_TENSORS,  # already part of the spec
     )
     split = _SPLIT_NAME.fullmatch(path.name)

@@ -10,6 +10,12 @@ Attention sinks are layers.{i}.sinks.weight `[heads]`. A layer with experts has,
     layers.{i}.expert_{gate,up,down}.{weight,bias} `[experts, out, in]`,
     layers.{i}.shared_{gate,up,down}.weight, layers.{i}.shared_router.weight `[1, hidden]`
 
+Latent attention has, instead of q, k and v,
+
+    layers.{i}.q.weight, or layers.{i}.{q_a,q_a_norm,q_b}.weight, and layers.{i}.{kv_a,kv_a_norm}.weight,
+    layers.{i}.k_b.weight `[heads, kv_lora_rank, qk_nope_head_dim]`,
+    layers.{i}.v_b.weight `[heads, v_head_dim, kv_lora_rank]`
+
 Families map these names to those of a checkpoint; executors ask for weights by them.
 """
 
@@ -18,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aphrodite.models.spec import ModelSpec, MoeSpec
+from aphrodite.models.spec import MlaSpec, ModelSpec, MoeSpec
 
 HEAD_PLACEHOLDER = "{head}"
 EXPERT_PLACEHOLDER = "{expert}"
@@ -27,13 +33,6 @@ EXPERT_PLACEHOLDER = "{expert}"
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every parameter of the model, in the order of the forward pass; linear weights are `[out, in]`."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
-    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    attention = (
-        ("q", q_rows, hidden, spec.qkv_bias),
-        ("k", kv_rows, hidden, spec.qkv_bias),
-        ("v", kv_rows, hidden, spec.qkv_bias),
-        ("o", hidden, q_rows, spec.output_bias),
-    )
     feed_forward = (
         ("gate", inner, hidden, spec.mlp_bias),
         ("up", inner, hidden, spec.mlp_bias),
@@ -62,7 +61,10 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         if spec.qk_norm:
             shapes[prefix + "q_norm.weight"] = _head_norm_shape(spec, spec.num_heads)
             shapes[prefix + "k_norm.weight"] = _head_norm_shape(spec, spec.num_kv_heads)
-        add_linears(prefix, attention)
+        if spec.mla is None:
+            add_linears(prefix, _attention(spec))
+        else:
+            shapes.update((prefix + name, shape) for name, shape in _latent_shapes(spec, spec.mla))
         if spec.attention_sinks:
             shapes[prefix + "sinks.weight"] = (spec.num_heads,)
         moe = spec.moe_of(layer)
@@ -76,6 +78,35 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     add_norm("norm")
     if not spec.tied_head:
         shapes["head.weight"] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def _attention(spec: ModelSpec) -> tuple[tuple[str, int, int, bool], ...]:
+    """Projections of grouped-query attention: name, rows, columns, whether there is a bias."""
+    hidden, q_rows, kv_rows = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    return (
+        ("q", q_rows, hidden, spec.qkv_bias),
+        ("k", kv_rows, hidden, spec.qkv_bias),
+        ("v", kv_rows, hidden, spec.qkv_bias),
+        ("o", hidden, q_rows, spec.output_bias),
+    )
+
+
+def _latent_shapes(spec: ModelSpec, mla: MlaSpec) -> list[tuple[str, tuple[int, ...]]]:
+    """Projections of latent attention."""
+    hidden, heads = spec.hidden_size, spec.num_heads
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    if mla.q_lora_rank is None:
+        shapes.append(("q.weight", (heads * mla.head_dim, hidden)))
+    else:
+        shapes.append(("q_a.weight", (mla.q_lora_rank, hidden)))
+        shapes.append(("q_a_norm.weight", (mla.q_lora_rank,)))
+        shapes.append(("q_b.weight", (heads * mla.head_dim, mla.q_lora_rank)))
+    shapes.append(("kv_a.weight", (mla.latent_dim, hidden)))
+    shapes.append(("kv_a_norm.weight", (mla.kv_lora_rank,)))
+    shapes.append(("k_b.weight", (heads, mla.kv_lora_rank, mla.qk_nope_head_dim)))
+    shapes.append(("v_b.weight", (heads, mla.v_head_dim, mla.kv_lora_rank)))
+    shapes.append(("o.weight", (hidden, heads * mla.v_head_dim)))
     return shapes
 
 
@@ -143,6 +174,13 @@ HF_NAMES = NameTable(
         "v": "self_attn.v_proj",
         "q_norm": "self_attn.q_norm",
         "k_norm": "self_attn.k_norm",
+        "q_a": "self_attn.q_a_proj",
+        "q_a_norm": "self_attn.q_a_layernorm",
+        "q_b": "self_attn.q_b_proj",
+        "kv_a": "self_attn.kv_a_proj_with_mqa",
+        "kv_a_norm": "self_attn.kv_a_layernorm",
+        "k_b": "self_attn.kv_b_proj",
+        "v_b": "self_attn.kv_b_proj",
         "o": "self_attn.o_proj",
         "mlp_norm": "post_attention_layernorm",
         "gate": "mlp.gate_proj",
@@ -169,6 +207,13 @@ GGUF_NAMES = NameTable(
         "v": "attn_v",
         "q_norm": "attn_q_norm",
         "k_norm": "attn_k_norm",
+        "q_a": "attn_q_a",
+        "q_a_norm": "attn_q_a_norm",
+        "q_b": "attn_q_b",
+        "kv_a": "attn_kv_a_mqa",
+        "kv_a_norm": "attn_kv_a_norm",
+        "k_b": "attn_k_b",
+        "v_b": "attn_v_b",
         "o": "attn_output",
         "attn_post_norm": "post_attention_norm",
         "mlp_norm": "ffn_norm",

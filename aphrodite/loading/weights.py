@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aphrodite.errors import ModelFormatError
+from aphrodite.loading.latent import LatentPart, latent_row_order
 from aphrodite.loading.parameters import HEAD_PLACEHOLDER, Storage, parameter_shapes
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.dequantize import dequantize
@@ -106,7 +107,8 @@ def match_weights(
         misshapen.update(dict.fromkeys(wrong))
         if len(found) == len(place.names) and not wrong:
             load = _loader(canonical, shapes[canonical], found, place.rows, spec, storage)
-            matrix = found[0].matrix if isinstance(found[0], PackedTensor) else None
+            first, expanded = found[0], isinstance(load, LatentPart)
+            matrix = first.matrix if isinstance(first, PackedTensor) and not expanded else None
             parameters[canonical] = Parameter(shapes[canonical], load.qtype, load, matrix)
     unknown = [name for name in left_over if not harmless(name)]
     if missing or misshapen or unknown:
@@ -139,7 +141,10 @@ def _places(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], storage: Sto
     places: dict[str, _Place] = {}
     for name, members in stacks.items():
         first = shapes[members[0]]
-        if HEAD_PLACEHOLDER in name:
+        if spec.mla is not None and len(members) == 2 and members[0].endswith(".k_b.weight"):
+            both = (spec.num_heads * (spec.mla.qk_nope_head_dim + spec.mla.v_head_dim), spec.mla.kv_lora_rank)
+            places.update((member, _Place((name,), both, None)) for member in members)
+        elif HEAD_PLACEHOLDER in name:
             names = tuple(name.replace(HEAD_PLACEHOLDER, str(head)) for head in range(first[0]))
             places[members[0]] = _Place(names, first[1:], None)
         elif len(members) == 1:
@@ -226,10 +231,14 @@ def _loader(
     rows: _Rows | None,
     spec: ModelSpec,
     storage: Storage,
-) -> _Loader:
+) -> _Loader | LatentPart:
     module = canonical.split(".")[-2]
     order = None
-    if storage.interleaved and module in ("q", "k", "q_norm", "k_norm"):
+    if spec.mla is not None and module in ("k_b", "v_b") and raws[0].shape != shape:
+        return LatentPart(raws[0], spec.mla, is_key=module == "k_b")
+    if spec.mla is not None and storage.interleaved:
+        order = latent_row_order(spec.mla, module, shape[0])
+    elif storage.interleaved and module in ("q", "k", "q_norm", "k_norm"):
         count = math.prod(shape) if _is_norm(canonical) else shape[0]
         order = _halves_from_pairs(count, spec.head_dim, spec.rotary.dim)
     offset = storage.norm_offset if _is_norm(canonical) else 0.0

@@ -38,6 +38,7 @@ class Family:
         from_config: config.json → spec.
         from_gguf: reader of the architecture's own keys, and the tensors → spec.
         hf, gguf: how safetensors and GGUF files of the family name and keep their tensors.
+        gguf_of: the latter, where it has changed over time and shows in the tensors that there are.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     from_gguf: Callable[[ConfigReader, Mapping[str, RawTensor]], ModelSpec]
     hf: Storage = HF_STORAGE
     gguf: Storage = GGUF_STORAGE
+    gguf_of: Callable[[Mapping[str, RawTensor]], Storage] | None = None
 
 
 def decoder_from_config(
