@@ -242,12 +242,14 @@ class Storage:
     Attributes:
         interleaved: rows of q and k pair neighbouring dimensions for rotary embedding, not the two halves of a head.
         grouped_qkv: the rows of stacked q, k and v go by KV head: its query heads, its key, its value.
+        alternating_experts: the rows of stacked gate and up of an expert alternate.
         norm_offset: norms' weights are stored less this.
     """
 
     names: NameTable
     interleaved: bool = False
     grouped_qkv: bool = False
+    alternating_experts: bool = False
     norm_offset: float = 0.0
 
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.latent import LatentPart, latent_row_order
-from aphrodite.loading.parameters import HEAD_PLACEHOLDER, Storage, parameter_shapes
+from aphrodite.loading.parameters import EXPERT_PLACEHOLDER, HEAD_PLACEHOLDER, Storage, parameter_shapes
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.packed import PackedMatrix, PackedTensor
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.quantization.types import QuantType, RawTensor, StackedTensor
 
 _SHOWN = 4  # names listed in an error, of each kind
 
@@ -47,7 +47,7 @@ class Parameter:
     def nbytes(self) -> int:
         """Bytes as it is stored."""
         if self.matrix is not None:
-            return self.matrix.nbytes * self.shape[0] // self.matrix.shape[0]
+            return self.matrix.nbytes * math.prod(self.shape[:-1]) // self.matrix.shape[0]
         return self.count // self.shape[-1] * self.qtype.row_bytes(self.shape[-1])
 
 
@@ -144,11 +144,16 @@ def _places(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], storage: Sto
         if spec.mla is not None and len(members) == 2 and members[0].endswith(".k_b.weight"):
             both = (spec.num_heads * (spec.mla.qk_nope_head_dim + spec.mla.v_head_dim), spec.mla.kv_lora_rank)
             places.update((member, _Place((name,), both, None)) for member in members)
-        elif HEAD_PLACEHOLDER in name:
-            names = tuple(name.replace(HEAD_PLACEHOLDER, str(head)) for head in range(first[0]))
+        elif HEAD_PLACEHOLDER in name or EXPERT_PLACEHOLDER in name:
+            placeholder = HEAD_PLACEHOLDER if HEAD_PLACEHOLDER in name else EXPERT_PLACEHOLDER
+            names = tuple(name.replace(placeholder, str(number)) for number in range(first[0]))
             places[members[0]] = _Place(names, first[1:], None)
         elif len(members) == 1:
             places[members[0]] = _Place((name,), first, None)
+        elif ".expert_" in members[0]:
+            both = (first[0], 2 * first[1], *first[2:])
+            for member, own in zip(members, _gate_up_rows(*first[:2], storage.alternating_experts), strict=True):
+                places[member] = _Place((name,), both, own)
         else:
             stacked = (sum(shapes[member][0] for member in members), *first[1:])
             grouped = storage.grouped_qkv and len(members) == 3  # q, k and v
@@ -163,6 +168,13 @@ def _consecutive(counts: Sequence[int]) -> list[_Rows]:
     return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
+def _gate_up_rows(experts: int, inner: int, alternating: bool) -> list[_Rows]:
+    """Rows of gate and up where each expert has both in one matrix, one behind the other or alternating."""
+    rows = np.arange(experts * 2 * inner)
+    by_part = rows.reshape(experts, inner, 2) if alternating else rows.reshape(experts, 2, inner).swapaxes(1, 2)
+    return [by_part[..., part].reshape(-1) for part in range(2)]
+
+
 def _grouped_rows(spec: ModelSpec) -> list[_Rows]:
     """Rows of q, k and v where each KV head's query heads, key and value lie together."""
     group = spec.num_heads // spec.num_kv_heads
@@ -172,7 +184,7 @@ def _grouped_rows(spec: ModelSpec) -> list[_Rows]:
 
 
 def _problem(canonical: str, raw: RawTensor, shape: tuple[int, ...]) -> str | None:
-    if raw.shape != shape:
+    if raw.shape != shape and (1, *raw.shape) != shape:  # a vector may stand for a matrix of one row
         return f"{raw.name} is {list(raw.shape)} instead of {list(shape)}"
     if raw.qtype.block_size > 1 and (len(shape) == 1 or _is_norm(canonical)):
         return f"{raw.name} is {raw.qtype.name}, but norms and biases must be F32, F16 or BF16"
@@ -208,11 +220,15 @@ class _Loader:
 
     def __call__(self) -> RawTensor:
         raw = self.raws[0]
-        if len(self.shape) > len(raw.shape):  # one a head
-            raw = RawTensor(raw.name, self.shape, raw.qtype, np.concatenate([part.data for part in self.raws]))
+        if len(self.raws) > 1:  # one a head, or an expert
+            raw = StackedTensor(raw.name, self.raws)
+        elif len(self.shape) > len(raw.shape):
+            raw = raw.regrouped(self.shape, slice(None))
         for rows in (self.rows, self.order):
-            if rows is not None:
-                raw = _take_values(raw, rows, self.shape) if self.by_value else raw.take_rows(rows)
+            if rows is not None and self.by_value:
+                raw = _take_values(raw, rows, self.shape)
+            elif rows is not None:
+                raw = raw.take_rows(rows) if len(self.shape) == 2 else raw.regrouped(self.shape, rows)
         if not self._folds:
             return raw
         values = ((dequantize(raw).astype(np.float64) + self.offset) * self.scale).astype("<f4")
@@ -243,7 +259,8 @@ def _loader(
         order = _halves_from_pairs(count, spec.head_dim, spec.rotary.dim)
     offset = storage.norm_offset if _is_norm(canonical) else 0.0
     scale = spec.logit_scale if canonical in ("norm.weight", "norm.bias") else 1.0
-    return _Loader(tuple(raws), shape, rows, order, len(shape) == 1 or _is_norm(canonical), offset, scale)
+    by_value = len(shape) == 1 or _is_norm(canonical) or canonical.endswith(".bias")
+    return _Loader(tuple(raws), shape, rows, order, by_value, offset, scale)
 
 
 def _halves_from_pairs(count: int, head_dim: int, rotated: int) -> np.ndarray:

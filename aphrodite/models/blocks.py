@@ -12,8 +12,7 @@ import torch
 
 from aphrodite.attention.backend import StepAttention
 from aphrodite.layers.activation import Activation
-from aphrodite.layers.linear import Linear
-from aphrodite.layers.norm import LayerNorm, Norm
+from aphrodite.layers.mlp import project
 from aphrodite.models.spec import BlockKind
 from aphrodite.models.weights import LayerWeights
 
@@ -32,7 +31,7 @@ def pre_norm_block(
     """Llama's: x + attention(norm(x)), then x + mlp(norm(x)); additions are part of the products before them."""
     attended, residual = _kept(keep, _attended(index, layer, residual, attention), residual)
     residual = layer.o(attended, residual=residual)
-    return layer.down(project(layer.gate_up, residual, layer.mlp_norm, activation), residual=residual)
+    return layer.mlp(residual, norm=layer.mlp_norm, activation=activation, residual=residual)
 
 
 def post_norm_block(
@@ -48,8 +47,9 @@ def post_norm_block(
         raise RuntimeError(f"layer {index} was loaded without the norms that stand behind its parts")
     attended, residual = _kept(keep, _attended(index, layer, residual, attention), residual)
     residual = residual + layer.attn_post_norm(layer.o(attended))
-    inner = project(layer.gate_up, residual, layer.mlp_norm, activation)
-    return residual + layer.mlp_post_norm(layer.down(inner))
+    return residual + layer.mlp_post_norm(
+        layer.mlp(residual, norm=layer.mlp_norm, activation=activation, residual=None)
+    )
 
 
 def parallel_block(
@@ -68,7 +68,7 @@ def parallel_block(
         keep, attention(index, _heads_normed(layer, layer.qkv(normed))), normed, residual
     )
     residual = layer.o(attended, residual=residual)
-    return layer.down(layer.gate_up(normed, activation=activation), residual=residual)
+    return layer.mlp(normed, norm=None, activation=activation, residual=residual)
 
 
 BLOCKS: Mapping[BlockKind, Block] = {
@@ -77,13 +77,6 @@ BLOCKS: Mapping[BlockKind, Block] = {
     "sandwich": post_norm_block,
     "parallel": parallel_block,
 }
-
-
-def project(linear: Linear, x: torch.Tensor, norm: Norm | None, activation: Activation | None = None) -> torch.Tensor:
-    """`linear` of the normalised `x`; linear layers fuse RMSNorm, another norm goes before."""
-    if isinstance(norm, LayerNorm):
-        return linear(norm(x), activation=activation)
-    return linear(x, norm=norm, activation=activation)
 
 
 def _kept(keep: torch.Tensor | None, *rows: torch.Tensor) -> Sequence[torch.Tensor]:

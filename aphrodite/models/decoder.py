@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from aphrodite.attention.backend import AttentionShape, QueryKeyTransform, RotaryTable, StepAttention
 from aphrodite.attention.softcap import soft_cap
+from aphrodite.layers.mlp import project
 from aphrodite.layers.rotary import rotary_tables
-from aphrodite.models.blocks import BLOCKS, project
+from aphrodite.models.blocks import BLOCKS
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.models.weights import DecoderWeights
 

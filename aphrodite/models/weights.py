@@ -13,9 +13,11 @@ import torch
 from aphrodite.errors import ModelFormatError
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.layers.dense import to_dense
-from aphrodite.layers.linear import Linear, build_linear, dense_linear
+from aphrodite.layers.linear import DenseLinear, Linear, build_linear, dense_linear
+from aphrodite.layers.mlp import FeedForward, GatedMlp, Weighted
+from aphrodite.layers.moe import MixtureOfExperts, SharedExperts
 from aphrodite.layers.norm import LayerNorm, Norm, QueryKeyNorm, RmsNorm, norm_tensors
-from aphrodite.models.spec import ModelSpec
+from aphrodite.models.spec import ModelSpec, MoeSpec
 from aphrodite.models.streaming import SLOTS, LayerStream
 from aphrodite.quantization.types import RawTensor
 
@@ -28,8 +30,7 @@ class LayerWeights:
     qkv: Linear  # hidden -> (heads + 2 * kv_heads) * head_dim
     o: Linear  # heads * head_dim -> hidden
     mlp_norm: Norm | None  # before the feed-forward block
-    gate_up: Linear  # hidden -> 2 * intermediate, gate first
-    down: Linear  # intermediate -> hidden
+    mlp: FeedForward  # hidden -> hidden
     attn_post_norm: Norm | None = None  # behind attention
     mlp_post_norm: Norm | None = None  # behind the feed-forward block
     q_norm: torch.Tensor | None = None  # [head_dim], for every head of q; the attention back end applies it
@@ -37,8 +38,9 @@ class LayerWeights:
     qk_norm: QueryKeyNorm | None = None  # of other kinds; the decoder applies it
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
-        return (self.qkv, self.o, self.gate_up, self.down)
+    def products(self) -> tuple[Weighted, ...]:
+        """All projections."""
+        return (self.qkv, self.o, *self.mlp.products)
 
     @property
     def norms(self) -> tuple[torch.Tensor, ...]:
@@ -60,15 +62,15 @@ class DecoderWeights:
     stream: LayerStream | None = None  # brings the projections of the last layers, where they are in host memory
 
     @property
-    def linears(self) -> list[Linear]:
-        """Every Linear, the head last."""
-        return [linear for layer in self.layers for linear in layer.linears] + [self.head]
+    def products(self) -> list[Weighted]:
+        """Every projection, the head last."""
+        return [product for layer in self.layers for product in layer.products] + [self.head]
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         tensors = [self.embed, *norm_tensors(self.norm), *(norm for layer in self.layers for norm in layer.norms)]
-        tensors += [tensor for linear in self.linears for tensor in linear.tensors]
+        tensors += [tensor for product in self.products for tensor in product.tensors]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     def visit_layers(self) -> Iterator[LayerWeights]:
@@ -124,21 +126,24 @@ class _Loader:
     def _layers(self, offload_bytes: int) -> tuple[tuple[LayerWeights, ...], LayerStream | None]:
         """All layers; the last ones share two layers' projections on the device where some are offloaded."""
         spec = self._spec
-        first = self._layer(0)
-        layer_bytes = sum(tensor.nbytes for tensor in _projections(first))
-        num_streamed = min(-(-offload_bytes // layer_bytes), spec.num_layers)
+        kinds = [spec.moe_of(layer) for layer in reversed(range(spec.num_layers))]
+        # Layers are streamed from the last on, and only those that are alike can take turns in a slot.
+        alike = next((number for number, kind in enumerate(kinds) if kind != kinds[0]), spec.num_layers)
+        last = self._layer(spec.num_layers - 1)
+        layer_bytes = sum(tensor.nbytes for tensor in _projections(last))
+        num_streamed = min(-(-offload_bytes // layer_bytes), alike)
         if num_streamed <= SLOTS:  # nothing would be saved
-            return (first, *(self._layer(index) for index in range(1, spec.num_layers))), None
+            return (*(self._layer(index) for index in range(spec.num_layers - 1)), last), None
         resident = spec.num_layers - num_streamed
         layers: list[LayerWeights] = []
         host: list[tuple[torch.Tensor, ...]] = []
         for index in range(spec.num_layers):
-            layer = first if index == 0 else self._layer(index)
+            layer = last if index == spec.num_layers - 1 else self._layer(index)
             if index >= resident:
                 host.append(tuple(tensor.cpu().pin_memory() for tensor in _projections(layer)))
             if index >= resident + SLOTS:
                 slot = layers[resident + (index - resident) % SLOTS]
-                layer = replace(layer, qkv=slot.qkv, o=slot.o, gate_up=slot.gate_up, down=slot.down)
+                layer = replace(layer, qkv=slot.qkv, o=slot.o, mlp=slot.mlp)
             layers.append(layer)
         slots = [_projections(layer) for layer in layers[resident : resident + SLOTS]]
         return tuple(layers), LayerStream(resident, host, slots)
@@ -148,7 +153,7 @@ class _Loader:
         name = f"layers.{index}."
         attention = spec.num_heads * spec.head_dim
         kv = spec.num_kv_heads * spec.head_dim
-        hidden, intermediate = spec.hidden_size, spec.intermediate_size
+        hidden = spec.hidden_size
         before, behind = spec.block != "post_norm", spec.block in ("post_norm", "sandwich")
         of_heads = spec.qk_norm and spec.head_norm == "head"
         return LayerWeights(
@@ -156,16 +161,66 @@ class _Loader:
             qkv=self._linear([name + "q", name + "k", name + "v"], [attention, kv, kv], hidden, bias=spec.qkv_bias),
             o=self._linear([name + "o"], [hidden], attention, bias=spec.output_bias),
             mlp_norm=self._norm(name + "mlp_norm") if before and spec.block != "parallel" else None,
-            gate_up=self._linear(
-                [name + "gate", name + "up"], [intermediate, intermediate], hidden, bias=spec.mlp_bias, gated=True
-            ),
-            down=self._linear([name + "down"], [hidden], intermediate, bias=spec.mlp_bias),
+            mlp=self._feed_forward(index, name),
             attn_post_norm=self._norm(name + "attn_post_norm") if behind else None,
             mlp_post_norm=self._norm(name + "mlp_post_norm") if behind else None,
             q_norm=self._norm_weight(name + "q_norm.weight", spec.head_dim) if of_heads else None,
             k_norm=self._norm_weight(name + "k_norm.weight", spec.head_dim) if of_heads else None,
             qk_norm=self._query_key_norm(name) if spec.qk_norm and not of_heads else None,
         )
+
+    def _feed_forward(self, index: int, name: str) -> FeedForward:
+        spec = self._spec
+        moe = spec.moe_of(index)
+        if moe is not None:
+            return self._mixture(name, moe)
+        return self._gated_mlp(name, spec.intermediate_size, bias=spec.mlp_bias)
+
+    def _gated_mlp(self, prefix: str, intermediate: int, *, bias: bool = False) -> GatedMlp:
+        hidden = self._spec.hidden_size
+        return GatedMlp(
+            self._linear([prefix + "gate", prefix + "up"], [intermediate, intermediate], hidden, bias=bias, gated=True),
+            self._linear([prefix + "down"], [hidden], intermediate, bias=bias),
+        )
+
+    def _mixture(self, name: str, moe: MoeSpec) -> FeedForward:
+        experts, hidden = moe.num_experts, self._spec.hidden_size
+        bias = self._take(name + "router.bias", experts) if moe.router_bias else None
+        router = self._float32(self._take(name + "router.weight", experts, hidden), bias)
+        correction = None
+        if moe.correction_bias:
+            correction = to_dense(self._take(name + "router.correction", experts), torch.float32, self._device)
+        shared = self._shared_experts(name, moe)
+        return MixtureOfExperts(moe, router, correction, self._experts(name, moe), shared)
+
+    def _shared_experts(self, name: str, moe: MoeSpec) -> SharedExperts | None:
+        if not moe.shared_intermediate_size:
+            return None
+        mlp = self._gated_mlp(name + "shared_", moe.shared_intermediate_size)
+        if not moe.shared_gate:
+            return SharedExperts(mlp, None)
+        return SharedExperts(mlp, self._float32(self._take(name + "shared_router.weight", 1, self._spec.hidden_size)))
+
+    def _experts(self, name: str, moe: MoeSpec) -> list[GatedMlp]:
+        """Experts on the host, each with products of its own."""
+        hidden, inner, count = self._spec.hidden_size, moe.intermediate_size, moe.num_experts
+        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        weights = {part: self._take(f"{name}expert_{part}.weight", count, *shapes[part]) for part in shapes}
+        biases: dict[str, RawTensor] = {}
+        if moe.expert_bias:
+            biases = {part: self._take(f"{name}expert_{part}.bias", count, shapes[part][0]) for part in shapes}
+
+        def linear(expert: int, parts: tuple[str, ...]) -> Linear:
+            rows = [weights[part].part(expert) for part in parts]
+            added = [biases[part].part(expert) if biases else None for part in parts]
+            return build_linear(rows, added, self._dtype, self._device, gated=len(parts) == 2)
+
+        return [GatedMlp(linear(expert, ("gate", "up")), linear(expert, ("down",))) for expert in range(count)]
+
+    def _float32(self, weight: RawTensor, bias: RawTensor | None = None) -> DenseLinear:
+        """A small product that is made in float32 whatever the compute type."""
+        added = None if bias is None else to_dense(bias, torch.float32, self._device)
+        return DenseLinear(to_dense(weight, torch.float32, self._device), added, Choice("router in float32", ()))
 
     def _query_key_norm(self, name: str) -> QueryKeyNorm:
         spec = self._spec
@@ -209,4 +264,4 @@ class _Loader:
 
 
 def _projections(layer: LayerWeights) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor for linear in layer.linears for tensor in linear.tensors)
+    return tuple(tensor for product in layer.products for tensor in product.tensors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,92 @@ class RawTensor:
         """Some rows of a matrix, or all in another order; lossless, since blocks lie along the columns."""
         data = self.data[rows]
         return RawTensor(self.name, (len(data) // math.prod(self.shape[1:-1]), *self.shape[1:]), self.qtype, data)
+
+    def regrouped(self, shape: tuple[int, ...], rows: np.ndarray | slice) -> RawTensor:
+        """Some rows, by their number whatever the dimensions, as a tensor of `shape`."""
+        return RawTensor(self.name, shape, self.qtype, self.data[rows])
+
+    def part(self, index: int) -> RawTensor:
+        """One of the tensors `shape[1:]` that are stacked in this one."""
+        count = math.prod(self.shape[1:-1])
+        return RawTensor(self.name, self.shape[1:], self.qtype, self.data[index * count : (index + 1) * count])
+
+
+class StackedTensor(RawTensor):
+    """Tensors of one shape that a checkpoint keeps apart, one an expert; put together only where `data` is read."""
+
+    __slots__ = ("parts",)
+
+    parts: tuple[RawTensor, ...]
+
+    def __init__(self, name: str, parts: Sequence[RawTensor]) -> None:
+        first = parts[0]
+        values = {"name": name, "shape": (len(parts), *first.shape), "qtype": first.qtype, "parts": tuple(parts)}
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+
+    @property
+    def data(self) -> np.ndarray:
+        return np.concatenate([part.data for part in self.parts])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def type_name(self) -> str:
+        return self.parts[0].type_name
+
+    def part(self, index: int) -> RawTensor:
+        return self.parts[index]
+
+
+class ComputedTensor(RawTensor):
+    """A tensor whose rows are made of what the checkpoint holds when they are read.
+
+    Args:
+        read: numbers of rows, of all but the last dimension together -> their bytes, uint8 `[count, row_bytes]`.
+        rows: which of its rows this tensor has, in order; None for all.
+    """
+
+    __slots__ = ("_read", "_rows")
+
+    _read: Callable[[np.ndarray], np.ndarray]
+    _rows: np.ndarray
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        qtype: QuantType,
+        read: Callable[[np.ndarray], np.ndarray],
+        rows: np.ndarray | None = None,
+    ) -> None:
+        rows = np.arange(math.prod(shape[:-1])) if rows is None else rows
+        values = {"name": name, "shape": shape, "qtype": qtype, "_read": read, "_rows": rows}
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._read(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._rows) * self.qtype.row_bytes(self.shape[-1])
+
+    def take_rows(self, rows: np.ndarray | slice) -> ComputedTensor:
+        taken = self._rows[rows]
+        shape = (len(taken) // math.prod(self.shape[1:-1]), *self.shape[1:])
+        return ComputedTensor(self.name, shape, self.qtype, self._read, taken)
+
+    def part(self, index: int) -> ComputedTensor:
+        count = math.prod(self.shape[1:-1])
+        return self.regrouped(self.shape[1:], slice(index * count, (index + 1) * count))
+
+    def regrouped(self, shape: tuple[int, ...], rows: np.ndarray | slice) -> ComputedTensor:
+        """Some rows, by their number whatever the dimensions, as a tensor of `shape`."""
+        return ComputedTensor(self.name, shape, self.qtype, self._read, self._rows[rows])
 
 
 class NoiseTensor(RawTensor):

@@ -104,7 +104,7 @@ class DeviceExecutor:
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""
         weights = self._decoder.weights
-        layouts = Counter(str(linear.choice) for layer in weights.layers for linear in layer.linears)
+        layouts = Counter(str(product.choice) for layer in weights.layers for product in layer.products)
         name = torch.cuda.get_device_name(self.device)
         chosen = {
             "executor": f"Triton {triton.__version__} on {name}, {short_name(self.dtype)}",

@@ -92,7 +92,7 @@ class TorchExecutor:
 
     def describe(self) -> dict[str, str]:
         weights = self._decoder.weights
-        layouts = Counter(str(linear.choice) for layer in weights.layers for linear in layer.linears)
+        layouts = Counter(str(product.choice) for layer in weights.layers for product in layer.products)
         return {
             "executor": f"torch {torch.__version__} on {self.device}, {short_name(self._dtype)}",
             "attention": str(self._attention_choice),
@@ -111,7 +111,9 @@ class TorchExecutor:
             return "no: kernels are picked by the shape of the batch"
         with torch.inference_mode():
             blocks = {
-                row_blocks(linear.weight) for linear in self._decoder.weights.linears if isinstance(linear, DenseLinear)
+                row_blocks(product.weight)
+                for product in self._decoder.weights.products
+                if isinstance(product, DenseLinear)
             }
             verified = self._attention.verify() and all(found.verified for found in blocks)
         if verified:
