@@ -51,7 +51,11 @@ class TiledAttention:
         return _allocate(self._shape, num_blocks)
 
     def begin_step(self, inputs: ForwardInputs, cache: KVCache) -> StepAttention:
-        planner = StepPlanner(
+        return _PagedStep(self._shape, self._transform, inputs, cache, self.plan_step(inputs), self.attend)
+
+    def plan_step(self, inputs: ForwardInputs) -> StepPlanner:
+        """The groups in which `attend` takes a step's sequences."""
+        return StepPlanner(
             inputs,
             dtype=self._shape.dtype,
             block_size=self._shape.block_size,
@@ -60,7 +64,6 @@ class TiledAttention:
             query_multiple=ROW_MULTIPLE,
             row_multiple=ROW_MULTIPLE,
         )
-        return _PagedStep(self._shape, self._transform, inputs, cache, planner, self._attend)
 
     def verify(self) -> bool:
         """Whether this machine's batched products give a row the same bits in every shape that occurs."""
@@ -81,15 +84,16 @@ class TiledAttention:
             if 0 < rows <= most_rows
         )
 
-    def _attend(
+    def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
     ) -> torch.Tensor:
+        """See `GroupAttention`."""
         heads, batch, rows, dim = query.shape
         tiles = group.num_keys // self._tile
         tiled = (heads, batch, tiles, rows)
         queries = query[:, :, None].expand(heads, batch, tiles, rows, dim).reshape(-1, rows, dim)
         keys = keys.view(-1, self._tile, dim)
-        values = values.view(-1, self._tile, dim)
+        values = values.view(-1, self._tile, values.shape[-1])
 
         scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(self._shape.scale).view(*tiled, self._tile)
         if self._shape.softcap:
@@ -97,7 +101,7 @@ class TiledAttention:
         scores.add_(group.bias.view(batch, rows, tiles, self._tile).transpose(1, 2))
         weights = scores.sub_(scores.amax(dim=(2, 4), keepdim=True)).exp_()
         sums = weights.sum(dim=-1, keepdim=True)
-        parts = torch.bmm(weights.view(-1, rows, self._tile), values).view(*tiled, dim)
+        parts = torch.bmm(weights.view(-1, rows, self._tile), values).view(*tiled, values.shape[-1])
 
         total, out = sums[:, :, 0], parts[:, :, 0]
         for tile in range(1, tiles):  # not sum(): its order of additions depends on the number of tiles
@@ -122,8 +126,12 @@ class SdpaAttention:
         return _allocate(self._shape, num_blocks)
 
     def begin_step(self, inputs: ForwardInputs, cache: KVCache) -> StepAttention:
+        return _PagedStep(self._shape, self._transform, inputs, cache, self.plan_step(inputs), self.attend)
+
+    def plan_step(self, inputs: ForwardInputs) -> StepPlanner:
+        """The groups in which `attend` takes a step's sequences."""
         block_size = self._shape.block_size
-        planner = StepPlanner(
+        return StepPlanner(
             inputs,
             dtype=self._shape.dtype,
             block_size=block_size,
@@ -132,11 +140,11 @@ class SdpaAttention:
             query_multiple=1,
             row_multiple=1,
         )
-        return _PagedStep(self._shape, self._transform, inputs, cache, planner, self._attend)
 
-    def _attend(
+    def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
     ) -> torch.Tensor:
+        """See `GroupAttention`."""
         if self._shape.softcap:
             return self._attend_capped(query, keys, values, group)
         out = F.scaled_dot_product_attention(
@@ -157,11 +165,14 @@ class SdpaAttention:
         return weights.to(values.dtype) @ values
 
 
-class _GroupAttention(Protocol):
+class GroupAttention(Protocol):
+    """Attention of one group."""
+
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
     ) -> torch.Tensor:
-        """query `[kv_heads, B, M, head_dim]`, keys and values `[kv_heads, B, K, head_dim]`; returns as query."""
+        """query `[kv_heads, B, M, head_dim]`, keys and values `[kv_heads, B, K, head_dim]`; returns as query, in the
+        size of the values."""
 
 
 class _PagedStep:
@@ -177,7 +188,7 @@ class _PagedStep:
         inputs: ForwardInputs,
         cache: KVCache,
         planner: StepPlanner,
-        attend: _GroupAttention,
+        attend: GroupAttention,
     ) -> None:
         self._shape = shape
         self._transform = transform
@@ -204,10 +215,9 @@ class _PagedStep:
         values.flatten(1, 2).index_copy_(1, self._slots, value[:num_tokens].transpose(0, 1))
         out = query.new_zeros(query.shape[0], shape.num_heads * shape.head_dim)
         for group in self._planner.groups(shape.windows[layer]):
-            attended = self._attend(
-                self._fold(query, group), self._gather(keys, group), self._gather(values, group), group
-            )
-            out.index_copy_(0, group.query_rows[: group.num_queries], self._unfold(attended, group))
+            folded = fold_queries(query, group, shape.num_kv_heads)
+            attended = self._attend(folded, gather_slots(keys, group), gather_slots(values, group), group)
+            out.index_copy_(0, group.query_rows[: group.num_queries], unfold_queries(attended, group, shape.num_heads))
         return out
 
     def _angles_of(self, layer: int) -> RotaryTable:
@@ -222,28 +232,28 @@ class _PagedStep:
         wide = heads.to(weight.dtype)
         return F.rms_norm(wide, (self._shape.head_dim,), weight, self._transform.norm_eps).to(heads.dtype)
 
-    def _gather(self, cache: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
-        """`[kv_heads, B, K, head_dim]` of a layer's cache."""
-        gathered = cache.flatten(1, 2).index_select(1, group.slots)
-        return gathered.view(self._shape.num_kv_heads, group.batch, group.num_keys, self._shape.head_dim)
 
-    def _fold(self, query: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
-        """`[kv_heads, B, M, head_dim]`: queries of the heads that share a KV head become rows."""
-        shape = self._shape
-        picked = query.index_select(0, group.query_rows)
-        picked = picked.view(group.batch, -1, shape.num_kv_heads, shape.group, shape.head_dim)
-        folded = picked.permute(2, 0, 1, 3, 4).reshape(shape.num_kv_heads, group.batch, -1, shape.head_dim)
-        missing = group.bias.shape[1] - folded.shape[2]
-        return F.pad(folded, (0, 0, 0, missing)) if missing else folded
+def gather_slots(cache: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+    """`[kv_heads, B, K, dim]` of a layer's cache `[kv_heads, blocks, block_size, dim]`."""
+    gathered = cache.flatten(1, 2).index_select(1, group.slots)
+    return gathered.view(cache.shape[0], group.batch, group.num_keys, cache.shape[-1])
 
-    def _unfold(self, attended: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
-        """`[num_queries, heads * head_dim]`: the reverse of `_fold`, without padding."""
-        shape = self._shape
-        queries = group.query_rows.shape[0] // group.batch
-        rows = attended[:, :, : queries * shape.group]
-        rows = rows.reshape(shape.num_kv_heads, group.batch, queries, shape.group, shape.head_dim)
-        rows = rows.permute(1, 2, 0, 3, 4).reshape(group.batch * queries, -1)
-        return rows[: group.num_queries]
+
+def fold_queries(query: torch.Tensor, group: AttentionGroup, kv_heads: int) -> torch.Tensor:
+    """`[kv_heads, B, M, dim]` of `[rows, heads, dim]`: queries of the heads that share a KV head become rows."""
+    _, heads, dim = query.shape
+    picked = query.index_select(0, group.query_rows).view(group.batch, -1, kv_heads, heads // kv_heads, dim)
+    folded = picked.permute(2, 0, 1, 3, 4).reshape(kv_heads, group.batch, -1, dim)
+    missing = group.bias.shape[1] - folded.shape[2]
+    return F.pad(folded, (0, 0, 0, missing)) if missing else folded
+
+
+def unfold_queries(attended: torch.Tensor, group: AttentionGroup, heads: int) -> torch.Tensor:
+    """`[num_queries, heads * dim]` of `[kv_heads, B, M, dim]`: the reverse of `fold_queries`, without padding."""
+    kv_heads, batch, _, dim = attended.shape
+    queries, shared = group.query_rows.shape[0] // batch, heads // kv_heads
+    rows = attended[:, :, : queries * shared].reshape(kv_heads, batch, queries, shared, dim)
+    return rows.permute(1, 2, 0, 3, 4).reshape(batch * queries, -1)[: group.num_queries]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
