@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aphrodite.client import AsyncOpenAI, OpenAI
     from aphrodite.config import EngineConfig
     from aphrodite.engine.async_engine import AsyncEngine
     from aphrodite.llm import LLM
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "AsyncOpenAI",
     "CompletionOutput",
     "EngineConfig",
+    "OpenAI",
     "RequestOutput",
     "SamplingParams",
     "__version__",
@@ -26,9 +29,11 @@ __all__ = [
 
 _HOMES = {
     "AsyncEngine": "aphrodite.engine.async_engine",
+    "AsyncOpenAI": "aphrodite.client",
     "CompletionOutput": "aphrodite.outputs",
     "EngineConfig": "aphrodite.config",
     "LLM": "aphrodite.llm",
+    "OpenAI": "aphrodite.client",
     "RequestOutput": "aphrodite.outputs",
     "SamplingParams": "aphrodite.sampling.params",
 }
