@@ -18,6 +18,10 @@ class ModelFormatError(AphroditeError):
     """A checkpoint, tokenizer or template is damaged, incomplete or not supported."""
 
 
+class UnknownArchitectureError(ModelFormatError):
+    """A checkpoint's architecture is none of the built-in families."""
+
+
 class InvalidRequestError(AphroditeError):
     """A request field is wrong; the request was refused and had no effect.
 

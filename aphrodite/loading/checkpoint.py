@@ -16,6 +16,7 @@ import numpy as np
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.dummy import dummy_weights
+from aphrodite.loading.further_layers import without_further_layers
 from aphrodite.loading.generation import GenerationDefaults, generation_from_config, generation_from_gguf
 from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
 from aphrodite.loading.multimodal import text_tensors
@@ -224,9 +225,11 @@ def _open_safetensors(path: Path) -> Checkpoint:
     config = ConfigReader.from_file(directory / "config.json")
     family = family_of_config(config)
     spec = family.from_config(text_config(config, family))
-    stored = _read_tensors(path)
+    stored = read_tensors(path)
     if is_wrapped(config, family):
         stored = text_tensors(str(directory), stored)
+    if family.predicts_further:
+        stored = without_further_layers(str(directory), stored, family.hf.names, spec.num_layers)
     tensors = unpack_tensors(stored, config, directory)
     head, embedding = (family.hf.names.checkpoint_name(f"{module}.weight") for module in ("head", "embed"))
     if spec.tied_head and head in tensors and embedding in tensors:
@@ -254,7 +257,12 @@ def _is_zero_bias(raw: RawTensor) -> bool:
     return raw.name.endswith(".bias") and not raw.data.any()
 
 
-def _read_tensors(path: Path) -> dict[str, StoredTensor]:
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, or of the one model in a directory. Reads only headers.
+
+    Raises:
+        ModelFormatError: there is none, it is not clear which files belong together, or one is damaged.
+    """
     if path.is_file():
         return read_safetensors(path)
     single = path / "model.safetensors"
@@ -282,6 +290,14 @@ def _open_dummy(path: Path) -> Checkpoint:
     return _described(file.parent, "dummy", config, spec, dummy_weights(spec, dtype))
 
 
+def checkpoint_name(directory: Path) -> str:
+    """A short name for a directory's model: the directory's, or in the Hugging Face cache the repository's."""
+    resolved = directory.resolve()
+    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
+        return resolved.parent.parent.name.rsplit("--", 1)[1]
+    return resolved.name
+
+
 def _described(
     directory: Path, kind: Literal["safetensors", "dummy"], config: ConfigReader, spec: ModelSpec, weights: Weights
 ) -> Checkpoint:
@@ -289,7 +305,7 @@ def _described(
     reader = ConfigReader.from_file(generation) if generation.exists() else None
     return Checkpoint(
         path=directory,
-        name=directory.resolve().name,
+        name=checkpoint_name(directory),
         format=kind,
         architecture=", ".join(config.strings("architectures")) or config.read("model_type", str, ""),
         spec=spec,

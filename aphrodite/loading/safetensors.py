@@ -43,6 +43,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: np.ndarray
 
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
     def dense(self) -> RawTensor:
         """The tensor for a parameter that is stored without quantization.
 

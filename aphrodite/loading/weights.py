@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,12 +13,11 @@ import numpy as np
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.latent import LatentPart, latent_row_order
 from aphrodite.loading.parameters import EXPERT_PLACEHOLDER, HEAD_PLACEHOLDER, Storage, parameter_shapes
+from aphrodite.loading.report import listed
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.packed import PackedMatrix, PackedTensor
 from aphrodite.quantization.types import QuantType, RawTensor, StackedTensor
-
-_SHOWN = 4  # names listed in an error, of each kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ def match_weights(
     unknown = [name for name in left_over if not harmless(name)]
     if missing or misshapen or unknown:
         problems = (
-            _listed("missing", missing) + _listed("wrong shape or type", misshapen) + _listed("not part of it", unknown)
+            listed("missing", missing) + listed("wrong shape or type", misshapen) + listed("not part of it", unknown)
         )
         raise ModelFormatError(
             f"{source}: the tensors do not fit the {spec.family} model that its configuration describes: "
@@ -268,11 +267,3 @@ def _halves_from_pairs(count: int, head_dim: int, rotated: int) -> np.ndarray:
     head = np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, head_dim)])
     order: np.ndarray = (np.arange(0, count, head_dim)[:, None] + head).reshape(-1)
     return order
-
-
-def _listed(what: str, names: Iterable[str]) -> list[str]:
-    names = list(names)
-    if not names:
-        return []
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{what}: {', '.join(names[:_SHOWN])}{more}"]

@@ -5,40 +5,51 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from aphrodite.errors import ModelFormatError
+from aphrodite.errors import UnknownArchitectureError
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.models.families.cohere import COHERE, COHERE2
 from aphrodite.models.families.common import Family
+from aphrodite.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from aphrodite.models.families.gemma2 import GEMMA2
 from aphrodite.models.families.gemma3 import GEMMA3
 from aphrodite.models.families.glm4 import GLM, GLM4
-from aphrodite.models.families.granite import GRANITE
+from aphrodite.models.families.granite import GRANITE, GRANITE_MOE
 from aphrodite.models.families.internlm2 import INTERNLM2
 from aphrodite.models.families.llama import LLAMA
 from aphrodite.models.families.mistral import MISTRAL
+from aphrodite.models.families.mixtral import MIXTRAL
 from aphrodite.models.families.olmo2 import OLMO2, OLMO3
+from aphrodite.models.families.olmoe import OLMOE
 from aphrodite.models.families.phi3 import PHI3
 from aphrodite.models.families.qwen2 import QWEN2
 from aphrodite.models.families.qwen3 import QWEN3
+from aphrodite.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from aphrodite.models.families.smollm3 import SMOLLM3
 from aphrodite.models.families.stablelm import STABLELM
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
+    QWEN3_MOE,
     GEMMA2,
     GEMMA3,
     PHI3,
     COHERE,
     COHERE2,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     GLM,
     GLM4,
     GRANITE,
+    GRANITE_MOE,
     INTERNLM2,
     OLMO2,
     OLMO3,
+    OLMOE,
     SMOLLM3,
     STABLELM,
 )
@@ -48,7 +59,7 @@ def family_of_config(config: ConfigReader) -> Family:
     """The family that a config.json's `architectures` names, or its `model_type` where there are none.
 
     Raises:
-        ModelFormatError: none is supported; the message lists those that are.
+        UnknownArchitectureError: none is supported; the message lists those that are.
     """
     found = config.strings("architectures")
     for family in FAMILIES:
@@ -87,7 +98,7 @@ def family_of_gguf(metadata: ConfigReader) -> Family:
     """The family that GGUF metadata's `general.architecture` names.
 
     Raises:
-        ModelFormatError: it is not supported; the message lists those that are.
+        UnknownArchitectureError: it is not supported; the message lists those that are.
     """
     found = metadata.read("general.architecture", str)
     for family in FAMILIES:
@@ -97,11 +108,11 @@ def family_of_gguf(metadata: ConfigReader) -> Family:
     raise _unsupported(metadata.source, found, known)
 
 
-def _unsupported(source: str, found: str, known: Iterable[str]) -> ModelFormatError:
+def _unsupported(source: str, found: str, known: Iterable[str]) -> UnknownArchitectureError:
     known = sorted(known)
     shown = repr(found[:200]) if found else "not named"
     close = difflib.get_close_matches(found, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return ModelFormatError(
+    return UnknownArchitectureError(
         f"{source}: the architecture is {shown}, which is not supported{hint}; supported: {', '.join(known)}"
     )
