@@ -401,6 +401,8 @@ def _unknown_parts(spec: ModelSpec) -> list[str]:
         for what, present in (
             (f"{spec.block} blocks", spec.block not in ("pre_norm", "sandwich")),
             ("latent attention", spec.mla is not None),
+            ("mixtures of experts", spec.moe is not None),
+            ("attention sinks", spec.attention_sinks),
             ("layer norms", spec.norm != "rms"),
             (f"norms of queries and keys by {spec.head_norm}", spec.qk_norm and spec.head_norm != "head"),
             ("bound of attention scores", spec.attention_softcap != 0.0),

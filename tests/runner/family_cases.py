@@ -125,6 +125,29 @@ def parallel_keys(writer: Writer) -> None:
     writer.add_parallel_residual(True)
 
 
+def expert_keys(writer: Writer) -> None:
+    writer.add_expert_count(EXPERTS["num_experts"])
+    writer.add_expert_used_count(EXPERTS["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(EXPERTS["moe_intermediate_size"])
+
+
+def qwen2_moe_keys(writer: Writer) -> None:
+    expert_keys(writer)
+    writer.add_expert_shared_feed_forward_length(80)
+
+
+def granite_moe_keys(writer: Writer) -> None:
+    granite_keys(writer)
+    writer.add_expert_count(6)
+    writer.add_expert_used_count(3)
+
+
+def mixtral_keys(writer: Writer) -> None:
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+
+
+EXPERTS = {"num_experts": 10, "num_experts_per_tok": 4, "moe_intermediate_size": 48}
 GEMMA = {"query_pre_attn_scalar": HEAD_DIM, "sliding_window": WINDOW, "layer_types": TYPES}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -207,6 +230,27 @@ CASES: dict[str, Case] = {
     "glm 4 (2024)": Case("Glm", {}, ARCH.CHATGLM, turning=HEAD_DIM // 2),
     "glm 4": Case("Glm4", {}, ARCH.GLM4, turning=HEAD_DIM // 2),
     "mistral nemo": Case("Mistral", {"head_dim": 32, "sliding_window": None}, ARCH.LLAMA, nemo_keys, True, turning=32),
+    "mixtral": Case("Mixtral", {"num_local_experts": 4}, ARCH.LLAMA, mixtral_keys, True, native=False),
+    "qwen 2 moe": Case(
+        "Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 80}, ARCH.QWEN2MOE, qwen2_moe_keys, native=False
+    ),
+    "qwen 3 moe": Case("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}, ARCH.QWEN3MOE, expert_keys, native=False),
+    "qwen 3 moe with dense layers": Case("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}, native=False),
+    "olmoe": Case(
+        "Olmoe",
+        {"num_experts": 10, "num_experts_per_tok": 4},
+        ARCH.OLMOE,
+        lambda writer: (writer.add_expert_count(10), writer.add_expert_used_count(4)),
+        native=False,
+    ),
+    "granite moe": Case(
+        "GraniteMoeShared",
+        {**MULTIPLIERS, "num_local_experts": 6, "num_experts_per_tok": 3, "shared_intermediate_size": 80},
+        ARCH.GRANITE_MOE,
+        granite_moe_keys,
+        permutes=True,
+        native=False,
+    ),
     "internlm 2 (gguf)": Case("Llama", {}, ARCH.INTERNLM2, permutes=True),
 }
 
@@ -247,6 +291,9 @@ def gguf_tensors(case: Case, architecture: gguf.MODEL_ARCH, model: Any) -> dict[
     heads: dict[str, list[np.ndarray]] = {}
     for name, tensor in model.state_dict().items():
         values = tensor.float().numpy()
+        if stacked := stacked_names(name):
+            tensors.update(zip(stacked, np.split(values, len(stacked), axis=1), strict=True))
+            continue
         if ".norms." in name:  # StableLM's norms of single heads
             heads.setdefault(name.split(".norms.")[0] + ".weight", []).append(values)
             continue
@@ -267,6 +314,16 @@ def gguf_tensors(case: Case, architecture: gguf.MODEL_ARCH, model: Any) -> dict[
             parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
             tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
     return tensors
+
+
+def stacked_names(name: str) -> list[str]:
+    """llama.cpp's names of what transformers has as one tensor: gate and up, of all experts or of the shared one."""
+    for module, kind in (("experts.", "exps"), ("shared_mlp.", "shexp")):
+        if module in name and "shared_expert." not in name:
+            layer, last = name.split(".")[2], name.split(module)[1].split(".")[0]
+            parts = ("down",) if last in ("down_proj", "output_linear") else ("gate", "up")
+            return [f"blk.{layer}.ffn_{part}_{kind}.weight" for part in parts]
+    return []
 
 
 def permuted(values: np.ndarray, heads: int) -> np.ndarray:

@@ -39,6 +39,7 @@ class Family:
         from_gguf: reader of the architecture's own keys, and the tensors → spec.
         hf, gguf: how safetensors and GGUF files of the family name and keep their tensors.
         gguf_of: the latter, where it has changed over time and shows in the tensors that there are.
+        predicts_further: safetensors files may have more layers than the decoder, which are left out.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family:
     hf: Storage = HF_STORAGE
     gguf: Storage = GGUF_STORAGE
     gguf_of: Callable[[Mapping[str, RawTensor]], Storage] | None = None
+    predicts_further: bool = False
 
 
 def decoder_from_config(
@@ -119,6 +121,8 @@ def decoder_from_gguf(
     activation: Activation = "silu",
     partial_rotary: bool = False,
     qk_norm: bool = False,
+    experts: bool = False,
+    head_dim: int | None = None,
 ) -> ModelSpec:
     """The spec that GGUF's common keys describe; biases and a tied head show in the tensors' names.
 
@@ -126,20 +130,22 @@ def decoder_from_gguf(
         windows: where they are not the same for every layer.
         epsilon: key of the norms' epsilon.
         partial_rotary: the family may turn a part of each head only.
+        experts: the file may describe a mixture of experts, which the caller reads.
+        head_dim: of queries and keys, where it is not under the ordinary keys; None reads them.
 
     Raises:
         ModelFormatError: a value is missing, mistyped, out of bounds or contradicts another.
     """
-    experts = config.read("expert_count", int, 0)
-    if experts:
-        raise config.wrong("expert_count", "0 (mixtures of experts are not supported yet)", experts)
+    count = config.read("expert_count", int, 0)
+    if count and not experts:
+        raise config.wrong("expert_count", f"0 ({family} is known without experts)", count)
     num_layers = config.read("block_count", int, low=1, high=MAX_LAYERS)
     hidden_size = config.read("embedding_length", int, low=2, high=MAX_WIDTH)
     num_heads = config.read("attention.head_count", int, low=1, high=MAX_WIDTH)
     num_kv_heads = config.read("attention.head_count_kv", int, num_heads, low=1, high=num_heads)
-    dim = config.read("attention.key_length", int, hidden_size // num_heads, low=2, high=MAX_WIDTH)
+    dim = head_dim or config.read("attention.key_length", int, hidden_size // num_heads, low=2, high=MAX_WIDTH)
     value_dim = config.read("attention.value_length", int, dim)
-    if value_dim != dim:
+    if value_dim != dim and head_dim is None:
         raise config.wrong("attention.value_length", f"{dim}, like the keys'", value_dim)
     _check_heads(config, "attention.head_count_kv", num_heads, num_kv_heads, "attention.key_length", dim)
     rotary = rotary_from_gguf(config, tensors, dim, partial=partial_rotary)

@@ -1,4 +1,4 @@
-"""Granite 3 and 4 dense (IBM): Llama's decoder with four multipliers.
+"""Granite 3 and 4 without state spaces (IBM): Llama's decoder with four multipliers, dense or a mixture of experts.
 
 x + m * f(norm(x)) is Llama's x' + f(norm(x')) of x' = x / m: a norm does not see the scale of its input, once its
 epsilon is divided by m * m. So m becomes part of the embeddings' scale, and layers need no multiplier.
@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
-from aphrodite.loading.parameters import GGUF_NAMES, Storage
-from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf
+from aphrodite.loading.parameters import GGUF_NAMES, HF_NAMES, Storage
+from aphrodite.models.families.common import MAX_WIDTH, Family, decoder_from_config, decoder_from_gguf
+from aphrodite.models.families.experts import moe_from_config, moe_from_gguf, with_experts
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
@@ -38,6 +39,19 @@ def _from_config(config: ConfigReader) -> ModelSpec:
         output_bias=attention_bias,
         mlp_bias=config.read("mlp_bias", bool, False),
     )
+    return _scaled_from_config(spec, config)
+
+
+def _moe_from_config(config: ConfigReader) -> ModelSpec:
+    bias = config.read("attention_bias", bool, False)
+    spec = decoder_from_config(config, family="granitemoe", qkv_bias=bias, output_bias=bias)
+    moe = moe_from_config(config, scoring="softmax_of_chosen")
+    shared = config.read("shared_intermediate_size", int, 0, low=0, high=MAX_WIDTH)
+    moe = dataclasses.replace(moe, shared_intermediate_size=shared)
+    return _scaled_from_config(with_experts(spec, "granitemoe", moe), config)
+
+
+def _scaled_from_config(spec: ModelSpec, config: ConfigReader) -> ModelSpec:
     return _scaled(
         spec,
         embedding=config.read("embedding_multiplier", float, 1.0, low=_LOW, high=_HIGH),
@@ -48,7 +62,16 @@ def _from_config(config: ConfigReader) -> ModelSpec:
 
 
 def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
-    spec = decoder_from_gguf(config, tensors, family="granite")
+    return _scaled_from_gguf(decoder_from_gguf(config, tensors, family="granite"), config)
+
+
+def _moe_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
+    spec = decoder_from_gguf(config, tensors, family="granitemoe", experts=True)
+    moe = moe_from_gguf(config, tensors, scoring="softmax_of_chosen")
+    return _scaled_from_gguf(with_experts(spec, "granitemoe", moe), config)
+
+
+def _scaled_from_gguf(spec: ModelSpec, config: ConfigReader) -> ModelSpec:
     return _scaled(
         spec,
         embedding=config.read("embedding_scale", float, 1.0, low=_LOW, high=_HIGH),
@@ -65,5 +88,25 @@ GRANITE = Family(
     from_config=_from_config,
     gguf_architecture="granite",
     from_gguf=_from_gguf,
+    gguf=Storage(names=GGUF_NAMES, interleaved=True),
+)
+GRANITE_MOE = Family(
+    name="granitemoe",
+    title="Granite 3 MoE",
+    architectures=("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+    from_config=_moe_from_config,
+    gguf_architecture="granitemoe",
+    from_gguf=_moe_from_gguf,
+    hf=Storage(
+        names=HF_NAMES.renamed(
+            router="block_sparse_moe.router.layer",
+            expert_gate="block_sparse_moe.input_linear",
+            expert_up="block_sparse_moe.input_linear",
+            expert_down="block_sparse_moe.output_linear",
+            shared_gate="shared_mlp.input_linear",
+            shared_up="shared_mlp.input_linear",
+            shared_down="shared_mlp.output_linear",
+        )
+    ),
     gguf=Storage(names=GGUF_NAMES, interleaved=True),
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.parameters import GGUF_NAMES, Storage
 from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf
+from aphrodite.models.families.experts import moe_from_gguf, with_experts
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
@@ -23,7 +24,10 @@ def _from_config(config: ConfigReader) -> ModelSpec:
 
 
 def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
-    return decoder_from_gguf(config, tensors, family="llama")
+    spec = decoder_from_gguf(config, tensors, family="llama", experts=True)
+    if not config.read("expert_count", int, 0):
+        return spec
+    return with_experts(spec, "mixtral", moe_from_gguf(config, tensors, normalize=True))
 
 
 LLAMA = Family(

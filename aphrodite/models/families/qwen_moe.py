@@ -1,0 +1,99 @@
+"""Qwen's mixtures of experts: Qwen1.5- and Qwen2-MoE (arXiv 2407.10671), whose shared expert is weighed by a gate of its
+own, and Qwen3-MoE (arXiv 2505.09388), which has none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from aphrodite.loading.config_reader import ConfigReader
+from aphrodite.loading.parameters import HF_NAMES, Storage
+from aphrodite.models.families.common import (
+    MAX_LAYERS,
+    MAX_WIDTH,
+    Family,
+    decoder_from_config,
+    decoder_from_gguf,
+    layer_count,
+)
+from aphrodite.models.families.experts import moe_from_config, moe_from_gguf, with_experts
+from aphrodite.models.families.qwen2 import late_windows
+from aphrodite.models.spec import ModelSpec, MoeSpec
+from aphrodite.quantization.types import RawTensor
+
+_SHARED = "mlp.shared_expert"
+
+
+def _moe(config: ConfigReader) -> MoeSpec:
+    num_layers = layer_count(config)
+    step = config.read("decoder_sparse_step", int, 1, low=1, high=MAX_LAYERS)
+    dense = set(config.integers("mlp_only_layers", low=0, high=num_layers - 1))
+    dense |= {layer for layer in range(num_layers) if (layer + 1) % step}
+    return moe_from_config(
+        config,
+        count="num_experts",
+        intermediate="moe_intermediate_size",
+        normalize=config.read("norm_topk_prob", bool, False),
+        dense_layers=tuple(sorted(dense)),
+    )
+
+
+def _qwen2_from_config(config: ConfigReader) -> ModelSpec:
+    spec = decoder_from_config(
+        config,
+        family="qwen2_moe",
+        windows=late_windows(config),
+        qkv_bias=config.read("qkv_bias", bool, True),
+    )
+    shared = config.read("shared_expert_intermediate_size", int, low=1, high=MAX_WIDTH)
+    moe = dataclasses.replace(_moe(config), shared_intermediate_size=shared, shared_gate=True)
+    return with_experts(spec, "qwen2_moe", moe)
+
+
+def _qwen2_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
+    spec = decoder_from_gguf(config, tensors, family="qwen2_moe", experts=True)
+    return with_experts(spec, "qwen2_moe", moe_from_gguf(config, tensors))
+
+
+def _qwen3_from_config(config: ConfigReader) -> ModelSpec:
+    attention_bias = config.read("attention_bias", bool, False)
+    spec = decoder_from_config(
+        config,
+        family="qwen3_moe",
+        windows=late_windows(config),
+        qk_norm=True,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+    )
+    return with_experts(spec, "qwen3_moe", _moe(config))
+
+
+def _qwen3_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
+    spec = decoder_from_gguf(config, tensors, family="qwen3_moe", qk_norm=True, experts=True)
+    return with_experts(spec, "qwen3_moe", moe_from_gguf(config, tensors, normalize=True))
+
+
+QWEN2_MOE = Family(
+    name="qwen2_moe",
+    title="Qwen 1.5 MoE, Qwen 2 57B-A14B",
+    architectures=("Qwen2MoeForCausalLM",),
+    from_config=_qwen2_from_config,
+    gguf_architecture="qwen2moe",
+    from_gguf=_qwen2_from_gguf,
+    hf=Storage(
+        names=HF_NAMES.renamed(
+            shared_gate=_SHARED + ".gate_proj",
+            shared_up=_SHARED + ".up_proj",
+            shared_down=_SHARED + ".down_proj",
+            shared_router=_SHARED + "_gate",
+        )
+    ),
+)
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    title="Qwen 3 30B-A3B, 235B-A22B",
+    architectures=("Qwen3MoeForCausalLM",),
+    from_config=_qwen3_from_config,
+    gguf_architecture="qwen3moe",
+    from_gguf=_qwen3_from_gguf,
+)
