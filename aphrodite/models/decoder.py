@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from aphrodite.attention.backend import AttentionShape, QueryKeyTransform, RotaryTable, StepAttention
+from aphrodite.attention.latent import LatentShape, LatentTransform
 from aphrodite.attention.softcap import soft_cap
 from aphrodite.layers.mlp import project
 from aphrodite.layers.rotary import rotary_tables
@@ -55,8 +56,19 @@ class Decoder:
 
 def attention_shape(
     spec: ModelSpec, *, block_size: int, dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device
-) -> AttentionShape:
+) -> AttentionShape | LatentShape:
     """What an attention back end must support to serve the model."""
+    if spec.mla is not None:
+        return LatentShape(
+            num_layers=spec.num_layers,
+            num_heads=spec.num_heads,
+            mla=spec.mla,
+            block_size=block_size,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            device=device,
+            scale=spec.query_scale,
+        )
     return AttentionShape(
         windows=spec.windows,
         num_heads=spec.num_heads,
@@ -71,9 +83,20 @@ def attention_shape(
     )
 
 
-def query_key_transform(spec: ModelSpec, weights: DecoderWeights, max_model_len: int) -> QueryKeyTransform:
-    """What the attention back end does to queries and keys; tables reach to `max_model_len` positions."""
+def attention_transform(
+    spec: ModelSpec, weights: DecoderWeights, max_model_len: int
+) -> QueryKeyTransform | LatentTransform:
+    """What the attention back end does to queries, keys and latents; tables reach to `max_model_len` positions."""
     device = weights.embed.device
+    latents = [layer.latent for layer in weights.layers if layer.latent is not None]
+    if spec.mla is not None:
+        return LatentTransform(
+            *_table(spec.rotary, spec.rotary.dim, max_model_len, device),
+            norms=tuple(latent.norm for latent in latents),
+            norm_eps=spec.mla.norm_eps,
+            key_up=tuple(latent.key_up for latent in latents),
+            value_up=tuple(latent.value_up for latent in latents),
+        )
     tables: dict[RotarySpec | None, RotaryTable] = {}
     for layer in range(spec.num_layers):
         rotary = spec.rotary_of(layer)

@@ -14,10 +14,11 @@ from aphrodite.errors import ModelFormatError
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.layers.dense import to_dense
 from aphrodite.layers.linear import DenseLinear, Linear, build_linear, dense_linear
+from aphrodite.layers.mla import LatentProjection, LatentWeights
 from aphrodite.layers.mlp import FeedForward, GatedMlp, Weighted
 from aphrodite.layers.moe import MixtureOfExperts, SharedExperts
 from aphrodite.layers.norm import LayerNorm, Norm, QueryKeyNorm, RmsNorm, norm_tensors
-from aphrodite.models.spec import ModelSpec, MoeSpec
+from aphrodite.models.spec import MlaSpec, ModelSpec, MoeSpec
 from aphrodite.models.streaming import SLOTS, LayerStream
 from aphrodite.quantization.types import RawTensor
 
@@ -36,6 +37,7 @@ class LayerWeights:
     q_norm: torch.Tensor | None = None  # [head_dim], for every head of q; the attention back end applies it
     k_norm: torch.Tensor | None = None  # [head_dim]
     qk_norm: QueryKeyNorm | None = None  # of other kinds; the decoder applies it
+    latent: LatentWeights | None = None  # of latent attention; the attention back end applies it
 
     @property
     def products(self) -> tuple[Weighted, ...]:
@@ -43,12 +45,12 @@ class LayerWeights:
         return (self.qkv, self.o, *self.mlp.products)
 
     @property
-    def norms(self) -> tuple[torch.Tensor, ...]:
-        """Every tensor of every norm."""
+    def resident(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor that is not of a projection: those of norms, and of latent attention."""
         around = (self.attn_norm, self.attn_post_norm, self.mlp_norm, self.mlp_post_norm)
         found = [tensor for norm in around if norm is not None for tensor in norm_tensors(norm)]
         found += [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
-        return (*found, *(self.qk_norm.tensors if self.qk_norm is not None else ()))
+        return (*found, *(self.qk_norm.tensors if self.qk_norm is not None else ()), *(self.latent or ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,8 @@ class DecoderWeights:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        tensors = [self.embed, *norm_tensors(self.norm), *(norm for layer in self.layers for norm in layer.norms)]
+        tensors = [self.embed, *norm_tensors(self.norm)]
+        tensors += [tensor for layer in self.layers for tensor in layer.resident]
         tensors += [tensor for product in self.products for tensor in product.tensors]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
@@ -151,15 +154,13 @@ class _Loader:
     def _layer(self, index: int) -> LayerWeights:
         spec = self._spec
         name = f"layers.{index}."
-        attention = spec.num_heads * spec.head_dim
-        kv = spec.num_kv_heads * spec.head_dim
-        hidden = spec.hidden_size
+        attended = spec.num_heads * (spec.head_dim if spec.mla is None else spec.mla.v_head_dim)
         before, behind = spec.block != "post_norm", spec.block in ("post_norm", "sandwich")
         of_heads = spec.qk_norm and spec.head_norm == "head"
         return LayerWeights(
             attn_norm=self._norm(name + "attn_norm") if before else None,
-            qkv=self._linear([name + "q", name + "k", name + "v"], [attention, kv, kv], hidden, bias=spec.qkv_bias),
-            o=self._linear([name + "o"], [hidden], attention, bias=spec.output_bias),
+            qkv=self._qkv(name) if spec.mla is None else self._latent_qkv(name, spec.mla),
+            o=self._linear([name + "o"], [spec.hidden_size], attended, bias=spec.output_bias),
             mlp_norm=self._norm(name + "mlp_norm") if before and spec.block != "parallel" else None,
             mlp=self._feed_forward(index, name),
             attn_post_norm=self._norm(name + "attn_post_norm") if behind else None,
@@ -167,6 +168,32 @@ class _Loader:
             q_norm=self._norm_weight(name + "q_norm.weight", spec.head_dim) if of_heads else None,
             k_norm=self._norm_weight(name + "k_norm.weight", spec.head_dim) if of_heads else None,
             qk_norm=self._query_key_norm(name) if spec.qk_norm and not of_heads else None,
+            latent=None if spec.mla is None else self._latent(name, spec.mla),
+        )
+
+    def _qkv(self, name: str) -> Linear:
+        spec = self._spec
+        queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        parts = [name + "q", name + "k", name + "v"]
+        return self._linear(parts, [queries, keys, keys], spec.hidden_size, bias=spec.qkv_bias)
+
+    def _latent_qkv(self, name: str, mla: MlaSpec) -> Linear:
+        spec = self._spec
+        queries, rank = spec.num_heads * mla.head_dim, mla.q_lora_rank
+        if rank is None:
+            return self._linear([name + "q", name + "kv_a"], [queries, mla.latent_dim], spec.hidden_size, bias=False)
+        down = self._linear([name + "q_a", name + "kv_a"], [rank, mla.latent_dim], spec.hidden_size, bias=False)
+        norm = RmsNorm(self._norm_weight(name + "q_a_norm.weight", rank), mla.norm_eps)
+        return LatentProjection(down, norm, self._linear([name + "q_b"], [queries], rank, bias=False))
+
+    def _latent(self, name: str, mla: MlaSpec) -> LatentWeights:
+        heads, rank = self._spec.num_heads, mla.kv_lora_rank
+        key_up = self._take(name + "k_b.weight", heads, rank, mla.qk_nope_head_dim)
+        value_up = self._take(name + "v_b.weight", heads, mla.v_head_dim, rank)
+        return LatentWeights(
+            self._norm_weight(name + "kv_a_norm.weight", rank),
+            to_dense(key_up, self._dtype, self._device),
+            to_dense(value_up, self._dtype, self._device),
         )
 
     def _feed_forward(self, index: int, name: str) -> FeedForward:

@@ -11,11 +11,11 @@ import torch
 import triton
 
 from aphrodite.attention.backend import KVCache
-from aphrodite.attention.triton_paged import TritonAttention
+from aphrodite.attention.device_choice import decline_device_attention, device_attention
 from aphrodite.errors import ConfigError
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
-from aphrodite.models.decoder import Decoder, attention_shape, query_key_transform
+from aphrodite.models.decoder import Decoder, attention_shape, attention_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
 from aphrodite.platforms import platform_of
@@ -60,7 +60,7 @@ class DeviceExecutor:
         self.device = device
         self.dtype = dtype
         self._shape = attention_shape(spec, block_size=block_size, dtype=dtype, cache_dtype=kv_dtype, device=device)
-        declined = TritonAttention.decline(self._shape)
+        declined = decline_device_attention(self._shape)
         if declined is not None:
             raise ConfigError(f"this model cannot run on the GPU: {declined.reason}; --device cpu serves it")
         if fp8 and platform_of(device).fp8_dtype is None:
@@ -69,8 +69,8 @@ class DeviceExecutor:
             raise ConfigError(f"fp8 weights compute in bfloat16, not {short_name(dtype)}; use --dtype bfloat16")
         loaded = load_weights(spec, weights, dtype, device, offload_bytes=offload_bytes, fp8=fp8)
         self._decoder = Decoder(spec, loaded)
-        transform = query_key_transform(spec, loaded, max_model_len)
-        self._attention = TritonAttention(self._shape, transform)
+        transform = attention_transform(spec, loaded, max_model_len)
+        self._attention = device_attention(self._shape, transform)
         self._cache: KVCache | None = None
         if spec.block in ("post_norm", "sandwich") or spec.norm != "rms" or (spec.qk_norm and spec.head_norm != "head"):
             log_once(

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 
 from aphrodite.attention.backend import KVCache
 from aphrodite.attention.choice import choose_attention
+from aphrodite.attention.latent_torch import TorchLatentAttention
 from aphrodite.attention.torch_paged import TiledAttention
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
 from aphrodite.layers.invariant import ROW_MULTIPLE, row_blocks
 from aphrodite.layers.linear import DenseLinear
-from aphrodite.models.decoder import Decoder, attention_shape, query_key_transform
+from aphrodite.layers.mla import LatentProjection
+from aphrodite.models.decoder import Decoder, attention_shape, attention_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
 from aphrodite.quantization.types import RawTensor
@@ -60,11 +62,13 @@ class TorchExecutor:
         self._dtype = dtype
         self._shape = attention_shape(spec, block_size=block_size, dtype=dtype, cache_dtype=dtype, device=device)
         loaded = load_weights(spec, weights, dtype, device)
-        transform = query_key_transform(spec, loaded, max_model_len)
+        transform = attention_transform(spec, loaded, max_model_len)
         self._attention, self._attention_choice = choose_attention(self._shape, transform)
         self._decoder = Decoder(spec, loaded)
         self._cache: KVCache | None = None
-        self._row_multiple = ROW_MULTIPLE if isinstance(self._attention, TiledAttention) else 1
+        core = self._attention.core if isinstance(self._attention, TorchLatentAttention) else self._attention
+        self._tiled = core if isinstance(core, TiledAttention) else None
+        self._row_multiple = 1 if self._tiled is None else ROW_MULTIPLE
         self._invariance = self._measure_invariance()
 
     @property
@@ -107,15 +111,16 @@ class TorchExecutor:
         return F.pad(rows, (0, missing)) if missing else rows
 
     def _measure_invariance(self) -> str:
-        if not isinstance(self._attention, TiledAttention):
+        if self._tiled is None:
             return "no: kernels are picked by the shape of the batch"
         with torch.inference_mode():
             blocks = {
-                row_blocks(product.weight)
+                row_blocks(part.weight)
                 for product in self._decoder.weights.products
-                if isinstance(product, DenseLinear)
+                for part in (product.parts if isinstance(product, LatentProjection) else (product,))
+                if isinstance(part, DenseLinear)
             }
-            verified = self._attention.verify() and all(found.verified for found in blocks)
+            verified = self._tiled.verify() and all(found.verified for found in blocks)
         if verified:
             sizes = " or ".join(sorted("/".join(map(str, found.sizes)) for found in blocks))
             return f"yes: rows in blocks of {sizes}, verified at load on {torch.get_num_threads()} threads"

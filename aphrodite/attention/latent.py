@@ -1,0 +1,62 @@
+"""Latent attention (DeepSeek-V2's MLA, arXiv 2405.04434): what its back ends must support, and what they are given.
+
+The step's input is `[rows, heads * head_dim + latent_dim]`: every head's query, whose last `qk_rope_head_dim`
+dimensions turn, then the latent of the token's keys and values and the part of the key that turns, which all heads
+share. A back end normalises the latent, turns both parts, writes one vector of `latent_dim` to the cache and returns
+`[rows, heads * v_head_dim]`.
+
+Attention over the cache is "absorbed": a query that was taken to the latent meets the cached vectors themselves, as
+one key that all heads share, of which the first `kv_lora_rank` dimensions are also the value; the attended latent
+becomes a value afterwards. With softmax in between this is the same as expanding keys and values first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from aphrodite.models.spec import MlaSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentShape:
+    """What a back end must support: heads and their sizes, the cache's blocks, dtypes of both, the device.
+
+    Attributes:
+        scale: of the scores, positive.
+    """
+
+    num_layers: int
+    num_heads: int
+    mla: MlaSpec
+    block_size: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    device: torch.device
+    scale: float
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Latents of one block over all layers."""
+        return self.num_layers * self.mla.latent_dim * self.cache_dtype.itemsize * self.block_size
+
+
+class LatentTransform(NamedTuple):
+    """What becomes of queries, latents and attended latents, layer by layer.
+
+    Attributes:
+        cos, sin: `[max_model_len, qk_rope_head_dim / 2]` float32, as in `RotaryTable`.
+        norms: `[kv_lora_rank]` a layer, RMSNorm of the latent.
+        norm_eps: of these norms.
+        key_up: `[heads, kv_lora_rank, qk_nope_head_dim]` a layer.
+        value_up: `[heads, v_head_dim, kv_lora_rank]` a layer.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    norms: tuple[torch.Tensor, ...]
+    norm_eps: float
+    key_up: tuple[torch.Tensor, ...]
+    value_up: tuple[torch.Tensor, ...]
