@@ -179,6 +179,13 @@ class ServerSettings:
         example="http://localhost:8000",
     )
     root_path: str = _setting("", "Path prefix under which a proxy serves this server.", "Server", example="/llm")
+    sampler_presets: str | None = _setting(
+        None, "YAML file of sampler presets that requests may name, beside those that ship.", "Server",
+        example="presets.yaml",
+    )  # fmt: skip
+    sampler_preset: str | None = _setting(
+        None, "Preset of requests that name none (`aphrodite samplers presets` lists them).", "Server", example="story"
+    )
     max_body_bytes: int = _setting(
         32 * 2**20, "Largest request body.", "Server", ge=1024, le=2**32, unit="bytes", example="32MiB"
     )

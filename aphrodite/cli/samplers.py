@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -17,6 +18,7 @@ from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.sampling.docs import KIND_WORDS, default_text, range_text, samplers_page, stages_reading, value_text
 from aphrodite.sampling.params import SamplingParams, canonical_names, parameter_table
+from aphrodite.sampling.presets import GROUPS, load_presets
 from aphrodite.sampling.table import ParamRow
 
 if TYPE_CHECKING:
@@ -54,6 +56,22 @@ def samplers(context: typer.Context) -> None:
 def show(name: Annotated[str, typer.Argument(help="A parameter, by any of its names.", metavar="NAME")]) -> None:
     """Show one parameter with its definition and source."""
     _show(stdout(), _find(name))
+
+
+@app.command("presets")
+def presets(
+    file: Annotated[Path | None, typer.Argument(help="A file of your own presets.", metavar="[FILE]")] = None,
+) -> None:
+    """List the sampler presets that ship, and those of a file."""
+    from rich.text import Text
+
+    console = stdout()
+    for preset in load_presets(file).presets.values():
+        console.print(Text.assemble((preset.name, "bold cyan"), "  ", preset.about))
+        for group in GROUPS:
+            values = ", ".join(f"{name} {value}" for name, value in getattr(preset, group).items())
+            if values:
+                console.print(Text(f"  {group}: {values}", style="dim"))
 
 
 @app.command("docs")

@@ -29,6 +29,7 @@ from aphrodite.server.metrics import MetricsPage, ServerMetrics
 from aphrodite.server.openai.chat import ChatEndpoint
 from aphrodite.server.openai.completions import CompletionEndpoint
 from aphrodite.server.openai.models import ModelsEndpoint
+from aphrodite.server.presets import PresetsEndpoint
 from aphrodite.server.supervise import Supervisor
 from aphrodite.server.tokenize import TokenizerEndpoints
 
@@ -73,6 +74,7 @@ def _routes(context: ServerContext) -> list[Route]:
     routes = [
         _get("/v1/models", models.list),
         _get("/v1/models/{model_id:path}", models.show),
+        _get("/v1/presets", PresetsEndpoint(context).list),
         _post("/v1/completions", CompletionEndpoint(context).create),
         _post("/v1/chat/completions", ChatEndpoint(context).create),
         _get("/health", HealthEndpoint(context).health),

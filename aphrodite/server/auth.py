@@ -26,21 +26,25 @@ class Authentication:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._digests and scope["path"] not in PUBLIC_PATHS and not self._admits(scope):
+        admitted = self._admitted(scope) if self._digests else None
+        if self._digests and scope["path"] not in PUBLIC_PATHS and admitted is None:
             raise ApiError(
                 401,
                 "A valid API key is needed: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
                 code="invalid_api_key",
                 headers=((b"www-authenticate", b"Bearer"),),
             )
+        scope.setdefault("state", {})["api_key_digest"] = admitted
         await self._app(scope, receive, send)
 
-    def _admits(self, scope: Scope) -> bool:
-        admitted = False
+    def _admitted(self, scope: Scope) -> bytes | None:
+        """The digest of a known key that the request brought."""
+        admitted = None
         for candidate in _credentials(scope["headers"]):
             digest = _digest(candidate)
             for known in self._digests:  # all of them, so that time tells nothing
-                admitted |= hmac.compare_digest(digest, known)
+                if hmac.compare_digest(digest, known):
+                    admitted = known
         return admitted
 
 

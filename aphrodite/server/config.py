@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from aphrodite.config import ServerSettings
+from aphrodite.errors import ConfigError
+from aphrodite.sampling.presets import PresetLibrary, SamplerPreset, load_presets, shipped_presets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +20,8 @@ class ServerConfig:
         allowed_hosts: further `Host` names (loopback names and the bound address are always allowed);
             "*" accepts any, which takes away the protection against DNS rebinding.
         cors_origins: exact origins whose pages may call the API from a browser; "*" is all.
+        presets: the sampler presets that requests may name.
+        preset: that of requests that name none and whose key has none.
         root_path: prefix under which a proxy that strips it serves this server; shown in the OpenAPI document.
         shutdown_timeout: how long running requests may go on after SIGTERM.
         request_timeout: longest life of one generation; None is no limit.
@@ -32,6 +37,8 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     root_path: str = ""
+    presets: PresetLibrary = field(default_factory=shipped_presets)
+    preset: SamplerPreset | None = None
     trust_request_chat_template: bool = False
     log_requests: bool = False
 
@@ -54,7 +61,12 @@ class ServerConfig:
 
     @classmethod
     def from_settings(cls, settings: ServerSettings, *, served_model_name: tuple[str, ...] = ()) -> ServerConfig:
-        """The part that users set; bounds of the protocol keep their defaults."""
+        """The part that users set; bounds of the protocol keep their defaults.
+
+        Raises:
+            ConfigError: the file of sampler presets is wrong, or has not the one that is to be used.
+        """
+        presets = load_presets(None if settings.sampler_presets is None else Path(settings.sampler_presets))
         return cls(
             host=settings.host,
             port=settings.port,
@@ -63,6 +75,8 @@ class ServerConfig:
             allowed_hosts=settings.allowed_hosts,
             cors_origins=settings.cors_origins,
             root_path=settings.root_path,
+            presets=presets,
+            preset=_chosen(settings.sampler_preset, presets),
             trust_request_chat_template=settings.trust_request_chat_template,
             log_requests=settings.log_requests,
             shutdown_timeout=settings.shutdown_timeout,
@@ -72,3 +86,9 @@ class ServerConfig:
             health_timeout=settings.health_timeout,
             max_body_bytes=settings.max_body_bytes,
         )
+
+
+def _chosen(name: str | None, library: PresetLibrary) -> SamplerPreset | None:
+    if name is not None and name not in library.presets:
+        raise ConfigError(f"--sampler-preset: there is no preset {name!r}; there are: {', '.join(library.presets)}")
+    return None if name is None else library.presets[name]

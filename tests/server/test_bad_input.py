@@ -144,6 +144,7 @@ ACCEPTED: dict[str, set[str]] = {
     "truncate_prompt_tokens": {"-1"},
     "priority": {"-1", "0"},
     "cache_salt": {"text"},
+    "preset": set(),
     "return_token_ids": {"true"},
     "return_tokens_as_token_ids": {"true"},
     "prompt": {"text", "empty text"},

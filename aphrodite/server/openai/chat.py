@@ -31,6 +31,7 @@ from aphrodite.server.openai.protocol import (
 )
 from aphrodite.server.openai.rendering import render_chat
 from aphrodite.server.openai.warnings import field_warnings
+from aphrodite.server.presets import preset_of
 from aphrodite.server.sse import EventResponse, EventStream
 
 MAX_TOP_LOGPROBS = 20
@@ -48,13 +49,14 @@ class ChatEndpoint:
         fields = parse(ChatFields, body)
         model = context.resolve_model(fields.model)
         base = msgspec.structs.replace(context.engine.model.sampling_defaults, logprobs=self._num_logprobs(fields))
-        params = sampling_params(body, ChatFields, context.engine.model, base=base)
+        preset = preset_of(request, fields.preset, context.config)
+        params = sampling_params(body, ChatFields, context.engine.model, base=base, preset=preset)
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
         token_ids, params = await self._prompt(fields, params)
         generation = Generation.of("chatcmpl", model, fields, [token_ids], params)
-        answer = _Answer(context, generation, fields, field_warnings(body, ChatFields))
+        answer = _Answer(context, generation, fields, field_warnings(body, ChatFields, preset))
         headers = ignored_header(body, ChatFields)
         try:
             if fields.stream:

@@ -36,6 +36,7 @@ from aphrodite.server.openai.protocol import (
     sampling_params,
 )
 from aphrodite.server.openai.warnings import field_warnings
+from aphrodite.server.presets import preset_of
 from aphrodite.server.sse import EventResponse, EventStream
 
 _MAX_TOKENS = 16  # where the client says nothing
@@ -53,7 +54,8 @@ class CompletionEndpoint:
         fields = parse(CompletionFields, body)
         model = context.resolve_model(fields.model)
         base = msgspec.structs.replace(context.engine.model.sampling_defaults, max_tokens=_MAX_TOKENS)
-        params = sampling_params(body, CompletionFields, context.engine.model, base=base)
+        preset = preset_of(request, fields.preset, context.config)
+        params = sampling_params(body, CompletionFields, context.engine.model, base=base, preset=preset)
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream, or use echo and logprobs")
@@ -74,7 +76,7 @@ class CompletionEndpoint:
             negative = await encode(text, context, field="negative_prompt", special=special, bounded=bounded)
             params = with_negative_prompt(params, negative if keep is None else negative[-keep:])
         generation = Generation.of("cmpl", model, fields, [prompt.token_ids for prompt in prompts], params)
-        warnings = field_warnings(body, CompletionFields)
+        warnings = field_warnings(body, CompletionFields, preset)
         answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs, warnings)
         headers = ignored_header(body, CompletionFields)
         if fields.stream:

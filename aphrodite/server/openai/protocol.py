@@ -17,6 +17,7 @@ from pydantic import Field, WithJsonSchema
 
 from aphrodite.errors import InvalidRequestError
 from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping, validate
+from aphrodite.sampling.presets import SamplerPreset
 from aphrodite.server.engine import ModelInfo
 from aphrodite.server.errors import Headers, unsupported
 
@@ -63,6 +64,9 @@ class GenerationFields(pydantic.BaseModel):
     model: str | None = Field(default=None, description="A name from /v1/models; by default the model's own.")
     stream: bool = Field(default=False, description="Send the answer piece by piece as server-sent events.")
     stream_options: StreamOptions = StreamOptions()
+    preset: str | None = Field(
+        default=None, description="A sampler preset of /v1/presets, for what the request leaves open.", max_length=256
+    )
     best_of: int | None = Field(default=None, description="Accepted where it equals n.", ge=0, le=128)
     truncate_prompt_tokens: int | None = Field(
         default=None, description="Keep only the last so many prompt tokens; -1: as many as fit.", ge=-1, le=2**31 - 1
@@ -147,9 +151,17 @@ def refuse_best_of(best_of: int | None, n: int) -> None:
 
 
 def sampling_params(
-    fields: Mapping[str, Any], endpoint: type[GenerationFields], model: ModelInfo, *, base: SamplingParams
+    fields: Mapping[str, Any],
+    endpoint: type[GenerationFields],
+    model: ModelInfo,
+    *,
+    base: SamplingParams,
+    preset: SamplerPreset | None = None,
 ) -> SamplingParams:
     """The checked sampling parameters among a request's fields; what `endpoint` declares means what it says there.
+
+    Args:
+        base: what holds where neither the request nor the preset says anything.
 
     Raises:
         InvalidRequestError: a wrong type or value, under the name the client used.
@@ -157,6 +169,9 @@ def sampling_params(
     names = canonical_names()
     own = endpoint.model_fields
     given = {name: fields[name] for name in fields if name in names and name not in own}
+    if preset is not None:
+        base = preset.base(base)
+        given, _ = preset.forced(given)
     try:
         params = from_mapping(given, base=base)
         validate(

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from aphrodite.sampling.params import canonical_names
+from aphrodite.sampling.presets import SamplerPreset
 from aphrodite.server.openai.protocol import GenerationFields, is_known_field
 
 logger = logging.getLogger(__name__)
@@ -57,9 +58,11 @@ _NOT_SAMPLERS = frozenset(
 )
 
 
-def field_warnings(fields: Mapping[str, Any], endpoint: type[GenerationFields]) -> list[str]:
+def field_warnings(
+    fields: Mapping[str, Any], endpoint: type[GenerationFields], preset: SamplerPreset | None = None
+) -> list[str]:
     """One sentence a doubtful field, in the request's order; each name goes to the log once."""
-    found = []
+    found = _forced(fields, preset) if preset is not None else []
     for name, value in fields.items():
         if value is None or is_known_field(name, endpoint):
             continue
@@ -70,6 +73,12 @@ def field_warnings(fields: Mapping[str, Any], endpoint: type[GenerationFields]) 
         if len(found) == MAX_WARNINGS:
             break
     return found
+
+
+def _forced(fields: Mapping[str, Any], preset: SamplerPreset) -> list[str]:
+    names = canonical_names()
+    _, lost = preset.forced({name: value for name, value in fields.items() if name in names})
+    return [f"`{name}` is set by the preset {preset.name!r}; the request's value was not used." for name in lost]
 
 
 def _warning(name: str, value: Any) -> str | None:
