@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
@@ -20,16 +20,20 @@ from aphrodite.engine.messages import EngineInfo
 from aphrodite.engine.sampling_defaults import sampling_defaults
 from aphrodite.errors import ConfigError
 from aphrodite.layers.dense import short_name
-from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
+from aphrodite.loading.checkpoint import Checkpoint
+from aphrodite.loading.foreign import open_described
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import QuantType, RawTensor
 from aphrodite.runner.data_plane import DataPlane
-from aphrodite.runner.executor import ModelExecutor
+from aphrodite.runner.executor import DeviceModelExecutor, ModelExecutor
 from aphrodite.runner.memory import HOST_SHARE, MemoryPlan, device_workspace, plan_memory
 from aphrodite.runner.native import KvDtype, NativeExecutor
 from aphrodite.runner.runner import Runner
 from aphrodite.runner.torch_executor import TorchExecutor
 from aphrodite.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from aphrodite.models.foreign import ForeignLoader
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +81,13 @@ def build_engine(
     began = time.perf_counter()
     if config.model is None:
         raise ConfigError("no model was named")
-    checkpoint = open_checkpoint(config.model, load_format=config.load_format)
+    checkpoint = open_described(config.model, load_format=config.load_format)
     defaults = sampling_defaults(checkpoint.generation_defaults, source=config.generation_config)
-    weights = _ReportingWeights(checkpoint.weights, checkpoint.weight_bytes, progress)
     eos = frozenset(checkpoint.generation_defaults.eos_token_ids).union(eos_token_ids)
     if _serves_on_gpu(config):
-        runner, memory, limits = _build_on_device(config, checkpoint, weights, eos, tokenizer, progress)
+        runner, memory, limits = _build_on_device(config, checkpoint, eos, tokenizer, progress)
     else:
-        runner, memory, limits = _build_on_host(config, checkpoint, weights, eos, tokenizer)
+        runner, memory, limits = _build_on_host(config, checkpoint, eos, tokenizer, progress)
     executor = runner.executor
     scheduler = Scheduler(
         SchedulerConfig(
@@ -126,14 +129,14 @@ class _Built(NamedTuple):
 
 def _build_on_host(
     config: EngineConfig,
-    checkpoint: Checkpoint,
-    weights: Mapping[str, RawTensor],
+    checkpoint: Checkpoint | ForeignLoader,
     eos_token_ids: frozenset[int],
     tokenizer: Tokenizer | None,
+    progress: ProgressCallback | None,
 ) -> _Built:
     limits = _limits(config, HOST_DEFAULTS)
     wanted_model_len = config.max_model_len or checkpoint.spec.max_position
-    executor = _host_executor(config, checkpoint, weights, wanted_model_len)
+    executor = _host_executor(config, checkpoint, wanted_model_len, progress)
     memory = plan_memory(
         weight_bytes=executor.weight_bytes,
         kv_bytes_per_block=executor.kv_bytes_per_block,
@@ -156,7 +159,10 @@ def _build_on_host(
 
 
 def _host_executor(
-    config: EngineConfig, checkpoint: Checkpoint, weights: Mapping[str, RawTensor], max_model_len: int
+    config: EngineConfig,
+    checkpoint: Checkpoint | ForeignLoader,
+    max_model_len: int,
+    progress: ProgressCallback | None,
 ) -> ModelExecutor:
     """The native library where it can run this model, else torch; an explicit choice is never replaced."""
     if config.executor == "triton":
@@ -166,6 +172,9 @@ def _host_executor(
     if config.quantization != "none":
         raise ConfigError(f"--quantization {config.quantization} is for GPUs; a CPU keeps a GGUF file's 4 to 8 bits")
     threads = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if not isinstance(checkpoint, Checkpoint):
+        return _foreign_host_executor(config, checkpoint, max_model_len, threads)
+    weights = _ReportingWeights(checkpoint.weights, checkpoint.weight_bytes, progress)
     reason = _native_declines(config, checkpoint.spec, weights)
     if config.executor == "native" and reason is not None:
         raise ConfigError(f"--executor native cannot serve this: {reason}")
@@ -188,12 +197,7 @@ def _host_executor(
     if config.executor == "auto":
         logger.warning("serving with torch operations instead of the native kernels: %s", reason)
     torch.set_num_threads(threads)
-    dtype = _DTYPES.get(config.dtype, torch.bfloat16)
-    if _KV_DTYPES.get(config.kv_cache_dtype, dtype) is not dtype:
-        raise ConfigError(
-            f"--kv-cache-dtype {config.kv_cache_dtype}: torch operations keep the KV cache in their own type,"
-            f" {short_name(dtype)}; leave it at auto or choose another --dtype"
-        )
+    dtype = _torch_dtype(config)
     return TorchExecutor(
         checkpoint.spec,
         weights,
@@ -202,6 +206,41 @@ def _host_executor(
         dtype=dtype,
         device=torch.device("cpu"),
     )
+
+
+def _foreign_host_executor(
+    config: EngineConfig, loader: ForeignLoader, max_model_len: int, threads: int
+) -> ModelExecutor:
+    """transformers' modelling code, which runs on torch operations."""
+    from aphrodite.runner.transformers_executor import TransformersExecutor
+
+    if config.executor == "native":
+        raise ConfigError(f"--executor native cannot serve this: {loader.spec.family} is left to transformers")
+    torch.set_num_threads(threads)
+    dtype = _torch_dtype(config)
+    return TransformersExecutor(
+        loader,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        kv_dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
+def _torch_dtype(config: EngineConfig) -> torch.dtype:
+    """Of torch operations on a CPU, which keep the KV cache in it too.
+
+    Raises:
+        ConfigError: the KV cache was to be of another type.
+    """
+    dtype = _DTYPES.get(config.dtype, torch.bfloat16)
+    if _KV_DTYPES.get(config.kv_cache_dtype, dtype) is not dtype:
+        raise ConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype}: torch operations keep the KV cache in their own type,"
+            f" {short_name(dtype)}; leave it at auto or choose another --dtype"
+        )
+    return dtype
 
 
 def _native_kv_dtype(config: EngineConfig) -> KvDtype:
@@ -230,15 +269,12 @@ def _serves_on_gpu(config: EngineConfig) -> bool:
 
 def _build_on_device(
     config: EngineConfig,
-    checkpoint: Checkpoint,
-    weights: Mapping[str, RawTensor],
+    checkpoint: Checkpoint | ForeignLoader,
     eos_token_ids: frozenset[int],
     tokenizer: Tokenizer | None,
     progress: ProgressCallback | None,
 ) -> _Built:
-    # Triton is there only where a GPU is.
-    from aphrodite.runner.device_executor import DeviceExecutor
-    from aphrodite.runner.device_runner import DeviceRunner
+    from aphrodite.runner.device_runner import DeviceRunner  # Triton is there only where a GPU is
 
     if config.activations != "int16":
         raise ConfigError(f"--activations {config.activations} is for the native CPU kernels; a GPU has --quantization")
@@ -246,27 +282,15 @@ def _build_on_device(
     spec = checkpoint.spec
     wanted_model_len = config.max_model_len or spec.max_position
     device = torch.device("cuda", torch.cuda.current_device())
-    fp8 = config.quantization == "fp8"
-    dtype = _DTYPES.get(config.dtype) or (torch.bfloat16 if fp8 else _device_dtype(checkpoint))
     free_before, total = platforms.memory(device)
-    executor = DeviceExecutor(
-        spec,
-        weights,
-        block_size=config.block_size,
-        max_model_len=wanted_model_len,
-        dtype=dtype,
-        kv_dtype=_KV_DTYPES.get(config.kv_cache_dtype, dtype),
-        device=device,
-        offload_bytes=int(config.cpu_offload_gb * (1 << 30)),
-        fp8=fp8,
-    )
+    executor = _device_executor(config, checkpoint, wanted_model_len, device, progress)
     workspace = device_workspace(
         spec,
         total=total,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=wanted_model_len,
         max_num_batched_tokens=limits.max_num_batched_tokens,
-        itemsize=dtype.itemsize,
+        itemsize=executor.dtype.itemsize,
     )
     torch.cuda.empty_cache()
     loaded = free_before - platforms.memory(device).free
@@ -288,7 +312,8 @@ def _build_on_device(
         max_model_len=memory.max_model_len,
         eos_token_ids=eos_token_ids,
         async_depth=limits.async_depth,
-        use_graphs=config.enable_graphs,
+        # What transformers' code does in a step may wait for the device, which a graph cannot hold.
+        use_graphs=config.enable_graphs and isinstance(checkpoint, Checkpoint),
         tokenizer=tokenizer,
     )
     report = partial(progress, "preparing kernels") if progress is not None else lambda done, total: None
@@ -296,7 +321,42 @@ def _build_on_device(
     return _Built(runner, memory, limits)
 
 
-def _device_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def _device_executor(
+    config: EngineConfig,
+    checkpoint: Checkpoint | ForeignLoader,
+    max_model_len: int,
+    device: torch.device,
+    progress: ProgressCallback | None,
+) -> DeviceModelExecutor:
+    fp8 = config.quantization == "fp8"
+    dtype = _DTYPES.get(config.dtype) or (torch.bfloat16 if fp8 else _device_dtype(checkpoint))
+    kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, dtype)
+    if isinstance(checkpoint, Checkpoint):
+        from aphrodite.runner.device_executor import DeviceExecutor
+
+        return DeviceExecutor(
+            checkpoint.spec,
+            _ReportingWeights(checkpoint.weights, checkpoint.weight_bytes, progress),
+            block_size=config.block_size,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            device=device,
+            offload_bytes=int(config.cpu_offload_gb * (1 << 30)),
+            fp8=fp8,
+        )
+    from aphrodite.runner.transformers_executor import TransformersExecutor
+
+    if fp8 or config.cpu_offload_gb:
+        setting = "--quantization fp8" if fp8 else "--cpu-offload-gb"
+        raise ConfigError(f"{setting} is for built-in models; {checkpoint.spec.family} is left to transformers")
+    return TransformersExecutor(
+        checkpoint, block_size=config.block_size, max_model_len=max_model_len, dtype=dtype, kv_dtype=kv_dtype,
+        device=device,
+    )  # fmt: skip
+
+
+def _device_dtype(checkpoint: Checkpoint | ForeignLoader) -> torch.dtype:
     """The checkpoint's own 16-bit type, else bfloat16 where the GPU has it."""
     most = next(iter(checkpoint.tensors_by_type))
     if most is QuantType.F16 or not torch.cuda.is_bf16_supported(including_emulation=False):

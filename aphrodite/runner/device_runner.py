@@ -18,8 +18,8 @@ import torch
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.errors import ConfigError
 from aphrodite.runner.decode_graphs import DecodeGraphs
-from aphrodite.runner.device_executor import DeviceExecutor
 from aphrodite.runner.device_rows import DeviceRows, StagedStep, ragged_lengths
+from aphrodite.runner.executor import DeviceModelExecutor
 from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, error_of, logits_layout
 from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
 from aphrodite.sampling.guidance import guide
@@ -49,7 +49,7 @@ class DeviceRunner:
 
     def __init__(
         self,
-        executor: DeviceExecutor,
+        executor: DeviceModelExecutor,
         *,
         num_rows: int,
         num_blocks: int,

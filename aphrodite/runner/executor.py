@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from aphrodite.models.spec import ModelSpec
-from aphrodite.runner.inputs import ForwardInputs
+from aphrodite.models.shape import ModelShape
+from aphrodite.runner.inputs import DeviceInputs, ForwardInputs, HostLengths
 
 
 class ModelExecutor(Protocol):
     """A loaded model with its paged KV cache."""
 
-    spec: ModelSpec
     block_size: int
     device: torch.device
+
+    @property
+    def spec(self) -> ModelShape:
+        """Sizes of the model."""
 
     @property
     def weight_bytes(self) -> int:
@@ -33,6 +37,42 @@ class ModelExecutor(Protocol):
 
         The returned tensor may be reused by the next call.
         """
+
+    def describe(self) -> dict[str, str]:
+        """Kernels chosen and why, for logs and `doctor`."""
+
+
+class DeviceModelExecutor(Protocol):
+    """A loaded model on a GPU; nothing in it waits for the device.
+
+    Attributes:
+        dtype: of logits.
+    """
+
+    block_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def spec(self) -> ModelShape:
+        """Sizes of the model."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the loaded weights occupy."""
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of KV cache for one block over all layers."""
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate the cache; called once, before the first forward."""
+
+    def stage_step(self, lengths: HostLengths) -> np.ndarray:
+        """`[n]` int32 that attention needs of a step which is not only decoding, for `attention_table`."""
+
+    def forward(self, inputs: DeviceInputs) -> torch.Tensor:
+        """Run one step: writes K and V of every token, returns logits `[L, vocab]` of the compute dtype."""
 
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""

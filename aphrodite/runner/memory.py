@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aphrodite.errors import ConfigError
-from aphrodite.models.spec import ModelSpec
+from aphrodite.models.shape import ModelShape
 
 # The share of a host's free memory (after loading) which the KV cache may take when nobody named a size.
 # Pages are touched only as the cache fills, so this is a ceiling and not what an idle server occupies.
@@ -120,7 +120,7 @@ def plan_memory(
 
 
 def device_workspace(
-    spec: ModelSpec, *, total: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, itemsize: int
+    spec: ModelShape, *, total: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, itemsize: int
 ) -> int:
     """Bytes to leave free on a GPU of `total` bytes: the rows, what the largest step holds at once, and a reserve.
 

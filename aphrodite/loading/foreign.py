@@ -1,0 +1,121 @@
+"""Checkpoints of architectures that are not built in, for transformers' own modelling code to compute.
+
+Only opened here: headers are read, nothing of transformers is imported and no weight is touched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from aphrodite.errors import UnknownArchitectureError
+from aphrodite.loading.checkpoint import Checkpoint, LoadFormat, checkpoint_name, open_checkpoint, read_tensors
+from aphrodite.loading.config_reader import ConfigReader, load_json_object
+from aphrodite.loading.generation import GenerationDefaults, generation_from_config
+from aphrodite.loading.safetensors import StoredTensor
+from aphrodite.quantization.types import QuantType
+
+if TYPE_CHECKING:
+    from aphrodite.models.foreign import ForeignLoader
+
+INSTALL = "pip install 'aphrodite-engine[transformers]'"
+_DENSE = {"F32": QuantType.F32, "F16": QuantType.F16, "BF16": QuantType.BF16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignCheckpoint:
+    """An open safetensors checkpoint of an architecture that is not built in.
+
+    Attributes:
+        path: the directory that holds config.json.
+        architecture: the first of its `architectures`.
+        config: config.json as it was parsed.
+        tensors: views of the files, by the checkpoint's names.
+    """
+
+    path: Path
+    name: str
+    architecture: str
+    config: Mapping[str, object]
+    tensors: Mapping[str, StoredTensor]
+    generation_defaults: GenerationDefaults
+
+    @property
+    def format(self) -> Literal["safetensors"]:
+        return "safetensors"
+
+    @property
+    def parameters(self) -> int:
+        """Number of values of all tensors."""
+        return sum(tensor.count for tensor in self.tensors.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+    @property
+    def tensors_by_type(self) -> dict[QuantType, int]:
+        """Tensors of each dense type, the type with most bytes first."""
+        dense = [(tensor, _DENSE[tensor.dtype]) for tensor in self.tensors.values() if tensor.dtype in _DENSE]
+        count = Counter(qtype for _, qtype in dense)
+        size: Counter[QuantType] = Counter()
+        for tensor, qtype in dense:
+            size[qtype] += tensor.data.nbytes
+        return {qtype: count[qtype] for qtype, _ in size.most_common()}
+
+
+def open_model(model: str | Path, *, load_format: LoadFormat = "auto") -> Checkpoint | ForeignCheckpoint:
+    """Open a checkpoint, whether its architecture is built in or left to transformers.
+
+    Raises:
+        ModelFormatError: it cannot be opened (see `open_checkpoint`), or nobody here knows its architecture.
+    """
+    try:
+        return open_checkpoint(model, load_format=load_format)
+    except UnknownArchitectureError as error:
+        return _open_foreign(Path(model), load_format, error)
+
+
+def open_described(model: str | Path, *, load_format: LoadFormat = "auto") -> Checkpoint | ForeignLoader:
+    """As `open_model`; what is left to transformers has also been found to run there, for which it is imported.
+
+    Raises:
+        ModelFormatError: as `open_model`, or transformers cannot serve it here; the message says why.
+    """
+    opened = open_model(model, load_format=load_format)
+    if isinstance(opened, Checkpoint):
+        return opened
+    from aphrodite.models.foreign import describe  # imports torch and transformers
+
+    return describe(opened)
+
+
+def _open_foreign(path: Path, load_format: LoadFormat, error: UnknownArchitectureError) -> ForeignCheckpoint:
+    directory = path.parent if path.is_file() else path
+    if load_format in ("gguf", "dummy") or not any(directory.glob("*.safetensors")):
+        raise error
+    if importlib.util.find_spec("transformers") is None:
+        raise UnknownArchitectureError(f"{error}. Others run, slower, through transformers: {INSTALL}") from None
+    config = load_json_object(directory / "config.json")
+    reader = ConfigReader(directory / "config.json", config)
+    if reader.has("quantization_config"):
+        raise UnknownArchitectureError(
+            f"{error}. transformers serves others here, but not quantized ones: use a full-precision checkpoint"
+        ) from None
+    generation = directory / "generation_config.json"
+    generation_reader = ConfigReader.from_file(generation) if generation.exists() else None
+    architectures = reader.strings("architectures")
+    vocab_size = (reader.section("text_config") or reader).read("vocab_size", int, low=1, high=1 << 24)
+    return ForeignCheckpoint(
+        path=directory,
+        name=checkpoint_name(directory),
+        architecture=architectures[0] if architectures else "",
+        config=config,
+        tensors=read_tensors(path),
+        generation_defaults=generation_from_config(reader, generation_reader, vocab_size),
+    )

@@ -1,0 +1,447 @@
+"""Models that are not built in: transformers' modelling code, with this engine's attention and weights.
+
+transformers lets an attention function be registered by name (its AttentionInterface). Ours takes queries, keys and
+values of a ragged step as `[1, heads, T, head_dim]` and hands them to the step's paged attention; all else in a layer
+is transformers'. What a model asks of attention is found by trying it once without weights or memory, and what does not
+fit is declined there. Nothing of a checkpoint is executed: only modelling code that comes with transformers runs.
+
+This module is imported only for such models, since transformers is optional and slow to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from aphrodite.attention.backend import StepAttention
+from aphrodite.errors import ModelFormatError, UnknownArchitectureError
+from aphrodite.loading.foreign import ForeignCheckpoint
+from aphrodite.loading.generation import GenerationDefaults
+from aphrodite.loading.report import listed
+from aphrodite.loading.safetensors import StoredTensor
+from aphrodite.models.shape import ForeignSpec
+from aphrodite.quantization.types import QuantType
+
+ATTENTION = "aphrodite"
+_ROUTER = "aphrodite_router"
+_PROBE_TOKENS = 4
+# Rotary embeddings whose angles depend on the longest text of a step, so a request's tokens on its neighbours.
+_CHANGING_ROTARY = ("dynamic", "longrope")
+# What config.json must not choose: implementations that transformers would fetch, or hooks into its loading.
+_IGNORED_KEYS = frozenset(
+    {"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "kernel_config", "use_kernels"}
+    | {"transformers_weights", "torch_dtype", "dtype"}
+)
+_TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class AttentionCall(NamedTuple):
+    """What a layer of transformers asks of attention; tensors are `[1, heads, T, head_dim]`."""
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float | None
+    options: Mapping[str, Any]
+
+
+class Router(Protocol):
+    """Serves the attention of all layers of one model."""
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        """`[1, T, heads, head_dim]`."""
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function as transformers calls it; `dropout` is for training."""
+    router: Router = getattr(module, _ROUTER)
+    return router(AttentionCall(module, query, key, value, attention_mask, scaling, options)), None
+
+
+transformers.AttentionInterface.register(ATTENTION, _attend)
+
+
+class ForeignModel:
+    """A loaded model. Its attention goes to the `StepAttention` that a forward pass is given.
+
+    Args:
+        module: a causal language model of transformers.
+        layers: its attention modules in the order in which a forward pass comes to them.
+    """
+
+    def __init__(self, module: Any, layers: Sequence[str]) -> None:
+        self.module = module
+        modules = dict(module.named_modules())
+        self._layers = {modules[name]: index for index, name in enumerate(layers)}
+        self._step: StepAttention | None = None
+        self._picks_rows = "logits_to_keep" in inspect.signature(type(module).forward).parameters
+        _route(module, self._serve)
+
+    @property
+    def name(self) -> str:
+        """The class of transformers."""
+        return type(self.module).__name__
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: StepAttention,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of a ragged step.
+
+        Args:
+            token_ids, positions: `[T]` integers.
+            attention: of the step.
+            keep: `[L]` integers, the rows whose logits are wanted; None for all.
+
+        Returns:
+            `[T, vocab]` or `[L, vocab]` of the compute dtype.
+        """
+        picked = {"logits_to_keep": keep.long()} if keep is not None and self._picks_rows else {}
+        self._step = attention
+        try:
+            output = self.module(
+                input_ids=token_ids.long()[None], position_ids=positions.long()[None], use_cache=False, **picked
+            )
+        finally:
+            self._step = None
+        logits: torch.Tensor = output.logits[0]
+        return logits if keep is None or picked else logits.index_select(0, keep)
+
+    def reference(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[T, vocab]` of one text from its beginning, with transformers' own attention."""
+        self.module.set_attn_implementation("eager")
+        try:
+            logits: torch.Tensor = self.module(input_ids=token_ids.long()[None], use_cache=False).logits[0]
+        finally:
+            self.module.set_attn_implementation(ATTENTION)
+        return logits
+
+    def _serve(self, call: AttentionCall) -> torch.Tensor:
+        if self._step is None:
+            raise RuntimeError("attention was asked for outside of a forward pass")
+        heads = torch.cat((call.query, call.key, call.value), dim=1)[0]  # [heads + 2 * kv_heads, T, head_dim]
+        qkv = heads.transpose(0, 1).reshape(heads.shape[1], -1)
+        out = self._step(self._layers[call.module], qkv)
+        return out.view(1, qkv.shape[0], call.query.shape[1], call.query.shape[3])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignLoader:
+    """A checkpoint that transformers can compute, described and not yet loaded. Make one with `describe`.
+
+    Attributes:
+        spec: what the model asks of the engine.
+        layers: names of its attention modules in the order in which a forward pass comes to them.
+    """
+
+    checkpoint: ForeignCheckpoint
+    spec: ForeignSpec
+    layers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.name
+
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        return self.checkpoint.generation_defaults
+
+    @property
+    def tensors_by_type(self) -> dict[QuantType, int]:
+        return self.checkpoint.tensors_by_type
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> ForeignModel:
+        """The model with its weights, in `dtype` on `device`.
+
+        Tensors that already are of `dtype` stay in the file's memory map on a CPU, and go to a GPU from there one by
+        one; others are converted in host memory first.
+        """
+        model_class, config = _model_class(self.checkpoint)
+        tensors = {name: _tensor(stored) for name, stored in self.checkpoint.tensors.items()}
+        module = _assemble(self.checkpoint, model_class, config, tensors, dtype)
+        return ForeignModel(module.to(device), self.layers)
+
+
+def describe(checkpoint: ForeignCheckpoint) -> ForeignLoader:
+    """Find out whether and how the model can be served. Spends no memory on weights, and checks all of their names,
+    shapes and types.
+
+    Raises:
+        UnknownArchitectureError: transformers does not know it either, or it cannot be served here; the message says
+            why.
+        ModelFormatError: tensors are missing, left over, of a wrong shape or of a type that is not supported.
+    """
+    spec, layers = _probe(checkpoint)
+    return ForeignLoader(checkpoint=checkpoint, spec=spec, layers=tuple(layers))
+
+
+def _check_types(checkpoint: ForeignCheckpoint) -> None:
+    unsupported = [f"{name} ({t.dtype})" for name, t in checkpoint.tensors.items() if t.dtype not in _TORCH]
+    if unsupported:
+        raise ModelFormatError(f"{checkpoint.path}: {'; '.join(listed('tensors of unsupported types', unsupported))}")
+
+
+def _tensor(stored: StoredTensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the map is read-only, and nothing writes weights
+        data = torch.from_numpy(np.ascontiguousarray(stored.data))
+    return data.view(_TORCH[stored.dtype]).view(stored.shape)
+
+
+def _model_class(checkpoint: ForeignCheckpoint) -> tuple[Any, Any]:
+    """transformers' class for the architecture, and its configuration."""
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise _declined(checkpoint, f"transformers {transformers.__version__} does not know it either")
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(_without_hooks(checkpoint.config))
+    except Exception as error:  # whatever transformers makes of values that nobody has checked
+        raise ModelFormatError(f"{checkpoint.path}: config.json is refused by transformers: {_line(error)}") from None
+    if not checkpoint.architecture and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+    if checkpoint.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise _declined(checkpoint, "transformers has no causal language model of that name")
+    model_class = getattr(transformers, checkpoint.architecture)
+    if not issubclass(type(config), model_class.config_class):
+        raise _declined(checkpoint, f"its model_type, {model_type}, is another model's")
+    return model_class, config
+
+
+def _without_hooks(value: Any) -> Any:
+    """A configuration without keys that choose implementations."""
+    if isinstance(value, Mapping):
+        # Names with two underscores are how transformers writes values that JSON lacks, as infinity.
+        private = {key for key in value if key.startswith("_") and not key.startswith("__")}
+        kept = {key: item for key, item in value.items() if key not in _IGNORED_KEYS | private}
+        return {key: _without_hooks(item) for key, item in kept.items()}
+    return [_without_hooks(item) for item in value] if isinstance(value, list) else value
+
+
+def _assemble(
+    checkpoint: ForeignCheckpoint,
+    model_class: Any,
+    config: Any,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> Any:
+    """The module with `tensors` as its weights: transformers renames, ties and stacks them as the class needs."""
+    try:
+        with _quiet():
+            module, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(tensors),
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of any kind: modelling code meets a configuration that nobody has checked
+        raise _declined(checkpoint, f"transformers cannot build it: {_line(error)}") from None
+    wrong = [f"{name} is {list(found)} instead of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]]
+    left_over = [name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+    problems = [
+        *listed("missing", sorted(report["missing_keys"])),
+        *listed("wrong shape", sorted(wrong)),
+        *listed("not part of it", sorted(left_over)),
+        *listed("not convertible", sorted(report["error_msgs"])),
+    ]
+    if problems:
+        raise ModelFormatError(
+            f"{checkpoint.path}: the tensors do not fit the {model_class.__name__} that config.json describes: "
+            + "; ".join(problems)
+        )
+    return module.eval()
+
+
+def _probe(checkpoint: ForeignCheckpoint) -> tuple[ForeignSpec, list[str]]:
+    """Run the model once without weights: what it asks of attention, and the names of its attention modules."""
+    model_class, config = _model_class(checkpoint)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _declined(checkpoint, "it has an encoder, and text is served by decoders alone")
+    if getattr(model_class, "_is_stateful", False):
+        raise _declined(checkpoint, "its layers keep other state than keys and values (as state-space models do)")
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise _declined(checkpoint, "its attention in transformers cannot be replaced")
+    _check_types(checkpoint)
+    # All elements of such a tensor are one value in memory.
+    hollow = {
+        name: torch.zeros((), dtype=_hollow_dtype(stored.dtype)).expand(stored.shape)
+        for name, stored in checkpoint.tensors.items()
+    }
+    module = _assemble(checkpoint, model_class, config, hollow, torch.bfloat16).to("meta")
+    kinds = {getattr(child, "rope_type", None) for child in module.modules()}
+    changing = [kind for kind in _CHANGING_ROTARY if kind in kinds]
+    if changing:
+        raise _declined(checkpoint, f"its {changing[0]} rotary scaling would let a text depend on those beside it")
+    calls: list[AttentionCall] = []
+
+    def record(call: AttentionCall) -> torch.Tensor:
+        calls.append(call)
+        return torch.empty_like(call.query).transpose(1, 2)
+
+    _route(module, record)
+    tokens = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            logits = module(input_ids=tokens, position_ids=tokens, use_cache=False).logits
+    except Exception as error:  # of any kind: this is somebody else's code
+        raise _declined(checkpoint, f"trying it without weights failed: {_line(error)}") from None
+    reason = _misfit(config, calls)
+    if reason is not None:
+        raise _declined(checkpoint, reason)
+    names = {child: name for name, child in module.named_modules()}
+    return _spec(config, calls, logits.shape[-1]), [names[call.module] for call in calls]
+
+
+def _hollow_dtype(stored: str) -> torch.dtype:
+    dtype = _TORCH[stored]
+    return torch.bfloat16 if dtype.is_floating_point else dtype
+
+
+def _misfit(config: Any, calls: list[AttentionCall]) -> str | None:
+    """Why what was seen of the model's attention cannot be served by paged attention; None if it can."""
+    num_layers = config.num_hidden_layers
+    if len(calls) != num_layers or len({call.module for call in calls}) != num_layers:
+        return f"{len(calls)} calls of attention in {num_layers} layers: some have none, or attention of another kind"
+    if _max_position(config) is None:
+        return "its configuration does not say how long a context may be"
+    first = calls[0]
+    for call in calls:
+        if (reason := _call_misfit(call)) is not None:
+            return reason
+        if _heads(call) != _heads(first) or _scale(call) != _scale(first) or _softcap(call) != _softcap(first):
+            return "its layers have attention of different shapes or scales"
+    if _has_window(config) and not any(_window(call) for call in calls):
+        return f"its sliding window of {config.sliding_window} does not reach the attention function"
+    return None
+
+
+def _has_window(config: Any) -> bool:
+    """Whether some layers should see only the latest positions."""
+    if not getattr(config, "sliding_window", None) or not getattr(config, "use_sliding_window", True):
+        return False
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or "sliding_attention" in kinds
+
+
+def _call_misfit(call: AttentionCall) -> str | None:
+    tokens = call.query.shape[2]
+    if call.key.shape != call.value.shape or call.query.shape[3] != call.key.shape[3] or call.key.shape[2] != tokens:
+        return "its keys and values differ in size from each other or from its queries"
+    if call.query.shape[1] % call.key.shape[1]:
+        return "its query heads are no multiple of its KV heads"
+    if call.mask is not None:
+        return "it makes attention masks of its own"
+    if call.options.get("s_aux") is not None:
+        return "its attention has sinks"
+    if not call.options.get("is_causal", getattr(call.module, "is_causal", True)):
+        return "its attention looks ahead"
+    return None
+
+
+def _heads(call: AttentionCall) -> tuple[int, int, int]:
+    return call.query.shape[1], call.key.shape[1], call.query.shape[3]
+
+
+def _scale(call: AttentionCall) -> float:
+    return float(call.query.shape[3] ** -0.5 if call.scaling is None else call.scaling)
+
+
+def _softcap(call: AttentionCall) -> float:
+    return float(call.options.get("softcap") or 0.0)
+
+
+def _window(call: AttentionCall) -> int | None:
+    return call.options.get("sliding_window") or None
+
+
+def _spec(config: Any, calls: list[AttentionCall], vocab_size: int) -> ForeignSpec:
+    num_heads, num_kv_heads, head_dim = _heads(calls[0])
+    return ForeignSpec(
+        family=config.model_type,
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=max(getattr(config, "intermediate_size", None) or 0, 4 * config.hidden_size),
+        num_layers=len(calls),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position=cast(int, _max_position(config)),
+        windows=tuple(_window(call) for call in calls),
+        query_scale=_scale(calls[0]),
+        softcap=_softcap(calls[0]),
+        tied_head=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def _max_position(config: Any) -> int | None:
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _route(module: nn.Module, router: Router) -> None:
+    """Have the attention of all of `module` served by `router`."""
+    for child in module.modules():
+        setattr(child, _ROUTER, router)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without bars and tables; what they say is in the errors raised here."""
+    log: Any = transformers.utils.logging  # not annotated
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _declined(checkpoint: ForeignCheckpoint, reason: str) -> UnknownArchitectureError:
+    return UnknownArchitectureError(
+        f"{checkpoint.path}: {checkpoint.architecture or 'the model'} is not built in and cannot run through"
+        f" transformers: {reason}. docs/models.md lists what is built in"
+    )
+
+
+def _line(error: Exception) -> str:
+    """An error in one line of bounded length."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
