@@ -1,0 +1,618 @@
+"""Products with a weight in planes of bits (`quantization/planes.py`): act(norm(x) W^T + b) + residual.
+
+All three kernels read a weight's planes once: 4.5 bits a value of Q4_K, 4.2 of 4 bits in groups of 128.
+
+GEMV, 1..4 rows, on the vector units. A field of B bits is put into the mantissa of a float between 1 and 2, which is
+1 + code / 2^B for a shift and one logical operation, without a conversion; what the 1 and the zero add is taken back
+once a group, with the sum of the group's activations. That is about 3 operations a weight for 4 bits and 5 for more,
+where the card has 4.8 at its full bandwidth. RMSNorm is applied as in `linear.py`.
+
+Skinny GEMM, up to 64 rows: a tile is decoded to the activations' type and multiplied by the matrix units.
+
+Expansion to a dense matrix for more rows, which the vendor's library multiplies: `out * in` values of 2 bytes are
+written and read again.
+
+The words' order of columns makes every load of activations a vector of four.
+"""
+
+# ruff: noqa: RUF005  (Triton's tuples know no unpacking)
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from aphrodite.kernels.triton.activation import gated
+from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.quantization.planes import RUN_WORDS, Planes
+
+PACKED_GEMV_MAX_ROWS = 4
+PACKED_SKINNY_MAX_ROWS = 64
+
+
+class PackedGemvCut(NamedTuple):
+    """How a GEMV is cut: weight rows a block, columns a chunk, chunks in flight, warps."""
+
+    rows: int
+    chunk: int
+    depth: int
+    warps: int
+
+
+class PackedSkinnyCut(NamedTuple):
+    """How a skinny GEMM is cut: tile of the weight (rows, columns), pipeline stages, warps."""
+
+    rows: int
+    chunk: int
+    stages: int
+    warps: int
+
+
+@functools.cache
+def packed_gemv_cut(out_features: int, in_features: int, rows: int) -> PackedGemvCut:
+    """The cut for a weight `[out, in]` and 1..4 activation rows."""
+    warps = 4 if in_features >= 4096 else 2 if in_features >= 2048 else 1
+    chunk = min(1024 * warps, max(128, triton.next_power_of_2(in_features)))
+    return PackedGemvCut(2 if rows > 1 or out_features < 8192 else 4, chunk, 1, warps)
+
+
+@functools.cache
+def packed_skinny_cut(out_features: int, rows: int) -> PackedSkinnyCut:
+    """The cut for a weight of `out` rows and up to 64 activation rows."""
+    return PackedSkinnyCut(64 if out_features >= 16384 else 32, 256, 3, 4)
+
+
+@triton.jit
+def _field(word, index: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr):
+    """Field `index` of `BITS` bits, moved to bit `PLACE`; other bits are zero."""
+    shift: tl.constexpr = PLACE - BITS * index
+    if shift >= 0:
+        moved = word << shift
+    else:
+        moved = word >> -shift
+    return moved & (((1 << BITS) - 1) << PLACE)
+
+
+@triton.jit
+def _code(low, high, table, index: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, KIND: tl.constexpr):
+    """Code `index` of each word as float32: 1 + code / 2^bits of integers, else what it stands for."""
+    if KIND == "integer":
+        bits = _field(low, index, LOW_BITS, 23 - LOW_BITS - HIGH_BITS) | 0x3F800000
+        if HIGH_BITS > 0:
+            bits |= _field(high, index, HIGH_BITS, 23 - HIGH_BITS)
+        value = bits.to(tl.float32, bitcast=True)
+    elif KIND == "table":
+        value = tl.load(table + _field(low, index, LOW_BITS, 0))
+    else:
+        # A float8 in the place of a float32's exponent and mantissa; its bias is smaller.
+        place: tl.constexpr = 20 if KIND == "e4m3" else 21
+        factor: tl.constexpr = 2.0**120 if KIND == "e4m3" else 2.0**112
+        byte = _field(low, index, 8, 0)
+        bits = ((byte & 127) << place) | ((byte & 128) << 24)
+        value = bits.to(tl.float32, bitcast=True) * factor
+    return value
+
+
+@triton.jit
+def _load_plane(plane, rows, first, words: tl.constexpr, COUNT: tl.constexpr):
+    """`[rows, COUNT]` words from `first`, zeros behind the last; int32."""
+    column = first + tl.arange(0, COUNT)
+    # A run a thread, whatever a word's size is: with longer vectors the planes' threads would hold different columns.
+    at = tl.max_contiguous(rows[:, None] * words + column[None, :], (1, 4))
+    if words % COUNT == 0:
+        return tl.load(plane + at, eviction_policy="evict_first").to(tl.int32)
+    return tl.load(plane + at, mask=(column < words)[None, :], other=0, eviction_policy="evict_first").to(tl.int32)
+
+
+@triton.jit
+def _load_scales(field, super_field, rows, groups, blocks, inside, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
+    """`[rows, runs]` float32: of the groups `groups` `[runs]`, times those of their super-blocks if there are any."""
+    scale = tl.load(field + rows[:, None] * GROUPS + groups[None, :], mask=inside[None, :], other=0).to(tl.float32)
+    if BLOCKS > 0:
+        above = super_field + rows[:, None] * BLOCKS + blocks[None, :]
+        scale *= tl.load(above, mask=inside[None, :], other=0.0).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def _load_affine(
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    rows,
+    first_run,
+    span: tl.constexpr,
+    columns: tl.constexpr,
+    RUN: tl.constexpr,
+    SPAN: tl.constexpr,
+    RUNS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """(factor, shift) `[rows, RUNS]` of span `span` of each run: a weight is factor * code - shift, for `_code`'s code.
+    Both are zero behind the last column."""
+    run = first_run + tl.arange(0, RUNS)
+    column = run * RUN + span * SPAN
+    inside = column < columns
+    group = column // GROUP
+    groups: tl.constexpr = columns // GROUP
+    blocks: tl.constexpr = columns // SUPER if SUPER > 0 else 0
+    block = column // SUPER if SUPER > 0 else column
+    if OFFSET == "paired":
+        pair = tl.load(scales + rows[:, None] * groups + group[None, :], mask=inside[None, :], other=0).to(tl.int32)
+        above = rows[:, None] * blocks + block[None, :]
+        scale = (pair & 15).to(tl.float32) * tl.load(super_scales + above, mask=inside[None, :], other=0.0).to(
+            tl.float32
+        )
+        below = tl.load(super_offsets + above, mask=inside[None, :], other=0.0).to(tl.float32)
+        shift = ((pair >> 4) & 15).to(tl.float32) * below
+    else:
+        scale = _load_scales(scales, super_scales, rows, group, block, inside, groups, blocks)
+        if OFFSET == "zeros":
+            zero = tl.load(offsets + rows[:, None] * groups + group[None, :], mask=inside[None, :], other=0)
+            shift = scale * (zero.to(tl.float32) + ZERO)
+        elif OFFSET == "offsets":
+            shift = _load_scales(offsets, super_offsets, rows, group, block, inside, groups, blocks) + scale * ZERO
+        else:
+            shift = scale * ZERO
+    if KIND == "integer":
+        scale = scale * (1 << BITS)
+        shift = shift + scale
+    return scale, shift
+
+
+@triton.jit
+def _load_values(base, first, index: tl.constexpr, columns: tl.constexpr, RUN: tl.constexpr, COUNT: tl.constexpr):
+    """Of a row of activations what field `index` of the words from `first` is multiplied by: float32 `[COUNT]`."""
+    word = first + tl.arange(0, COUNT)
+    column = (word // 4) * RUN + word % 4 + 4 * index
+    if columns % (COUNT // 4 * RUN) == 0:
+        return tl.load(base + column).to(tl.float32)
+    return tl.load(base + column, mask=column < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_gemv(
+    total,
+    bias,
+    residual,
+    out,
+    row,
+    out_stride,
+    out_features,
+    first,
+    ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Bias, activation and residual of one activation row's `total` `[ROWS]`, and the store."""
+    index = first + tl.arange(0, ROWS)
+    if HAS_BIAS:
+        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)
+    if ACTIVATION is None:
+        width = out_features
+        result = total
+    else:
+        width = out_features // 2
+        index = first // 2 + tl.arange(0, ROWS // 2)
+        gate, up = tl.split(tl.reshape(total, (ROWS // 2, 2)))
+        result = gated(gate, up, ACTIVATION)
+    inside = index < width
+    at = row * out_stride + index
+    if HAS_RESIDUAL:
+        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _packed_gemv_kernel(
+    x,  # [M, in]
+    x_stride,
+    norm_weight,  # [in], or anything when not HAS_NORM
+    eps,
+    low,
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # as out, or anything when not HAS_RESIDUAL
+    out,  # [M, width]
+    out_stride,
+    out_features,
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,  # columns
+    DEPTH: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
+    RUN: tl.constexpr = 4 * IN_WORD
+    SPANS: tl.constexpr = 2 if GROUP < RUN else 1
+    SPAN: tl.constexpr = RUN // SPANS
+    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
+    words: tl.constexpr = columns // IN_WORD
+    COUNT: tl.constexpr = CHUNK // IN_WORD
+    RUNS: tl.constexpr = CHUNK // RUN
+    steps: tl.constexpr = (columns + CHUNK - 1) // CHUNK
+    first = tl.program_id(0) * ROWS
+    # Rows beyond the last read the last again instead of being masked.
+    rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
+    queue = ()  # type: Any
+    for ahead in tl.static_range(DEPTH):
+        queue = queue + (_load_plane(low, rows, ahead * COUNT, words, COUNT),)
+        if HIGH_BITS > 0:
+            queue = queue + (_load_plane(high, rows, ahead * COUNT, words, COUNT),)
+        for span in tl.static_range(SPANS):
+            queue = queue + _load_affine(
+                scales, super_scales, offsets, super_offsets, rows, ahead * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
+                GROUP, SUPER, OFFSET, ZERO, KIND,
+            )  # fmt: skip
+    wait_for_producer(PDL)
+    sums = ()  # type: Any
+    squares = ()  # type: Any
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros((ROWS, RUNS), tl.float32),)
+        squares = squares + (tl.zeros((COUNT,), tl.float32),)
+    PLANES: tl.constexpr = 2 if HIGH_BITS > 0 else 1
+    ENTRY: tl.constexpr = PLANES + 2 * SPANS
+    for step in tl.static_range(steps):
+        tile = queue[:ENTRY]
+        queue = queue[ENTRY:]
+        if step + DEPTH < steps:
+            ahead = step + DEPTH
+            queue = queue + (_load_plane(low, rows, ahead * COUNT, words, COUNT),)
+            if HIGH_BITS > 0:
+                queue = queue + (_load_plane(high, rows, ahead * COUNT, words, COUNT),)
+            for span in tl.static_range(SPANS):
+                queue = queue + _load_affine(
+                    scales, super_scales, offsets, super_offsets, rows, ahead * RUNS, span, columns, RUN, SPAN, RUNS,
+                    BITS, GROUP, SUPER, OFFSET, ZERO, KIND,
+                )  # fmt: skip
+        for span in tl.static_range(SPANS):
+            products = ()  # type: Any
+            values_sums = ()  # type: Any
+            for _ in tl.static_range(M):
+                products = products + (tl.zeros((ROWS, COUNT), tl.float32),)
+                values_sums = values_sums + (tl.zeros((COUNT,), tl.float32),)
+            for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+                code = _code(tile[0], tile[PLANES - 1], table, index, LOW_BITS, HIGH_BITS, KIND)
+                if HAS_NORM:
+                    factor = _load_values(norm_weight, step * COUNT, index, columns, RUN, COUNT)
+                new_products = ()  # type: Any
+                new_values_sums = ()  # type: Any
+                new_squares = ()  # type: Any
+                for m in tl.static_range(M):
+                    values = _load_values(x + m * x_stride, step * COUNT, index, columns, RUN, COUNT)
+                    if HAS_NORM:
+                        new_squares = new_squares + (squares[m] + values * values,)
+                        values = values * factor
+                    else:
+                        new_squares = new_squares + (squares[m],)
+                    new_products = new_products + (products[m] + code * values[None, :],)
+                    new_values_sums = new_values_sums + (values_sums[m] + values,)
+                products = new_products
+                values_sums = new_values_sums
+                squares = new_squares
+            new_sums = ()  # type: Any
+            for m in tl.static_range(M):
+                product = tl.sum(tl.reshape(products[m], (ROWS, RUNS, 4)), axis=2)
+                new_sum = sums[m] + tile[PLANES + 2 * span] * product
+                if KIND == "integer" or OFFSET != "none":
+                    of_values = tl.sum(tl.reshape(values_sums[m], (RUNS, 4)), axis=1)
+                    new_sum -= tile[PLANES + 2 * span + 1] * of_values[None, :]
+                new_sums = new_sums + (new_sum,)
+            sums = new_sums
+    for m in tl.static_range(M):
+        total = tl.sum(sums[m], axis=1)
+        if HAS_NORM:
+            total = total * (1.0 / tl.sqrt(tl.sum(squares[m], axis=0) / columns + eps))
+        _store_gemv(
+            total, bias, residual, out, m, out_stride, out_features, first, ROWS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
+        )
+
+
+@triton.jit
+def _spread(of_runs, ROWS: tl.constexpr, RUNS: tl.constexpr):
+    """A number of each run `[ROWS, RUNS]` for each of its words: `[ROWS, 4 * RUNS]`."""
+    return tl.reshape(tl.broadcast_to(of_runs[:, :, None], (ROWS, RUNS, 4)), (ROWS, RUNS * 4))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _packed_skinny_kernel(
+    x,  # [M, in]
+    x_stride,
+    low,
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    bias,
+    residual,
+    out,  # [M, width]
+    out_stride,
+    M,
+    out_features,
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,  # M padded
+    STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
+    RUN: tl.constexpr = 4 * IN_WORD
+    SPANS: tl.constexpr = 2 if GROUP < RUN else 1
+    SPAN: tl.constexpr = RUN // SPANS
+    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
+    words: tl.constexpr = columns // IN_WORD
+    COUNT: tl.constexpr = CHUNK // IN_WORD
+    RUNS: tl.constexpr = CHUNK // RUN
+    first = tl.program_id(0) * ROWS
+    rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
+    tokens = tl.minimum(tl.arange(0, COLUMNS), M - 1)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    wait_for_producer(PDL)
+    for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
+        low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
+        high_words = low_words
+        if HIGH_BITS > 0:
+            high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
+        word = step * COUNT + tl.arange(0, COUNT)
+        for span in tl.static_range(SPANS):
+            factor, shift = _load_affine(
+                scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
+                GROUP, SUPER, OFFSET, ZERO, KIND,
+            )  # fmt: skip
+            factor = _spread(factor, ROWS, RUNS)
+            shift = _spread(shift, ROWS, RUNS)
+            for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+                code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+                weight = (code * factor - shift).to(x.dtype.element_ty)
+                column = (word // 4) * RUN + word % 4 + 4 * index
+                pointers = x + tokens[None, :] * x_stride + column[:, None]
+                if columns % CHUNK == 0:
+                    values = tl.load(pointers)
+                else:
+                    values = tl.load(pointers, mask=(column < columns)[:, None], other=0.0)
+                total = tl.dot(weight, values, total)
+    index_out = first + tl.arange(0, ROWS)
+    if HAS_BIAS:
+        total += tl.load(bias + index_out, mask=index_out < out_features, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION is None:
+        width = out_features
+        result = total
+    else:
+        width = out_features // 2
+        index_out = first // 2 + tl.arange(0, ROWS // 2)
+        pairs = tl.permute(tl.reshape(total, (ROWS // 2, 2, COLUMNS)), (0, 2, 1))
+        gate, up = tl.split(pairs)
+        result = gated(gate, up, ACTIVATION)
+    token = tl.arange(0, COLUMNS)
+    inside = (index_out < width)[:, None] & (token < M)[None, :]
+    at = token[None, :] * out_stride + index_out[:, None]
+    if HAS_RESIDUAL:
+        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _expand_kernel(
+    low,
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    out,  # [rows, in]
+    first_row,
+    end_row,
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
+    RUN: tl.constexpr = 4 * IN_WORD
+    SPANS: tl.constexpr = 2 if GROUP < RUN else 1
+    SPAN: tl.constexpr = RUN // SPANS
+    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
+    words: tl.constexpr = columns // IN_WORD
+    COUNT: tl.constexpr = CHUNK // IN_WORD
+    RUNS: tl.constexpr = CHUNK // RUN
+    first = tl.program_id(0) * ROWS
+    step = tl.program_id(1)
+    row = first + tl.arange(0, ROWS)
+    rows = tl.minimum(first_row + row, end_row - 1).to(tl.int64)
+    low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
+    high_words = low_words
+    if HIGH_BITS > 0:
+        high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
+    # The matrix may still be read by an earlier kernel's product.
+    wait_for_producer(PDL)
+    word = step * COUNT + tl.arange(0, COUNT)
+    for span in tl.static_range(SPANS):
+        factor, shift = _load_affine(
+            scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
+            GROUP, SUPER, OFFSET, ZERO, KIND,
+        )  # fmt: skip
+        factor = _spread(factor, ROWS, RUNS)
+        shift = _spread(shift, ROWS, RUNS)
+        for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+            code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+            column = (word // 4) * RUN + word % 4 + 4 * index
+            inside = (first_row + row < end_row)[:, None] & (column < columns)[None, :]
+            pointers = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+            tl.store(pointers, (code * factor - shift).to(out.dtype.element_ty), mask=inside)
+
+
+def _plane_arguments(weight: Planes) -> tuple[torch.Tensor, ...]:
+    """The kernels' pointers; of planes that are not there, to anything."""
+    low = weight.low
+    return tuple(
+        low if tensor is None else tensor
+        for tensor in (
+            low, weight.high, weight.scales, weight.super_scales, weight.offsets, weight.super_offsets, weight.table
+        )
+    )  # fmt: skip
+
+
+def _form_arguments(weight: Planes) -> dict[str, Any]:
+    form = weight.form
+    return {
+        "columns": form.columns,
+        "LOW_BITS": form.low_bits,
+        "HIGH_BITS": form.high_bits,
+        "GROUP": form.group_size,
+        "SUPER": form.super_size,
+        "OFFSET": form.offset,
+        "ZERO": form.zero,
+        "KIND": form.kind,
+    }
+
+
+def packed_gemv(
+    x: torch.Tensor,
+    weight: Planes,
+    out: torch.Tensor,
+    epilogue: Epilogue = Epilogue(),
+    norm: tuple[torch.Tensor, float] | None = None,
+    cut: PackedGemvCut | None = None,
+) -> None:
+    """Writes act(norm(x) W^T + b) + residual for 1..4 rows.
+
+    Args:
+        x: `[T, in]`, in the order of the weight's columns, rows may be strided, 1 <= T <= 4.
+        weight: (gate, up) rows interleaved when there is an activation. Read before the kernels of the same step have
+            ended, so none of them may write it.
+        out: `[T, width]`, rows may be strided; where there is a residual it is this tensor.
+        norm: RMSNorm of x: weight `[in]` and epsilon.
+        cut: chosen by shape when None.
+    """
+    cut = cut or packed_gemv_cut(weight.rows, weight.form.columns, x.shape[0])
+    norm_weight, eps = norm if norm is not None else (x, 0.0)
+    pdl = pdl_supported(x.device)
+    _packed_gemv_kernel[(triton.cdiv(weight.rows, cut.rows),)](
+        x,
+        x.stride(0),
+        norm_weight,
+        eps,
+        *_plane_arguments(weight),
+        x if epilogue.bias is None else epilogue.bias,
+        out,
+        out,
+        out.stride(0),
+        weight.rows,
+        **_form_arguments(weight),
+        M=x.shape[0],
+        ROWS=cut.rows,
+        CHUNK=cut.chunk,
+        DEPTH=min(cut.depth, triton.cdiv(weight.form.columns, cut.chunk)),
+        HAS_NORM=norm is not None,
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_RESIDUAL=epilogue.residual is not None,
+        ACTIVATION=epilogue.activation,
+        PDL=pdl,
+        num_warps=cut.warps,
+        **launch_options(pdl),
+    )
+
+
+def packed_skinny(
+    x: torch.Tensor,
+    weight: Planes,
+    out: torch.Tensor,
+    epilogue: Epilogue = Epilogue(),
+    cut: PackedSkinnyCut | None = None,
+) -> None:
+    """Writes act(x W^T + b) + residual for up to 64 rows of a 16-bit type; arguments as `packed_gemv`'s."""
+    cut = cut or packed_skinny_cut(weight.rows, x.shape[0])
+    pdl = pdl_supported(x.device)
+    _packed_skinny_kernel[(triton.cdiv(weight.rows, cut.rows),)](
+        x,
+        x.stride(0),
+        *_plane_arguments(weight),
+        x if epilogue.bias is None else epilogue.bias,
+        out,
+        out,
+        out.stride(0),
+        x.shape[0],
+        weight.rows,
+        **_form_arguments(weight),
+        ROWS=cut.rows,
+        CHUNK=cut.chunk,
+        COLUMNS=max(16, triton.next_power_of_2(x.shape[0])),
+        STAGES=cut.stages,
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_RESIDUAL=epilogue.residual is not None,
+        ACTIVATION=epilogue.activation,
+        PDL=pdl,
+        num_warps=cut.warps,
+        **launch_options(pdl),
+    )
+
+
+def expand_planes(weight: Planes, out: torch.Tensor, first: int = 0) -> None:
+    """Writes rows `first` and following, as many as `out` `[rows, in]` (contiguous, floating) has."""
+    rows, columns = out.shape
+    chunk = min(1024, max(RUN_WORDS * 32, triton.next_power_of_2(columns)))
+    pdl = pdl_supported(out.device)
+    _expand_kernel[(triton.cdiv(rows, 4), triton.cdiv(columns, chunk))](
+        *_plane_arguments(weight),
+        out,
+        first,
+        first + rows,
+        **_form_arguments(weight),
+        ROWS=4,
+        CHUNK=chunk,
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )
