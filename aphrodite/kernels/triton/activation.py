@@ -12,7 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    ceil_div,
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    pdl_supported,
+    wait_for_producer,
+)
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -31,6 +38,7 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
     return gate / (1.0 + tl.exp(-slope)) * up
 
 
+@direct_launch
 @triton.jit
 def _gated_pairs_kernel(
     pairs,  # [values, 2]
@@ -66,7 +74,7 @@ def gated_pairs(pairs: torch.Tensor, activation: Activation) -> torch.Tensor:
         return out
     values = out.numel()
     pdl = pdl_supported(pairs.device)
-    grid = (triton.cdiv(values, BLOCK),)
+    grid = (ceil_div(values, BLOCK),)
     _gated_pairs_kernel[grid](
         pairs, out, values, ACTIVATION=activation, BLOCK=BLOCK, PDL=pdl, num_warps=WARPS, **launch_options(pdl)
     )

@@ -18,7 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.paged import (
     Card,
     accumulate,
@@ -117,7 +124,7 @@ def plan_decode(
         slots,
         slots * num_kv_heads,
         target,
-        SEQUENCES_PAD=max(64, triton.next_power_of_2(sequences)),  # few variants to compile
+        SEQUENCES_PAD=max(64, next_power_of_2(sequences)),  # few variants to compile
         WINDOW=window or 0,
         TILE=config.tile,
         BLOCK=1024,
@@ -159,8 +166,8 @@ def decode_attention(
     slots = plan.records.shape[0]
     config = plan.config
     threads = config.num_warps * 32
-    group_pad = triton.next_power_of_2(group)
-    dim = triton.next_power_of_2(head_dim)
+    group_pad = next_power_of_2(group)
+    dim = next_power_of_2(head_dim)
     partials = torch.empty((slots, kv_heads, group, head_dim), dtype=torch.float32, device=query.device)
     statistics = torch.empty((slots, kv_heads, 2, group), dtype=torch.float32, device=query.device)
     pdl = pdl_supported(query.device)
@@ -203,6 +210,7 @@ def combined_at_once(group_pad: int, dim: int, threads: int) -> int:
     return max(1, min(32, 128 * threads // (group_pad * dim)))
 
 
+@direct_launch
 @triton.jit(do_not_specialize=["num_sequences", "num_slots", "num_counters", "target"])
 def _plan_kernel(
     records,
@@ -257,6 +265,7 @@ def _plan_kernel(
         tl.store(counters + counter, 0, mask=counter < num_counters)
 
 
+@direct_launch
 @triton.jit
 def _decode_kernel(
     query,

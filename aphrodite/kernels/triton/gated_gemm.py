@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from aphrodite.kernels.triton.activation import Activation, gated
-from aphrodite.kernels.triton.launch import pdl_supported
+from aphrodite.kernels.triton.launch import ceil_div, direct_launch, pdl_supported, tiles
 
 
 class GatedConfig(NamedTuple):
@@ -50,6 +49,7 @@ def gated_gemm_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return aligned and weight.itemsize == 2 and pdl_supported(x.device)
 
 
+@direct_launch
 @triton.jit(do_not_specialize=["rows"])
 def _gated_gemm_kernel(
     x,  # descriptor of [T, in], blocks [ROWS, CHUNK]
@@ -96,11 +96,11 @@ def gated_gemm(
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
     out = torch.empty((rows, out_features // 2), dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(out_features, config.columns)
-    _gated_gemm_kernel[(min(tiles, _multiprocessors(x.device)),)](
-        TensorDescriptor.from_tensor(x, [config.rows, config.chunk]),
-        TensorDescriptor.from_tensor(weight, [config.columns, config.chunk]),
-        TensorDescriptor.from_tensor(out, [config.rows, config.columns // 2]),
+    count = ceil_div(rows, config.rows) * ceil_div(out_features, config.columns)
+    _gated_gemm_kernel[(min(count, _multiprocessors(x.device)),)](
+        tiles(x, [config.rows, config.chunk]),
+        tiles(weight, [config.columns, config.chunk]),
+        tiles(out, [config.rows, config.columns // 2]),
         rows,
         out_features,
         in_features=in_features,

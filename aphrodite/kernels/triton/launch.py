@@ -1,5 +1,10 @@
-"""Programmatic dependent launch: a kernel starts while its predecessor still runs, and waits where it needs the result.
+"""Launching kernels: without Triton's dispatch where it is known, and before their predecessor has ended.
 
+Direct launches. Triton binds, specialises and looks up a kernel's compiled variant at every launch in Python, 15 to 40
+us for the kernels here, which is more than many of them run. `direct_launch`, over `triton.jit` of an entry point,
+keeps a variant under what tells it apart and hands later launches straight to Triton's compiled launcher.
+
+Programmatic dependent launch: a kernel starts while its predecessor still runs, and waits where it needs the result.
 CUDA 9.0 and later (PTX ISA, "griddepcontrol"). A kernel of the chain
 
 1. calls `launch_dependents` first, so that its successor's blocks become resident as soon as there is room;
@@ -17,14 +22,166 @@ With `PDL=False` (HIP, older cards, the interpreter) both calls vanish.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from aphrodite.kernels.dispatch import Declined, log_once
 from aphrodite.platforms import platform_of
+
+# Versions whose compiled kernels' `run` was read: it takes grid, stream, function, metadata, three hooks, then all
+# parameters in order, constants included.
+DIRECT_VERSIONS = ("3.6.",)
+INT32 = 1 << 31
+
+
+class _Variant(NamedTuple):
+    """A compiled kernel: its launcher, the device's handle, and the constants behind its arguments."""
+
+    run: Callable[..., object]
+    function: int
+    metadata: object
+    constants: tuple[object, ...]
+
+
+class DirectKernel:
+    """A kernel that Triton compiles and launches the first time, and that is launched directly afterwards.
+
+    Attributes:
+        jitted: the kernel as Triton knows it.
+    """
+
+    def __init__(self, jitted: JITFunction[Any]) -> None:
+        self.jitted = jitted
+        self._variants: dict[tuple[object, ...], _Variant | None] = {}  # None: this one only Triton can launch
+        self._is_constant = [parameter.is_constexpr for parameter in jitted.params]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._launch, grid)
+
+    def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> object:
+        """Compile what a launch with these arguments would."""
+        return self.jitted.warmup(*args, grid=grid, **options)
+
+    def _launch(self, grid: tuple[int, ...], *args: object, **options: Any) -> None:
+        active = driver.active
+        device = active.get_current_device()
+        described = _describe(args, self._is_constant)
+        if described is None:
+            self.jitted[grid](*args, **options)
+            return
+        kinds, values = described
+        key = (device, *kinds, *options, *options.values())
+        variant = self._variants.get(key, _UNKNOWN)
+        if variant is None:
+            self.jitted[grid](*args, **options)
+        elif variant is _UNKNOWN:
+            self._variants[key] = self._variant(self.jitted[grid](*args, **options), len(args), options)
+        else:
+            count = len(grid)
+            variant.run(
+                grid[0],
+                grid[1] if count > 1 else 1,
+                grid[2] if count > 2 else 1,
+                active.get_current_stream(device),
+                variant.function,
+                variant.metadata,
+                None,
+                None,
+                None,
+                *values,
+                *variant.constants,
+            )
+
+    def _variant(self, compiled: Any, count: int, options: Mapping[str, object]) -> _Variant | None:
+        """What launches `compiled` for `count` arguments by position; None if others than constants came by name."""
+        rest = self.jitted.params[count:]
+        if not all(parameter.is_constexpr and parameter.name in options for parameter in rest):
+            return None
+        constants = tuple(options[parameter.name] for parameter in rest)
+        return _Variant(compiled.run, compiled.function, compiled.packed_metadata, constants)
+
+
+_UNKNOWN = _Variant(lambda *args: None, 0, None, ())
+
+
+def _describe(args: Sequence[Any], is_constant: Sequence[bool]) -> tuple[list[object], list[object]] | None:
+    """What Triton tells variants apart by, or more, and the values to launch with; None for what is not known here.
+
+    Triton specialises pointers and integers by whether they are multiples of 16, integers also by whether they are 1
+    and by their width, and descriptors by their type and block.
+    """
+    kinds: list[object] = []
+    values = list(args)
+    for at, arg in enumerate(args):
+        kind = type(arg)
+        if kind is Tensor:
+            pointer = values[at] = arg.data_ptr()
+            kinds.append((arg.dtype, 16) if pointer & 15 else arg.dtype)
+        elif is_constant[at]:
+            kinds.append(arg)
+        elif kind is int:
+            if not -INT32 <= arg < INT32:
+                return None
+            kinds.append(1 if arg == 1 else 0 if arg & 15 else 16)
+        elif kind is float or arg is None:
+            kinds.append(kind)
+        elif isinstance(arg, TensorDescriptor):
+            kinds.append((arg.base.dtype, *arg.block_shape))
+        else:
+            return None
+    return kinds, values
+
+
+class Tiles(TensorDescriptor):  # type: ignore[misc]
+    """A descriptor for the copy engine whose alignment the caller answers for: checking takes as long as launching."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def tiles(tensor: torch.Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """`tensor` `[rows, columns]` as blocks that the copy engine moves: base and rows are multiples of 16 bytes."""
+    return Tiles(tensor, tensor.shape, tensor.stride(), block)
+
+
+def direct_launch(jitted: Any) -> Any:
+    """The kernel, launched directly where that is known to work; in the interpreter, on HIP and elsewhere as it is."""
+    declined = _declines(jitted)
+    if declined is None:
+        return DirectKernel(jitted)
+    if isinstance(jitted, JITFunction):
+        log_once(logging.INFO, f"kernels are launched by Triton itself, which takes the host longer: {declined.reason}")
+    return jitted
+
+
+def _declines(jitted: Any) -> Declined | None:
+    if not isinstance(jitted, JITFunction):
+        return Declined("they are interpreted")
+    if torch.version.hip is not None:
+        return Declined("on HIP variants depend on more than is known here")
+    if not triton.__version__.startswith(DIRECT_VERSIONS):
+        return Declined(f"Triton {triton.__version__} is not one of those that were checked, {DIRECT_VERSIONS[0]}x")
+    return None
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own on the host is wrapped for kernels and takes 2 us, as does the next one."""
+    return -(-a // b)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is at least `count`, which is positive."""
+    return 1 << (count - 1).bit_length()
 
 
 @functools.cache

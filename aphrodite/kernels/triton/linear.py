@@ -27,7 +27,15 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton.activation import Activation, gated
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    ceil_div,
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 
 GEMV_MAX_ROWS = 4
 SKINNY_MAX_ROWS = 64
@@ -75,10 +83,6 @@ class Epilogue(NamedTuple):
 
 
 Kernel = Literal["gemv", "skinny", "library"]
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @functools.cache
@@ -130,8 +134,8 @@ def gemv_config(out_features: int, in_features: int, rows: int, itemsize: int = 
         return measured
     longest = 4096 // itemsize
     fitting = [chunk for chunk in (longest, longest // 2, longest // 4) if in_features % chunk == 0]
-    chunk = fitting[0] if fitting else min(longest, max(256, triton.next_power_of_2(in_features)))
-    chunks = _ceil_div(in_features, chunk)
+    chunk = fitting[0] if fitting else min(longest, max(256, next_power_of_2(in_features)))
+    chunks = ceil_div(in_features, chunk)
     if rows == 1 and itemsize == 2 and out_features * in_features < 8 << 20 and in_features % 512 == 0:
         return GemvConfig(4, 512, min(4, in_features // 512), 2)
     # Warps that load 16 bytes a thread from one row; 8 of fp8, whose sums for many rows would take twice the registers.
@@ -148,13 +152,13 @@ def skinny_config(out_features: int, in_features: int, rows: int, hip: bool = Fa
     AMD's processors have 64 KiB of shared memory, which holds two pipeline stages.
     """
     padded = padded_rows(rows)
-    tiles = _ceil_div(out_features, 64)
+    tiles = ceil_div(out_features, 64)
     chunk = 256 if 48 <= tiles < 192 and padded <= 16 else 128
     splits = 1 if tiles >= 96 else 2 if tiles >= 48 else 4
-    splits = min(splits, _ceil_div(in_features, chunk))
+    splits = min(splits, ceil_div(in_features, chunk))
     stages = 2 if hip else 3 if chunk == 256 or padded > 32 else 4
     # Worth 2-4 % where blocks are short and have the registers.
-    ahead = not hip and chunk == 256 and splits > 1 and _ceil_div(in_features, chunk) % splits == 0
+    ahead = not hip and chunk == 256 and splits > 1 and ceil_div(in_features, chunk) % splits == 0
     return SkinnyConfig(64, chunk, splits, stages, 4, ahead)
 
 
@@ -213,6 +217,7 @@ def _finish_gemv(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@direct_launch
 @triton.jit
 def _gemv_kernel(
     x,  # [M, in]
@@ -360,6 +365,7 @@ def _activation_tile(x, columns, start, in_features: tl.constexpr, CHUNK: tl.con
     return tile
 
 
+@direct_launch
 @triton.jit(do_not_specialize=["M"])
 def _skinny_kernel(
     x,  # [M, in]
@@ -440,7 +446,7 @@ def gemv(
     cut = config or gemv_config(out_features, in_features, rows, weight.itemsize)
     pdl = pdl_supported(x.device)
     norm_weight, eps = norm if norm is not None else (x, 0.0)
-    _gemv_kernel[(_ceil_div(out_features, cut.rows),)](
+    _gemv_kernel[(ceil_div(out_features, cut.rows),)](
         x,
         x.stride(0),
         norm_weight,
@@ -490,10 +496,10 @@ def skinny_gemm(
     rows, (out_features, in_features) = x.shape[0], weight.shape
     out = _output(x, out_features, epilogue)
     cut = config or skinny_config(out_features, in_features, rows, torch.version.hip is not None)
-    tiles, columns = _ceil_div(out_features, cut.rows), padded_rows(rows)
+    tiles, columns = ceil_div(out_features, cut.rows), padded_rows(rows)
     if cut.splits > 1 and tiles * cut.splits * cut.rows * columns > WORKSPACE_VALUES:
         raise ValueError(f"{cut} of {rows} rows and a weight {list(weight.shape)} outgrows the workspace: split less")
-    if cut.ahead and _ceil_div(in_features, cut.chunk) % cut.splits:
+    if cut.ahead and ceil_div(in_features, cut.chunk) % cut.splits:
         raise ValueError(f"{cut} does not split {in_features} evenly, which ahead takes")
     workspace, counters = _workspace(x.device) if cut.splits > 1 else (x, x)
     pdl = pdl_supported(x.device)

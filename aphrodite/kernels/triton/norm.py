@@ -10,9 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 
 
+@direct_launch
 @triton.jit
 def _rms_norm_kernel(
     x,  # [T, hidden]
@@ -77,7 +85,7 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
     out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     added = x if residual is None else residual
     pdl = pdl_supported(x.device)
     _rms_norm_kernel[(rows,)](

@@ -12,7 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.norm import norm_warps
 
 
@@ -23,6 +30,7 @@ class QuantizedRows(NamedTuple):
     scales: torch.Tensor  # [T, 1] float32
 
 
+@direct_launch
 @triton.jit
 def _quantize_rows_kernel(
     x,  # [T, in]
@@ -69,7 +77,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype, norm: tuple[torch.Tensor,
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     if rows == 0:
         return QuantizedRows(values, scales)
-    block = triton.next_power_of_2(in_features)
+    block = next_power_of_2(in_features)
     norm_weight, eps = norm if norm is not None else (x, 0.0)
     pdl = pdl_supported(x.device)
     _quantize_rows_kernel[(rows,)](

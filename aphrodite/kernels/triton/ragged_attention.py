@@ -17,7 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.paged import (
     Card,
     accumulate,
@@ -182,8 +189,8 @@ def ragged_attention(
         return
     _, kv_heads, block_size, head_dim = keys.shape
     group = num_heads // kv_heads
-    product_rows = max(config.rows, triton.next_power_of_2(group))
-    dim = triton.next_power_of_2(head_dim)
+    product_rows = max(config.rows, next_power_of_2(group))
+    dim = next_power_of_2(head_dim)
     slots = tiles.shape[0] if merges.shape[0] else 0
     partials = torch.empty((slots, kv_heads, product_rows, head_dim), dtype=torch.float32, device=query.device)
     statistics = torch.empty((slots, kv_heads, 2, product_rows), dtype=torch.float32, device=query.device)
@@ -245,6 +252,7 @@ def ragged_attention(
     )
 
 
+@direct_launch
 @triton.jit
 def _ragged_kernel(
     query,
@@ -341,6 +349,7 @@ def _ragged_kernel(
         tl.store(statistics + 2 * index + ROWS + product_row, total)
 
 
+@direct_launch
 @triton.jit
 def _merge_kernel(
     out,

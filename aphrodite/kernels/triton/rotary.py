@@ -12,7 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    ceil_div,
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.paged import KVFormat, encode_e4m3, kernel_view, kv_format
 
 
@@ -36,8 +44,8 @@ def rotary_config(tokens: int, heads: int, head_dim: int) -> RotaryConfig:
 
     For few tokens, programs with little to do; for many, ones with enough loads in flight to fill the memory bus.
     """
-    dim = triton.next_power_of_2(head_dim)
-    all_heads = triton.next_power_of_2(heads)
+    dim = next_power_of_2(head_dim)
+    all_heads = next_power_of_2(heads)
     if tokens <= 512:
         block_heads = min(16, all_heads)
         return RotaryConfig(block_heads, table_first=True, num_warps=max(1, block_heads * dim // 512))
@@ -86,7 +94,7 @@ def rotary_to_cache(
     heads = num_heads + 2 * kv_heads
     config = config or rotary_config(tokens, heads, head_dim)
     pdl = pdl_supported(qkv.device)
-    _rotary_kernel[(tokens, triton.cdiv(heads, config.block_heads))](
+    _rotary_kernel[(tokens, ceil_div(heads, config.block_heads))](
         qkv,
         kernel_view(keys),
         kernel_view(values),
@@ -102,8 +110,8 @@ def rotary_to_cache(
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         HALF=half,
-        HALF_PAD=triton.next_power_of_2(half),
-        REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+        HALF_PAD=next_power_of_2(half),
+        REST_PAD=next_power_of_2(rest) if rest else 0,
         BLOCK_HEADS=config.block_heads,
         TABLE_FIRST=config.table_first,
         BLOCK_SIZE=block_size,
@@ -116,6 +124,7 @@ def rotary_to_cache(
     )
 
 
+@direct_launch
 @triton.jit
 def _rotary_kernel(
     qkv,

@@ -9,9 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from aphrodite.kernels.triton.launch import ceil_div, direct_launch
+
 _BLOCK = 256
 
 
+@direct_launch
 @triton.jit(do_not_specialize=["count"])
 def _gather_tokens_kernel(tokens_ptr, table_ptr, rows_ptr, positions_ptr, count, stride, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -21,6 +24,7 @@ def _gather_tokens_kernel(tokens_ptr, table_ptr, rows_ptr, positions_ptr, count,
     tl.store(tokens_ptr + at, tl.load(table_ptr + row * stride + position, mask), mask)
 
 
+@direct_launch
 @triton.jit(do_not_specialize=["count"])
 def _scatter_kernel(table_ptr, rows_ptr, columns_ptr, values_ptr, count, stride, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +43,7 @@ def gather_tokens(out: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, po
         rows, positions: `[N]` int32.
     """
     count = out.shape[0]
-    grid = (triton.cdiv(count, _BLOCK),)
+    grid = (ceil_div(count, _BLOCK),)
     _gather_tokens_kernel[grid](out, table, rows, positions, count, table.stride(0), BLOCK=_BLOCK)
 
 
@@ -51,5 +55,5 @@ def scatter(table: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, valu
         rows, columns, values: `[N]` int32.
     """
     count = values.shape[0]
-    grid = (triton.cdiv(count, _BLOCK),)
+    grid = (ceil_div(count, _BLOCK),)
     _scatter_kernel[grid](table, rows, columns, values, count, table.stride(0), BLOCK=_BLOCK)

@@ -30,7 +30,7 @@ class KernelCase:
 
     Attributes:
         name: for the test's id.
-        kernel: a `triton.jit` function.
+        kernel: a `triton.jit` function, whether under `direct_launch` or not.
         arguments: every parameter by name. A string is a run-time argument in Triton's notation ("*bf16", "*i32",
             "i32", "fp32"); pointers are taken as 16-byte aligned, as torch's allocations are, and "i32:16" is an
             integer known to be a multiple of 16. Anything else (numbers, bools, None, tl dtypes) is a compile-time
@@ -89,7 +89,8 @@ def compile_case(case: KernelCase, target_name: str) -> Compiled:
 
 
 def _source(case: KernelCase) -> ASTSource:
-    names = case.kernel.arg_names
+    kernel = getattr(case.kernel, "jitted", case.kernel)
+    names = kernel.arg_names
     if unknown := set(case.arguments) ^ set(names):
         raise ValueError(f"{case.name}: arguments that differ from the kernel's: {sorted(unknown)}")
     signature: dict[str, str] = {}
@@ -105,7 +106,7 @@ def _source(case: KernelCase) -> ASTSource:
         else:
             signature[name] = "constexpr"
             constants[name] = value.value if isinstance(value, Constant) else value
-    return ASTSource(case.kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int]:
