@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aphrodite.errors import ModelFormatError
-from aphrodite.loading.checkpoint import Checkpoint, LoadFormat, open_checkpoint
+from aphrodite.loading.checkpoint import Checkpoint, LoadFormat
 from aphrodite.loading.config_reader import load_json_object
+from aphrodite.loading.foreign import ForeignCheckpoint, open_described
+from aphrodite.models.shape import ForeignSpec
+from aphrodite.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from aphrodite.models.foreign import ForeignLoader
 
 KV_ELEMENT_BYTES = 2  # float16, the default
 EXPANDED_WEIGHT_BYTES = 2  # bfloat16 or float16
@@ -67,32 +76,62 @@ def inspect(model: str | Path, *, load_format: LoadFormat = "auto") -> Inspectio
     """Describe a checkpoint without loading it.
 
     Raises:
-        ModelFormatError: it cannot be opened (see `open_checkpoint`).
+        ModelFormatError: it cannot be opened (see `open_described`).
     """
-    return inspect_checkpoint(open_checkpoint(model, load_format=load_format))
+    opened = open_described(model, load_format=load_format)
+    return inspect_checkpoint(opened) if isinstance(opened, Checkpoint) else inspect_foreign(opened)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Describe an open checkpoint; reads no weights."""
-    spec, weight_bytes = checkpoint.spec, checkpoint.weight_bytes
+    spec = checkpoint.spec
+    counts = [(parameter.type_name, parameter.count) for parameter in checkpoint.weights.parameters.values()]
+    return _inspection(checkpoint, spec, counts, checkpoint.quantization, spec.kv_dim, spec.rotary.scaling)
+
+
+def inspect_foreign(loader: ForeignLoader) -> Inspection:
+    """Describe a model that transformers computes; reads no weights."""
+    checkpoint, spec = loader.checkpoint, loader.spec
+    types = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    quantization = ", ".join(f"{name} ({count} tensors)" for name, count in types.most_common())
+    counts = [(tensor.dtype, tensor.count) for tensor in checkpoint.tensors.values()]
+    return _inspection(
+        checkpoint, spec, counts, quantization, 2 * spec.num_kv_heads * spec.head_dim, spec.rotary_scaling
+    )
+
+
+def _inspection(
+    checkpoint: Checkpoint | ForeignCheckpoint,
+    spec: ModelSpec | ForeignSpec,
+    counts: Iterable[tuple[str, int]],
+    quantization: str,
+    kv_dim: int,
+    rotary_scaling: str,
+) -> Inspection:
+    """
+    Args:
+        counts: of each tensor its type and number of values.
+        kv_dim: values that a layer caches of a token.
+    """
+    weight_bytes = checkpoint.weight_bytes
     by_type: dict[str, int] = {}
-    for parameter in checkpoint.weights.parameters.values():
-        by_type[parameter.type_name] = by_type.get(parameter.type_name, 0) + parameter.count
-    kv_bytes = spec.num_layers * spec.kv_dim * KV_ELEMENT_BYTES
+    for type_name, count in counts:
+        by_type[type_name] = by_type.get(type_name, 0) + count
+    kv_bytes = spec.num_layers * kv_dim * KV_ELEMENT_BYTES
     contexts = [*(context for context in _CONTEXTS if context < spec.max_position), spec.max_position]
     tokenizer, chat_template = _text_parts(checkpoint)
     return Inspection(
         name=checkpoint.name,
         path=checkpoint.path,
         format=checkpoint.format,
-        family=spec.family,
+        family=spec.family if isinstance(checkpoint, Checkpoint) else f"{spec.family}, through transformers",
         architecture=checkpoint.architecture,
         parameters=checkpoint.parameters,
-        quantization=checkpoint.quantization,
+        quantization=quantization,
         parameters_by_type=dict(sorted(by_type.items(), key=lambda item: -item[1])),
         vocab_size=spec.vocab_size,
         max_position=spec.max_position,
-        rotary_scaling=spec.rotary.scaling,
+        rotary_scaling=rotary_scaling,
         window=min((window for window in spec.windows if window is not None), default=None),
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -109,9 +148,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     )
 
 
-def _text_parts(checkpoint: Checkpoint) -> tuple[str | None, bool]:
+def _text_parts(checkpoint: Checkpoint | ForeignCheckpoint) -> tuple[str | None, bool]:
     """Kind of the tokenizer, and whether there is a chat template."""
-    if checkpoint.gguf is not None:
+    if isinstance(checkpoint, Checkpoint) and checkpoint.gguf is not None:
         kind, pre = checkpoint.gguf.get("tokenizer.ggml.model"), checkpoint.gguf.get("tokenizer.ggml.pre")
         described = f"{kind} ({pre})" if pre is not None else str(kind)
         return (described if kind is not None else None), "tokenizer.chat_template" in checkpoint.gguf

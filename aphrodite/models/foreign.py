@@ -404,8 +404,15 @@ def _spec(config: Any, calls: list[AttentionCall], vocab_size: int) -> ForeignSp
         windows=tuple(_window(call) for call in calls),
         query_scale=_scale(calls[0]),
         softcap=_softcap(calls[0]),
+        rotary_scaling=_rotary_scaling(config),
         tied_head=bool(getattr(config, "tie_word_embeddings", False)),
     )
+
+
+def _rotary_scaling(config: Any) -> str:
+    parameters = getattr(config, "rope_parameters", None)
+    kind = parameters.get("rope_type", "default") if isinstance(parameters, Mapping) else "default"
+    return "none" if kind == "default" else str(kind)
 
 
 def _max_position(config: Any) -> int | None:

@@ -109,7 +109,7 @@ def family_of_gguf(metadata: ConfigReader) -> Family:
 
 
 def _unsupported(source: str, found: str, known: Iterable[str]) -> UnknownArchitectureError:
-    known = sorted(known)
+    known = sorted(set(known))
     shown = repr(found[:200]) if found else "not named"
     close = difflib.get_close_matches(found, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""

@@ -38,6 +38,7 @@ class ForeignSpec:
         windows: an entry a layer: how many latest positions (the current one included) a query sees, None for all.
         query_scale: what attention scores are multiplied by.
         softcap: c where scores become c * tanh(score / c); 0 for none.
+        rotary_scaling: transformers' word for how its rotary embedding is scaled, "none" where it is not.
         tied_head: the head shares the embedding's weights.
     """
 
@@ -53,4 +54,5 @@ class ForeignSpec:
     windows: tuple[int | None, ...]
     query_scale: float
     softcap: float
+    rotary_scaling: str
     tied_head: bool

@@ -285,7 +285,7 @@ def test_wrong_metadata_names_the_key(tmp_path: Path, edit: Edit, problem: str) 
 
 def test_unknown_architectures_list_what_is_supported(tmp_path: Path) -> None:
     path = write(tmp_path / "t.gguf", {}, architecture="lama")
-    with pytest.raises(ModelFormatError, match=r"did you mean 'llama'\?\); supported: .*llama, .*qwen2, qwen3"):
+    with pytest.raises(ModelFormatError, match=r"did you mean 'llama'\?\); supported: .*llama, .*qwen2, .*qwen3"):
         open_checkpoint(path)
 
 
@@ -297,7 +297,7 @@ def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:
 def test_missing_layers_and_quantized_norms_are_reported(tmp_path: Path) -> None:
     tensors = gguf_tensors(tiny(), permute=True)
     path = write(tmp_path / "t.gguf", tensors, layers=3)
-    with pytest.raises(ModelFormatError, match=r"missing: blk\.2\.attn_norm\.weight.* and 5 more"):
+    with pytest.raises(ModelFormatError, match=r"missing: blk\.2\.attn_norm\.weight.* and 1 more"):
         open_checkpoint(path)
     tensors["extra"] = np.ones(3, np.float32)
     with pytest.raises(ModelFormatError, match="not part of it: extra"):

@@ -16,6 +16,7 @@ from torch_executor_cases import Driver, prompts
 from aphrodite.errors import ConfigError, ModelFormatError, UnknownArchitectureError
 from aphrodite.llm import LLM
 from aphrodite.loading.foreign import ForeignCheckpoint, open_described, open_model
+from aphrodite.loading.inspect import inspect
 from aphrodite.models import foreign
 from aphrodite.runner.transformers_executor import TransformersExecutor
 from aphrodite.sampling.params import SamplingParams
@@ -142,6 +143,13 @@ def test_our_samplers_work_on_it(llm: LLM) -> None:
 def test_settings_that_it_cannot_have_are_refused(gpt_neox: Path, smollm2_path: Path) -> None:
     with pytest.raises(ConfigError, match="left to transformers"):
         LLM(str(gpt_neox), device="cpu", executor="native", tokenizer=str(smollm2_path))
+
+
+def test_inspection_says_who_computes_it(gpt_neox: Path) -> None:
+    facts = inspect(gpt_neox)
+    assert facts.family == "gpt_neox, through transformers"
+    assert (facts.num_layers, facts.num_heads, facts.head_dim, facts.vocab_size) == (3, 4, 16, 211)
+    assert facts.kv_bytes_per_token == 2 * 2 * 3 * 64
 
 
 # --- what is wrong with a checkpoint -----------------------------------------------------------------------------
