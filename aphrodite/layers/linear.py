@@ -19,11 +19,15 @@ from aphrodite.layers.dense import short_name, stack_dense, to_dense
 from aphrodite.layers.invariant import decline_invariant, invariant_matmul
 from aphrodite.layers.norm import RmsNorm as RmsNorm
 from aphrodite.quantization.fp8 import decline_fp8
+from aphrodite.quantization.layouts import PackedLayout, stack_layouts
 from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
+from aphrodite.quantization.planes import decline_planes
+from aphrodite.quantization.repack import decline_layout, layout_of
 from aphrodite.quantization.types import RawTensor
 
 if TYPE_CHECKING:
     from aphrodite.layers.fp8_linear import Fp8Linear
+    from aphrodite.layers.packed_linear import PackedLinear
     from aphrodite.layers.triton_linear import TritonLinear
 
 
@@ -156,18 +160,49 @@ def build_linear(
     def int4() -> Int4Weight | Declined:
         return decline_int4(parts, dtype, device) or pack_int4(parts)
 
+    def packed() -> list[PackedLayout] | Declined:
+        return _packed_layouts(parts, device)
+
     def dense() -> torch.Tensor:
         return stack_dense(parts, dtype, device)
 
-    types = "/".join(sorted({part.qtype.name for part in parts}))
-    candidates: list[tuple[str, Callable[[], torch.Tensor | Int4Weight | Declined]]]
-    candidates = [("packed 4-bit", int4), (f"dense {short_name(dtype)}", dense)]
-    chosen: tuple[torch.Tensor | Int4Weight, Choice] = choose(f"linear layers of {types}", candidates)
+    types = "/".join(sorted({part.type_name for part in parts}))
+    candidates: list[tuple[str, Callable[[], torch.Tensor | Int4Weight | list[PackedLayout] | Declined]]]
+    candidates = [("4 bits by torch", int4), ("packed", packed), (f"dense {short_name(dtype)}", dense)]
+    chosen: tuple[torch.Tensor | Int4Weight | list[PackedLayout], Choice]
+    chosen = choose(f"linear layers of {types}", candidates)
     weight, choice = chosen
     if isinstance(weight, Int4Weight):
         log_once(logging.WARNING, f"{types} weights: scales rounded to bfloat16; --dtype float32 is exact")
         return Int4Linear(weight, bias, choice)
+    if isinstance(weight, list):
+        return packed_linear(weight, bias, choice, dtype, gated=gated)
     return dense_linear(weight, bias, choice, gated=gated, fp8=fp8)
+
+
+def _packed_layouts(parts: Sequence[RawTensor], device: torch.device) -> list[PackedLayout] | Declined:
+    """`parts` stacked in layouts that a GPU multiplies, or why that cannot be."""
+    if device.type == "cpu":
+        return Declined("only for GPUs")
+    for part in parts:
+        declined = decline_layout(part)
+        if declined is not None:
+            return declined
+    layouts = stack_layouts([layout_of(part, device) for part in parts])
+    for layout in layouts:
+        declined = decline_planes(layout)
+        if declined is not None:
+            return declined
+    return layouts
+
+
+def packed_linear(
+    layouts: Sequence[PackedLayout], bias: torch.Tensor | None, choice: Choice, dtype: torch.dtype, *, gated: bool
+) -> PackedLinear:
+    """A Linear over matrices that are stacked along their rows, on a GPU, kept as they are."""
+    from aphrodite.layers.packed_linear import PackedLinear  # Triton is there only where a GPU is
+
+    return PackedLinear(layouts, bias, choice, dtype=dtype, gated=gated)
 
 
 def dense_linear(

@@ -137,7 +137,8 @@ def _mxfp4(blocks: torch.Tensor) -> BlockFields:
 def _pairs(quants: torch.Tensor) -> torch.Tensor:
     """Two bits of 256 values: of each 32 bytes the lowest pairs, then the next."""
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=quants.device)
-    return (quants.unflatten(1, (2, 1, 32)) >> shifts[:, None] & 3).flatten(1)
+    planes: torch.Tensor = quants.unflatten(1, (2, 1, 32)) >> shifts[:, None] & 3
+    return planes.flatten(1)
 
 
 def _scales_and_minima(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

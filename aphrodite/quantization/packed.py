@@ -22,7 +22,7 @@ Rows = np.ndarray | slice
 
 _PIECE_VALUES = 4 * 1024 * 1024  # expanded at a time where a whole matrix is asked for
 # Output column c of eight lies in this nibble of an AWQ word (gemm layout).
-_AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class PackedMatrix(Protocol):
@@ -149,6 +149,10 @@ class GptqMatrix:
         order = self.group_of.nbytes if self.group_of is not None else 0
         return self.codes.nbytes + self.zeros.nbytes + self.scales.nbytes + order
 
+    @property
+    def scale_groups(self) -> int:
+        return self.scales.shape[0]
+
     def expand(self, rows: Rows) -> np.ndarray:
         codes = unpack_stream(np.ascontiguousarray(self.codes[:, rows].T), self.bits)
         stored = unpack_stream(self.zeros, self.bits)[:, rows].T
@@ -183,6 +187,10 @@ class PackQuantizedMatrix:
     def nbytes(self) -> int:
         others = sum(array.nbytes for array in (self.zeros, self.group_of) if array is not None)
         return self.codes.nbytes + self.scales.nbytes + others
+
+    @property
+    def scale_groups(self) -> int:
+        return self.scales.shape[1]
 
     def expand(self, rows: Rows) -> np.ndarray:
         codes = unpack_stream(np.ascontiguousarray(self.codes[rows]), self.bits)[:, : self.columns]
@@ -295,6 +303,39 @@ class NestedScales:
     offset: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NoiseMatrix:
+    """Random codes of 4 or 8 bits in groups, which no checkpoint holds; a device makes some of its own.
+
+    The values are uniform around zero.
+    """
+
+    method: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    standard_deviation: float
+    seed: int
+
+    @property
+    def nbytes(self) -> int:
+        rows, columns = self.shape
+        groups = columns // self.group_size
+        return rows * (columns * self.bits + groups * (16 + self.bits)) // 8  # 16-bit scales and packed zeros
+
+    def expand(self, rows: Rows) -> np.ndarray:
+        numbers = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
+        codes = np.empty((len(numbers), self.shape[1]), np.float32)
+        for place, row in enumerate(numbers):
+            codes[place] = np.random.default_rng((self.seed, row)).integers(1 << self.bits, size=self.shape[1])
+        return (codes - np.float32(1 << self.bits - 1)) * np.float32(self.scale)
+
+    @property
+    def scale(self) -> float:
+        """Of every group: codes are uniform."""
+        return self.standard_deviation * 12**0.5 / (1 << self.bits)
+
+
 @functools.cache
 def e4m3_values() -> np.ndarray:
     """What each byte means as float8 e4m3fn (OCP 8-bit floating point, arXiv 2209.05433): float32 `[256]`."""
@@ -339,7 +380,7 @@ def _awq_nibbles(words: np.ndarray, rows: Rows) -> np.ndarray:
     chosen = slice(rows.start // 8, -(-rows.stop // 8)) if isinstance(rows, slice) else slice(None)
     transposed = np.ascontiguousarray(words[:, chosen].T)
     numbers = np.empty((len(transposed), 8, len(words)), np.uint8)
-    for column, nibble in enumerate(_AWQ_NIBBLES):
+    for column, nibble in enumerate(AWQ_NIBBLES):
         numbers[:, column] = transposed >> np.uint32(4 * nibble) & np.uint32(0x0F)
     flat = numbers.reshape(-1, len(words))
     return flat[rows.start % 8 :][: rows.stop - rows.start] if isinstance(rows, slice) else flat[rows]

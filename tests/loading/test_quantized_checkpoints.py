@@ -23,6 +23,7 @@ from aphrodite.loading.inspect import inspect_checkpoint
 from aphrodite.quantization.dense_types import numbers_of, to_float32
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.packed import PackedTensor, e4m3_values, e5m2_values, unpack_stream
+from aphrodite.quantization.repack import decline_layout, layout_of
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.native import NativeExecutor
 from aphrodite.runner.torch_executor import TorchExecutor
@@ -194,6 +195,29 @@ def test_values_are_those_of_the_definition(
     on_disk = (tmp_path / "m" / "model.safetensors").stat().st_size
     assert 0 <= on_disk - facts.weight_bytes < 12_000  # the header, and what describes the packing
     assert facts.expanded_bytes == 2 * facts.parameters
+
+
+@pytest.mark.parametrize(("case"), CASES)
+def test_canonical_layouts_hold_the_same_values_in_the_same_memory(original: Path, tmp_path: Path, case: str) -> None:
+    pack, config, _ = CASES[case]
+    meaning = write(original, tmp_path / "m", pack, config)
+    weights = open_checkpoint(tmp_path / "m").weights
+    kept = 0
+    for module, expected in meaning.items():
+        raw = weights[canonical(module)]
+        if decline_layout(raw) is not None:
+            continue
+        kept += 1
+        layout = layout_of(raw, torch.device("cpu"))
+        # Scales of bitsandbytes' that were quantized once more are float16; its int8 has a quotient of its own.
+        tolerance = 2.0**-11 if "nested" in case else 2.0**-22
+        np.testing.assert_allclose(layout.dequantize().numpy(), expected, rtol=tolerance, atol=0)
+        assert layout.nbytes <= 1.06 * raw.nbytes + 8 * raw.shape[0]  # what a row has, of only 64 columns
+        some = np.random.default_rng(1).permutation(raw.shape[0])[:9]
+        assert torch.equal(layout_of(raw.take_rows(some), torch.device("cpu")).dequantize(), layout.dequantize()[some])
+    few_bits = case.startswith(("gptq 2", "gptq 3", "w2a16"))
+    # Blocks of 40 divide neither 64 nor 96 columns; of 64 values they divide the rows of one projection only.
+    assert (kept == 0) == (few_bits or case == "fp8 block")
 
 
 @pytest.mark.parametrize("case", ["awq", "gptq 3 v1 act-order", "fp8 block", "w4a16 asymmetric", "nf4 nested"])

@@ -1,0 +1,149 @@
+"""A linear layer over packed weights on a GPU, whatever their layout: the general path beside `int4_gpu_linear`.
+
+For up to 64 rows the planes are read as they are; for more, rows of the weight are expanded into one scratch matrix
+that all layers share, and the vendor's library multiplies it. Matrices of several layouts (a Q6_K value projection
+beside Q4_K queries and keys) are products of their own, whose results lie side by side.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from aphrodite.kernels.dispatch import Choice
+from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.norm import rms_norm
+from aphrodite.kernels.triton.packed import (
+    PACKED_GEMV_MAX_ROWS,
+    PACKED_SKINNY_MAX_ROWS,
+    expand_planes,
+    packed_gemv,
+    packed_skinny,
+)
+from aphrodite.layers.linear import RmsNorm, unfused
+from aphrodite.layers.triton_linear import interleave_gate_up, unfused_pairs
+from aphrodite.quantization.layouts import PackedLayout
+from aphrodite.quantization.planes import Planes, planes_of
+
+SCRATCH_BYTES = 256 << 20  # of rows that are expanded at a time
+
+
+class PackedLinear:
+    """Weights that are kept packed; `layouts` are stacked along their rows."""
+
+    def __init__(
+        self,
+        layouts: Sequence[PackedLayout],
+        bias: torch.Tensor | None,
+        choice: Choice,
+        *,
+        dtype: torch.dtype,
+        gated: bool = False,
+    ) -> None:
+        """
+        Args:
+            layouts: on the device; `decline_planes` has been asked of each. Not kept.
+            bias: `[out]` of `dtype`.
+            dtype: of inputs and outputs.
+            gated: the rows are gate, then up; they are kept interleaved where they have one layout.
+        """
+        self.pairs = gated and len(layouts) == 1
+        self.parts: tuple[Planes, ...] = tuple(
+            planes_of(interleaved_layout(layout) if self.pairs else layout) for layout in layouts
+        )
+        self.bias = interleave_gate_up(bias) if self.pairs and bias is not None else bias
+        self.gated = gated
+        self.choice = choice
+        self.dtype = dtype
+        self._out_features = sum(part.rows for part in self.parts)
+        # Made now, for graphs keep its address and the memory plan has to see it.
+        shared_scratch(self.parts[0].low.device, dtype)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        packed = tuple(tensor for part in self.parts for tensor in part.tensors)
+        return packed if self.bias is None else (*packed, self.bias)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: RmsNorm | None = None,
+        activation: Activation | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """act(norm(x) W^T + b) + residual of `x` `[T, in]`; the result takes residual's place, which must not overlap
+        x."""
+        if (activation is not None) != self.gated:
+            raise ValueError("an activation goes with a gated weight, whose rows are interleaved, and with no other")
+        # Matrix units would round float32.
+        most = PACKED_GEMV_MAX_ROWS if x.dtype == torch.float32 else PACKED_SKINNY_MAX_ROWS
+        if not 0 < x.shape[0] <= most:
+            if self.pairs or activation is None:
+                return unfused_pairs(self._by_library, x, norm, activation, residual)
+            return unfused(self._by_library, x, norm, activation, residual)
+        if activation is not None and not self.pairs:
+            return unfused(self._by_kernels, x, norm, activation, residual)
+        return self._by_kernels(x, norm, activation, residual)
+
+    def _by_kernels(
+        self,
+        x: torch.Tensor,
+        norm: RmsNorm | None = None,
+        activation: Activation | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A call for few rows; the activation is that of pairs."""
+        few = x.shape[0] <= PACKED_GEMV_MAX_ROWS
+        if norm is not None and not (few and all(part.permutation is None for part in self.parts)):
+            x, norm = rms_norm(x, norm.weight, norm.eps), None
+        width = self._out_features if activation is None else self._out_features // 2
+        out = residual if residual is not None else torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
+        first = 0
+        for part in self.parts:
+            last = first + part.rows
+            target = out if activation is not None else out[:, first:last]
+            bias = None if self.bias is None else self.bias[first:last]
+            epilogue = Epilogue(bias, activation, None if residual is None else target)
+            if few:
+                packed_gemv(_ordered(x, part), part, target, epilogue, norm)
+            else:
+                packed_skinny(_ordered(x, part), part, target, epilogue)
+            first = last
+        return out
+
+    def _by_library(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + b, some rows of the weight at a time."""
+        out = torch.empty((x.shape[0], self._out_features), dtype=x.dtype, device=x.device)
+        scratch = shared_scratch(x.device, x.dtype)
+        first = 0
+        for part in self.parts:
+            values = _ordered(x, part)
+            step = scratch.numel() // part.form.columns
+            for begin in range(0, part.rows, step):
+                rows = min(step, part.rows - begin)
+                weight = scratch[: rows * part.form.columns].view(rows, part.form.columns)
+                expand_planes(part, weight, begin)
+                torch.mm(values, weight.t(), out=out[:, first + begin : first + begin + rows])
+            first += part.rows
+        return out if self.bias is None else out.add_(self.bias)
+
+
+@functools.cache
+def shared_scratch(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What all packed layers of `device` expand into: one is enough, for their kernels follow one another."""
+    return torch.empty(SCRATCH_BYTES // dtype.itemsize, dtype=dtype, device=device)
+
+
+def interleaved_layout(layout: PackedLayout) -> PackedLayout:
+    """A (gate, up) matrix with its rows as pairs: g0, u0, g1, u1, ..."""
+    rows = torch.arange(layout.shape[0], device=layout.tensors[0].device)
+    return layout.take_rows(interleave_gate_up(rows))
+
+
+def _ordered(x: torch.Tensor, weight: Planes) -> torch.Tensor:
+    """`x` in the order of the weight's columns."""
+    return x if weight.permutation is None else x.index_select(1, weight.permutation)

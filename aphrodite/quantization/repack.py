@@ -1,0 +1,232 @@
+"""Checkpoint tensors into the canonical layouts, on the device on which they stay.
+
+The words of a checkpoint travel as they are, in pieces through pinned memory, and are reordered on the device. Beside
+the result there are the words of one matrix and a few pieces of 4 million values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from aphrodite.kernels.dispatch import Declined
+from aphrodite.quantization.gguf_fields import BLOCK_FORMS
+from aphrodite.quantization.layouts import (
+    CodebookGroups,
+    GgufBlocks,
+    Int4Groups,
+    Int8Groups,
+    PackedLayout,
+    consecutive_permutation,
+)
+from aphrodite.quantization.packed import (
+    AWQ_NIBBLES,
+    AwqMatrix,
+    BitsAndBytesMatrix,
+    GptqMatrix,
+    NoiseMatrix,
+    PackedMatrix,
+    PackedTensor,
+    PackQuantizedMatrix,
+    ScaledMatrix,
+    e4m3_values,
+    e5m2_values,
+)
+from aphrodite.quantization.types import QuantType, RawTensor
+
+_PIECE_BYTES = 16 << 20  # in flight to the device
+_PIECE_VALUES = 4 << 20  # reordered at a time
+_DENSE = {QuantType.F32: torch.float32, QuantType.F16: torch.float16, QuantType.BF16: torch.bfloat16}
+
+
+def decline_layout(raw: RawTensor) -> Declined | None:
+    """Why a tensor has no canonical layout; None if it has. Reads no weights but the groups of an act-order."""
+    if not isinstance(raw, PackedTensor):
+        return None if raw.qtype in BLOCK_FORMS else Declined(f"{raw.qtype.name} has no packed kernel")
+    matrix = raw.matrix
+    if isinstance(matrix, GptqMatrix | PackQuantizedMatrix):
+        if matrix.bits not in (4, 8):
+            return Declined(f"no kernel for {matrix.bits} bits")
+        if matrix.group_of is not None and _permutation(matrix, matrix.scale_groups) is None:
+            return Declined("the groups of the act-order have unequal sizes")
+    if isinstance(matrix, ScaledMatrix) and matrix.shape[1] % matrix.tile[1]:
+        return Declined(f"blocks of {matrix.tile[1]} do not divide {matrix.shape[1]} inputs")
+    if isinstance(matrix, BitsAndBytesMatrix) and matrix.shape[1] % matrix.block:
+        return Declined(f"blocks of {matrix.block} cross the rows of {matrix.shape[1]} inputs")
+    return Declined(f"{matrix.shape[1]} inputs are odd") if matrix.shape[1] % 2 else None
+
+
+def layout_of(raw: RawTensor, device: torch.device) -> PackedLayout:
+    """A matrix in its canonical layout on `device`; `decline_layout` has been asked."""
+    if not isinstance(raw, PackedTensor):
+        return GgufBlocks(upload(raw.data, device), raw.qtype)
+    layout = _LAYOUTS[type(raw.matrix)](raw.matrix, device)
+    rows = raw.rows
+    if len(rows) == layout.shape[0] and bool((rows == np.arange(len(rows))).all()):
+        return layout
+    return layout.take_rows(torch.from_numpy(rows).to(device))
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of `array` on `device`, uint32 as int32. Does not wait for it: torch's allocator keeps pinned memory until
+    its copy is done."""
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.view(array.dtype.str.replace("u", "i"))
+    if device.type == "cpu":
+        return torch.from_numpy(np.array(array))
+    out = torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=device)
+    step = max(1, _PIECE_BYTES // max(1, array[:1].nbytes))
+    for first in range(0, len(array), step):
+        piece = array[first : first + step]
+        staged = torch.empty(piece.shape, dtype=out.dtype, pin_memory=device.type == "cuda")
+        np.copyto(staged.numpy(), piece)
+        out[first : first + step].copy_(staged, non_blocking=True)
+    return out
+
+
+def _dense(raw: RawTensor, device: torch.device) -> torch.Tensor:
+    data = upload(np.ascontiguousarray(raw.data), device)
+    return data.view(_DENSE[raw.qtype]).view(raw.shape)
+
+
+def _awq(matrix: AwqMatrix, device: torch.device) -> PackedLayout:
+    words = upload(matrix.codes, device)
+    rows, columns = matrix.shape
+    codes = torch.empty((rows, columns // 2), dtype=torch.uint8, device=device)
+    step = max(2, _PIECE_VALUES // rows // 2 * 2)
+    for first in range(0, columns, step):
+        nibbles = _awq_nibbles(words[first : first + step])
+        codes[:, first // 2 : first // 2 + len(nibbles) // 2] = (nibbles[0::2] | nibbles[1::2] << 4).t()
+    zeros = _awq_nibbles(upload(matrix.zeros, device)).t().contiguous()
+    scales = _dense(matrix.scales, device).t().contiguous()
+    return Int4Groups(codes, scales, zeros, columns // scales.shape[1])
+
+
+def _awq_nibbles(words: torch.Tensor) -> torch.Tensor:
+    """uint8 `[n, out]` of int32 `[n, out / 8]`."""
+    shifts = torch.tensor([4 * nibble for nibble in AWQ_NIBBLES], dtype=torch.int32, device=words.device)
+    return (words[..., None] >> shifts & 15).to(torch.uint8).flatten(1)
+
+
+def _gptq(matrix: GptqMatrix, device: torch.device) -> PackedLayout:
+    codes = upload(matrix.codes, device).t().contiguous().view(torch.uint8)
+    zeros = _low_first(upload(matrix.zeros, device).view(torch.uint8), matrix.bits)
+    zeros = (zeros + matrix.zero_offset & (1 << matrix.bits) - 1).t().contiguous()
+    scales = _dense(matrix.scales, device).t().contiguous()
+    return _grouped(matrix, codes, scales, zeros, device)
+
+
+def _pack_quantized(matrix: PackQuantizedMatrix, device: torch.device) -> PackedLayout:
+    rows, columns = matrix.shape
+    codes = upload(matrix.codes, device).view(torch.uint8)[:, : columns * matrix.bits // 8].contiguous()
+    scales = _dense(matrix.scales, device)
+    scales = scales.expand(rows, -1).contiguous()
+    if matrix.zeros is not None:
+        words = upload(matrix.zeros, device).t().contiguous().view(torch.uint8)
+        zeros = _low_first(words, matrix.bits)[:, :rows].t().contiguous()
+    else:
+        zeros = torch.full(scales.shape, 1 << matrix.bits - 1, dtype=torch.uint8, device=device)
+    return _grouped(matrix, codes, scales, zeros, device)
+
+
+def _grouped(
+    matrix: GptqMatrix | PackQuantizedMatrix,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    device: torch.device,
+) -> PackedLayout:
+    """Codes of 4 or 8 bits in the order of the inputs, uint8, which an act-order reorders."""
+    permutation = None
+    if matrix.group_of is not None:
+        order = _permutation(matrix, scales.shape[1])
+        if order is None:
+            raise ValueError("groups of unequal sizes: decline_layout has not been asked")
+        permutation = torch.from_numpy(order).to(device)
+        codes = _reordered(codes, permutation, matrix.bits)
+    group_size = matrix.shape[1] // scales.shape[1]
+    make = Int4Groups if matrix.bits == 4 else Int8Groups
+    return make(codes, scales, zeros, group_size, permutation)
+
+
+def _permutation(matrix: GptqMatrix | PackQuantizedMatrix, groups: int) -> np.ndarray | None:
+    if matrix.group_of is None:
+        return None
+    return consecutive_permutation(matrix.group_of, matrix.shape[1] // groups)
+
+
+def _reordered(codes: torch.Tensor, permutation: torch.Tensor, bits: int) -> torch.Tensor:
+    """Columns in the order of `permutation`."""
+    step = max(1, _PIECE_VALUES // len(permutation))
+    for first in range(0, len(codes), step):
+        piece = _low_first(codes[first : first + step], bits).index_select(1, permutation)
+        codes[first : first + step] = piece if bits == 8 else piece[:, 0::2] | piece[:, 1::2] << 4
+    return codes
+
+
+def _low_first(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers of 4 or 8 bits, one a byte."""
+    return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+
+
+def _scaled(matrix: ScaledMatrix, device: torch.device) -> PackedLayout:
+    rows, columns = matrix.shape
+    codes = upload(matrix.values, device)
+    if matrix.table is not None:
+        codes = codes.view(torch.float8_e4m3fn if matrix.table is e4m3_values() else torch.float8_e5m2)
+        if matrix.table is not e4m3_values() and matrix.table is not e5m2_values():
+            raise TypeError(f"{matrix.method} is no float8 type")
+    grid = _dense(matrix.scales, device)
+    if matrix.divisor != 1.0:
+        grid = grid.float() / matrix.divisor
+    zeros = None if matrix.zeros is None else _of_rows(upload(matrix.zeros, device), matrix.tile[0], rows)
+    group_size = columns if grid.shape[1] == 1 else matrix.tile[1]
+    return Int8Groups(codes, _of_rows(grid, matrix.tile[0], rows), zeros, group_size)
+
+
+def _of_rows(grid: torch.Tensor, height: int, rows: int) -> torch.Tensor:
+    """A row of the grid for each row of the matrix."""
+    return grid if height == 1 else grid.repeat_interleave(height, dim=0)[:rows].contiguous()
+
+
+def _bitsandbytes(matrix: BitsAndBytesMatrix, device: torch.device) -> PackedLayout:
+    rows, columns = matrix.shape
+    stored = upload(matrix.codes[: rows * columns // 2], device).view(rows, columns // 2)
+    codes = stored >> 4 | stored << 4  # the even column's is the high nibble there
+    scales = upload(matrix.absmax, device)
+    if matrix.nested is not None:
+        outer = upload(matrix.nested.absmax, device).repeat_interleave(matrix.nested.block)[: len(scales)]
+        codebook = upload(matrix.nested.codebook, device)
+        scales = (codebook[scales.long()] * outer + matrix.nested.offset).half()
+    table = upload(matrix.codebook, device)
+    return CodebookGroups(codes, scales.view(rows, columns // matrix.block), table, matrix.block)
+
+
+def _noise(matrix: NoiseMatrix, device: torch.device) -> PackedLayout:
+    """Random codes whose values have about the standard deviation of the matrix."""
+    rows, columns = matrix.shape
+    generator = torch.Generator(device).manual_seed(matrix.seed)
+    groups = columns // matrix.group_size
+    codes = torch.empty((rows, columns * matrix.bits // 8), dtype=torch.uint8, device=device)
+    codes.random_(0, 256, generator=generator)
+    scales = torch.full((rows, groups), matrix.scale, dtype=torch.float16, device=device)
+    zeros = torch.full((rows, groups), 1 << matrix.bits - 1, dtype=torch.uint8, device=device)
+    make = Int4Groups if matrix.bits == 4 else Int8Groups
+    return make(codes, scales, zeros, matrix.group_size)
+
+
+_LAYOUTS: dict[type[PackedMatrix], Callable[..., PackedLayout]] = {
+    AwqMatrix: _awq,
+    GptqMatrix: _gptq,
+    PackQuantizedMatrix: _pack_quantized,
+    ScaledMatrix: _scaled,
+    BitsAndBytesMatrix: _bitsandbytes,
+    NoiseMatrix: _noise,
+}
+
+
+def layouts_of(parts: Sequence[RawTensor], device: torch.device) -> list[PackedLayout]:
+    """`layout_of` each of `parts`."""
+    return [layout_of(part, device) for part in parts]

@@ -1,0 +1,116 @@
+"""Planes of bits against the gguf package's values, and against the layouts that they are made of."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from aphrodite.quantization.gguf_fields import BLOCK_FORMS
+from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
+from aphrodite.quantization.planes import Planes, decline_planes, planes_of
+from aphrodite.quantization.types import QuantType
+
+ROWS, COLUMNS = 5, 512
+
+
+def random_blocks(qtype: QuantType, rows: int, columns: int, seed: int = 0) -> GgufBlocks:
+    """Random codes with scales that are numbers."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (rows * columns // qtype.block_size, qtype.block_bytes), np.uint8)
+    halves = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82], "MXFP4": []}
+    pairs = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+    for at in halves.get(qtype.name, [0, 2] if qtype.name in pairs else [0]):
+        blocks[:, at : at + 2] = rng.uniform(-0.01, 0.01, len(blocks)).astype("<f2")[:, None].view(np.uint8)
+    if qtype is QuantType.MXFP4:
+        blocks[:, 0] = rng.integers(110, 125, len(blocks))
+    return GgufBlocks(torch.from_numpy(blocks.reshape(rows, -1)), qtype)
+
+
+def decoded(planes: Planes) -> torch.Tensor:
+    """What planes mean, column by column: float64 `[out, columns]`."""
+    form, out = planes.form, torch.empty((planes.rows, planes.form.columns), dtype=torch.float64)
+    in_word = 4 if form.low_bits == 8 else 8
+    for column in range(form.columns):
+        run, within = divmod(column, 4 * in_word)
+        index, word = within // 4, 4 * run + within % 4
+        code = planes.low[:, word].long() >> form.low_bits * index & (1 << form.low_bits) - 1
+        if planes.high is not None:
+            code |= (planes.high[:, word].long() >> form.high_bits * index & (1 << form.high_bits) - 1) << form.low_bits
+        value = (code - form.zero).double()
+        if form.kind == "table":
+            assert planes.table is not None
+            value = planes.table[code].double()
+        elif form.kind != "integer":
+            float8 = torch.float8_e4m3fn if form.kind == "e4m3" else torch.float8_e5m2
+            value = code.to(torch.uint8).view(float8).double()
+        scale, offset = factors(planes, column)
+        out[:, column] = (value - offset) * scale if form.offset == "zeros" else value * scale - offset
+    return out
+
+
+def factors(planes: Planes, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+    form, group = planes.form, column // planes.form.group_size
+    scale, offset = planes.scales[:, group].double(), torch.zeros(planes.rows, dtype=torch.float64)
+    if form.offset == "paired":
+        byte = planes.scales[:, group].view(torch.uint8)
+        scale, offset = (byte & 15).double(), (byte >> 4).double()
+    elif planes.offsets is not None:
+        offset = planes.offsets[:, group].double()
+    if planes.super_scales is not None:
+        scale *= planes.super_scales[:, column // form.super_size].double()
+    if planes.super_offsets is not None:
+        offset *= planes.super_offsets[:, column // form.super_size].double()
+    return scale, offset
+
+
+@pytest.mark.parametrize("qtype", BLOCK_FORMS)
+def test_blocks(qtype: QuantType) -> None:
+    blocks = random_blocks(qtype, ROWS, COLUMNS)
+    planes = planes_of(blocks)
+    kind = gguf.GGMLQuantizationType[qtype.name]
+    expected = gguf.quants.dequantize(blocks.data.numpy(), kind).reshape(ROWS, COLUMNS)
+    np.testing.assert_allclose(decoded(planes).numpy(), expected, rtol=2e-6, atol=1e-9)
+    assert sum(tensor.nbytes for tensor in planes.tensors if tensor is not planes.table) <= 1.06 * blocks.nbytes
+
+
+def layouts() -> dict[str, PackedLayout]:
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int, high: int = 256) -> torch.Tensor:
+        return torch.randint(0, high, shape, generator=generator).to(torch.uint8)
+
+    def scales(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).half()
+
+    floats = torch.randn(ROWS, 96, generator=generator)
+    return {
+        "int4": Int4Groups(numbers(ROWS, 48), scales(ROWS, 3), numbers(ROWS, 3, high=16), 32),
+        "int4 fractional": Int4Groups(numbers(ROWS, 48), scales(ROWS, 1), scales(ROWS, 1), 96),
+        "int8": Int8Groups(numbers(ROWS, 96).view(torch.int8), scales(ROWS, 2), None, 48),
+        "uint8": Int8Groups(numbers(ROWS, 96), scales(ROWS, 3).float(), numbers(ROWS, 3), 32),
+        "e4m3": Int8Groups(floats.to(torch.float8_e4m3fn), scales(ROWS, 6).float(), None, 16),
+        "e5m2": Int8Groups(floats.to(torch.float8_e5m2), scales(ROWS, 1).bfloat16(), None, 96),
+        "codebook": CodebookGroups(numbers(ROWS, 48), scales(ROWS, 3), torch.randn(16, generator=generator), 32),
+    }
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_layouts(name: str) -> None:
+    layout = layouts()[name]
+    assert decline_planes(layout) is None
+    planes = planes_of(layout)
+    np.testing.assert_allclose(decoded(planes).numpy(), layout.dequantize().numpy(), rtol=1e-6, atol=1e-6)
+    assert sum(tensor.nbytes for tensor in planes.tensors) == layout.nbytes
+
+
+def test_what_does_not_fit_is_declined() -> None:
+    layout = layouts()["int4"]
+    assert isinstance(layout, Int4Groups)
+    narrow = Int4Groups(layout.codes[:, :8], layout.scales[:, :1], layout.zeros[:, :1], 16)
+    assert "multiple of 32" in str(decline_planes(narrow))
+    odd = Int4Groups(layout.codes, layout.scales.repeat(1, 4), layout.zeros.repeat(1, 4), 8)
+    assert "groups of 8" in str(decline_planes(odd))
+    unknown = GgufBlocks(torch.zeros((1, QuantType.IQ2_S.block_bytes), dtype=torch.uint8), QuantType.IQ2_S)
+    assert "IQ2_S" in str(decline_planes(unknown))
