@@ -63,9 +63,8 @@ class TransformersExecutor:
         self.spec = loader.spec
         self._model = loader.load(dtype, device)
         logger.warning(
-            "%s is not built in: %s of transformers %s computes it, with this engine's attention, scheduler and "
-            "samplers; that is the slower way",
-            checkpoint.architecture,
+            "%s is not built in: transformers %s computes it, with this engine's attention, scheduler and samplers; "
+            "that is the slower way",
             self._model.name,
             transformers.__version__,
         )
