@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from aphrodite.chat.library import load_chat_template
+from aphrodite.chat.library import load_chat_template, recognised_chat_template
 from aphrodite.chat.negative import negative_messages
+from aphrodite.chat.stops import with_template_stops
 from aphrodite.config import make_engine_config
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.builder import build_engine
@@ -55,9 +56,12 @@ class LLM:
         config = make_engine_config({"model": None if model is None else str(model), **settings})
         self.config, path = resolve_model(config)
         self.tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path)
-        self.chat_template = load_chat_template(config.chat_template, self.tokenizer)
+        template = load_chat_template(config.chat_template, self.tokenizer)  # a wrong name costs no loading
         built = build_engine(self.config, self.tokenizer.eos_token_ids, tokenizer=self.tokenizer)
         self.info = built.info
+        self.chat_template = template or recognised_chat_template(
+            self.tokenizer, name=f"{built.info.model} {path.name}", family=built.info.family
+        )
         self.memory = built.memory
         self._core = built.core
         self._streams: dict[str, RequestStream] = {}  # by answer id
@@ -118,7 +122,7 @@ class LLM:
             template: passed to `ChatTemplate.render`, for example `continue_final_message=True`.
 
         Raises:
-            InvalidRequestError: the model has no chat template, or it refuses the messages.
+            InvalidRequestError: the model's chat template refuses the messages.
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], [messages] if one else messages)
@@ -145,12 +149,8 @@ class LLM:
         """Token ids of a rendered conversation.
 
         Raises:
-            InvalidRequestError: the model has no chat template, or it refuses the messages.
+            InvalidRequestError: the model's chat template refuses the messages.
         """
-        if self.chat_template is None:
-            raise InvalidRequestError(
-                "this model has no chat template: name one with chat_template=, for example 'chatml'", param="messages"
-            )
         text = self.chat_template.render([dict(message) for message in messages], **template)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -190,7 +190,8 @@ class LLM:
     def _encode_chat(
         self, messages: Sequence[Message], params: SamplingParams, template: Mapping[str, Any]
     ) -> tuple[list[int], SamplingParams]:
-        """A conversation's token ids, and `params` with those of the one that guidance moves away from."""
+        """A conversation's token ids; `params` with the template's stops and the ids that guidance moves away from."""
+        params = with_template_stops(params, self.chat_template, self.tokenizer, vocab_size=self.info.vocab_size)
         if wants_negative_prompt(params):
             negative = self.encode_chat(negative_messages(messages, params.negative_prompt), **template)
             params = with_negative_prompt(params, negative)

@@ -1,98 +1,42 @@
-"""Chat templates by name, for checkpoints without one or with a wrong one, and where a template comes from."""
+"""Where a model's chat template comes from: asked for by name or file, the checkpoint's own, or recognised."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
-from typing import Final
+from typing import NamedTuple
 
+from aphrodite.chat.jinja import JinjaTemplate
 from aphrodite.chat.limits import MAX_SOURCE_CHARS
+from aphrodite.chat.recognition import recognise
+from aphrodite.chat.table import TEMPLATES, LibraryTemplate, template_names
 from aphrodite.chat.template import ChatTemplate
 from aphrodite.errors import ConfigError, InvalidRequestError, ModelFormatError
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
-_CHATML = """\
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+logger = logging.getLogger(__name__)
 
-_LLAMA3 = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
-{%- endif -%}
-"""
+# The names under which checkpoints keep templates for requests with tools and with documents.
+TOOL_USE, RAG = "tool_use", "rag"
 
-# Mistral has no system role: its text goes before the next message of the user.
-_MISTRAL = """\
-{{- bos_token -}}
-{%- set ns = namespace(system='') -%}
-{%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {%- set ns.system = ns.system + message.content + '\\n\\n' -%}
-    {%- elif message.role == 'user' -%}
-        {{- '[INST] ' + ns.system + message.content + ' [/INST]' -}}
-        {%- set ns.system = '' -%}
-    {%- elif message.role == 'assistant' -%}
-        {{- ' ' + message.content + eos_token -}}
-    {%- else -%}
-        {{- raise_exception('the mistral template has the roles system, user and assistant only') -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
 
-_ALPACA = """\
-{%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {{- message.content + '\\n\\n' -}}
-    {%- elif message.role == 'user' -%}
-        {{- '### Instruction:\\n' + message.content + '\\n\\n' -}}
-    {%- elif message.role == 'assistant' -%}
-        {{- '### Response:\\n' + message.content + eos_token + '\\n\\n' -}}
-    {%- else -%}
-        {{- raise_exception('the alpaca template has the roles system, user and assistant only') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '### Response:\\n' -}}
-{%- endif -%}
-"""
+class _Source(NamedTuple):
+    """A template's text and what goes with it."""
 
-_GEMMA = """\
-{{- bos_token -}}
-{%- set ns = namespace(system='') -%}
-{%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {%- set ns.system = ns.system + message.content | trim + '\\n\\n' -%}
-    {%- elif message.role in ['user', 'assistant'] -%}
-        {%- set role = 'model' if message.role == 'assistant' else 'user' -%}
-        {{- '<start_of_turn>' + role + '\\n' + ns.system + message.content | trim + '<end_of_turn>\\n' -}}
-        {%- set ns.system = '' -%}
-    {%- else -%}
-        {{- raise_exception('the gemma template has the roles system, user and assistant only') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<start_of_turn>model\\n' -}}
-{%- endif -%}
-"""
-
-TEMPLATES: Final = {"chatml": _CHATML, "llama3": _LLAMA3, "mistral": _MISTRAL, "alpaca": _ALPACA, "gemma": _GEMMA}
+    text: str
+    name: str
+    row: LibraryTemplate | None = None
+    tool_use: str | None = None
+    rag: str | None = None
 
 
 def load_chat_template(name_or_path: str | None, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template to use with a model.
+    """The chat template that was asked for, or else the checkpoint's own.
 
     Args:
-        name_or_path: a name from `TEMPLATES`, the name of one of the checkpoint's own templates, or the path of a
-            file; None: the checkpoint's default template.
+        name_or_path: a name of the library, the name of one of the checkpoint's own templates, or the path of a file;
+            None: the checkpoint's default template, with those that it keeps for tools and for documents.
 
     Returns:
         The template, or None where the checkpoint has none and none was asked for.
@@ -101,27 +45,94 @@ def load_chat_template(name_or_path: str | None, tokenizer: Tokenizer) -> ChatTe
         ConfigError: there is no such template or file.
         ModelFormatError: the template is damaged, or too long or too complex to be used.
     """
-    source = tokenizer.chat_template if name_or_path is None else _find(name_or_path, tokenizer)
-    if source is None:
-        return None
-    tokens = {
-        name: None if token_id is None else tokenizer.token_text(token_id)
-        for name, token_id in (("bos_token", tokenizer.bos_token_id), ("eos_token", tokenizer.eos_token_id))
-    }
+    source = _own(tokenizer) if name_or_path is None else _find(name_or_path, tokenizer)
+    return None if source is None else _compile(source, tokenizer)
+
+
+def recognised_chat_template(tokenizer: Tokenizer, *, name: str, family: str | None) -> ChatTemplate:
+    """The library's template that suits a checkpoint without one. The log says which it is, and why.
+
+    Args:
+        name: the model's name, its file's, or both.
+        family: its architecture (`ModelSpec.family`).
+    """
+    row, reason, certain = recognise(tokenizer, name=name, family=family)
+    logger.log(
+        logging.INFO if certain else logging.WARNING,
+        "the checkpoint has no chat template: %s is used, for %s; --chat-template names another",
+        row.name,
+        reason,
+    )
+    return _compile(_of_row(row), tokenizer)
+
+
+def _compile(source: _Source, tokenizer: Tokenizer) -> ChatTemplate:
+    bos, eos = (
+        None if token_id is None else tokenizer.token_text(token_id)
+        for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    if source.row is not None and not tokenizer.adds_bos:  # a library template leaves that to the tokenizer
+        bos = None
     try:
-        return ChatTemplate(source, **tokens)
+        return ChatTemplate(
+            source.text,
+            bos_token=bos,
+            eos_token=eos,
+            tool_use=_sound(source.tool_use, TOOL_USE),
+            rag=_sound(source.rag, RAG),
+            name=source.name,
+            stop=source.row.stop if source.row is not None else (),
+        )
     except InvalidRequestError as error:
         raise ModelFormatError(f"{error} Choose another with --chat-template ({_names()}, or a file).") from None
 
 
-def _find(name_or_path: str, tokenizer: Tokenizer) -> str:
-    if name_or_path in TEMPLATES:
-        return TEMPLATES[name_or_path]
+def _sound(text: str | None, name: str) -> str | None:
+    """A second template of the checkpoint, which is left out where it is damaged: the first one still serves."""
+    try:
+        if text is not None:
+            JinjaTemplate(text)
+    except InvalidRequestError as error:
+        logger.warning("the checkpoint's template %s is left out: %s", name, error)
+        return None
+    return text
+
+
+def _own(tokenizer: Tokenizer) -> _Source | None:
+    """The checkpoint's default template, or the only one it has, with those for tools and documents."""
+    templates = tokenizer.chat_templates
+    text = templates.get("default")
+    if text is None and len(templates) == 1:
+        (name, text) = next(iter(templates.items()))
+        logger.info("the checkpoint's only chat template is named %s; it serves all requests", name)
+    if text is None:
+        return None
+    return _Source(text, "the checkpoint's template", tool_use=templates.get(TOOL_USE), rag=templates.get(RAG))
+
+
+def _of_row(row: LibraryTemplate) -> _Source:
+    return _Source(row.source, f"the template {row.name}", row)
+
+
+def _find(name_or_path: str, tokenizer: Tokenizer) -> _Source:
+    if (row := template_names().get(name_or_path.lower())) is not None:
+        return _of_row(row)
     if name_or_path in tokenizer.chat_templates:
-        return tokenizer.chat_templates[name_or_path]
+        return _Source(tokenizer.chat_templates[name_or_path], f"the checkpoint's template {name_or_path}")
+    return _Source(read_template(name_or_path), f"the template {name_or_path}")
+
+
+def read_template(name_or_path: str) -> str:
+    """The text of a template by its name in the library, or of a file.
+
+    Raises:
+        ConfigError: there is neither, or the file cannot be read as text.
+    """
+    if (row := template_names().get(name_or_path.lower())) is not None:
+        return row.source
     path = Path(name_or_path).expanduser()
     if not path.is_file():
-        close = difflib.get_close_matches(name_or_path, TEMPLATES)
+        close = difflib.get_close_matches(name_or_path, template_names())
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
             f"--chat-template {name_or_path}: no built-in template ({_names()}) and no file has this name.{hint}"

@@ -35,22 +35,28 @@ class LimitError(SecurityError):
     """The template exceeded one of the limits."""
 
 
+def deadline() -> float:
+    """The end of the time that one rendering may take from now, in this thread's processor seconds."""
+    return time.thread_time() + MAX_CPU_SECONDS
+
+
 class Budget:
     """The running cost of one rendering.
 
     Args:
         input_chars: size of the conversation, to which the limits on values are relative.
+        until: when to stop, of `deadline()`; None: a full time from now.
     """
 
     __slots__ = ("_deadline", "_next_clock", "_produced", "_steps", "max_chars", "max_items")
 
-    def __init__(self, input_chars: int) -> None:
+    def __init__(self, input_chars: int, until: float | None = None) -> None:
         self.max_chars = MAX_CHARS + CHARS_PER_INPUT_CHAR * input_chars
         self.max_items = MAX_ITEMS + input_chars
         self._produced = 0
         self._steps = 0
         self._next_clock = _CLOCK_INTERVAL
-        self._deadline = time.thread_time() + MAX_CPU_SECONDS
+        self._deadline = deadline() if until is None else until
 
     def tick(self, steps: int = 1) -> None:
         """Count work; raises LimitError when there was too much."""

@@ -1,58 +1,94 @@
-"""ChatTemplate: from a conversation to the text of a prompt."""
+"""ChatTemplate: from a conversation to the text of a prompt, whatever the template takes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Final
-
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from aphrodite.chat import limits
-from aphrodite.chat.content import conform, detect_form, measure
-from aphrodite.chat.environment import ENVIRONMENT, TemplateRaisedError, compile_template, parse_template
+from aphrodite.chat.conversation import adaptations, system_texts, with_arguments, with_names
+from aphrodite.chat.jinja import JinjaTemplate, TemplateRefusedError
+from aphrodite.chat.traits import TemplateTraits, describe_template
 from aphrodite.errors import InvalidRequestError
 
-# Stands after the text to continue, so that everything which a template puts there can be cut away. The space
-# at its end shows whether the template strips messages.
-_CONTINUE_MARK: Final = "\ue000CONTINUE\ue001 "
+logger = logging.getLogger(__name__)
 
-RESERVED_NAMES: Final = frozenset(
-    {
-        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize",
-        "chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "self", "loop", "context", "caller",
-        "varargs", "kwargs",
-    }
-    | ENVIRONMENT.globals.keys()
-)  # fmt: skip
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a rendering is asked for beside the messages."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    extra: Mapping[str, Any]
+    deadline: float
+
+    def render(self, template: JinjaTemplate, messages: Sequence[Mapping[str, Any]]) -> str:
+        return template.render(
+            messages,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            tools=self.tools,
+            documents=self.documents,
+            extra=self.extra,
+            deadline=self.deadline,
+        )
 
 
 class ChatTemplate:
-    """A compiled chat template (Hugging Face's dialect of Jinja), safe to render for anybody.
+    """A model's chat template: what `apply_chat_template` would render, and conversations that it would refuse.
+
+    Where the template refuses a conversation or leaves a system message out, the conversation is changed as little as
+    it takes (`aphrodite.chat.conversation`) and the log says so, once for each kind of change. Names of speakers go
+    before their texts where the template does not show them. An answer to continue is put behind the opening of the
+    assistant's turn where the template does not show it as it is.
 
     Args:
         source: the template.
         bos_token, eos_token: texts of the tokenizer's tokens; None: undefined in the template.
+        tool_use, rag: templates that take its place for requests with tools, or with documents.
+        name: what the log calls it.
+        stop: texts that end an answer, beside those that the template shows (`TemplateTraits.stop`).
 
     Raises:
-        InvalidRequestError: `source` is not a template, or is too long or too complex.
+        InvalidRequestError: a source is not a template, or is too long or too complex.
     """
 
-    def __init__(self, source: str, *, bos_token: str | None = None, eos_token: str | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        tool_use: str | None = None,
+        rag: str | None = None,
+        name: str = "the chat template",
+        stop: Sequence[str] = (),
+    ) -> None:
         self.source = source
-        self._tokens = {
-            name: token for name, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token is not None
-        }
-        try:
-            tree = parse_template(source)
-            self._form = detect_form(tree)
-            self._template = compile_template(tree)
-        except TemplateSyntaxError as error:
-            raise _invalid(f"line {error.lineno}: {error.message}") from None
-        except (TemplateError, SyntaxError, ValueError, OverflowError) as error:
-            raise _invalid(str(error)) from None
-        except (RecursionError, MemoryError):
-            raise _invalid("it is nested too deeply") from None
+        self.name = name
+        self._template = JinjaTemplate(source, bos_token=bos_token, eos_token=eos_token)
+        self._tool_use, self._rag = (
+            None if other is None else JinjaTemplate(other, bos_token=bos_token, eos_token=eos_token)
+            for other in (tool_use, rag)
+        )
+        self._stop = tuple(stop)
+        self._logged: set[str] = set()
+
+    @cached_property
+    def traits(self) -> TemplateTraits:
+        """What it can do; tools and documents by the templates that serve them."""
+        traits = describe_template(self.source)
+        if self._tool_use is not None:
+            traits = replace(traits, tool_format=describe_template(self._tool_use.source).tool_format)
+        if self._rag is not None:
+            traits = replace(traits, documents=describe_template(self._rag.source).documents)
+        return replace(traits, stop=tuple(dict.fromkeys((*traits.stop, *self._stop))))
 
     def render(
         self,
@@ -68,119 +104,134 @@ class ChatTemplate:
         short stretches only, so it may run in a thread beside others.
 
         Args:
-            messages: JSON objects with `role` and `content` (a string, or a list of text parts).
+            messages: JSON objects with `role` and `content` (a string, or a list of text parts), and perhaps `name`.
             add_generation_prompt: end with what begins the assistant's answer.
             continue_final_message: end inside the last message, which the answer then continues;
                 `add_generation_prompt` is then without effect.
-            tools, documents: passed to the template.
-            extra: more variables for the template.
+            tools: function descriptions as OpenAI's API has them.
+            documents: objects with what the template shows of a document, usually `title` and `text`.
+            extra: more variables for the template. `enable_thinking` also reaches a template that calls it `thinking`.
 
         Raises:
-            InvalidRequestError: the template refused the conversation, failed on it or exceeded a limit; a name
-                in `extra` is reserved; or there is nothing to continue.
+            InvalidRequestError: no form of the conversation suits the template, it failed or exceeded a limit; it
+                shows no tools or documents where some were given; a name in `extra` is reserved; or there is nothing
+                to continue.
         """
-        variables = self._variables(messages, tools, documents, extra)
-        conversation = conform(messages, self._form)
-        if continue_final_message:
-            return self._render_open(conversation, variables)
-        return self._run({**variables, "messages": conversation, "add_generation_prompt": add_generation_prompt})
+        self._check_use(tools, documents)
+        template = self._template_for(tools, documents)
+        request = _Request(
+            add_generation_prompt,
+            continue_final_message,
+            tools or None,
+            documents or None,
+            self._variables(extra or {}),
+            limits.deadline(),
+        )
+        messages = list(messages)
+        if all(isinstance(message, Mapping) for message in messages):  # else the rendering says what is wrong
+            return self._fit(template, self._prepared(template, messages), request)
+        return request.render(template, messages)
 
-    def _variables(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        extra: Mapping[str, Any] | None,
-    ) -> dict[str, Any]:
-        if not all(isinstance(message, dict) for message in messages):
-            raise InvalidRequestError("messages: each message must be an object.", param="messages")
-        for name in extra or {}:
-            if name in RESERVED_NAMES or not name.isidentifier() or name.startswith("_"):
-                raise InvalidRequestError(
-                    f"chat_template_kwargs: the name {name!r} is reserved or not a plain name; use another.",
-                    param="chat_template_kwargs",
-                )
-        return {
-            **(extra or {}),
-            **self._tokens,
-            "tools": None if tools is None else list(tools),
-            "documents": None if documents is None else list(documents),
-        }
-
-    def _render_open(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
-        """Render without what would end the last message."""
-        text = _mark_end(messages)
-        rendered = self._run({**variables, "messages": messages, "add_generation_prompt": False})
-        mark = _CONTINUE_MARK.strip()
-        at = rendered.rfind(mark)
-        if at < 0 or text.strip() not in rendered:
+    def _check_use(self, tools: Any, documents: Any) -> None:
+        if tools and self.traits.tool_format is None:
             raise InvalidRequestError(
-                "continue_final_message: this chat template does not show the last message as it is, so it cannot "
-                "be continued.",
-                param="continue_final_message",
+                f"tools: {self.name} does not tell the model of tools; leave them out, or start with another "
+                "--chat-template (`aphrodite templates ls` says which can).",
+                param="tools",
             )
-        before = rendered[:at]
-        return before if rendered.startswith(_CONTINUE_MARK, at) else before.rstrip()
+        if documents and not self.traits.documents:
+            raise InvalidRequestError(
+                f"documents: {self.name} does not show documents; put them into the messages.", param="documents"
+            )
 
-    def _run(self, variables: dict[str, Any]) -> str:
-        size = sum(measure(value, name) for name, value in variables.items())
-        budget = limits.Budget(size)
-        restore = limits.use(budget)
-        try:
-            chunks: list[str] = []
-            total = 0
-            for chunk in self._template.root_render_func(self._template.new_context(variables)):
-                total += len(chunk)
-                budget.check_size(total)
-                budget.tick()
-                chunks.append(chunk)
-            return "".join(chunks)
-        except TemplateRaisedError as error:
-            raise InvalidRequestError(f"The chat template refuses these messages: {error}", param="messages") from None
-        except RecursionError:
-            raise _failed("it calls itself too deeply") from None
-        except Exception as error:  # whatever a template's own fault raises is the request's, never the server's
-            line = self._line_of(error.__traceback__)
-            where = "" if line is None else f"line {line}: "
-            raise _failed(f"{where}{_public_text(error)}") from None
-        finally:
-            restore()
+    def _template_for(self, tools: Any, documents: Any) -> JinjaTemplate:
+        if tools and self._tool_use is not None:
+            return self._tool_use
+        if documents and self._rag is not None:
+            return self._rag
+        return self._template
 
-    def _line_of(self, traceback: TracebackType | None) -> int | None:
-        """Line of the template in which an error was raised."""
-        line = None
-        while traceback is not None:
-            if traceback.tb_frame.f_code.co_filename == "<template>":
-                line = self._template.get_corresponding_lineno(traceback.tb_lineno)
-            traceback = traceback.tb_next
-        return line
+    def _variables(self, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`extra`, with the common name of the reasoning switch under the template's own too."""
+        if "enable_thinking" not in extra:
+            return extra
+        reasoning = self.traits.reasoning
+        if reasoning is None or reasoning.switch is None or reasoning.switch in extra:
+            return extra
+        return {**extra, reasoning.switch: extra["enable_thinking"]}
+
+    def _prepared(self, template: JinjaTemplate, messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Names and the arguments of calls as the template takes them; costs nothing where there are none."""
+        prepared: list[Mapping[str, Any]] = messages
+        if any(message.get("name") for message in messages) and not describe_template(template.source).names:
+            prepared = list(with_names(prepared))
+        if any(message.get("tool_calls") for message in messages):
+            as_text = describe_template(template.source).arguments_as_text
+            prepared = list(with_arguments(prepared, as_text=as_text))
+        return prepared
+
+    def _fit(self, template: JinjaTemplate, messages: list[Mapping[str, Any]], request: _Request) -> str:
+        """Render the conversation, or the least changed form of it that the template takes and shows in full."""
+        shown, refusal = _attempt(template, messages, request)
+        needed = system_texts(messages)
+        if shown is not None and all(text in shown for text in needed):
+            return shown
+        for what, changed in adaptations(messages):
+            text, _ = _attempt(template, changed, request)
+            if text is not None and (shown is None or all(part in text for part in needed)):
+                self._log_once(what, refusal)
+                return text
+        if shown is not None:
+            return shown
+        if request.continue_final_message:
+            forms: list[Sequence[Mapping[str, Any]]] = [messages, *(changed for _, changed in adaptations(messages))]
+            for form in forms:
+                text = _behind_opening(template, form, request)
+                if text is not None:
+                    self._log_once("the answer to continue was put behind the opening of the assistant's turn", refusal)
+                    return text
+        raise refusal or TemplateRefusedError("The chat template refuses these messages.", param="messages")
+
+    def _log_once(self, what: str, refusal: TemplateRefusedError | None) -> None:
+        if what in self._logged:
+            return
+        self._logged.add(what)
+        why = "it leaves system messages out" if refusal is None else str(refusal)
+        logger.info("%s does not take every conversation as it comes: %s (%s)", self.name, what, why)
 
 
-def _mark_end(messages: list[dict[str, Any]]) -> str:
-    """Put the mark after the last message's text; returns that text."""
+def _attempt(
+    template: JinjaTemplate, messages: Sequence[Mapping[str, Any]], request: _Request
+) -> tuple[str | None, TemplateRefusedError | None]:
+    """The rendered conversation, or why the template refuses it."""
+    try:
+        return request.render(template, messages), None
+    except TemplateRefusedError as error:
+        return None, error
+
+
+def _behind_opening(template: JinjaTemplate, messages: Sequence[Mapping[str, Any]], request: _Request) -> str | None:
+    """The conversation before the answer to continue, the opening of that answer, and its text as it is.
+
+    None where the template refuses that too, or shows no opening: a template without one has its answers begin where
+    the user's turn ends.
+    """
+    text = _last_text(messages)
+    opening = replace(request, continue_final_message=False, add_generation_prompt=True)
+    opened, _ = _attempt(template, messages[:-1], opening)
+    closed, _ = _attempt(template, messages[:-1], replace(opening, add_generation_prompt=False))
+    if opened is None or text is None:
+        return None
+    question = _last_text(messages[:-1])
+    asked = question is not None and messages[-2].get("role") == "user" and question.strip() in opened
+    return opened + text if opened != closed or asked else None
+
+
+def _last_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The text of the last message, parts joined by line ends; None if it has none."""
     content = messages[-1].get("content") if messages else None
     if isinstance(content, str):
-        messages[-1]["content"] = content + _CONTINUE_MARK
         return content
-    if isinstance(content, list) and content:
-        text = str(content[-1]["text"])
-        messages[-1]["content"] = [*content[:-1], {"type": "text", "text": text + _CONTINUE_MARK}]
-        return text
-    raise InvalidRequestError(
-        "continue_final_message: the last message has no text to continue.", param="continue_final_message"
-    )
-
-
-def _public_text(error: Exception) -> str:
-    """An error's text for the client: template errors say what is wrong, others may show addresses and values."""
-    if isinstance(error, TemplateError):
-        return str(error)[:500]
-    return type(error).__name__
-
-
-def _invalid(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"The chat template cannot be used: {reason}.", param="chat_template")
-
-
-def _failed(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"The chat template failed on these messages: {reason}.", param="messages")
+    if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
+        return "\n".join(str(part.get("text", "")) for part in content)
+    return None

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aphrodite.chat.library import load_chat_template
+from aphrodite.chat.library import load_chat_template, recognised_chat_template
 from aphrodite.chat.template import ChatTemplate
 from aphrodite.config import EngineConfig
 from aphrodite.engine.client import EngineProcess, ProgressCallback
@@ -76,18 +76,26 @@ class AsyncEngine:
 
     Attributes:
         model: what is served.
-        tokenizer, chat_template: the model's; `chat_template` is None where it has none.
+        tokenizer, chat_template: the model's, or a template of the library that suits it.
         info: what the engine process said of itself.
         dead: set when the engine process is gone; every request then fails with `EngineDeadError`.
     """
 
     def __init__(
-        self, process: EngineProcess, info: EngineInfo, config: EngineConfig, path: Path, tokenizer: Tokenizer
+        self,
+        process: EngineProcess,
+        info: EngineInfo,
+        config: EngineConfig,
+        path: Path,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
     ) -> None:
         names = config.served_model_name or (info.model,)
         self.info = info
         self.tokenizer = tokenizer
-        self.chat_template: ChatTemplate | None = load_chat_template(config.chat_template, tokenizer)
+        self.chat_template = chat_template or recognised_chat_template(
+            tokenizer, name=f"{info.model} {path.name}", family=info.family
+        )
         self.model = ModelInfo(
             name=names[0],
             aliases=tuple(names[1:]),
@@ -120,8 +128,9 @@ class AsyncEngine:
         try:
             tokenizer_path = Path(config.tokenizer) if config.tokenizer else path
             tokenizer = await asyncio.to_thread(load_tokenizer, tokenizer_path)
+            template = load_chat_template(config.chat_template, tokenizer)  # a wrong name costs no loading
             info = await process.wait_ready(progress)
-            return cls(process, info, config, path, tokenizer)
+            return cls(process, info, config, path, tokenizer, template)
         except BaseException:
             process.kill()
             raise

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aphrodite.chat.template import RESERVED_NAMES, ChatTemplate
+from aphrodite.chat.jinja import RESERVED_NAMES, JinjaTemplate
 from aphrodite.errors import InvalidRequestError
 
 Messages = list[dict[str, Any]]
@@ -167,7 +167,7 @@ def theirs(source: str, messages: Messages, **options: Any) -> str:
 
 
 def ours(source: str, messages: Messages, **options: Any) -> str:
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(messages, **options)
+    return JinjaTemplate(source, bos_token="<s>", eos_token="</s>").render(messages, **options)
 
 
 @pytest.mark.parametrize("chat", range(len(CHATS)))
@@ -231,7 +231,7 @@ def test_reserved_names_are_refused(name: str) -> None:
 
 
 def test_undefined_tokens_are_empty() -> None:
-    assert ChatTemplate("{{ bos_token }}|{{ 'y' if eos_token is defined else 'n' }}").render([]) == "|n"
+    assert JinjaTemplate("{{ bos_token }}|{{ 'y' if eos_token is defined else 'n' }}").render([]) == "|n"
 
 
 def test_the_templates_own_refusal_is_the_error() -> None:
@@ -244,7 +244,7 @@ def test_a_fault_names_its_line_and_nothing_of_the_machine() -> None:
         ours("a\n{{ 1 + none }}", [])
     assert "0x" not in str(error.value)
     with pytest.raises(InvalidRequestError, match="line 3"):
-        ChatTemplate("a\n\n{% if %}")
+        JinjaTemplate("a\n\n{% if %}")
 
 
 # --- content ---
@@ -402,8 +402,8 @@ def test_large_honest_conversations_render() -> None:
 
 
 def test_templates_render_in_threads_at_once_with_budgets_of_their_own() -> None:
-    template = ChatTemplate(TEMPLATES["chatml"])
-    bomb = ChatTemplate(BOMBS[1])
+    template = JinjaTemplate(TEMPLATES["chatml"])
+    bomb = JinjaTemplate(BOMBS[1])
     results: dict[int, str] = {}
 
     def work(i: int) -> None:

@@ -1,0 +1,182 @@
+"""What a chat template can do, found out from its text and from how it renders small conversations.
+
+So a checkpoint's template and one of the library are known by the same means: which token ends a turn, whether there is
+a system role, in which format tools are called, and how reasoning is marked.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+from aphrodite.chat import limits
+from aphrodite.chat.jinja import JinjaTemplate
+from aphrodite.errors import InvalidRequestError
+
+ToolFormat = Literal[
+    "hermes", "qwen3_coder", "llama3", "mistral", "deepseek", "glm", "glm4", "command_r", "granite", "gpt_oss", "json"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """How a model marks what it thinks before it answers.
+
+    Attributes:
+        start, end: the marks around it.
+        opened: the template's opening of the answer already holds `start`, unless variables say otherwise.
+        switch: the template's variable that turns reasoning on and off, if it has one.
+    """
+
+    start: str
+    end: str
+    opened: bool
+    switch: str | None
+
+    def is_open(self, prompt: str) -> bool:
+        """Whether a rendered prompt ends inside reasoning, so that the answer begins with it."""
+        return prompt.rstrip().endswith(self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateTraits:
+    """What a template can do.
+
+    Attributes:
+        system_role: it shows a system message.
+        names: it shows the `name` of messages.
+        stop: texts that end the assistant's turn, beside the end-of-sequence token.
+        tool_format: how the model is asked to call tools; None: it is not told of tools. `json` is any format without
+            a name here.
+        arguments_as_text: it takes the arguments of earlier calls as JSON text, not as an object.
+        documents: it shows documents.
+        reasoning: None where the template says nothing of it.
+    """
+
+    system_role: bool
+    names: bool
+    stop: tuple[str, ...]
+    tool_format: ToolFormat | None
+    arguments_as_text: bool
+    documents: bool
+    reasoning: Reasoning | None
+
+
+# Texts that no template has of itself.
+_SYSTEM, _USER, _ANSWER, _NEXT, _NAME, _ARGUMENT = "Qs1", "Qu2", "Qa3", "Qn4", "Qm5", "Qg6"
+_BOS, _EOS = "<|aphrodite_bos|>", "<|aphrodite_eos|>"
+
+# In this order: the first format whose mark is in the template's text. Templates of one format may quote another's
+# marks in advice to the model, so those that only one format has come first.
+_TOOL_MARKS: Final[tuple[tuple[ToolFormat, tuple[str, ...]], ...]] = (
+    ("gpt_oss", ("<|channel|>commentary",)),
+    ("deepseek", ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("qwen3_coder", ("<parameter=",)),
+    ("glm", ("<arg_key>",)),
+    ("command_r", ("<|START_ACTION|>", "Write 'Action:'")),
+    ("granite", ("<|tool_call|>",)),
+    ("hermes", ("<tool_call>",)),
+    ("glm4", ("<|observation|>", "[gMASK]")),
+    ("llama3", ("<|python_tag|>", "ipython")),
+)
+# What shows in the template's text, and the marks around reasoning.
+_REASONING_MARKS: Final = (
+    (("<|channel|>analysis",), "<|channel|>analysis<|message|>", "<|end|>"),
+    (("<|START_THINKING|>",), "<|START_THINKING|>", "<|END_THINKING|>"),
+    (("[THINK]",), "[THINK]", "[/THINK]"),
+    (("<seed:think>",), "<seed:think>", "</seed:think>"),
+    (("<think>", "</think>"), "<think>", "</think>"),
+)
+_SWITCHES: Final = ("enable_thinking", "thinking")
+
+_CONTROL = re.compile(
+    r"<\|[^<>|\s]{1,40}\|?>|<[a-z_]{1,20}\|>|<｜[^<>｜\s]{1,40}｜>|</s>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,20}\]"
+)
+_STOPS_SHOWN = 2  # of the control tokens between an answer and the next question: its end, and the next turn's start
+_HANDOVER: Final = ("<|eom_id|>", "<|observation|>")  # to a tool
+# In these formats <|end|> also ends what is thought before the answer; harmony's answers end with the two stops below.
+_MANY_MESSAGES: Final = ("<|channel|>", "<|think|>")
+_HARMONY_STOPS: Final = ("<|return|>", "<|call|>")
+
+
+@lru_cache(maxsize=64)
+def describe_template(source: str) -> TemplateTraits:
+    """What a template (Jinja source) can do.
+
+    Raises:
+        InvalidRequestError: it cannot be used at all (see `JinjaTemplate`).
+    """
+    template = _Probe(JinjaTemplate(source, bos_token=_BOS, eos_token=_EOS))
+    tool_format = _tool_format(template)
+    return TemplateTraits(
+        system_role=_SYSTEM in template(_turn("system", _SYSTEM), _turn("user", _USER)),
+        names=_NAME in template({**_turn("user", _USER), "name": _NAME}),
+        stop=_stop(template, tool_format),
+        tool_format=tool_format,
+        arguments_as_text=_takes_text(template),
+        documents="documents" in template.variables,
+        reasoning=_reasoning(template),
+    )
+
+
+def _turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+class _Probe:
+    """A template that is tried out; all trials together take no longer than one rendering may."""
+
+    def __init__(self, template: JinjaTemplate) -> None:
+        self.source = template.source
+        self.variables = template.variables
+        self._template = template
+        self._deadline = limits.deadline()
+
+    def __call__(self, *messages: dict[str, Any]) -> str:
+        """What the template makes of a conversation; nothing if it refuses it."""
+        try:
+            return self._template.render(messages, deadline=self._deadline)
+        except InvalidRequestError:
+            return ""
+
+
+def _stop(template: _Probe, tool_format: ToolFormat | None) -> tuple[str, ...]:
+    if "<|end|>" in template.source and any(mark in template.source for mark in _MANY_MESSAGES):
+        return tuple(token for token in _HARMONY_STOPS if "<|channel|>" in template.source)
+    shown = template(_turn("user", _USER), _turn("assistant", _ANSWER), _turn("user", _NEXT))
+    between = shown.partition(_ANSWER)[2].partition(_NEXT)[0]
+    found = [token for token in _CONTROL.findall(between) if token not in (_EOS, _BOS)]
+    handover = [token for token in _HANDOVER if tool_format is not None and token in template.source]
+    return tuple(dict.fromkeys(found[:_STOPS_SHOWN] + handover))
+
+
+def _tool_format(template: _Probe) -> ToolFormat | None:
+    if not template.variables & {"tools", "custom_tools", "available_tools"}:
+        return None
+    for tool_format, marks in _TOOL_MARKS:
+        if any(mark in template.source for mark in marks):
+            return tool_format
+    return "json"
+
+
+def _takes_text(template: _Probe) -> bool:
+    """Whether an earlier call is shown right only with its arguments as text."""
+
+    def shows(arguments: Any) -> bool:
+        function = {"name": "f", "arguments": arguments}
+        call = {**_turn("assistant", ""), "tool_calls": [{"id": "abcdefghi", "type": "function", "function": function}]}
+        return _ARGUMENT in template(_turn("user", _USER), call)
+
+    return not shows({_ARGUMENT: 1}) and shows(f'{{"{_ARGUMENT}": 1}}')
+
+
+def _reasoning(template: _Probe) -> Reasoning | None:
+    opening = template(_turn("user", _USER)).partition(_USER)[2].rstrip()
+    switch = next((name for name in _SWITCHES if name in template.variables), None)
+    for shown, start, end in _REASONING_MARKS:
+        if any(mark in template.source for mark in shown):
+            return Reasoning(start, end, opened=opening.endswith(start), switch=switch)
+    return None
