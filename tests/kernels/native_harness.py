@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from k_blocks import MADE, random_blocks
 
 from aphrodite.kernels.cpu.library import NativeLibrary, load
 from aphrodite.kernels.cpu.program import (
@@ -44,6 +45,7 @@ TILED = (
     QuantType.Q5_0,
     QuantType.Q5_1,
     QuantType.Q8_0,
+    *MADE,
 )
 
 
@@ -58,6 +60,18 @@ def raw_tensor(values: np.ndarray, qtype: QuantType, name: str = "w") -> RawTens
     data = quantize(values.astype(np.float32), GGMLQuantizationType(qtype.gguf_id))
     rows = values.shape[0] if values.ndim == 2 else 1
     return RawTensor(name, values.shape, qtype, np.ascontiguousarray(data).view(np.uint8).reshape(rows, -1))
+
+
+def columns_of(qtype: QuantType) -> int:
+    """Columns for a small matrix: several blocks, of 32 columns no power of two."""
+    return 512 if qtype.block_size == 256 else 96
+
+
+def random_weight(qtype: QuantType, rows: int, columns: int, seed: int) -> RawTensor:
+    """A matrix of values about 1, of random codes where the gguf package cannot quantize into the type."""
+    if qtype in MADE:
+        return random_blocks(qtype, (rows, columns), 1.0, balanced=False, seed=seed)
+    return raw_tensor(np.random.default_rng(seed).standard_normal((rows, columns)), qtype)
 
 
 def exact_values(tensor: RawTensor) -> np.ndarray:
@@ -133,16 +147,19 @@ def step(sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], *, all_l
     )
 
 
-def product_harness(table: np.ndarray, weight: RawTensor, kind: Activation, isa: str, threads: int = 2) -> Harness:
+def product_harness(
+    table: np.ndarray | RawTensor, weight: RawTensor, kind: Activation, isa: str, threads: int = 2
+) -> Harness:
     """logits = table[token] @ weight.T"""
     library = load()
     assert library is not None
     rows, columns = table.shape
-    source, matrix = place(library, raw_tensor(table, QuantType.F32)), place(library, weight)
+    stored = table if isinstance(table, RawTensor) else raw_tensor(table, QuantType.F32)
+    source, matrix = place(library, stored), place(library, weight)
     builder = ProgramBuilder()
     buffer, last = builder.add_buffer(columns), builder.add_buffer(columns)
     pack = builder.add_pack(kind, columns, RowSet.LOGITS)
-    lookup = builder.add_weight(source.address, QuantType.F32, (rows, columns))
+    lookup = builder.add_weight(source.address, stored.qtype, (rows, columns))
     product = builder.add_weight(matrix.address, weight.qtype, (weight.shape[0], columns), pack=pack)
     builder.add_op(OpKind.EMBED, output=buffer, weights=[lookup])
     builder.add_op(OpKind.GATHER, rows=RowSet.LOGITS, source=buffer, output=last)

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from native_harness import TILED, available_isas, exact_values, product_harness, raw_tensor, step
+from native_harness import TILED, available_isas, exact_values, product_harness, random_weight, raw_tensor, step
 
 from aphrodite.kernels.cpu import library
 from aphrodite.kernels.cpu.program import Activation, NativeMemory, repack, tiles_bytes
@@ -101,18 +101,20 @@ def test_other_types_have_no_tiles(qtype: QuantType) -> None:
 @built
 @pytest.mark.parametrize("qtype", TILED, ids=lambda qtype: qtype.name)
 def test_tiles_take_the_files_bytes_and_give_rows_back(qtype: QuantType) -> None:
-    """Reads rows back through the lookup of an embedding and an exact product."""
+    """Reads rows back through an exact product and through the lookup of an embedding."""
     loaded = library.load()
     assert loaded is not None
-    weight = raw_tensor(np.random.default_rng(6).standard_normal((48, 64)), qtype)
-    assert tiles_bytes(loaded, qtype, 48, 64) == weight.nbytes
-    assert tiles_bytes(loaded, qtype, 33, 64) == weight.nbytes  # rows are padded to 16
-    assert tiles_bytes(loaded, qtype, 48, 40) == 0
-    identity = np.eye(64, dtype=np.float32)
-    got = product_harness(identity, weight, Activation.FLOAT32, available_isas()[0]).run(
-        step([(range(48), 0, range(3))])
-    )
-    np.testing.assert_allclose(got.T, exact_values(weight)[:, :48], rtol=1e-6, atol=1e-7)
+    columns = max(64, qtype.block_size)
+    weight = random_weight(qtype, columns, columns, 6)
+    widened = {QuantType.Q3_K: 1.04, QuantType.Q4_K: 1.03, QuantType.Q5_K: 1.03, QuantType.IQ4_XS: 1.02}
+    assert weight.nbytes <= tiles_bytes(loaded, qtype, columns, columns) <= widened.get(qtype, 1.0) * weight.nbytes
+    assert tiles_bytes(loaded, qtype, 33, columns) == tiles_bytes(loaded, qtype, 48, columns)  # padded to 16 rows
+    assert tiles_bytes(loaded, qtype, 48, columns - 24) == 0
+    identity, every = np.eye(columns, dtype=np.float32), step([(range(columns), 0, range(columns // 16))])
+    product = product_harness(identity, weight, Activation.FLOAT32, available_isas()[0])
+    np.testing.assert_allclose(product.run(every).T, exact_values(weight), rtol=1e-6, atol=1e-6)
+    lookup = product_harness(weight, raw_tensor(identity, QuantType.F32), Activation.FLOAT32, available_isas()[0])
+    np.testing.assert_allclose(lookup.run(every), exact_values(weight), rtol=1e-6, atol=1e-6)
 
 
 @built

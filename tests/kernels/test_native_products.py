@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from native_harness import TILED, available_isas, exact_values, product_harness, raw_tensor, step
+from k_blocks import UNITS
+from native_harness import (
+    TILED,
+    available_isas,
+    columns_of,
+    exact_values,
+    product_harness,
+    random_weight,
+    raw_tensor,
+    step,
+)
 
 from aphrodite.kernels.cpu.program import Activation
-from aphrodite.quantization.types import QuantType
+from aphrodite.quantization.types import QuantType, RawTensor
 
-COLUMNS = 96
 ROWS = 53  # no multiple of a tile
+OF_256 = [qtype for qtype in UNITS if qtype.block_size == 256]
 STEPS = {Activation.INT16: 32767, Activation.INT8: 127}
 
 pytestmark = pytest.mark.skipif(not available_isas(), reason="the native library is not built")
 
 
-def _activations(rows: int) -> np.ndarray:
+def _activations(rows: int, columns: int = 96) -> np.ndarray:
     """Blocks of very different size, one of them zero."""
     generator = np.random.default_rng(1)
-    x = generator.standard_normal((rows, COLUMNS)).astype(np.float32)
-    x *= np.exp(generator.uniform(-6, 6, (rows, COLUMNS // 32))).repeat(32, axis=1).astype(np.float32)
+    x = generator.standard_normal((rows, columns)).astype(np.float32)
+    x *= np.exp(generator.uniform(-6, 6, (rows, columns // 32))).repeat(32, axis=1).astype(np.float32)
     x[0, :32] = 0
     return x
 
@@ -50,8 +60,8 @@ def _quantized(qtype: QuantType) -> bool:
 def test_product_is_exact_up_to_the_activations_rounding(qtype: QuantType, kind: Activation, isa: str) -> None:
     if kind is not Activation.FLOAT32 and not _quantized(qtype):
         pytest.skip("dense weights take float activations")
-    weight = raw_tensor(np.random.default_rng(2).standard_normal((ROWS, COLUMNS)), qtype)
-    x = _activations(ROWS)
+    weight = random_weight(qtype, ROWS, columns_of(qtype), 2)
+    x = _activations(ROWS, columns_of(qtype))
     harness = product_harness(x, weight, kind, isa)
     exact = exact_values(weight)
     for count in (1, 2, 3, 4, 8, 15, 29):
@@ -63,10 +73,14 @@ def test_product_is_exact_up_to_the_activations_rounding(qtype: QuantType, kind:
 
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("kind", list(Activation))
-@pytest.mark.parametrize("qtype", [QuantType.Q4_1, QuantType.Q5_0, QuantType.Q8_0], ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize(
+    "qtype",
+    [QuantType.Q4_1, QuantType.Q5_0, QuantType.Q8_0, QuantType.Q2_K, QuantType.Q5_K, QuantType.Q6_K],
+    ids=lambda qtype: qtype.name,
+)
 def test_rows_do_not_depend_on_their_batch(qtype: QuantType, kind: Activation, isa: str) -> None:
-    weight = raw_tensor(np.random.default_rng(3).standard_normal((ROWS, COLUMNS)), qtype)
-    harness = product_harness(_activations(ROWS), weight, kind, isa)
+    weight = random_weight(qtype, ROWS, columns_of(qtype), 3)
+    harness = product_harness(_activations(ROWS, columns_of(qtype)), weight, kind, isa)
     together = harness.run(step([(range(ROWS), 0, range(4))]))
     for ids in (range(1), range(1, 3), range(3, 10), range(5, 20), range(52, 53)):
         assert np.array_equal(harness.run(step([(ids, 0, range(4))])), together[list(ids)])
@@ -85,10 +99,26 @@ def test_extreme_quants_do_not_overflow(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("fill", [0, 0xFF])
+@pytest.mark.parametrize("qtype", OF_256, ids=lambda qtype: qtype.name)
+def test_extreme_fields_do_not_overflow(qtype: QuantType, fill: int, isa: str) -> None:
+    """Every scale, minimum and quant at an end of its range, against largest activations of one sign."""
+    blocks = np.full((16, qtype.block_bytes), fill, np.uint8)
+    for place in (place for place in UNITS[qtype] if place is not None):
+        blocks[:, place : place + 2] = np.array([0.01], "<f2").view(np.uint8)
+    weight = RawTensor("w", (16, 256), qtype, blocks)
+    for value in (-3.0, 3.0):
+        x = np.full((16, 256), value, np.float32)
+        for kind in (Activation.INT16, Activation.INT8):
+            got = product_harness(x, weight, kind, isa).run(step([([0], 0, [0])]))
+            np.testing.assert_allclose(got, x[:1] @ exact_values(weight).T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("kind", list(Activation))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_reach_their_own_row_only(bad: float, kind: Activation, isa: str) -> None:
-    weight = raw_tensor(np.random.default_rng(4).standard_normal((ROWS, COLUMNS)), QuantType.Q4_1)
+    weight = raw_tensor(np.random.default_rng(4).standard_normal((ROWS, 96)), QuantType.Q4_1)
     x = _activations(ROWS)
     clean = product_harness(x, weight, kind, isa).run(step([(range(9), 0, [0])]))
     x[5, 40] = bad

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from k_blocks import MADE, random_blocks
 
 from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.spec import ModelSpec, RotarySpec
@@ -39,6 +44,9 @@ def tiny_weights(spec: ModelSpec, types: Mapping[str, QuantType] | QuantType) ->
     def add(name: str, rows: int, columns: int) -> None:
         part = name.split(".")[-2]
         qtype = types if isinstance(types, QuantType) else types.get(part, QuantType.Q4_1)
+        if qtype in MADE:
+            weights[name] = random_blocks(qtype, (rows, columns), 1.5 / columns**0.5, seed=len(weights), name=name)
+            return
         values = (generator.standard_normal((rows, columns)) * 1.5 / columns**0.5).astype(np.float32)
         data = np.ascontiguousarray(gguf.quantize(values, gguf.GGMLQuantizationType(qtype.gguf_id)))
         weights[name] = RawTensor(name, (rows, columns), qtype, data.view(np.uint8).reshape(rows, -1))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch_executor_cases import Driver
 
+from aphrodite.kernels.cpu import library
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.loading.inspect import inspect_checkpoint
@@ -31,6 +32,7 @@ SHAPES = {
 }
 NORMS = ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight")
 BLOCK_TYPES = [qtype for qtype in QuantType if qtype.block_size > 1 and qtype is not QuantType.Q8_K]
+ONLY_TORCH = ("IQ1_", "IQ2_", "IQ3_", "TQ1_", "TQ2_")  # the native library declines them
 
 
 def random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -65,6 +67,21 @@ def write(path: Path, tensors: dict[str, np.ndarray], kind: gguf.GGMLQuantizatio
     return open_checkpoint(path)
 
 
+def native_logits(checkpoint: Checkpoint) -> torch.Tensor:
+    executor = NativeExecutor(
+        checkpoint.spec,
+        checkpoint.weights,
+        block_size=16,
+        max_model_len=64,
+        activations="float32",
+        kv_dtype="float32",
+        threads=1,
+    )
+    executor.allocate_kv_cache(4)
+    driver = Driver(executor, num_blocks=4)  # type: ignore[arg-type]
+    return driver.step([(driver.add([3, 1, 4, 1, 5]), 5)])[0]
+
+
 def torch_logits(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     executor = TorchExecutor(
         checkpoint.spec,
@@ -96,7 +113,12 @@ def test_every_storage_type_runs_dense(qtype: QuantType, tmp_path: Path, caplog:
     assert told == [f"{qtype.name} weights: expanded to float32 in {factor:.1f} times their memory"]
 
     reason = NativeExecutor.declines(checkpoint.spec, checkpoint.weights)
-    assert reason is None or qtype.name in reason
+    if library.load() is not None:
+        assert (reason is None) == (not qtype.name.startswith(ONLY_TORCH))
+    if reason is None:
+        torch.testing.assert_close(native_logits(checkpoint), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+    else:
+        assert qtype.name in reason or library.load() is None
 
     facts = inspect_checkpoint(checkpoint)
     assert facts.weight_bytes == sum(data.nbytes for data in stored.values()) + 4 * HIDDEN * len(NORMS)

@@ -23,8 +23,27 @@ pytestmark = pytest.mark.skipif(library.load() is None, reason="the native libra
 
 NUM_BLOCKS = 120
 MIXED = {"v": QuantType.Q8_0, "k": QuantType.F16, "up": QuantType.Q5_1, "down": QuantType.Q5_0, "embed": QuantType.Q8_0}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_heads": 4, "rotary": RotarySpec(dim=64)}
+K_MEDIUM = {
+    **dict.fromkeys(("q", "k", "o", "gate", "up"), QuantType.Q4_K),
+    **dict.fromkeys(("v", "down", "embed"), QuantType.Q6_K),
+    "head": QuantType.Q5_K,
+}
+SMALL = {
+    "q": QuantType.Q2_K,
+    "k": QuantType.Q3_K,
+    "v": QuantType.Q5_K,
+    "o": QuantType.MXFP4,
+    "gate": QuantType.IQ4_XS,
+    "up": QuantType.IQ4_NL,
+    "down": QuantType.Q3_K,
+    "embed": QuantType.IQ4_XS,
+    "head": QuantType.Q2_K,
+}
 VARIANTS: dict[str, tuple[dict[str, Any], Mapping[str, QuantType] | QuantType]] = {
     "q4_1": ({}, QuantType.Q4_1),
+    "k types": (WIDE, K_MEDIUM),
+    "small types": (WIDE, SMALL),
     "tied": ({"tied_head": True}, {"embed": QuantType.Q8_0}),
     "mixed types": ({}, MIXED),
     "dense": ({}, QuantType.BF16),

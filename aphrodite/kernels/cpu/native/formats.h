@@ -1,14 +1,16 @@
-// Weights as the kernels read them: tiles of 16 rows, column blocks in order, each block's data contiguous.
+// Weights as the kernels read them: tiles of 16 rows, blocks of columns in order, each block's data contiguous.
 //
-// A quantized block covers 32 columns of the 16 rows:
-//   scales   16 x f16, one a row
-//   minima   16 x f16 (types with a minimum)
-//   high     8 x u64 (5-bit types): bit 4 * row + byte of word g is the fifth bit of that byte of group g
-//   quants   groups of 4 columns; a group is 16 rows x 4 bytes, the columns of a row in the order 0, 2, 1, 3, so that
-//            the even bytes of a word are two neighbouring columns, and so are the odd ones. 8-bit: groups 0-7.
-//            4 and 5-bit: 4 x 64 bytes, low nibbles group i, high nibbles group i + 4.
-// Signed types are stored with an offset (8, 16, 128) that makes them unsigned. A dense tile is [column][16 rows].
-// Types with 256-value super-blocks fit the same frame: 8 such blocks, scales multiplied out or stored beside them.
+// A quantized block covers the columns of a file's block, 32 or 256, of the 16 rows, and takes the file's bytes or up
+// to 4 % more (6-bit scales widened to bytes):
+//   units    16 x f16, one a row (MXFP4: 16 x u8, powers of two), then of types with minima 16 x f16
+//   factors  types with 256 columns: for every 16 or 32 of them what multiplies the units, one byte a row
+//   high     for every 32 columns the bits above the low ones. One bit: 8 x u64, bit 4 * row + byte of word g is that
+//            of the byte of group g. Two bits: 2 x 64 bytes, of groups 0-3 and 4-7, the first group lowest.
+//   quants   for every 32 columns 8 groups of 4; a group is 16 rows x 4 bytes, the columns of a row in the order
+//            0, 2, 1, 3, so that the even bytes of a word are two neighbouring columns, and so are the odd ones.
+//            8 low bits: groups 0-7, 64 bytes each. 4: 4 x 64 bytes, two groups each (`pair_group`). 2: 2 x 64 bytes
+//            of groups 0-3 and 4-7, the first group lowest.
+// Signed quants are stored with an offset that makes them unsigned. A dense tile is [column][16 rows].
 #pragma once
 #include <cstdint>
 
@@ -18,36 +20,103 @@ constexpr int kTileRows = 16;
 constexpr int kBlock = 32;
 
 // Numbers of the GGUF specification.
-enum class Type : int32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, BF16 = 30 };
+enum class Type : int32_t {
+    F32 = 0,
+    F16 = 1,
+    Q4_0 = 2,
+    Q4_1 = 3,
+    Q5_0 = 6,
+    Q5_1 = 7,
+    Q8_0 = 8,
+    Q2_K = 10,
+    Q3_K = 11,
+    Q4_K = 12,
+    Q5_K = 13,
+    Q6_K = 14,
+    IQ4_NL = 20,
+    IQ4_XS = 23,
+    BF16 = 30,
+    MXFP4 = 39,
+};
+
+// What a quant is multiplied by.
+enum class Scales : int32_t {
+    None,         // dense
+    Unit,         // f16 a row
+    Power,        // u8 a row, 2^(u8 - 128)
+    Signed,       // f16 a row x an i8 a part
+    Pair,         // f16 a row x a u8 a part; minimum: f16 a row x a u8 a part
+    NibblePair,   // the same with both in one byte, the scale low
+};
 
 struct TypeInfo {
-    bool quantized;
-    int bits;           // of a quant, or of a dense value
-    int offset;         // subtracted from the unsigned quant
-    bool minimum;       // has a minimum a block
-    int file_bytes;     // of a block of 32 columns of one row in the file
-    constexpr int high_offset() const { return minimum ? 64 : 32; }
-    constexpr int quants_offset() const { return high_offset() + (bits == 5 ? 64 : 0); }
-    constexpr int block_bytes() const {  // of a block of 32 columns in a tile
-        return quantized ? quants_offset() + (bits == 8 ? 512 : 256) : kBlock * kTileRows * bits / 8;
+    int bits;                      // of a quant, or of a dense value; 0: no such type
+    int file_bytes;                // of a block of one row in the file; dense: of 32 columns
+    Scales scales = Scales::None;
+    int offset = 0;                // subtracted from the unsigned quant, a power of two
+    bool minimum = false;          // has minima, added
+    int columns = 32;              // of a block
+    int part = 32;                 // columns that share a scale
+    const uint8_t* values = nullptr;  // what a quant stands for before the offset is subtracted; null: itself
+
+    constexpr bool quantized() const { return scales != Scales::None; }
+    constexpr int largest() const {  // of quants or values
+        int most = values == nullptr ? (1 << bits) - 1 : 0;
+        for (int i = 0; values != nullptr && i < 16; ++i) most = values[i] > most ? values[i] : most;
+        return most;
+    }
+    constexpr int low_bits() const { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
+    constexpr int high_bits() const { return bits - low_bits(); }
+    constexpr int parts() const { return kBlock / part; }          // of 32 columns
+    constexpr int steps() const { return columns / kBlock; }       // of 32 columns, in a block
+    constexpr int part_bytes() const {                             // factors of a part
+        return scales == Scales::Pair ? 32 : scales == Scales::Signed || scales == Scales::NibblePair ? 16 : 0;
+    }
+    constexpr int factors_offset() const { return scales == Scales::Power ? 16 : minimum ? 64 : 32; }
+    constexpr int high_offset() const { return factors_offset() + columns / part * part_bytes(); }
+    constexpr int high_bytes() const { return 64 * high_bits(); }  // of 32 columns
+    constexpr int quants_offset() const { return high_offset() + steps() * high_bytes(); }
+    constexpr int quant_bytes() const { return 64 * low_bits(); }  // of 32 columns
+    constexpr int block_bytes() const {
+        return quantized() ? quants_offset() + steps() * quant_bytes() : kBlock * kTileRows * bits / 8;
     }
 };
 
-constexpr TypeInfo type_info(Type type) {
-    switch (type) {
-        case Type::F32: return {false, 32, 0, false, 128};
-        case Type::F16: return {false, 16, 0, false, 64};
-        case Type::BF16: return {false, 16, 0, false, 64};
-        case Type::Q4_0: return {true, 4, 8, false, 18};
-        case Type::Q4_1: return {true, 4, 0, true, 20};
-        case Type::Q5_0: return {true, 5, 16, false, 22};
-        case Type::Q5_1: return {true, 5, 0, true, 24};
-        case Type::Q8_0: return {true, 8, 128, false, 34};
-    }
-    return {false, 0, 0, false, 0};
+// The two groups whose 4-bit quants share bytes, `pair` of 4: groups of one part, where parts are smaller than 32.
+constexpr int pair_group(const TypeInfo& info, int pair, int which) {
+    return info.part == kBlock ? pair + 4 * which : 2 * pair + which;
 }
 
-inline int64_t tile_bytes(Type type, int64_t columns) { return columns / kBlock * type_info(type).block_bytes(); }
+// Non-linear 4-bit values plus 128, and twice the values of FP4 (e2m1) plus 16.
+constexpr uint8_t kIq4Values[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+constexpr uint8_t kFp4Values[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+
+constexpr TypeInfo type_info(Type type) {
+    switch (type) {
+        case Type::F32: return {32, 128};
+        case Type::F16: return {16, 64};
+        case Type::BF16: return {16, 64};
+        case Type::Q4_0: return {4, 18, Scales::Unit, 8};
+        case Type::Q4_1: return {4, 20, Scales::Unit, 0, true};
+        case Type::Q5_0: return {5, 22, Scales::Unit, 16};
+        case Type::Q5_1: return {5, 24, Scales::Unit, 0, true};
+        case Type::Q8_0: return {8, 34, Scales::Unit, 128};
+        case Type::Q2_K: return {2, 84, Scales::NibblePair, 0, true, 256, 16};
+        case Type::Q3_K: return {3, 110, Scales::Signed, 4, false, 256, 16};
+        case Type::Q4_K: return {4, 144, Scales::Pair, 0, true, 256};
+        case Type::Q5_K: return {5, 176, Scales::Pair, 0, true, 256};
+        case Type::Q6_K: return {6, 210, Scales::Signed, 32, false, 256, 16};
+        case Type::IQ4_NL: return {4, 18, Scales::Unit, 128, false, 32, 32, kIq4Values};
+        case Type::IQ4_XS: return {4, 136, Scales::Signed, 128, false, 256, 32, kIq4Values};
+        case Type::MXFP4: return {4, 17, Scales::Power, 16, false, 32, 32, kFp4Values};
+    }
+    return {0, 0};
+}
+
+inline int64_t tile_bytes(Type type, int64_t columns) {
+    const TypeInfo info = type_info(type);
+    return columns / info.columns * info.block_bytes();
+}
 inline int64_t tile_count(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 }  // namespace aph

@@ -13,8 +13,10 @@ namespace aph {
 enum class Activation : int32_t { Float = 0, Int16 = 1, Int8 = 2 };
 
 // Rows of activations, packed for matrix products: groups of 8, then 4, 2 and 1 rows, so that a group's words are
-// contiguous. A group of M rows holds words [columns / per_word][M] and, if quantized, meta [columns / 32][3][M]:
-// scale, scale * sum, -sum (int32), where sum is that of the block's quants.
+// contiguous. A group of M rows holds words [columns / per_word][M] and, if quantized, meta [columns / 32][kMeta][M]:
+// scale, scale * sum, and as int32 -sum, -sum of the first 16 and of the last 16, where sums are those of quants.
+constexpr int kMeta = 5;
+
 struct PackedRows {
     Activation kind;
     int64_t columns;
@@ -24,7 +26,7 @@ struct PackedRows {
     int64_t row_words() const {
         return kind == Activation::Float ? columns : kind == Activation::Int16 ? columns / 2 : columns / 4;
     }
-    int64_t row_meta() const { return columns / kBlock * 3; }
+    int64_t row_meta() const { return columns / kBlock * kMeta; }
 };
 
 constexpr int kGroupRows = 8;

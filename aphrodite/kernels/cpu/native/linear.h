@@ -12,23 +12,84 @@ namespace {
 
 constexpr int kPrefetchBytes = 4096;
 
-// Groups i and i + 4 of a block's quants.
+// Calls f with the compile-time numbers 0 to kCount - 1.
+template <int... kIndices, class F>
+inline __attribute__((always_inline)) void unroll(std::integer_sequence<int, kIndices...>, F&& f) {
+    (f(std::integral_constant<int, kIndices>()), ...);
+}
+template <int kCount, class F>
+inline __attribute__((always_inline)) void unroll(F&& f) {
+    unroll(std::make_integer_sequence<int, kCount>(), f);
+}
+
+// Where a block keeps what belongs to 32 of its columns.
+struct Step {
+    const uint8_t* block;
+    const uint8_t* factors;
+    const uint8_t* high;
+    const uint8_t* quants;
+};
+
 template <Type kType>
-inline void load_groups(const uint8_t* block, int i, Bytes& first, Bytes& second) {
+inline Step step_of(const uint8_t* block, int step) {
     constexpr TypeInfo info = type_info(kType);
-    const uint8_t* quants = block + info.quants_offset();
-    if constexpr (info.bits == 8) {
-        first = load_bytes(quants + 64 * i);
-        second = load_bytes(quants + 64 * (i + 4));
+    return {block, block + info.factors_offset() + step * info.parts() * info.part_bytes(),
+            block + info.high_offset() + step * info.high_bytes(),
+            block + info.quants_offset() + step * info.quant_bytes()};
+}
+
+// The two groups of a pair, as unsigned bytes.
+template <Type kType, int kPair>
+inline void load_groups(const Step& step, Bytes (&groups)[2]) {
+    constexpr TypeInfo info = type_info(kType);
+    constexpr int kFirst = pair_group(info, kPair, 0), kSecond = pair_group(info, kPair, 1);
+    if constexpr (info.low_bits() == 8) {
+        groups[0] = load_bytes(step.quants + 64 * kFirst);
+        groups[1] = load_bytes(step.quants + 64 * kSecond);
+    } else if constexpr (info.low_bits() == 4) {
+        const Bytes raw = load_bytes(step.quants + 64 * kPair);
+        groups[0] = low_nibbles(raw);
+        groups[1] = high_nibbles(raw);
     } else {
-        const Bytes raw = load_bytes(quants + 64 * i);
-        first = low_nibbles(raw);
-        second = high_nibbles(raw);
-        if constexpr (info.bits == 5) {
-            first = add_fifth_bit(first, block + info.high_offset() + 8 * i);
-            second = add_fifth_bit(second, block + info.high_offset() + 8 * (i + 4));
-        }
+        const Bytes raw = load_bytes(step.quants + 64 * (kPair / 2));
+        groups[0] = bit_pairs<2 * (kFirst % 4)>(raw);
+        groups[1] = bit_pairs<2 * (kSecond % 4)>(raw);
     }
+    if constexpr (info.high_bits() == 1) {
+        groups[0] = add_bit<1 << info.low_bits()>(groups[0], step.high + 8 * kFirst);
+        groups[1] = add_bit<1 << info.low_bits()>(groups[1], step.high + 8 * kSecond);
+    } else if constexpr (info.high_bits() == 2) {
+        const Bytes pairs = load_bytes(step.high + 64 * (kPair / 2));
+        groups[0] = add_pairs<kFirst % 4>(groups[0], pairs);
+        groups[1] = add_pairs<kSecond % 4>(groups[1], pairs);
+    }
+    if constexpr (info.values != nullptr) {
+        groups[0] = look_up(groups[0], info.values);
+        groups[1] = look_up(groups[1], info.values);
+    }
+}
+
+inline Vec load_units(const uint8_t* units) { return load(reinterpret_cast<const uint16_t*>(units)); }
+
+// What quants of a part are multiplied by.
+template <Type kType>
+inline Vec part_scale(const Step& step, int part) {
+    constexpr TypeInfo info = type_info(kType);
+    const uint8_t* factors = step.factors + part * info.part_bytes();
+    if constexpr (info.scales == Scales::Power) return load_power(step.block);
+    else if constexpr (info.scales == Scales::Signed) return mul(load_units(step.block), load_signed(factors));
+    else if constexpr (info.scales == Scales::Pair) return mul(load_units(step.block), load_unsigned(factors));
+    else if constexpr (info.scales == Scales::NibblePair) return mul(load_units(step.block), load_low(factors));
+    else return load_units(step.block);
+}
+
+template <Type kType>
+inline Vec part_minimum(const Step& step, int part) {
+    constexpr TypeInfo info = type_info(kType);
+    const uint8_t* factors = step.factors + part * info.part_bytes();
+    if constexpr (info.scales == Scales::Pair) return mul(load_units(step.block + 32), load_unsigned(factors + 16));
+    else if constexpr (info.scales == Scales::NibblePair) return mul(load_units(step.block + 32), load_high(factors));
+    else return load_units(step.block + 32);
 }
 
 // Adds the products of one group of 4 columns; words are the block's, of a group of kWidth rows.
@@ -48,110 +109,146 @@ inline void dot_group(const Bytes& group, int index, const int32_t* words, IVec*
 
 constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
 
-// Results of kRows rows of a group of kWidth, out[kRows][16].
+// Adds the products of 32 columns of kRows rows of a group of kWidth to `results`.
 template <Type kType, Activation kKind, int kWidth, int kRows>
-inline void dot_rows(const uint8_t* tile, int64_t blocks, const int32_t* words, const float* meta, float* out) {
+inline __attribute__((always_inline)) void dot_step(const Step& step, const int32_t* words, const float* meta,
+                                                    Vec (&results)[kRows]) {
     constexpr TypeInfo info = type_info(kType);
-    constexpr int kWords = kKind == Activation::Int16 ? 16 : 8;
-    Vec result[kRows];
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) result[m] = zero();
-    for (int64_t b = 0; b < blocks; ++b) {
-        for (int line = 0; line < info.block_bytes(); line += 64) __builtin_prefetch(tile + kPrefetchBytes + line);
+    constexpr int kParts = info.parts(), kPairs = 4 / kParts;
+    unroll<kParts>([&](auto part) __attribute__((always_inline)) {
+        constexpr int kPart = decltype(part)::value;
+        const int32_t* negative_sums = reinterpret_cast<const int32_t*>(meta) + (kParts == 1 ? 2 : 3 + kPart) * kWidth;
         IVec sums[kRows];
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
             if constexpr (info.offset == 0) sums[m] = izero();
-            else sums[m] = splat_shifted<log2_of(info.offset)>(reinterpret_cast<const int32_t*>(meta) + 2 * kWidth + m);
+            else sums[m] = splat_shifted<log2_of(info.offset)>(negative_sums + m);
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            Bytes first, second;
-            load_groups<kType>(tile, i, first, second);
-            dot_group<kKind, info.bits == 8, kWidth, kRows>(first, i, words, sums);
-            dot_group<kKind, info.bits == 8, kWidth, kRows>(second, i + 4, words, sums);
-        }
-        const Vec scale = load(reinterpret_cast<const uint16_t*>(tile));
+        unroll<kPairs>([&](auto index) __attribute__((always_inline)) {
+            constexpr int kPair = kPart * kPairs + decltype(index)::value;
+            Bytes groups[2];
+            load_groups<kType, kPair>(step, groups);
+            dot_group<kKind, (info.largest() > 128), kWidth, kRows>(groups[0], pair_group(info, kPair, 0), words, sums);
+            dot_group<kKind, (info.largest() > 128), kWidth, kRows>(groups[1], pair_group(info, kPair, 1), words, sums);
+        });
+        const Vec scale = part_scale<kType>(step, kPart);
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m)
-            result[m] = fma(to_float(sums[m]), mul(scale, splat(meta[m])), result[m]);
+            results[m] = fma(to_float(sums[m]), mul(scale, splat(meta[m])), results[m]);
         if constexpr (info.minimum) {
-            const Vec minimum = load(reinterpret_cast<const uint16_t*>(tile + 32));
+            const Vec minimum = part_minimum<kType>(step, kPart);
 #pragma GCC unroll 8
-            for (int m = 0; m < kRows; ++m) result[m] = fma(minimum, splat(meta[kWidth + m]), result[m]);
+            for (int m = 0; m < kRows; ++m) {
+                if constexpr (kParts == 1) results[m] = fma(minimum, splat(meta[kWidth + m]), results[m]);
+                else {
+                    const Vec total = mul(to_float(splat_shifted<0>(negative_sums + m)), splat(-meta[m]));
+                    results[m] = fma(minimum, total, results[m]);
+                }
+            }
         }
-        tile += info.block_bytes();
-        words += kWords * kWidth;
-        meta += 3 * kWidth;
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) store(out + 16 * m, result[m]);
+    });
 }
 
-// Column c of a block as floats of the 16 rows, in the order that byte_to_float reads them.
-template <Type kType, class F>
-inline void for_each_column(const uint8_t* block, F&& f) {
+// Results of kRows rows of a group of kWidth, out[kRows][16].
+template <Type kType, Activation kKind, int kWidth, int kRows>
+inline void dot_rows(const uint8_t* tile, int64_t columns, const int32_t* words, const float* meta, float* out) {
     constexpr TypeInfo info = type_info(kType);
-    if constexpr (!info.quantized) {
-        for (int column = 0; column < kBlock; column += 4)
-            for (int chain = 0; chain < 4; ++chain) {
-                const int64_t at = static_cast<int64_t>(column + chain) * kTileRows;
-                if constexpr (kType == Type::F32) f(chain, column + chain, load(reinterpret_cast<const float*>(block) + at));
-                else if constexpr (kType == Type::F16)
-                    f(chain, column + chain, load(reinterpret_cast<const uint16_t*>(block) + at));
-                else f(chain, column + chain, load_bfloat(reinterpret_cast<const uint16_t*>(block) + at));
-            }
-    } else {
-        const Vec scale = load(reinterpret_cast<const uint16_t*>(block));
-        const Vec offset = info.minimum ? load(reinterpret_cast<const uint16_t*>(block + 32))
-                                        : mul(scale, splat(-static_cast<float>(info.offset)));
-        for (int i = 0; i < 4; ++i) {
-            Bytes groups[2];
-            load_groups<kType>(block, i, groups[0], groups[1]);
-            for (int half = 0; half < 2; ++half) {
-                const int column = 4 * (i + 4 * half);
-                f(0, column, fma(byte_to_float<0>(groups[half]), scale, offset));
-                f(1, column + 2, fma(byte_to_float<1>(groups[half]), scale, offset));
-                f(2, column + 1, fma(byte_to_float<2>(groups[half]), scale, offset));
-                f(3, column + 3, fma(byte_to_float<3>(groups[half]), scale, offset));
-            }
+    constexpr int kWords = kKind == Activation::Int16 ? 16 : 8;
+    constexpr int kStepBytes = info.block_bytes() / info.steps();
+    Vec results[kRows];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) results[m] = zero();
+    for (const uint8_t* end = tile + columns / info.columns * info.block_bytes(); tile < end;
+         tile += info.block_bytes()) {
+#pragma GCC unroll 1
+        for (int i = 0; i < info.steps(); ++i) {
+            for (int line = 0; line < kStepBytes; line += 64)
+                __builtin_prefetch(tile + i * kStepBytes + kPrefetchBytes + line);
+            dot_step<kType, kKind, kWidth, kRows>(step_of<kType>(tile, i), words, meta, results);
+            words += kWords * kWidth;
+            meta += kMeta * kWidth;
         }
     }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) store(out + 16 * m, results[m]);
+}
+
+// Columns of a dense tile's block as floats of the 16 rows: f(chain, column, values).
+template <Type kType, class F>
+inline void for_each_dense_column(const uint8_t* block, F&& f) {
+    for (int column = 0; column < kBlock; column += 4)
+        for (int chain = 0; chain < 4; ++chain) {
+            const int64_t at = static_cast<int64_t>(column + chain) * kTileRows;
+            if constexpr (kType == Type::F32) f(chain, column + chain, load(reinterpret_cast<const float*>(block) + at));
+            else if constexpr (kType == Type::F16)
+                f(chain, column + chain, load(reinterpret_cast<const uint16_t*>(block) + at));
+            else f(chain, column + chain, load_bfloat(reinterpret_cast<const uint16_t*>(block) + at));
+        }
+}
+
+// The same for 32 quantized columns, in the order that byte_to_float reads them.
+template <Type kType, class F>
+inline void for_each_column(const Step& step, F&& f) {
+    constexpr TypeInfo info = type_info(kType);
+    constexpr int kPairs = 4 / info.parts();
+    unroll<info.parts()>([&](auto part) {
+        constexpr int kPart = decltype(part)::value;
+        const Vec scale = part_scale<kType>(step, kPart);
+        Vec offset;
+        if constexpr (info.minimum) offset = part_minimum<kType>(step, kPart);
+        else offset = mul(scale, splat(-static_cast<float>(info.offset)));
+        unroll<kPairs>([&](auto index) {
+            constexpr int kPair = kPart * kPairs + decltype(index)::value;
+            Bytes groups[2];
+            load_groups<kType, kPair>(step, groups);
+            for (int which = 0; which < 2; ++which) {
+                const int column = 4 * pair_group(info, kPair, which);
+                f(0, column, fma(byte_to_float<0>(groups[which]), scale, offset));
+                f(1, column + 2, fma(byte_to_float<1>(groups[which]), scale, offset));
+                f(2, column + 1, fma(byte_to_float<2>(groups[which]), scale, offset));
+                f(3, column + 3, fma(byte_to_float<3>(groups[which]), scale, offset));
+            }
+        });
+    });
 }
 
 // The same for float activations: the dequantized weights are exact, four sums a row run side by side.
 template <Type kType, int kWidth, int kRows>
-inline void float_rows(const uint8_t* tile, int64_t blocks, const float* words, float* out) {
+inline void float_rows(const uint8_t* tile, int64_t columns, const float* words, float* out) {
+    constexpr TypeInfo info = type_info(kType);
     Vec sums[kRows][4];
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m)
         for (int chain = 0; chain < 4; ++chain) sums[m][chain] = zero();
-    for (int64_t b = 0; b < blocks; ++b) {
-        for_each_column<kType>(tile, [&](int chain, int column, Vec weight) __attribute__((always_inline)) {
+    const auto add_column = [&](int chain, int column, Vec weight) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-            for (int m = 0; m < kRows; ++m)
-                sums[m][chain] = fma(weight, splat(words[column * kWidth + m]), sums[m][chain]);
-        });
-        tile += type_info(kType).block_bytes();
-        words += kBlock * kWidth;
-    }
+        for (int m = 0; m < kRows; ++m)
+            sums[m][chain] = fma(weight, splat(words[column * kWidth + m]), sums[m][chain]);
+    };
+    for (const uint8_t* end = tile + columns / info.columns * info.block_bytes(); tile < end;
+         tile += info.block_bytes())
+        for (int i = 0; i < info.steps(); ++i) {
+            if constexpr (info.quantized()) for_each_column<kType>(step_of<kType>(tile, i), add_column);
+            else for_each_dense_column<kType>(tile, add_column);
+            words += kBlock * kWidth;
+        }
     for (int m = 0; m < kRows; ++m)
         store(out + 16 * m, add(add(sums[m][0], sums[m][1]), add(sums[m][2], sums[m][3])));
 }
 
 // A tile times the group of kWidth rows: out[kWidth][16].
-using GroupKernel = void (*)(const uint8_t* tile, int64_t blocks, const int32_t* words, const float* meta, float* out);
+using GroupKernel = void (*)(const uint8_t* tile, int64_t columns, const int32_t* words, const float* meta, float* out);
 
 template <Type kType, Activation kKind, int kWidth>
-void group_kernel(const uint8_t* tile, int64_t blocks, const int32_t* words, const float* meta, float* out) {
+void group_kernel(const uint8_t* tile, int64_t columns, const int32_t* words, const float* meta, float* out) {
     if constexpr (kKind == Activation::Float) {
         constexpr int kRows = kWidth < kFloatRows ? kWidth : kFloatRows;
         for (int m = 0; m < kWidth; m += kRows)
-            float_rows<kType, kWidth, kRows>(tile, blocks, reinterpret_cast<const float*>(words) + m, out + 16 * m);
+            float_rows<kType, kWidth, kRows>(tile, columns, reinterpret_cast<const float*>(words) + m, out + 16 * m);
     } else {
         constexpr int kRows = kWidth < kDotRows ? kWidth : kDotRows;
         for (int m = 0; m < kWidth; m += kRows)
-            dot_rows<kType, kKind, kWidth, kRows>(tile, blocks, words + m, meta + m, out + 16 * m);
+            dot_rows<kType, kKind, kWidth, kRows>(tile, columns, words + m, meta + m, out + 16 * m);
     }
 }
 
@@ -167,7 +264,7 @@ GroupKernel kernel_of_width(int width) {
 
 template <Type kType>
 GroupKernel kernel_of_kind(Activation kind, int width) {
-    if constexpr (type_info(kType).quantized) {
+    if constexpr (type_info(kType).quantized()) {
         if (kind == Activation::Int16) return kernel_of_width<kType, Activation::Int16>(width);
         if (kind == Activation::Int8) return kernel_of_width<kType, Activation::Int8>(width);
     }
@@ -183,6 +280,14 @@ GroupKernel find_kernel(Type type, Activation kind, int width) {
         case Type::Q5_0: return kernel_of_kind<Type::Q5_0>(kind, width);
         case Type::Q5_1: return kernel_of_kind<Type::Q5_1>(kind, width);
         case Type::Q8_0: return kernel_of_kind<Type::Q8_0>(kind, width);
+        case Type::Q2_K: return kernel_of_kind<Type::Q2_K>(kind, width);
+        case Type::Q3_K: return kernel_of_kind<Type::Q3_K>(kind, width);
+        case Type::Q4_K: return kernel_of_kind<Type::Q4_K>(kind, width);
+        case Type::Q5_K: return kernel_of_kind<Type::Q5_K>(kind, width);
+        case Type::Q6_K: return kernel_of_kind<Type::Q6_K>(kind, width);
+        case Type::IQ4_NL: return kernel_of_kind<Type::IQ4_NL>(kind, width);
+        case Type::IQ4_XS: return kernel_of_kind<Type::IQ4_XS>(kind, width);
+        case Type::MXFP4: return kernel_of_kind<Type::MXFP4>(kind, width);
         default: return kernel_of_kind<Type::F32>(kind, width);
     }
 }
@@ -209,13 +314,13 @@ inline void write_tile(const float* result, const TileWeight& weight, int64_t ti
 }
 
 void linear(const PackedRows& in, const TileWeight& weight, Range tiles, Range rows, const LinearOut& out) {
-    const int64_t bytes = tile_bytes(weight.type, weight.columns), blocks = weight.columns / kBlock;
+    const int64_t bytes = tile_bytes(weight.type, weight.columns);
     float result[kGroupRows * kTileRows];
     for (int64_t row = rows.begin; row < rows.end;) {
         const int width = group_width(row, in.rows);
         const GroupKernel kernel = find_kernel(weight.type, in.kind, width);
         for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-            kernel(weight.tiles + tile * bytes, blocks, group_words(in, row), group_meta(in, row), result);
+            kernel(weight.tiles + tile * bytes, weight.columns, group_words(in, row), group_meta(in, row), result);
             for (int m = 0; m < width; ++m) write_tile(result + m * kTileRows, weight, tile, out, row + m);
         }
         row += width;
@@ -229,14 +334,14 @@ inline Vec biased(const float* result, const TileWeight& weight, int64_t tile) {
 
 // Two tiles of both weights for one group of rows: product[width][32].
 inline void gated_block(const GatedPair& pair, int64_t block, int64_t row, int width, float* product) {
-    const int64_t blocks = pair.gate.columns / kBlock;
+    const int64_t columns = pair.gate.columns;
     const GroupKernel gate_kernel = find_kernel(pair.gate.type, pair.gate_in.kind, width);
     const GroupKernel up_kernel = find_kernel(pair.up.type, pair.up_in.kind, width);
     float gates[kGroupRows * kTileRows], ups[kGroupRows * kTileRows];
     for (int64_t tile = 2 * block; tile < 2 * block + 2; ++tile) {
-        gate_kernel(pair.gate.tiles + tile * tile_bytes(pair.gate.type, pair.gate.columns), blocks,
+        gate_kernel(pair.gate.tiles + tile * tile_bytes(pair.gate.type, columns), columns,
                     group_words(pair.gate_in, row), group_meta(pair.gate_in, row), gates);
-        up_kernel(pair.up.tiles + tile * tile_bytes(pair.up.type, pair.up.columns), blocks,
+        up_kernel(pair.up.tiles + tile * tile_bytes(pair.up.type, columns), columns,
                   group_words(pair.up_in, row), group_meta(pair.up_in, row), ups);
         for (int m = 0; m < width; ++m) {
             const Vec gate = biased(gates + m * kTileRows, pair.gate, tile);

@@ -1,5 +1,6 @@
 // File blocks to tiles and back to rows. Formats: the GGUF specification (ggml's block structures).
 #include <cstring>
+#include <type_traits>
 
 #include "api.h"
 #include "formats.h"
@@ -8,6 +9,9 @@
 
 namespace aph {
 namespace {
+
+constexpr int kMostSteps = 8;           // of 32 columns, in a block
+constexpr int kWordsOfStep = kBlock / 4;
 
 // Byte of a word where column c of a group of four lies, and the reverse (the map is its own inverse).
 constexpr int kByteOf[4] = {0, 2, 1, 3};
@@ -21,62 +25,237 @@ uint32_t load_word(const uint8_t* bytes) {
 // Columns 0 1 2 3 in bytes 0 1 2 3 -> bytes 0 2 1 3.
 uint32_t reorder(uint32_t word) { return (word & 0xff0000ff) | (word & 0xff00) << 8 | (word >> 8 & 0xff00); }
 
+// One row's block, taken apart.
+struct RowBlock {
+    uint32_t words[kMostSteps * kWordsOfStep];  // unsigned quants, four columns a word in their order
+    uint8_t units[4];                           // as in a tile: f16 or u8, then the minima's f16
+    uint8_t factors[2 * 16];                    // as in a tile: bytes of each part
+};
+
+constexpr uint32_t kNibbles = 0x0f0f0f0f, kPairs = 0x03030303, kOnes = 0x01010101;
+
+// 32 quants whose low nibbles are the first 16 columns.
+void take_nibbles(const uint8_t* file, uint32_t* words) {
+    for (int i = 0; i < 4; ++i) {
+        words[i] = load_word(file + 4 * i) & kNibbles;
+        words[i + 4] = load_word(file + 4 * i) >> 4 & kNibbles;
+    }
+}
+
+void take_unit(const uint8_t* file, uint8_t* unit) { std::memcpy(unit, file, 2); }
+
+// Minima are added in a tile and subtracted in the files of K types.
+void take_negative_unit(const uint8_t* file, uint8_t* unit) {
+    unit[0] = file[0];
+    unit[1] = file[1] ^ 0x80;
+}
+
+// Blocks of 32 columns: the unit, (the minimum's,) (32 fifth bits,) quants.
+template <Type kType>
+void take_plain(const uint8_t* file, RowBlock& out) {
+    constexpr TypeInfo info = type_info(kType);
+    constexpr int kUnits = info.scales == Scales::Power ? 1 : info.minimum ? 4 : 2;
+    std::memcpy(out.units, file, kUnits);
+    file += kUnits;
+    if constexpr (info.bits == 8) {
+        for (int i = 0; i < kWordsOfStep; ++i) out.words[i] = load_word(file + 4 * i) ^ 0x80808080;
+    } else if constexpr (info.bits == 5) {
+        const uint32_t high = load_word(file);
+        take_nibbles(file + 4, out.words);
+        // Four bits, spread to the fifth bit of four bytes by a product that puts bit b at 8 b + 4.
+        for (int i = 0; i < kWordsOfStep; ++i)
+            out.words[i] |= (high >> 4 * i & 15) * 0x02040810u & 0x10101010u;
+    } else {
+        take_nibbles(file, out.words);
+    }
+}
+
+// 4 and 5 bits: d, dmin, 12 bytes of 6-bit scales and minima, (32 bytes of fifth bits,) 128 bytes of nibbles. The scales
+// and minima of parts 4 to 7 have their low nibbles in the last four of the twelve, the rest above those of parts 0 to 3.
+template <bool kFifth>
+void take_q45_k(const uint8_t* file, RowBlock& out) {
+    take_unit(file, out.units);
+    take_negative_unit(file + 2, out.units + 2);
+    const uint8_t *scales = file + 4, *minima = file + 8, *low = file + 12, *high = file + 16;
+    for (int i = 0; i < 4; ++i) {
+        out.factors[2 * i] = scales[i] & 63;
+        out.factors[2 * i + 1] = minima[i] & 63;
+        out.factors[2 * i + 8] = (low[i] & 15) | (scales[i] >> 6) << 4;
+        out.factors[2 * i + 9] = low[i] >> 4 | (minima[i] >> 6) << 4;
+    }
+    const uint8_t* quants = file + (kFifth ? 48 : 16);
+    for (int step = 0; step < 8; ++step)
+        for (int i = 0; i < kWordsOfStep; ++i) {
+            uint32_t word = load_word(quants + 32 * (step / 2) + 4 * i) >> 4 * (step % 2) & kNibbles;
+            if (kFifth) word |= (load_word(high + 4 * i) >> step & kOnes) << 4;
+            out.words[kWordsOfStep * step + i] = word;
+        }
+}
+
+// 128 bytes of low nibbles, 64 of high pairs, sixteen i8 scales, d.
+void take_q6_k(const uint8_t* file, RowBlock& out) {
+    take_unit(file + 208, out.units);
+    std::memcpy(out.factors, file + 192, 16);
+    for (int step = 0; step < 8; ++step) {
+        const int half = step / 4, plane = step % 4;
+        for (int i = 0; i < kWordsOfStep; ++i) {
+            const uint32_t low = load_word(file + 64 * half + 32 * (plane % 2) + 4 * i) >> 4 * (plane / 2) & kNibbles;
+            const uint32_t high = load_word(file + 128 + 32 * half + 4 * i) >> 2 * plane & kPairs;
+            out.words[kWordsOfStep * step + i] = low | high << 4;
+        }
+    }
+}
+
+// 32 bytes of third bits, 64 of low pairs, 12 of sixteen 6-bit scales (low nibbles, then pairs), d.
+void take_q3_k(const uint8_t* file, RowBlock& out) {
+    take_unit(file + 108, out.units);
+    const uint8_t* scales = file + 96;
+    for (int part = 0; part < 16; ++part) {
+        const int low = scales[part % 8] >> 4 * (part / 8) & 15, high = scales[8 + part % 4] >> 2 * (part / 4) & 3;
+        out.factors[part] = static_cast<uint8_t>((low | high << 4) - 32);
+    }
+    for (int step = 0; step < 8; ++step)
+        for (int i = 0; i < kWordsOfStep; ++i) {
+            const uint32_t low = load_word(file + 32 + 32 * (step / 4) + 4 * i) >> 2 * (step % 4) & kPairs;
+            out.words[kWordsOfStep * step + i] = low | (load_word(file + 4 * i) >> step & kOnes) << 2;
+        }
+}
+
+// 16 bytes of scales and minima, 64 of quants, d, dmin.
+void take_q2_k(const uint8_t* file, RowBlock& out) {
+    take_unit(file + 80, out.units);
+    take_negative_unit(file + 82, out.units + 2);
+    std::memcpy(out.factors, file, 16);
+    for (int step = 0; step < 8; ++step)
+        for (int i = 0; i < kWordsOfStep; ++i)
+            out.words[kWordsOfStep * step + i] = load_word(file + 16 + 32 * (step / 4) + 4 * i) >> 2 * (step % 4) & kPairs;
+}
+
+// d, the high pairs of eight 6-bit scales, their low nibbles, 128 bytes of codes.
+void take_iq4_xs(const uint8_t* file, RowBlock& out) {
+    take_unit(file, out.units);
+    const int high = file[2] | file[3] << 8;
+    for (int step = 0; step < 8; ++step) {
+        const int low = file[4 + step / 2] >> 4 * (step % 2) & 15;
+        out.factors[step] = static_cast<uint8_t>((low | (high >> 2 * step & 3) << 4) - 32);
+        take_nibbles(file + 8 + 16 * step, out.words + kWordsOfStep * step);
+    }
+}
+
+template <Type kType>
+void take_block(const uint8_t* file, RowBlock& out) {
+    switch (kType) {
+        case Type::Q2_K: return take_q2_k(file, out);
+        case Type::Q3_K: return take_q3_k(file, out);
+        case Type::Q4_K: return take_q45_k<false>(file, out);
+        case Type::Q5_K: return take_q45_k<true>(file, out);
+        case Type::Q6_K: return take_q6_k(file, out);
+        case Type::IQ4_XS: return take_iq4_xs(file, out);
+        default: return take_plain<kType>(file, out);
+    }
+}
+
+// 32 columns of quants into lane `lane` of zeroed memory.
+template <Type kType>
+void put_step(const uint32_t* words, uint8_t* high, uint8_t* quants, int lane) {
+    constexpr TypeInfo info = type_info(kType);
+    constexpr int kLow = info.low_bits();
+    uint32_t* stored = reinterpret_cast<uint32_t*>(quants) + lane;
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(high) + lane;
+    for (int i = 0; i < 4; ++i) {
+        const int first = pair_group(info, i, 0), second = pair_group(info, i, 1);
+        if constexpr (kLow == 8) {
+            stored[first * kTileRows] = reorder(words[first]);
+            stored[second * kTileRows] = reorder(words[second]);
+        } else if constexpr (kLow == 4) {
+            stored[i * kTileRows] = reorder((words[first] & kNibbles) | (words[second] & kNibbles) << 4);
+        }
+    }
+    for (int quad = 0; quad < 2; ++quad) {
+        const uint32_t* w = words + 4 * quad;
+        const auto joined = [w](int from) {
+            return (w[0] >> from & kPairs) | (w[1] >> from & kPairs) << 2 | (w[2] >> from & kPairs) << 4 |
+                   (w[3] >> from & kPairs) << 6;
+        };
+        if constexpr (kLow == 2) stored[quad * kTileRows] = reorder(joined(0));
+        if constexpr (info.high_bits() == 2) pairs[quad * kTileRows] = reorder(joined(4));
+    }
+    if constexpr (info.high_bits() == 1) {
+        for (int group = 0; group < kWordsOfStep; ++group) {
+            // The product gathers the lowest bits of four bytes in its highest byte, reordered.
+            const uint32_t bits = (words[group] >> kLow & kOnes) * 0x01040208u >> 24 & 15;
+            high[8 * group + lane / 2] |= bits << lane % 2 * 4;
+        }
+    }
+}
+
+// A row's block into lane `lane` of a tile's zeroed block.
+template <Type kType>
+void put_block(const RowBlock& row, uint8_t* block, int lane) {
+    constexpr TypeInfo info = type_info(kType);
+    constexpr int kUnit = info.scales == Scales::Power ? 1 : 2;
+    std::memcpy(block + kUnit * lane, row.units, kUnit);
+    if (info.minimum) std::memcpy(block + 32 + 2 * lane, row.units + 2, 2);
+    constexpr int kFactors = info.columns / info.part * info.part_bytes() / kTileRows;
+    for (int i = 0; i < kFactors; ++i) block[info.factors_offset() + i * kTileRows + lane] = row.factors[i];
+    for (int step = 0; step < info.steps(); ++step)
+        put_step<kType>(row.words + kWordsOfStep * step, block + info.high_offset() + step * info.high_bytes(),
+                        block + info.quants_offset() + step * info.quant_bytes(), lane);
+}
+
 struct Repack {
-    Type type;
     const uint8_t* source;
     int64_t rows, columns, row_bytes;
     uint8_t* tiles;
 };
 
-// One row's block of 32 columns into lane `lane` of a tile's block.
-void put_block(Type type, const TypeInfo& info, const uint8_t* file, uint8_t* block, int lane) {
-    std::memcpy(block + 2 * lane, file, 2);
-    file += 2;
-    if (info.minimum) {
-        std::memcpy(block + 32 + 2 * lane, file, 2);
-        file += 2;
-    }
-    uint32_t* quants = reinterpret_cast<uint32_t*>(block + info.quants_offset());
-    if (type == Type::Q8_0) {
-        for (int group = 0; group < 8; ++group)
-            quants[group * kTileRows + lane] = reorder(load_word(file + 4 * group) ^ 0x80808080);
-        return;
-    }
-    if (info.bits == 5) {
-        const uint32_t high = load_word(file);
-        file += 4;
-        uint64_t* planes = reinterpret_cast<uint64_t*>(block + info.high_offset());
-        for (int column = 0; column < kBlock; ++column)
-            planes[column / 4] |= static_cast<uint64_t>(high >> column & 1) << (4 * lane + kByteOf[column % 4]);
-    }
-    for (int word = 0; word < 4; ++word) quants[word * kTileRows + lane] = reorder(load_word(file + 4 * word));
-}
-
+template <class Element>
 void put_dense(const Repack& job, const uint8_t* row, uint8_t* tile, int lane) {
-    if (job.type == Type::F32) {
-        for (int64_t column = 0; column < job.columns; ++column)
-            std::memcpy(tile + 4 * (column * kTileRows + lane), row + 4 * column, 4);
-    } else {
-        for (int64_t column = 0; column < job.columns; ++column)
-            std::memcpy(tile + 2 * (column * kTileRows + lane), row + 2 * column, 2);
-    }
+    for (int64_t column = 0; column < job.columns; ++column)
+        std::memcpy(tile + sizeof(Element) * (column * kTileRows + lane), row + sizeof(Element) * column, sizeof(Element));
 }
 
+template <Type kType>
 void repack_tile(const Repack& job, int64_t index) {
-    const TypeInfo info = type_info(job.type);
-    const int64_t bytes = tile_bytes(job.type, job.columns);
+    constexpr TypeInfo info = type_info(kType);
+    const int64_t bytes = tile_bytes(kType, job.columns), first = index * kTileRows;
+    const int lanes = static_cast<int>(job.rows - first < kTileRows ? job.rows - first : kTileRows);
+    const uint8_t* source = job.source + first * job.row_bytes;
     uint8_t* tile = job.tiles + index * bytes;
     std::memset(tile, 0, bytes);
-    for (int lane = 0; lane < kTileRows; ++lane) {
-        const int64_t row = index * kTileRows + lane;
-        if (row >= job.rows) break;
-        const uint8_t* file = job.source + row * job.row_bytes;
-        if (!info.quantized) {
-            put_dense(job, file, tile, lane);
-            continue;
-        }
-        for (int64_t b = 0; b < job.columns / kBlock; ++b)
-            put_block(job.type, info, file + b * info.file_bytes, tile + b * info.block_bytes(), lane);
+    if constexpr (!info.quantized()) {
+        using Element = std::conditional_t<info.bits == 32, uint32_t, uint16_t>;
+        for (int lane = 0; lane < lanes; ++lane) put_dense<Element>(job, source + lane * job.row_bytes, tile, lane);
+    } else {
+        RowBlock row;
+        for (int64_t b = 0; b < job.columns / info.columns; ++b)
+            for (int lane = 0; lane < lanes; ++lane) {
+                take_block<kType>(source + lane * job.row_bytes + b * info.file_bytes, row);
+                put_block<kType>(row, tile + b * info.block_bytes(), lane);
+            }
+    }
+}
+
+using TileRepacker = void (*)(const Repack& job, int64_t index);
+
+TileRepacker find_repacker(Type type) {
+    switch (type) {
+        case Type::F16: return repack_tile<Type::F16>;
+        case Type::BF16: return repack_tile<Type::BF16>;
+        case Type::Q4_0: return repack_tile<Type::Q4_0>;
+        case Type::Q4_1: return repack_tile<Type::Q4_1>;
+        case Type::Q5_0: return repack_tile<Type::Q5_0>;
+        case Type::Q5_1: return repack_tile<Type::Q5_1>;
+        case Type::Q8_0: return repack_tile<Type::Q8_0>;
+        case Type::Q2_K: return repack_tile<Type::Q2_K>;
+        case Type::Q3_K: return repack_tile<Type::Q3_K>;
+        case Type::Q4_K: return repack_tile<Type::Q4_K>;
+        case Type::Q5_K: return repack_tile<Type::Q5_K>;
+        case Type::Q6_K: return repack_tile<Type::Q6_K>;
+        case Type::IQ4_NL: return repack_tile<Type::IQ4_NL>;
+        case Type::IQ4_XS: return repack_tile<Type::IQ4_XS>;
+        case Type::MXFP4: return repack_tile<Type::MXFP4>;
+        default: return repack_tile<Type::F32>;
     }
 }
 
@@ -87,27 +266,44 @@ float dense_value(Type type, const uint8_t* tile, int64_t index) {
     return type == Type::F16 ? half_to_float(bits) : bfloat_to_float(bits);
 }
 
-void unpack_block(const TypeInfo& info, const uint8_t* block, int lane, float* out) {
+float half_at(const uint8_t* bytes) {
     uint16_t bits;
-    std::memcpy(&bits, block + 2 * lane, 2);
-    const float scale = half_to_float(bits);
-    float minimum = 0;
-    if (info.minimum) {
-        std::memcpy(&bits, block + 32 + 2 * lane, 2);
-        minimum = half_to_float(bits);
+    std::memcpy(&bits, bytes, 2);
+    return half_to_float(bits);
+}
+
+// Scale and minimum of a part of a lane, counted from the block's first.
+struct PartScale {
+    float scale, minimum;
+};
+
+PartScale part_of(const TypeInfo& info, const uint8_t* block, int part, int lane) {
+    if (info.scales == Scales::Power)
+        return {bits_to_float(block[lane] == 0 ? 0 : static_cast<uint32_t>(block[lane] - 1) << 23), 0};
+    const float unit = half_at(block + 2 * lane), low = info.minimum ? half_at(block + 32 + 2 * lane) : 0;
+    const uint8_t* factors = block + info.factors_offset() + part * info.part_bytes() + lane;
+    switch (info.scales) {
+        case Scales::Signed: return {unit * static_cast<int8_t>(*factors), 0};
+        case Scales::Pair: return {unit * factors[0], low * factors[16]};
+        case Scales::NibblePair: return {unit * (*factors & 15), low * (*factors >> 4)};
+        default: return {unit, low};
     }
-    for (int column = 0; column < kBlock; ++column) {
-        const int group = column / 4, byte = kByteOf[column % 4];
-        const int stored = info.bits == 8 ? group : group % 4;
-        int quant = block[info.quants_offset() + stored * 64 + lane * 4 + byte];
-        if (info.bits != 8) quant = group < 4 ? quant & 15 : quant >> 4;
-        if (info.bits == 5) {
-            uint64_t plane;
-            std::memcpy(&plane, block + info.high_offset() + 8 * group, 8);
-            quant |= static_cast<int>(plane >> (4 * lane + byte) & 1) << 4;
-        }
-        out[column] = static_cast<float>(quant - info.offset) * scale + minimum;
+}
+
+int quant_of(const TypeInfo& info, const uint8_t* block, int column, int lane) {
+    const int step = column / kBlock, group = column % kBlock / 4, byte = lane * 4 + kByteOf[column % 4];
+    const uint8_t* quants = block + info.quants_offset() + step * info.quant_bytes() + byte;
+    const uint8_t* high = block + info.high_offset() + step * info.high_bytes();
+    int quant = 0;
+    if (info.low_bits() == 8) quant = quants[64 * group];
+    if (info.low_bits() == 2) quant = quants[64 * (group / 4)] >> 2 * (group % 4) & 3;
+    if (info.low_bits() == 4) {
+        const bool halves = info.part == kBlock;  // see pair_group
+        quant = quants[64 * (halves ? group % 4 : group / 2)] >> 4 * (halves ? group / 4 : group % 2) & 15;
     }
+    if (info.high_bits() == 2) quant |= (high[64 * (group / 4) + byte] >> 2 * (group % 4) & 3) << 4;
+    if (info.high_bits() == 1) quant |= (high[8 * group + byte / 8] >> byte % 8 & 1) << info.low_bits();
+    return info.values != nullptr ? info.values[quant] : quant;
 }
 
 }  // namespace
@@ -117,13 +313,19 @@ void tile_row(Type type, const uint8_t* tiles, int64_t columns, int64_t row, flo
     const TypeInfo info = type_info(type);
     const uint8_t* tile = tiles + row / kTileRows * tile_bytes(type, columns);
     const int lane = static_cast<int>(row % kTileRows);
-    if (!info.quantized) {
+    if (!info.quantized()) {
         for (int64_t column = 0; column < columns; ++column)
             out[column] = dense_value(type, tile, column * kTileRows + lane);
         return;
     }
-    for (int64_t b = 0; b < columns / kBlock; ++b)
-        unpack_block(info, tile + b * info.block_bytes(), lane, out + b * kBlock);
+    for (int64_t first = 0; first < columns; first += info.part) {
+        const uint8_t* block = tile + first / info.columns * info.block_bytes();
+        const int column = static_cast<int>(first % info.columns);
+        const PartScale part = part_of(info, block, column / info.part, lane);
+        for (int i = 0; i < info.part; ++i)
+            out[first + i] =
+                static_cast<float>(quant_of(info, block, column + i, lane) - info.offset) * part.scale + part.minimum;
+    }
 }
 
 }  // namespace aph
@@ -131,15 +333,24 @@ void tile_row(Type type, const uint8_t* tiles, int64_t columns, int64_t row, flo
 // Bytes of the tiles of a [rows, columns] weight; 0 for a type or shape that has no tile layout.
 APH_API int64_t aph_tiles_bytes(int32_t type, int64_t rows, int64_t columns) {
     const aph::Type kind = static_cast<aph::Type>(type);
-    if (aph::type_info(kind).bits == 0 || rows <= 0 || columns <= 0 || columns % aph::kBlock != 0) return 0;
+    const aph::TypeInfo info = aph::type_info(kind);
+    if (info.bits == 0 || rows <= 0 || columns <= 0 || columns % info.columns != 0) return 0;
     return aph::tile_count(rows) * aph::tile_bytes(kind, columns);
 }
 
-// Repacks a weight from its file's rows (contiguous, columns a multiple of 32) into `tiles`.
+// Repacks a weight from its file's rows (contiguous, columns a multiple of the type's) into `tiles`.
 APH_API void aph_repack(int32_t type, const uint8_t* source, int64_t rows, int64_t columns, uint8_t* tiles) {
     const aph::Type kind = static_cast<aph::Type>(type);
-    aph::Repack job{kind, source, rows, columns, columns / aph::kBlock * aph::type_info(kind).file_bytes, tiles};
+    const aph::TypeInfo info = aph::type_info(kind);
+    struct Job {
+        aph::Repack repack;
+        aph::TileRepacker tile;
+    } job{{source, rows, columns, columns / info.columns * info.file_bytes, tiles}, aph::find_repacker(kind)};
     aph::parallel_for(
         aph::tile_count(rows),
-        [](void* context, int64_t tile, int) { aph::repack_tile(*static_cast<aph::Repack*>(context), tile); }, &job);
+        [](void* context, int64_t tile, int) {
+            const Job& work = *static_cast<Job*>(context);
+            work.tile(work.repack, tile);
+        },
+        &job);
 }

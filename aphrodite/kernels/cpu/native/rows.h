@@ -11,14 +11,15 @@ namespace {
 // Quantizes 32 values to `kBits` bits, scale = largest magnitude / largest quant. A value that is not finite makes the
 // scale so too, and thereby the logits of its own row.
 template <int kBits>
-inline void quantize_block(const float* x, int32_t* quants, float& scale, int32_t& total) {
+inline void quantize_block(const float* x, int32_t* quants, float& scale, int32_t* sums) {
     constexpr float kLargest = kBits == 16 ? 32767.0f : 127.0f;
     const Vec a = load(x), b = load(x + 16);
     const float largest = largest_magnitude(a, b);
     const Vec inverse = splat(largest > 0 ? kLargest / largest : 0.0f);
     const IVec qa = to_int(mul(a, inverse)), qb = to_int(mul(b, inverse));
     scale = largest * (1.0f / kLargest);
-    total = sum(add(qa, qb));
+    sums[0] = sum(qa);
+    sums[1] = sum(qb);
     if (kBits == 16) {
         store_shorts(reinterpret_cast<int16_t*>(quants), qa);
         store_shorts(reinterpret_cast<int16_t*>(quants) + 16, qb);
@@ -40,15 +41,15 @@ inline void pack_quantized(const float* x, int64_t stride, int width, int32_t* w
     int32_t quants[kWords];
     for (int m = 0; m < width; ++m) {
         float scale;
-        int32_t total;
+        int32_t sums[2];
         int32_t* target = width == 1 ? words : quants;
-        quantize_block<kBits>(x + m * stride, target, scale, total);
+        quantize_block<kBits>(x + m * stride, target, scale, sums);
         if (width > 1)
             for (int i = 0; i < kWords; ++i) words[i * width + m] = quants[i];
         meta[m] = scale;
-        meta[width + m] = scale * static_cast<float>(total);
-        const int32_t negative = -total;
-        std::memcpy(meta + 2 * width + m, &negative, sizeof negative);
+        meta[width + m] = scale * static_cast<float>(sums[0] + sums[1]);
+        const int32_t negative[3] = {-sums[0] - sums[1], -sums[0], -sums[1]};
+        for (int i = 0; i < 3; ++i) std::memcpy(meta + (2 + i) * width + m, negative + i, sizeof *negative);
     }
 }
 
@@ -62,7 +63,7 @@ inline void pack_block(const float* x, int64_t stride, int64_t row, int64_t bloc
             for (int i = 0; i < kBlock; ++i) floats[i * width + m] = x[m * stride + i];
         return;
     }
-    float* meta = out.meta + row * out.row_meta() + block * 3 * width;
+    float* meta = out.meta + row * out.row_meta() + block * kMeta * width;
     if (out.kind == Activation::Int16)
         pack_quantized<16>(x, stride, width, words + block * 16 * width, meta);
     else

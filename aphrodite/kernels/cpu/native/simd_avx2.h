@@ -35,6 +35,35 @@ inline __m256 bfloat_to_float8(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16));
 }
 inline Vec load_bfloat(const uint16_t* p) { return {bfloat_to_float8(p), bfloat_to_float8(p + 8)}; }
+inline IVec load_widened(const uint8_t* p) {
+    const __m128i bytes = load_128(p);
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+inline Vec load_signed(const uint8_t* p) {
+    const __m128i bytes = load_128(p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline Vec load_unsigned(const uint8_t* p) {
+    const IVec wide = load_widened(p);
+    return {_mm256_cvtepi32_ps(wide.lo), _mm256_cvtepi32_ps(wide.hi)};
+}
+inline Vec load_low(const uint8_t* p) {
+    const IVec wide = load_widened(p);
+    const __m256i mask = _mm256_set1_epi32(15);
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(wide.lo, mask)), _mm256_cvtepi32_ps(_mm256_and_si256(wide.hi, mask))};
+}
+inline Vec load_high(const uint8_t* p) {
+    const IVec wide = load_widened(p);
+    return {_mm256_cvtepi32_ps(_mm256_srli_epi32(wide.lo, 4)), _mm256_cvtepi32_ps(_mm256_srli_epi32(wide.hi, 4))};
+}
+inline Vec load_power(const uint8_t* p) {
+    const IVec wide = load_widened(p);
+    const auto power = [](__m256i exponent) {
+        const __m256i less = _mm256_subs_epu16(exponent, _mm256_set1_epi32(1));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(less, 23));
+    };
+    return {power(wide.lo), power(wide.hi)};
+}
 inline void store(float* p, Vec a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
@@ -130,16 +159,35 @@ inline Bytes low_nibbles(Bytes a) {
 inline Bytes high_nibbles(Bytes a) {
     return low_nibbles({_mm256_srli_epi32(a.lo, 4), _mm256_srli_epi32(a.hi, 4)});
 }
-// 16 in every byte whose bit of the 32 is set.
-inline __m256i fifth_bits(const uint8_t* plane) {
+template <int kShift>
+inline Bytes bit_pairs(Bytes a) {
+    const __m256i mask = _mm256_set1_epi8(3);
+    return {_mm256_and_si256(_mm256_srli_epi32(a.lo, kShift), mask), _mm256_and_si256(_mm256_srli_epi32(a.hi, kShift), mask)};
+}
+// kValue in every byte whose bit of the 32 is set.
+template <int kValue>
+inline __m256i bit_values(const uint8_t* plane) {
     const __m256i bits = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(plane));
     const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i select = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
     const __m256i bytes = _mm256_and_si256(_mm256_shuffle_epi8(bits, spread), select);
-    return _mm256_and_si256(_mm256_cmpeq_epi8(bytes, select), _mm256_set1_epi8(16));
+    return _mm256_and_si256(_mm256_cmpeq_epi8(bytes, select), _mm256_set1_epi8(kValue));
 }
-inline Bytes add_fifth_bit(Bytes a, const uint8_t* plane) {
-    return {_mm256_or_si256(a.lo, fifth_bits(plane)), _mm256_or_si256(a.hi, fifth_bits(plane + 4))};
+template <int kValue>
+inline Bytes add_bit(Bytes a, const uint8_t* plane) {
+    return {_mm256_or_si256(a.lo, bit_values<kValue>(plane)), _mm256_or_si256(a.hi, bit_values<kValue>(plane + 4))};
+}
+template <int kPair>
+inline Bytes add_pairs(Bytes a, Bytes pairs) {
+    const auto add = [](__m256i x, __m256i p) {
+        const __m256i moved = kPair < 2 ? _mm256_slli_epi32(p, 4 - 2 * kPair) : _mm256_srli_epi32(p, 2 * kPair - 4);
+        return _mm256_or_si256(x, _mm256_and_si256(moved, _mm256_set1_epi8(0x30)));
+    };
+    return {add(a.lo, pairs.lo), add(a.hi, pairs.hi)};
+}
+inline Bytes look_up(Bytes a, const uint8_t* values) {
+    const __m256i table = _mm256_broadcastsi128_si256(load_128(values));
+    return {_mm256_shuffle_epi8(table, a.lo), _mm256_shuffle_epi8(table, a.hi)};
 }
 inline Shorts even_bytes(Bytes a) {
     const __m256i mask = _mm256_set1_epi32(0x00ff00ff);

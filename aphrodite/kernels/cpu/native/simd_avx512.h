@@ -34,6 +34,21 @@ inline Vec load_bfloat(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+inline __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline Vec load_signed(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p)))}; }
+inline Vec load_unsigned(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_128(p)))}; }
+// The nibbles of 16 bytes.
+inline Vec load_low(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_cvtepu8_epi32(load_128(p)), _mm512_set1_epi32(15)))};
+}
+inline Vec load_high(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(load_128(p)), 4))};
+}
+// 2^(byte - 128); 0 where that is subnormal
+inline Vec load_power(const uint8_t* p) {
+    const __m512i exponent = _mm512_subs_epu16(_mm512_cvtepu8_epi32(load_128(p)), _mm512_set1_epi32(1));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(uint16_t* half, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(half), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
@@ -89,10 +104,26 @@ inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_ep
 inline Bytes high_nibbles(Bytes a) {
     return {_mm512_and_si512(_mm512_srli_epi32(a.v, 4), _mm512_set1_epi8(15))};
 }
-// Adds 16 to the bytes whose bit is set in the 64-bit plane.
-inline Bytes add_fifth_bit(Bytes a, const uint8_t* plane) {
+// Two bits of every byte.
+template <int kShift>
+inline Bytes bit_pairs(Bytes a) {
+    return {_mm512_and_si512(_mm512_srli_epi32(a.v, kShift), _mm512_set1_epi8(3))};
+}
+// Adds kValue to the bytes whose bit is set in the 64-bit plane.
+template <int kValue>
+inline Bytes add_bit(Bytes a, const uint8_t* plane) {
     const __mmask64 mask = *reinterpret_cast<const uint64_t*>(plane);
-    return {_mm512_mask_add_epi8(a.v, mask, a.v, _mm512_set1_epi8(16))};
+    return {_mm512_mask_add_epi8(a.v, mask, a.v, _mm512_set1_epi8(kValue))};
+}
+// Makes bit pair kPair of every byte of `pairs` the bits above a's four.
+template <int kPair>
+inline Bytes add_pairs(Bytes a, Bytes pairs) {
+    const __m512i moved = kPair < 2 ? _mm512_slli_epi32(pairs.v, 4 - 2 * kPair) : _mm512_srli_epi32(pairs.v, 2 * kPair - 4);
+    return {_mm512_or_si512(a.v, _mm512_and_si512(moved, _mm512_set1_epi8(0x30)))};
+}
+// values[byte] of bytes below 16
+inline Bytes look_up(Bytes a, const uint8_t* values) {
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_128(values)), a.v)};
 }
 inline Shorts even_bytes(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0x00ff00ff))}; }
 inline Shorts odd_bytes(Bytes a) { return {_mm512_srli_epi16(a.v, 8)}; }

@@ -74,6 +74,27 @@ inline Vec load_bfloat(const uint16_t* p) {
     return each<Vec>(
         [=](int i) { return (Float4)(__builtin_convertvector(load_part<Half4>(p + 4 * i), Word4) << 16); });
 }
+template <class F>
+inline Vec load_each(const uint8_t* p, F value) {
+    float lanes[16];
+    for (int i = 0; i < 16; ++i) lanes[i] = static_cast<float>(value(p[i]));
+    return load(lanes);
+}
+inline Vec load_signed(const uint8_t* p) {
+    return load_each(p, [](uint8_t x) { return static_cast<int8_t>(x); });
+}
+inline Vec load_unsigned(const uint8_t* p) {
+    return load_each(p, [](uint8_t x) { return x; });
+}
+inline Vec load_low(const uint8_t* p) {
+    return load_each(p, [](uint8_t x) { return x & 15; });
+}
+inline Vec load_high(const uint8_t* p) {
+    return load_each(p, [](uint8_t x) { return x >> 4; });
+}
+inline Vec load_power(const uint8_t* p) {
+    return load_each(p, [](uint8_t x) { return bits_to_float(x == 0 ? 0 : static_cast<uint32_t>(x - 1) << 23); });
+}
 inline void store(float* p, const Vec& a) { std::memcpy(p, a.v, sizeof a.v); }
 inline void store(uint16_t* half, const Vec& a) {
     float lanes[16];
@@ -186,13 +207,32 @@ inline Bytes low_nibbles(const Bytes& a) {
 inline Bytes high_nibbles(const Bytes& a) {
     return each<Bytes>([&](int i) { return a.v[i] >> 4 & 0x0f0f0f0f; });
 }
-inline Bytes add_fifth_bit(const Bytes& a, const uint8_t* plane) {
-    // Four bits, spread to the fifth bit of four bytes by a product that puts bit b at 8 b + 4.
-    const auto spread = [](uint32_t bits) { return (bits & 15) * 0x02040810u & 0x10101010u; };
+template <int kShift>
+inline Bytes bit_pairs(const Bytes& a) {
+    return each<Bytes>([&](int i) { return a.v[i] >> kShift & 0x03030303; });
+}
+template <int kValue>
+inline Bytes add_bit(const Bytes& a, const uint8_t* plane) {
+    // Four bits, spread to the lowest bit of four bytes by a product that puts bit b at 8 b.
+    const auto spread = [](uint32_t bits) { return ((bits & 15) * 0x00204081u & 0x01010101u) * kValue; };
     return each<Bytes>([&](int i) {
         const uint32_t low = plane[2 * i], high = plane[2 * i + 1];
         return a.v[i] | Word4{spread(low), spread(low >> 4), spread(high), spread(high >> 4)};
     });
+}
+template <int kPair>
+inline Bytes add_pairs(const Bytes& a, const Bytes& pairs) {
+    return each<Bytes>([&](int i) {
+        const Word4 moved = kPair < 2 ? pairs.v[i] << (kPair < 2 ? 4 - 2 * kPair : 0)
+                                      : pairs.v[i] >> (kPair < 2 ? 0 : 2 * kPair - 4);
+        return a.v[i] | (moved & 0x30303030);
+    });
+}
+inline Bytes look_up(const Bytes& a, const uint8_t* values) {
+    uint8_t bytes[64];
+    std::memcpy(bytes, a.v, sizeof bytes);
+    for (uint8_t& byte : bytes) byte = values[byte];
+    return each<Bytes>([&](int i) { return load_part<Word4>(bytes + 16 * i); });
 }
 inline Shorts even_bytes(const Bytes& a) {
     return each<Shorts>([&](int i) { return a.v[i] & 0x00ff00ff; });
