@@ -74,7 +74,7 @@ def _compile(source: _Source, tokenizer: Tokenizer) -> ChatTemplate:
     if source.row is not None and not tokenizer.adds_bos:  # a library template leaves that to the tokenizer
         bos = None
     try:
-        return ChatTemplate(
+        template = ChatTemplate(
             source.text,
             bos_token=bos,
             eos_token=eos,
@@ -83,8 +83,10 @@ def _compile(source: _Source, tokenizer: Tokenizer) -> ChatTemplate:
             name=source.name,
             stop=source.row.stop if source.row is not None else (),
         )
+        logger.debug("%s: %s", template.name, template.traits)  # found out now, not while a request waits
     except InvalidRequestError as error:
         raise ModelFormatError(f"{error} Choose another with --chat-template ({_names()}, or a file).") from None
+    return template
 
 
 def _sound(text: str | None, name: str) -> str | None:

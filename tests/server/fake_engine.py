@@ -54,6 +54,8 @@ class FakeModel:
     aliases: tuple[str, ...] = ("story-alias",)
     root: str = "story.gguf"
     max_model_len: int = 512
+    max_num_seqs: int = 4
+    num_cache_tokens: int = 2048
     vocab_size: int = 258
     max_logprobs: int = 20
     created: int = 1_700_000_000
@@ -79,7 +81,7 @@ class FakeEngine:
 
     model: FakeModel = field(default_factory=FakeModel)
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
-    chat_template: ChatTemplate | None = field(default_factory=lambda: ChatTemplate(TEMPLATE))
+    chat_template: ChatTemplate = field(default_factory=lambda: ChatTemplate(TEMPLATE))
     max_running: int = 10_000
     hold_after: int | None = None
     fail_after: int | None = None

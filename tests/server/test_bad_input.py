@@ -157,6 +157,7 @@ ACCEPTED: dict[str, set[str]] = {
     "continue_final_message": set(),
     "chat_template": set(),
     "chat_template_kwargs": {"object", "empty object"},
+    "documents": {"empty list"},
 }
 OBJECTS = {"object", "empty object", "bias out of vocabulary", "bias beyond"}
 

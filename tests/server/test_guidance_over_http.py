@@ -75,8 +75,8 @@ async def test_what_does_not_fit_or_is_no_text_is_refused_by_name(
     assert not server.engine.seen
 
 
-async def test_a_template_that_takes_no_system_message_names_the_field(server: RunningServer) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + TEMPLATE
+async def test_a_template_that_refuses_the_negative_prompt_names_the_field(server: RunningServer) -> None:
+    refusing = "{% if 'rude' in messages[0].content %}{{ raise_exception('no system message') }}{% endif %}" + TEMPLATE
     server.engine.chat_template = ChatTemplate(refusing)
     body = {**CHAT, "messages": MESSAGES[2:3], "negative_prompt": "Be rude."}
     response = await server.http.post("/v1/chat/completions", json=body)

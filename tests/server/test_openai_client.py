@@ -15,6 +15,7 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from running import RunningServer, running_server
 
+from aphrodite.chat.template import ChatTemplate
 from aphrodite.errors import EngineDeadError, QueueFullError
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Tell me a story."}]
@@ -457,10 +458,27 @@ async def test_a_generation_has_a_deadline() -> None:
         await server.engine.idle.wait()
 
 
-async def test_a_model_without_template_says_what_to_do() -> None:
-    async with running_server(FakeEngine(chat_template=None)) as server:
-        response = await server.http.post("/v1/chat/completions", json={"messages": MESSAGES})
-        assert (response.status_code, response.json()["error"]["code"]) == (400, "chat_template_missing")
+async def test_a_templates_end_of_turn_ends_answers() -> None:
+    loop = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    engine = FakeEngine(chat_template=ChatTemplate(loop))
+    async with running_server(engine) as server:
+        await chat(server, messages=MESSAGES, max_tokens=1, stop=["mine"])
+        await chat(server, messages=MESSAGES, max_tokens=1, extra_body={"ignore_eos": True})
+    assert [set(params.stop) for _, params, _, _ in engine.seen] == [{"mine", "<|im_end|>"}, set()]
+
+
+async def test_documents_reach_a_template_that_shows_them() -> None:
+    documents = {"documents": [{"title": "T", "text": "once"}]}
+    source = "{% for d in documents or [] %}[{{ d.title }}: {{ d.text }}]{% endfor %}{{ messages[-1].content }}"
+    engine = FakeEngine(chat_template=ChatTemplate(source))
+    async with running_server(engine) as server:
+        await chat(server, messages=MESSAGES[-1:], max_tokens=1, extra_body=documents)
+        shown = server.engine.tokenizer.decode(engine.seen[0][0])
+        assert shown == "[T: once]" + MESSAGES[-1]["content"]
+    async with running_server() as server:
+        with pytest.raises(openai.BadRequestError, match="does not show documents") as error:
+            await chat(server, messages=MESSAGES, extra_body=documents)
+        assert error.value.param == "documents"
 
 
 async def test_names_can_be_set_for_serving() -> None:

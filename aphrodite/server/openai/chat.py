@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from aphrodite.chat.stops import with_template_stops
 from aphrodite.engine.preparation import wants_negative_prompt, with_negative_prompt
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
@@ -81,7 +82,7 @@ class ChatEndpoint:
         return wanted
 
     async def _prompt(self, fields: ChatFields, params: SamplingParams) -> tuple[list[int], SamplingParams]:
-        """The conversation's token ids; `params` with those of the one that guidance moves away from."""
+        """The conversation's token ids; `params` with the template's stops and the ids guidance moves away from."""
         keep = truncation(
             fields.truncate_prompt_tokens,
             max_model_len=self._context.engine.model.max_model_len,
@@ -93,6 +94,11 @@ class ChatEndpoint:
             text = params.negative_prompt
             negative = await render_chat(fields, self._context, bounded=keep is None, negative=text)
             params = with_negative_prompt(params, negative[last])
+        if fields.chat_template is None:  # who sends a template sends its stops too
+            engine = self._context.engine
+            params = with_template_stops(
+                params, engine.chat_template, engine.tokenizer, vocab_size=engine.model.vocab_size
+            )
         return token_ids[last], params
 
 

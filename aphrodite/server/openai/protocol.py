@@ -103,7 +103,14 @@ class ChatFields(GenerationFields):
     continue_final_message: bool = Field(default=False, description="Go on with the last message, do not answer it.")
     add_special_tokens: bool = Field(default=False, description="Let the tokenizer add its own to the template's.")
     chat_template: str | None = Field(default=None, description="Jinja template; refused unless the server trusts it.")
-    chat_template_kwargs: dict[str, Any] = Field(default={}, description="Variables for the chat template.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="Variables for the chat template, such as enable_thinking."
+    )
+    documents: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="Texts to answer from, as the model's template shows them: title, text.",
+        max_length=256,
+    )
 
 
 _HARMLESS = {
@@ -133,7 +140,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (_EMPTY, "filling in before a suffix is not supported; leave it out"),
     "prompt_embeds": (_EMPTY, "prompts are text or token ids; leave it out"),
     "use_beam_search": (_EMPTY, "beam search is not supported; leave it out"),
-    "documents": (_EMPTY, "documents are not supported; put them into the messages"),
 }  # fmt: skip
 
 
@@ -152,7 +158,7 @@ def refuse_best_of(best_of: int | None, n: int) -> None:
 
 def sampling_params(
     fields: Mapping[str, Any],
-    endpoint: type[GenerationFields],
+    endpoint: type[pydantic.BaseModel],
     model: ModelInfo,
     *,
     base: SamplingParams,
@@ -187,13 +193,13 @@ def sampling_params(
     return params
 
 
-def is_known_field(name: str, endpoint: type[GenerationFields]) -> bool:
+def is_known_field(name: str, endpoint: type[pydantic.BaseModel]) -> bool:
     """Whether a field means something here, be it that it must not be used."""
     known = name in endpoint.model_fields or name in canonical_names()
     return known or name in _HARMLESS or name in _REFUSED
 
 
-def ignored_header(fields: Mapping[str, Any], endpoint: type[GenerationFields]) -> Headers:
+def ignored_header(fields: Mapping[str, Any], endpoint: type[pydantic.BaseModel]) -> Headers:
     """The response header that names what was ignored; nothing if all was understood."""
     names = [name for name in fields if not is_known_field(name, endpoint) and fields[name] is not None]
     if not names:

@@ -7,7 +7,7 @@ from aphrodite.chat.template import ChatTemplate
 from aphrodite.errors import InvalidRequestError
 from aphrodite.server.body import THREAD_BYTES, off_loop
 from aphrodite.server.context import ServerContext
-from aphrodite.server.errors import ApiError, invalid, unsupported
+from aphrodite.server.errors import invalid, unsupported
 from aphrodite.server.openai.messages import read_messages, text_size
 from aphrodite.server.openai.prompts import encode
 from aphrodite.server.openai.protocol import ChatFields
@@ -41,11 +41,13 @@ async def render_chat(
             messages,
             add_generation_prompt=opens,
             continue_final_message=continues,
+            documents=fields.documents,
             extra=fields.chat_template_kwargs,
         )
 
-    # A template that came with the request may take long, whatever the messages' size.
-    size = THREAD_BYTES + 1 if fields.chat_template is not None else text_size(messages)
+    # A template that came with the request may take long, whatever the messages' size; documents may be long.
+    thread = fields.chat_template is not None or bool(fields.documents)
+    size = THREAD_BYTES + 1 if thread else text_size(messages)
     try:
         text = await off_loop(size, render)
     except InvalidRequestError as error:
@@ -60,23 +62,15 @@ def _check_template(fields: ChatFields, context: ServerContext) -> None:
     if fields.chat_template is not None and not context.config.trust_request_chat_template:
         why = "this server takes no templates from requests (start it with --trust-request-chat-template)"
         raise unsupported("chat_template", why)
-    if fields.chat_template is None and context.engine.chat_template is None:
-        raise ApiError(
-            400,
-            "This model has no chat template: use /v1/completions, or start the server with --chat-template.",
-            param="messages",
-            code="chat_template_missing",
-        )
 
 
 def _template(fields: ChatFields, context: ServerContext) -> ChatTemplate:
     """The request's own template, else the model's."""
-    template = context.engine.chat_template
-    if fields.chat_template is None and template is not None:
-        return template
+    if fields.chat_template is None:
+        return context.engine.chat_template
     tokenizer = context.engine.tokenizer
     bos, eos = (
         None if token_id is None else tokenizer.token_text(token_id)
         for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     )
-    return ChatTemplate(fields.chat_template or "", bos_token=bos, eos_token=eos)
+    return ChatTemplate(fields.chat_template, bos_token=bos, eos_token=eos, name="the request's chat template")
