@@ -8,12 +8,14 @@ that it knows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
@@ -364,14 +366,24 @@ def attend_dense(qkv: torch.Tensor, run: DenseRun, shape: AttentionShape) -> tor
     prompts, length, rows = run.shape
     tokens = slice(run.first_token, run.first_token + prompts * length)
     heads = qkv[tokens].view(prompts, length, -1, shape.head_dim)[:, :rows].transpose(1, 2)
-    last_key = shape.num_heads + shape.num_kv_heads
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        attended = F.scaled_dot_product_attention(
-            heads[:, : shape.num_heads],
-            heads[:, shape.num_heads : last_key],
-            heads[:, last_key:],
-            is_causal=True,
-            scale=shape.scale,
-            enable_gqa=shape.group > 1,
-        )
+    query, key, value = heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
+    if cudnn_serves(shape):
+        # By its own name: choosing it through torch's context manager takes longer than launching it.
+        attended: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+            query, key, value, None, False, 0.0, True, False, scale=shape.scale
+        )[0]
+    else:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            attended = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=shape.scale, enable_gqa=shape.group > 1
+            )
     return attended.transpose(1, 2)
+
+
+@functools.cache
+def cudnn_serves(shape: AttentionShape) -> bool:
+    """Whether torch would let cuDNN attend with heads of this shape; otherwise its flash attention does."""
+    size = (1, shape.num_heads + 2 * shape.num_kv_heads, DENSE_MULTIPLE, shape.head_dim)
+    heads = torch.empty(size, dtype=shape.dtype, device=shape.device)
+    query, key, value = heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
+    return bool(can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, True, shape.group > 1)))
