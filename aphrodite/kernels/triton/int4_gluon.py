@@ -1,0 +1,198 @@
+"""What the Gluon kernels over `int4_words` share: register layouts, unpacking, the end of a sum.
+
+Gluon (`triton.experimental.gluon`) gives a kernel explicit register layouts, without which the unpacked values take a
+trip through shared memory. It is marked experimental: kernels run only with the versions that they were checked with.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# word >> 4 e & 0x000F000F is a pair of codes; with the exponent of 128 (bfloat16) or 1024 (float16) in front it is
+# that number plus the code, and subtracting that number plus the zero is exact.
+_UNPACK = """
+{{
+.reg .b32 w;
+lop3.b32 w, $4, 0x000F000F, {magic}, 0xEA;
+sub.rn.{dtype}x2 $0, w, ${zero};
+shr.b32 w, $4, 4;
+lop3.b32 w, w, 0x000F000F, {magic}, 0xEA;
+sub.rn.{dtype}x2 $1, w, ${zero};
+shr.b32 w, $4, 8;
+lop3.b32 w, w, 0x000F000F, {magic}, 0xEA;
+sub.rn.{dtype}x2 $2, w, ${zero};
+shr.b32 w, $4, 12;
+lop3.b32 w, w, 0x000F000F, {magic}, 0xEA;
+sub.rn.{dtype}x2 $3, w, ${zero};
+{scale}
+}}
+"""
+_SCALE = "".join(f"mul.rn.{{dtype}}x2 ${i}, ${i}, $20;\n" for i in range(4))
+
+
+def _assembly(dtype: str, magic: str, scaled: bool) -> str:
+    scale = _SCALE.format(dtype=dtype) if scaled else ""
+    return _UNPACK.format(dtype=dtype, magic=magic, zero=12, scale=scale)
+
+
+UNPACK_BF16 = gl.constexpr(_assembly("bf16", "0x43004300", False))
+UNPACK_F16 = gl.constexpr(_assembly("f16", "0x64006400", False))
+SCALE_BF16 = gl.constexpr(_assembly("bf16", "0x43004300", True))
+SCALE_F16 = gl.constexpr(_assembly("f16", "0x64006400", True))
+TWO_INPUTS = gl.constexpr("=r,=r,=r,=r" + ",r" * 16)
+THREE_INPUTS = gl.constexpr("=r,=r,=r,=r" + ",r" * 24)
+
+
+@gluon.jit
+def wait_for_producer(PDL: gl.constexpr):
+    """launch.wait_for_producer for Gluon."""
+    if PDL:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def launch_dependents(PDL: gl.constexpr):
+    """launch.launch_dependents for Gluon."""
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.constexpr_function
+def word_layout(k_warps, n_warps, subgroups):
+    """Layout of unpacked chunks `[k_warps, rows, 4 (t), subgroups, 4 / subgroups, 8]`: a strip for each warp."""
+
+    def basis(dimension, value):
+        return [value if d == dimension else 0 for d in range(6)]
+
+    registers = [basis(5, 1), basis(5, 2), basis(5, 4)]
+    inner = 4 // subgroups
+    registers += [basis(4, 1 << i) for i in range(inner.bit_length() - 1)]
+    registers += [basis(3, 1 << i) for i in range(subgroups.bit_length() - 1)]
+    registers.append(basis(1, 8))
+    lanes = [basis(2, 1), basis(2, 2), basis(1, 1), basis(1, 2), basis(1, 4)]
+    warps = [basis(1, 16 << i) for i in range(n_warps.bit_length() - 1)]
+    warps += [basis(0, 1 << i) for i in range(k_warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [k_warps, 16 * n_warps, 4, subgroups, inner, 8])
+
+
+@gluon.jit
+def pair_of_zeros(scale_words, dtype: gl.constexpr):
+    """Two of 128 + zero (bfloat16) or 1024 + zero (float16) in an int32."""
+    base: gl.constexpr = 0x43004300 if dtype == gl.bfloat16 else 0x64006400
+    return (scale_words & 0xFF) * 0x10001 + base
+
+
+@gluon.jit
+def scale_of(scale_words):
+    """The scale in float32."""
+    return (scale_words & -256).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def pair_of_scales(scale_words, dtype: gl.constexpr):
+    """Two copies of the scale, rounded to `dtype`, in an int32."""
+    bits = scale_of(scale_words).to(dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    return bits * 0x10001
+
+
+@gluon.jit
+def unpack(words, zeros, dtype: gl.constexpr):
+    """`[..., 8]` codes less their zero from words and zeros that were broadcast to that shape."""
+    if dtype == gl.bfloat16:
+        values = gl.inline_asm_elementwise(UNPACK_BF16, TWO_INPUTS, [words, zeros], gl.bfloat16, True, 8)
+    else:
+        values = gl.inline_asm_elementwise(UNPACK_F16, TWO_INPUTS, [words, zeros], gl.float16, True, 8)
+    return values
+
+
+@gluon.jit
+def unpack_scaled(words, zeros, scales, dtype: gl.constexpr):
+    """As `unpack`, times the scale, rounded to `dtype`."""
+    if dtype == gl.bfloat16:
+        values = gl.inline_asm_elementwise(SCALE_BF16, THREE_INPUTS, [words, zeros, scales], gl.bfloat16, True, 8)
+    else:
+        values = gl.inline_asm_elementwise(SCALE_F16, THREE_INPUTS, [words, zeros, scales], gl.float16, True, 8)
+    return values
+
+
+@gluon.jit
+def word_offsets(
+    chunk, strip, strips, chunks: gl.constexpr, N_WARPS: gl.constexpr, K_WARPS: gl.constexpr, S: gl.constexpr
+):
+    """Where the words `[K, R, 4, S, J]` of a step lie."""
+    row = gl.arange(0, 16 * N_WARPS)[None, :, None, None, None]
+    q = gl.minimum(chunk + gl.arange(0, K_WARPS), chunks - 1)[:, None, None, None, None]
+    t = gl.arange(0, 4)[None, None, :, None, None]
+    j = gl.arange(0, S)[None, None, None, :, None] * (4 // S) + gl.arange(0, 4 // S)[None, None, None, None, :]
+    return (gl.minimum(strip + row // 16, strips - 1) * chunks + q) * 256 + row % 16 * 16 + t * 4 + j
+
+
+@gluon.jit
+def group_offsets(
+    chunk,
+    strip,
+    strips,
+    chunks: gl.constexpr,
+    GROUP: gl.constexpr,
+    N_WARPS: gl.constexpr,
+    K_WARPS: gl.constexpr,
+    S: gl.constexpr,
+):
+    """Where the scales `[K, R, S]` of a step lie."""
+    groups: gl.constexpr = (chunks * 128 + GROUP - 1) // GROUP
+    row = gl.arange(0, 16 * N_WARPS)[None, :, None]
+    q = gl.minimum(chunk + gl.arange(0, K_WARPS), chunks - 1)[:, None, None]
+    # Groups share a chunk, or chunks a group.
+    group = (
+        q * S + gl.arange(0, S)[None, None, :] if GROUP <= 128 else q // (GROUP // 128) + gl.arange(0, S)[None, None, :]
+    )
+    return (gl.minimum(strip + row // 16, strips - 1) * groups + group) * 16 + row % 16
+
+
+@gluon.jit
+def finish(
+    total,
+    bias,
+    residual,
+    out,
+    M,
+    out_features,
+    strip,
+    first_column,
+    N_WARPS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):
+    """Bias, activation and residual of `total` `[R, columns]`, and the store."""
+    C: gl.constexpr = total.shape[1]
+    row = gl.arange(0, 16 * N_WARPS)
+    if ACTIVATION is None:
+        index = strip * 16 + row
+        width = out_features
+        result = total
+        if HAS_BIAS:
+            result += gl.load(bias + index, mask=index < out_features, other=0.0).to(gl.float32)[:, None]
+    else:
+        # Pairs (gate, up) are rows g and g + 8 of a strip.
+        width = out_features // 2
+        if HAS_BIAS:
+            pair = strip * 16 + row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+            total += gl.load(bias + pair, mask=pair < out_features, other=0.0).to(gl.float32)[:, None]
+        gate, up = total.reshape(N_WARPS, 2, 8, C).permute(0, 2, 3, 1).split()
+        if ACTIVATION == "silu":
+            slope = gate
+        else:
+            slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        result = (gate / (1.0 + gl.exp(-slope)) * up).reshape(N_WARPS * 8, C)
+        index = strip * 8 + gl.arange(0, 8 * N_WARPS)
+    column = first_column + gl.arange(0, C)
+    layout: gl.constexpr = result.type.layout
+    inside = gl.set_auto_layout((index < width)[:, None] & (column < M)[None, :], layout)
+    at = gl.set_auto_layout(column[None, :] * width + index[:, None], layout)
+    if HAS_RESIDUAL:
+        result += gl.load(residual + at, mask=inside, other=0.0).to(gl.float32)
+    gl.store(out + at, result.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,144 @@
+"""Which kernel multiplies a 4-bit weight, by the number of activation rows: act(norm(x) W^T + b) + residual."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal
+
+import torch
+import triton
+
+from aphrodite.kernels.dispatch import log_once
+from aphrodite.kernels.triton.activation import gated_pairs
+from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
+from aphrodite.kernels.triton.int4_plain import PLAIN_MAX_ROWS, expand_int4, int4_plain
+from aphrodite.kernels.triton.int4_words import STRIP, Int4Words
+from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.norm import rms_norm
+from aphrodite.platforms import platform_of
+
+Kernel = Literal["mma", "wgmma", "plain", "library"]
+# Gluon is marked experimental: its kernels run with the versions of Triton that they were checked with.
+GLUON_VERSIONS = ("3.6.",)
+MMA_MAX_ROWS = 8
+WGMMA_MAX_ROWS = 512
+# Rows from which the fused gated product is faster than the library's and the activation's own kernel.
+GATED_GEMM_ROWS = 1024
+SCRATCH_BYTES = 256 << 20  # for expanded rows, at most
+
+Norm = tuple[torch.Tensor, float]
+
+
+def choose_int4_kernel(x: torch.Tensor, weight: Int4Words) -> Kernel:
+    """The fastest kernel for `x` `[T, in]`, as measured on an H100."""
+    rows = x.shape[0]
+    if x.dtype == torch.float32 or not 0 < rows <= WGMMA_MAX_ROWS:
+        return "library"
+    reason = _gluon_declines(x.device, weight.in_features, weight.offsets is not None)
+    if reason is None and x.stride(0) % 8 == 0:
+        return "mma" if rows <= MMA_MAX_ROWS else "wgmma"
+    return "plain" if rows <= PLAIN_MAX_ROWS else "library"
+
+
+def _gluon_reason(device: torch.device) -> str | None:
+    if not triton.__version__.startswith(GLUON_VERSIONS):
+        return f"they were checked with Triton {'x, '.join(GLUON_VERSIONS)}x, not {triton.__version__}"
+    if device.type != "cuda" or platform_of(device).kind != "cuda" or platform_of(device).capability[0] != 9:
+        return "they are written for compute capability 9.0"
+    return None
+
+
+@functools.cache
+def _gluon_declines(device: torch.device, in_features: int, has_offsets: bool) -> str | None:
+    """Why plain kernels are used, logged once."""
+    reason = _gluon_reason(device)
+    if reason is None and in_features % 8:
+        reason = f"{in_features} inputs are no multiple of 8"
+    if reason is None and has_offsets:
+        reason = "zeros that are no integers"
+    if reason is not None and device.type != "cpu":
+        log_once(logging.INFO, f"4-bit weights are multiplied by plain Triton kernels instead of Gluon ones: {reason}")
+    return reason
+
+
+def int4_linear(
+    x: torch.Tensor, weight: Int4Words, epilogue: Epilogue = Epilogue(), norm: Norm | None = None
+) -> torch.Tensor:
+    """act(norm(x) W^T + b) + residual.
+
+    Args:
+        x: `[T, in]` bfloat16, float16 or float32, rows may be strided.
+        weight: (gate, up) pairs when there is an activation. It is read before the kernels of the same stream have
+            ended, so none of them may write it (copies may).
+        norm: RMSNorm of x: weight `[in]` and epsilon.
+
+    Returns:
+        `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
+    """
+    kernel = choose_int4_kernel(x, weight)
+    if kernel == "mma" and x.shape[0] == 1 and x.dtype == torch.bfloat16:
+        return _gluon_mma(x, weight, epilogue, norm)
+    x = x if norm is None else rms_norm(x, *norm)
+    if kernel == "mma":
+        return _gluon_mma(x, weight, epilogue, None)
+    if kernel == "wgmma":
+        return _gluon_wgmma(x, weight, epilogue)
+    if kernel == "plain":
+        return int4_plain(x, weight, epilogue)
+    return by_library(x, weight, epilogue)
+
+
+def _gluon_mma(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue, norm: Norm | None) -> torch.Tensor:
+    from aphrodite.kernels.triton.int4_mma import int4_mma  # Gluon is not in every Triton
+
+    return int4_mma(x, weight, epilogue, norm)
+
+
+def _gluon_wgmma(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue) -> torch.Tensor:
+    from aphrodite.kernels.triton.int4_wgmma import int4_wgmma
+
+    return int4_wgmma(x, weight, epilogue)
+
+
+def by_library(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue = Epilogue()) -> torch.Tensor:
+    """act(x W^T + b) + residual by the vendor's library, over rows expanded to x's dtype piece by piece."""
+    bias, activation, residual = epilogue
+    strips = weight.words.shape[0]
+    taken = max(SCRATCH_BYTES // (STRIP * weight.in_features * x.itemsize), 1)
+    whole = taken >= strips
+    taken = min(taken, strips)
+    scratch = torch.empty((taken * STRIP, weight.in_features), dtype=x.dtype, device=x.device)
+    if whole and activation is not None and bias is None and residual is None and x.shape[0] >= GATED_GEMM_ROWS:
+        dense = scratch[: weight.out_features]
+        if gated_gemm_supports(x, dense):
+            return gated_gemm(x, expand_int4(weight, dense), activation)
+    added = residual if activation is None else None
+    out = added
+    if out is None:
+        out = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
+    for start in range(0, strips, taken):
+        part = _strips_of(weight, start, start + taken)
+        dense = expand_int4(part, scratch[: part.out_features])
+        columns = out[:, start * STRIP : start * STRIP + part.out_features]
+        if added is not None:
+            columns.addmm_(x, dense.t())
+        else:
+            torch.mm(x, dense.t(), out=columns)
+    if bias is not None:
+        out.add_(bias)
+    if activation is None:
+        return out
+    out = gated_pairs(out, activation)
+    return out if residual is None else residual.add_(out)
+
+
+def _strips_of(weight: Int4Words, start: int, end: int) -> Int4Words:
+    """The rows of strips `start` to `end`."""
+    left = weight.out_features - start * STRIP
+    return weight._replace(
+        words=weight.words[start:end],
+        scales=weight.scales[start:end],
+        offsets=None if weight.offsets is None else weight.offsets[start:end],
+        out_features=min(left, (end - start) * STRIP),
+    )

@@ -1,0 +1,444 @@
+"""Up to 8 activation rows times a 4-bit weight on mma.sync: act(norm(x) W^T + b) + residual.
+
+Bound by reading the weight, 0.53 bytes a value in groups of 128; its kernels are short, so what counts is how early
+the first words are on their way: they are requested before the kernel waits for its predecessor.
+
+A warp multiplies one strip of 16 rows (`int4_words`). The warps of a block stand side by side over strips, or share a
+strip and split the inputs, and then add up. Weights come straight into registers, where a chunk is unpacked to be the A
+operand as it lies; activations, the B operand, go through shared memory, padded to 8 columns. A group's product is
+exact but for the float32 sum; the scale is applied to that.
+"""
+
+# ruff: noqa: RUF005  (Triton's tuples know no unpacking)
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from aphrodite.kernels.triton.int4_gluon import (
+    finish,
+    group_offsets,
+    launch_dependents,
+    pair_of_zeros,
+    scale_of,
+    unpack,
+    wait_for_producer,
+    word_layout,
+    word_offsets,
+)
+from aphrodite.kernels.triton.int4_words import CHUNK, Int4Words
+from aphrodite.kernels.triton.launch import launch_options, pdl_supported
+from aphrodite.kernels.triton.linear import Epilogue, _output
+
+MMA_MAX_ROWS = 8
+COLUMNS = 8  # of the matrix instruction
+
+
+class MmaConfig(NamedTuple):
+    """How the product is cut.
+
+    Attributes:
+        strips: of a block, one a warp.
+        splits: of the inputs, one a warp; a power of two like strips.
+        depth: chunks of words in flight a warp.
+        stages: parts of the activations in flight, for 2..8 rows.
+    """
+
+    strips: int
+    splits: int
+    depth: int
+    stages: int = 4
+
+
+@functools.cache
+def mma_config(out_features: int, in_features: int, rows: int) -> MmaConfig:
+    """The cut for a weight `[out, in]` and 1..8 rows: warps share a strip where there are too few to fill the card."""
+    chunks = -(-in_features // CHUNK)
+    if out_features >= 16384:
+        return MmaConfig(4, 1, min(4, chunks), 8)
+    splits = 8 if chunks >= 64 else 4
+    while splits > 1 and chunks < 2 * splits:
+        splits //= 2
+    return MmaConfig(1 if splits > 1 else 4, splits, 4, 8 if splits <= 4 else 4)
+
+
+@gluon.jit
+def _factor_offsets(
+    chunk,
+    strip,
+    strips,
+    chunks: gl.constexpr,
+    GROUP: gl.constexpr,
+    N_WARPS: gl.constexpr,
+    K_WARPS: gl.constexpr,
+    S: gl.constexpr,
+):
+    """Where the scales `[S K, R]` of a step lie."""
+    groups: gl.constexpr = (chunks * 128 + GROUP - 1) // GROUP
+    row = gl.arange(0, 16 * N_WARPS)[None, :]
+    batch = gl.arange(0, S * K_WARPS)[:, None]
+    q = gl.minimum(chunk + batch % K_WARPS, chunks - 1)
+    group = q * S + batch // K_WARPS if GROUP <= 128 else q // (GROUP // 128)
+    return (gl.minimum(strip + row // 16, strips - 1) * groups + group) * 16 + row % 16
+
+
+@gluon.jit
+def _load_words(
+    words,
+    scales,
+    chunk,
+    strip,
+    strips,
+    chunks: gl.constexpr,
+    GROUP: gl.constexpr,
+    N_WARPS: gl.constexpr,
+    K_WARPS: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """(words `[K, R, 4, S, J]`, scales `[K, R, S]` for unpacking, scales `[S K, R]` for the sums) of one step."""
+    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    L: gl.constexpr = gl.SliceLayout(5, word_layout(K_WARPS, N_WARPS, S))
+    offsets = word_offsets(chunk, strip, strips, chunks, N_WARPS, K_WARPS, S)
+    loaded = gl.load(words + gl.set_auto_layout(offsets, L), eviction_policy="evict_first")
+    g_offsets = group_offsets(chunk, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, S)
+    zeros = gl.load(scales + gl.set_auto_layout(g_offsets, gl.SliceLayout(2, gl.SliceLayout(4, L))))
+    f_offsets = _factor_offsets(chunk, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, S)
+    factors = gl.load(scales + gl.set_auto_layout(f_offsets, gl.SliceLayout(2, mma)))
+    return loaded, zeros, factors
+
+
+@gluon.jit
+def _weight_operand(
+    loaded,
+    zeros,
+    dtype: gl.constexpr,
+    KW: gl.constexpr,
+    GROUP: gl.constexpr,
+    N_WARPS: gl.constexpr,
+    K_WARPS: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """Codes less zeros, `[S K, R, 128 / S]`."""
+    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    R: gl.constexpr = 16 * N_WARPS
+    shape: gl.constexpr = (K_WARPS, R, 4, S, 4 // S, 8)
+    wide = loaded[:, :, :, :, :, None].broadcast_to(shape)
+    zero = pair_of_zeros(zeros, dtype)[:, :, None, :][:, :, :, :, None][:, :, :, :, :, None].broadcast_to(shape)
+    values = unpack(wide, zero, dtype)
+    if KW == 8:
+        values = values.permute(3, 0, 1, 4, 2, 5)  # S K R J t e
+    else:
+        values = values.reshape(K_WARPS, R, 4, S, 4 // S, 4, 2).permute(3, 0, 1, 4, 5, 2, 6)  # S K R J e2 t b
+    values = values.reshape(S * K_WARPS, R, 128 // S)
+    return gl.convert_layout(values, gl.DotOperandLayout(0, mma, KW), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def single_layout(k_warps, n_warps, subgroups):
+    """Layout of one row's activations in the order of the words, `[k_warps, subgroups, 128 / subgroups, 8 columns]`."""
+
+    def basis(dimension, value):
+        return [value if d == dimension else 0 for d in range(4)]
+
+    registers = [basis(2, 1), basis(2, 2), basis(2, 4)]
+    inner = 4 // subgroups
+    registers += [basis(2, 32 << i) for i in range(inner.bit_length() - 1)]
+    registers += [basis(1, 1 << i) for i in range(subgroups.bit_length() - 1)]
+    lanes = [basis(2, 8), basis(2, 16), basis(3, 1), basis(3, 2), basis(3, 4)]
+    warps = [[0, 0, 0, 0] for i in range(n_warps.bit_length() - 1)]
+    warps += [basis(0, 1 << i) for i in range(k_warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [k_warps, subgroups, 128 // subgroups, 8])
+
+
+@gluon.jit
+def _stage_row(
+    x, norm_weight, smem, in_features: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr, HAS_NORM: gl.constexpr
+):
+    """One row of activations, times the norm's weight, into shared memory in the order of the words; sum of squares."""
+    warps: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [warps], [0])
+    squares = gl.zeros([PART], gl.float32, layout)
+    for part in gl.static_range(PARTS):
+        k = part * PART + gl.arange(0, PART, layout)
+        inside = k < in_features
+        values = gl.load(x + k, mask=inside, other=0.0)
+        if HAS_NORM:
+            wide = values.to(gl.float32)
+            squares += wide * wide
+            values = (wide * gl.load(norm_weight + k, mask=inside, other=0.0).to(gl.float32)).to(values.dtype)
+        ordered = values.reshape(PART // 32, 4, 4, 2).permute(0, 2, 1, 3).reshape(PART)
+        smem.index(part).store(ordered)
+    return squares
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _int4_row_kernel(
+    x,  # [1, in]
+    norm_weight,  # [in], or anything when not HAS_NORM
+    eps,
+    words,  # [strips, chunks, 16, 16] int32
+    scales,  # [strips, groups, 16] int32
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # [1, width], or anything when not HAS_RESIDUAL
+    out,  # [1, width]
+    M,
+    out_features,
+    strips,
+    in_features: gl.constexpr,
+    GROUP: gl.constexpr,
+    N_WARPS: gl.constexpr,
+    K_WARPS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    PARTS: gl.constexpr,
+    PART: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    launch_dependents(PDL)
+    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [K_WARPS, N_WARPS, 1], [1, 16, 8])
+    chunks: gl.constexpr = (in_features + 127) // 128
+    steps: gl.constexpr = (chunks + K_WARPS - 1) // K_WARPS
+    dtype: gl.constexpr = x.dtype.element_ty
+    strip = gl.program_id(0) * N_WARPS
+    queue = ()  # type: Any
+    for ahead in gl.static_range(DEPTH):
+        queue = queue + (
+            _load_words(words, scales, ahead * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma),
+        )
+    wait_for_producer(PDL)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    smem = gl.allocate_shared_memory(dtype, [PARTS, PART], flat)
+    squares = _stage_row(x, norm_weight, smem, in_features, PARTS, PART, HAS_NORM)
+    if HAS_NORM:
+        rstd = 1.0 / gl.sqrt(gl.sum(squares, 0) / in_features + eps)
+    tiles = smem._reinterpret(
+        dtype, [PARTS * PART // (128 * K_WARPS), K_WARPS, S, 128 // S], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    )
+    XL: gl.constexpr = single_layout(K_WARPS, N_WARPS, S)
+    total = gl.zeros([S * K_WARPS, 16 * N_WARPS, 8], gl.float32, mma)
+    for step in gl.static_range(steps):
+        loaded, zeros, factors = queue[0]
+        if step + DEPTH < steps:
+            queue = queue[1:] + (
+                _load_words(
+                    words, scales, (step + DEPTH) * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma
+                ),
+            )
+        else:
+            queue = queue[1:]
+        a = _weight_operand(loaded, zeros, dtype, 8, GROUP, N_WARPS, K_WARPS, mma)
+        values = tiles.index(step).load(gl.SliceLayout(3, XL))
+        b = (
+            values[:, :, :, None]
+            .broadcast_to((K_WARPS, S, 128 // S, 8))
+            .permute(1, 0, 2, 3)
+            .reshape(S * K_WARPS, 128 // S, 8)
+        )
+        b = gl.convert_layout(b, gl.DotOperandLayout(1, mma, 8), assert_trivial=True)
+        product = mma_v2(a, b, gl.zeros([S * K_WARPS, 16 * N_WARPS, 8], gl.float32, mma))
+        total += product * scale_of(factors)[:, :, None]
+    done = gl.sum(total, 0)
+    if HAS_NORM:
+        done *= rstd
+    finish(done, bias, residual, out, M, out_features, strip, 0, N_WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+
+
+@gluon.constexpr_function
+def copy_layout(batch, inner, warps):
+    """Threads that copy activations `[batch, inner, 8 columns]`, 16 bytes each."""
+    lanes = inner // 8
+    columns = 32 // lanes
+    column_warps = min(warps, 8 // columns)
+    return gl.BlockedLayout([1, 8, 1], [1, lanes, columns], [warps // column_warps, 1, column_warps], [1, 2, 0])
+
+
+@gluon.constexpr_function
+def activation_layout(inner):
+    """Shared memory of activations `[batch, inner, 8 columns]` that ldmatrix reads without bank conflicts."""
+    return gl.SwizzledSharedLayout(8, max(64 // inner, 1), min(inner // 8, 8), [1, 2, 0])
+
+
+@gluon.jit
+def _copy_rows(x, x_stride, M, smem, chunk, in_features: gl.constexpr, S: gl.constexpr, K_WARPS: gl.constexpr):
+    """Request the activations of a step, `[S K, 128 / S, 8]`."""
+    inner: gl.constexpr = 128 // S
+    layout: gl.constexpr = copy_layout(S * K_WARPS, inner, gl.num_warps())
+    batch = gl.arange(0, S * K_WARPS)[:, None, None]
+    k = (chunk + batch % K_WARPS) * 128 + batch // K_WARPS * inner + gl.arange(0, inner)[None, :, None]
+    column = gl.minimum(gl.arange(0, 8), M - 1)[None, None, :]
+    offsets = gl.set_auto_layout(column * x_stride + k, layout)
+    if in_features % (128 * K_WARPS) == 0:
+        async_copy.async_copy_global_to_shared(smem, x + offsets)
+    else:
+        inside = gl.set_auto_layout((k < in_features) & (column >= 0), layout)
+        async_copy.async_copy_global_to_shared(smem, x + offsets, mask=inside)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _int4_rows_kernel(
+    x,  # [M, in]
+    x_stride,
+    words,  # [strips, chunks, 16, 16] int32
+    scales,  # [strips, groups, 16] int32
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # [M, width], or anything when not HAS_RESIDUAL
+    out,  # [M, width]
+    M,
+    out_features,
+    strips,
+    in_features: gl.constexpr,
+    GROUP: gl.constexpr,
+    N_WARPS: gl.constexpr,
+    K_WARPS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    launch_dependents(PDL)
+    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [K_WARPS, N_WARPS, 1], [1, 16, 8])
+    chunks: gl.constexpr = (in_features + 127) // 128
+    steps: gl.constexpr = (chunks + K_WARPS - 1) // K_WARPS
+    dtype: gl.constexpr = x.dtype.element_ty
+    strip = gl.program_id(0) * N_WARPS
+    queue = ()  # type: Any
+    for ahead in gl.static_range(DEPTH):
+        queue = queue + (
+            _load_words(words, scales, ahead * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma),
+        )
+    # Buffers of their own, so that a copy into one is not taken to touch the others.
+    ring = ()  # type: Any
+    for _ in gl.static_range(STAGES):
+        ring = ring + (gl.allocate_shared_memory(dtype, [S * K_WARPS, 128 // S, 8], activation_layout(128 // S)),)
+    wait_for_producer(PDL)
+    for ahead in gl.static_range(STAGES - 1):
+        _copy_rows(x, x_stride, M, ring[ahead], ahead * K_WARPS, in_features, S, K_WARPS)
+        async_copy.commit_group()
+    total = gl.zeros([S * K_WARPS, 16 * N_WARPS, 8], gl.float32, mma)
+    for step in gl.static_range(steps):
+        loaded, zeros, factors = queue[0]
+        if step + DEPTH < steps:
+            queue = queue[1:] + (
+                _load_words(
+                    words, scales, (step + DEPTH) * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma
+                ),
+            )
+        else:
+            queue = queue[1:]
+        async_copy.wait_group(STAGES - 2)
+        if step + STAGES - 1 < steps:
+            _copy_rows(
+                x,
+                x_stride,
+                M,
+                ring[(step + STAGES - 1) % STAGES],
+                (step + STAGES - 1) * K_WARPS,
+                in_features,
+                S,
+                K_WARPS,
+            )
+        async_copy.commit_group()
+        a = _weight_operand(loaded, zeros, dtype, 2, GROUP, N_WARPS, K_WARPS, mma)
+        b = ring[step % STAGES].load(gl.DotOperandLayout(1, mma, 2))
+        product = mma_v2(a, b, gl.zeros([S * K_WARPS, 16 * N_WARPS, 8], gl.float32, mma))
+        total += product * scale_of(factors)[:, :, None]
+    finish(
+        gl.sum(total, 0), bias, residual, out, M, out_features, strip, 0, N_WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
+    )
+
+
+def int4_mma(
+    x: torch.Tensor,
+    weight: Int4Words,
+    epilogue: Epilogue = Epilogue(),
+    norm: tuple[torch.Tensor, float] | None = None,
+    config: MmaConfig | None = None,
+) -> torch.Tensor:
+    """act(norm(x) W^T + b) + residual for 1..8 rows.
+
+    Args:
+        x: `[T, in]` bfloat16 or float16; rows are multiples of 8 values apart, as is `in`.
+        weight: without offsets; (gate, up) pairs when there is an activation. It is read before the kernels of the
+            same stream have ended, so none of them may write it (copies may).
+        norm: RMSNorm of x: weight `[in]` and epsilon; for one row only. Its weight is applied before the scaling,
+            which could overflow float16.
+        config: how to cut the work; chosen by shape when None.
+
+    Returns:
+        `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
+    """
+    rows, out_features, in_features = x.shape[0], weight.out_features, weight.in_features
+    out = _output(x, out_features, epilogue)
+    cut = config or mma_config(out_features, in_features, rows)
+    strips = weight.words.shape[0]
+    grid = (-(-strips // cut.strips),)
+    span = CHUNK * cut.splits
+    steps = -(-in_features // span)
+    pdl = pdl_supported(x.device)
+    bias = x if epilogue.bias is None else epilogue.bias
+    common: dict[str, Any] = {
+        "in_features": in_features,
+        "GROUP": weight.group_size,
+        "N_WARPS": cut.strips,
+        "K_WARPS": cut.splits,
+        "DEPTH": min(cut.depth, steps),
+    }
+    last: dict[str, Any] = {
+        "HAS_BIAS": epilogue.bias is not None,
+        "HAS_RESIDUAL": epilogue.residual is not None,
+        "ACTIVATION": epilogue.activation,
+        "PDL": pdl,
+        "num_warps": cut.strips * cut.splits,
+        **launch_options(pdl),
+    }
+    if rows == 1:
+        norm_weight, eps = norm if norm is not None else (x, 0.0)
+        part = math.gcd(steps * span, 256 * cut.strips * cut.splits)
+        _int4_row_kernel[grid](
+            x,
+            norm_weight,
+            eps,
+            weight.words,
+            weight.scales,
+            bias,
+            out,
+            out,
+            rows,
+            out_features,
+            strips,
+            **common,
+            PARTS=steps * span // part,
+            PART=part,
+            HAS_NORM=norm is not None,
+            **last,
+        )
+    else:
+        _int4_rows_kernel[grid](
+            x,
+            x.stride(0),
+            weight.words,
+            weight.scales,
+            bias,
+            out,
+            out,
+            rows,
+            out_features,
+            strips,
+            **common,
+            STAGES=max(min(cut.stages, steps), 2),
+            **last,
+        )
+    return out

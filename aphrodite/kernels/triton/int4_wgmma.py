@@ -1,0 +1,257 @@
+"""Many activation rows times a 4-bit weight on wgmma: act(x W^T + b) + residual, from 9 rows on.
+
+Up to some 64 rows bound by reading the weight, 0.53 bytes a value in groups of 128; above by arithmetic,
+`2 * rows * out * in` operations. The weight is the M operand: its words (`int4_words`) come straight into registers,
+are unpacked and scaled there while the product before runs, and are the A operand as they lie. The activations, B, come
+through a ring of shared memory that the copy engine fills. Where tiles would not fill the card blocks share a tile
+along the inputs: each leaves a float32 partial sum and the last to arrive adds them up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from aphrodite.kernels.triton.int4_gluon import (
+    finish,
+    group_offsets,
+    launch_dependents,
+    pair_of_scales,
+    pair_of_zeros,
+    unpack_scaled,
+    wait_for_producer,
+    word_layout,
+    word_offsets,
+)
+from aphrodite.kernels.triton.int4_words import CHUNK, STRIP, Int4Words, whole_splits
+from aphrodite.kernels.triton.launch import launch_options, pdl_supported
+from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue, _output, _workspace
+
+
+class WgmmaConfig(NamedTuple):
+    """How the product is cut.
+
+    Attributes:
+        warps: of a block, 4 or 8; each has a strip of 16 weight rows.
+        columns: activation rows of a tile, 8..256.
+        splits: of the inputs among blocks.
+        stages: chunks of activations in flight.
+    """
+
+    warps: int
+    columns: int
+    splits: int
+    stages: int
+
+
+@functools.cache
+def wgmma_config(out_features: int, in_features: int, rows: int) -> WgmmaConfig:
+    """The cut for a weight `[out, in]`: inputs are split where tiles would not fill 132 multiprocessors twice."""
+    columns = min(max(16, 1 << (rows - 1).bit_length()), 128)
+    chunks = -(-in_features // CHUNK)
+    tiles = -(-out_features // (4 * STRIP)) * -(-rows // columns)
+    splits = max(min(256 // tiles, 4, chunks // 8), 1)
+    return WgmmaConfig(4, columns, whole_splits(chunks, splits), 3 if columns == 128 else 4)
+
+
+@gluon.jit
+def _load_chunk(words, scales, chunk, strip, strips, chunks: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
+    """(words `[1, R, 4, S, J]`, scales `[1, R, S]`) of a chunk."""
+    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    L: gl.constexpr = gl.SliceLayout(5, word_layout(1, WARPS, S))
+    offsets = gl.set_auto_layout(word_offsets(chunk, strip, strips, chunks, WARPS, 1, S), L)
+    loaded = gl.load(words + offsets, eviction_policy="evict_first")
+    g_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, L))
+    g_offsets = gl.set_auto_layout(group_offsets(chunk, strip, strips, chunks, GROUP, WARPS, 1, S), g_layout)
+    return loaded, gl.load(scales + g_offsets)
+
+
+@gluon.jit
+def _weight_operand(
+    loaded, group_words, dtype: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr
+):
+    """The weight in `dtype`, `[R, 128]`."""
+    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    R: gl.constexpr = 16 * WARPS
+    shape: gl.constexpr = (1, R, 4, S, 4 // S, 8)
+    wide = loaded[:, :, :, :, :, None].broadcast_to(shape)
+    zeros = pair_of_zeros(group_words, dtype)[:, :, None, :][:, :, :, :, None][:, :, :, :, :, None].broadcast_to(shape)
+    factors = pair_of_scales(group_words, dtype)[:, :, None, :][:, :, :, :, None][:, :, :, :, :, None].broadcast_to(
+        shape
+    )
+    values = unpack_scaled(wide, zeros, factors, dtype)
+    values = values.reshape(R, 4, 4, 4, 2).permute(0, 2, 3, 1, 4).reshape(R, 128)  # j e t b
+    return gl.convert_layout(values, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _request(x, column, chunk, smem, bars, slot, pred):
+    """Let the copy engine fetch the activations of a chunk."""
+    bar = bars.index(slot)
+    mbarrier.expect(bar, x.block_type.nbytes, pred=pred)
+    tma.async_copy_global_to_shared(x, [column, chunk * 128], bar, smem.index(slot), pred=pred)
+
+
+@gluon.jit
+def _sum_of_splits(partial, workspace, counters, tile, split, SPLITS: gl.constexpr):
+    """Leave `partial`; the last block of a tile gets (True, the sum of all in the order of the splits)."""
+    R: gl.constexpr = partial.shape[0]
+    C: gl.constexpr = partial.shape[1]
+    layout: gl.constexpr = partial.type.layout
+    # A warp's rows g make neighbours of 8 values.
+    offsets = gl.set_auto_layout(gl.arange(0, R)[:, None] + gl.arange(0, C)[None, :] * R, layout)
+    base = workspace + tile * (SPLITS * R * C)
+    gl.store(base + split * (R * C) + offsets, partial)
+    gl.thread_barrier()
+    last = gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    total = gl.zeros([R, C], gl.float32, layout)
+    if last:
+        for other in gl.static_range(SPLITS):
+            total += gl.load(base + other * (R * C) + offsets, cache_modifier=".cg")
+        gl.store(counters + tile, 0)
+    return last, total
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _int4_wgmma_kernel(
+    x,  # descriptor of [M, in], blocks [COLUMNS, 128]
+    words,  # [strips, chunks, 16, 16] int32
+    scales,  # [strips, groups, 16] int32
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # [M, width], or anything when not HAS_RESIDUAL
+    out,  # [M, width]
+    workspace,  # [tiles, SPLITS, columns, rows] float32
+    counters,  # [tiles] int32, zero between launches
+    M,
+    out_features,
+    strips,
+    in_features: gl.constexpr,
+    GROUP: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SPLITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    launch_dependents(PDL)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
+    chunks: gl.constexpr = (in_features + 127) // 128
+    share: gl.constexpr = (chunks + SPLITS - 1) // SPLITS
+    dtype: gl.constexpr = x.dtype
+    column = gl.program_id(0) * COLUMNS
+    strip = gl.program_id(1) * WARPS
+    start = gl.program_id(2) * share
+    end = gl.minimum(start + share, chunks)
+
+    words_0, groups_0 = _load_chunk(words, scales, start, strip, strips, chunks, GROUP, WARPS)
+    words_1, groups_1 = _load_chunk(words, scales, start + 1, strip, strips, chunks, GROUP, WARPS)
+    smem = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, 128], x.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(bars.index(slot), count=1)
+    wait_for_producer(PDL)
+    for slot in gl.static_range(STAGES):
+        _request(x, column, start + slot, smem, bars, slot, start + slot < end)
+
+    total = gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma)
+    before = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
+    words_0, groups_0 = words_1, groups_1
+    words_1, groups_1 = _load_chunk(words, scales, start + 2, strip, strips, chunks, GROUP, WARPS)
+    mbarrier.wait(bars.index(0), 0)
+    token = warpgroup_mma(before, smem.index(0).permute((1, 0)), total, is_async=True)
+    for chunk in range(start + 1, end):
+        weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
+        words_0, groups_0 = words_1, groups_1
+        words_1, groups_1 = _load_chunk(words, scales, chunk + 2, strip, strips, chunks, GROUP, WARPS)
+        total, before = warpgroup_mma_wait(0, deps=[token, before])
+        turn = chunk - start
+        gl.thread_barrier()
+        _request(x, column, chunk - 1 + STAGES, smem, bars, (turn - 1) % STAGES, chunk - 1 + STAGES < end)
+        mbarrier.wait(bars.index(turn % STAGES), turn // STAGES & 1)
+        token = warpgroup_mma(weight, smem.index(turn % STAGES).permute((1, 0)), total, is_async=True)
+        before = weight
+    total, before = warpgroup_mma_wait(0, deps=[token, before])
+
+    if SPLITS == 1:
+        finish(total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+    else:
+        tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+        last, total = _sum_of_splits(total, workspace, counters, tile, gl.program_id(2), SPLITS)
+        if last:
+            finish(
+                total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
+            )
+
+
+def int4_wgmma(
+    x: torch.Tensor, weight: Int4Words, epilogue: Epilogue = Epilogue(), config: WgmmaConfig | None = None
+) -> torch.Tensor:
+    """act(x W^T + b) + residual for any number of rows.
+
+    Args:
+        x: `[T, in]` bfloat16 or float16, 16-byte aligned; rows are multiples of 8 values apart, as is `in`.
+        weight: without offsets; (gate, up) pairs when there is an activation. It is read before the kernels of the
+            same stream have ended, so none of them may write it (copies may).
+        config: how to cut the work; chosen by shape when None.
+
+    Returns:
+        `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
+
+    Raises:
+        ValueError: `config` needs more room for partial sums than there is, or leaves a split without inputs.
+    """
+    rows, out_features, in_features = x.shape[0], weight.out_features, weight.in_features
+    out = _output(x, out_features, epilogue)
+    config = config or wgmma_config(out_features, in_features, rows)
+    strips = weight.words.shape[0]
+    grid = (-(-rows // config.columns), -(-strips // config.warps), config.splits)
+    chunks = -(-in_features // CHUNK)
+    if config.splits != whole_splits(chunks, config.splits):
+        raise ValueError(f"{config} leaves a split without any of {in_features} inputs")
+    workspace, counters = _workspace(x.device) if config.splits > 1 else (x, x)
+    if config.splits > 1 and math.prod(grid) * config.columns * config.warps * STRIP > WORKSPACE_VALUES:
+        raise ValueError(f"{config} of {rows} rows outgrows the workspace: split less")
+    pdl = pdl_supported(x.device)
+    block = [config.columns, 128]
+    kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    _int4_wgmma_kernel[grid](
+        TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, kind)),
+        weight.words,
+        weight.scales,
+        x if epilogue.bias is None else epilogue.bias,
+        out,
+        out,
+        workspace,
+        counters,
+        rows,
+        out_features,
+        strips,
+        in_features=in_features,
+        GROUP=weight.group_size,
+        WARPS=config.warps,
+        COLUMNS=config.columns,
+        SPLITS=config.splits,
+        STAGES=config.stages,
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_RESIDUAL=epilogue.residual is not None,
+        ACTIVATION=epilogue.activation,
+        PDL=pdl,
+        num_warps=config.warps,
+        **launch_options(pdl),
+    )
+    return out

@@ -1,0 +1,70 @@
+"""A linear layer with 4-bit weights in groups on a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from aphrodite.kernels.dispatch import Choice, Declined
+from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.int4_linear import int4_linear
+from aphrodite.kernels.triton.int4_words import pack_int4, unsupported_group
+from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.norm import rms_norm
+from aphrodite.layers.triton_linear import interleave_gate_up
+from aphrodite.quantization.layouts import Int4Groups
+
+if TYPE_CHECKING:
+    from aphrodite.layers.linear import RmsNorm
+
+
+def decline_int4_gpu(weight: Int4Groups, dtype: torch.dtype) -> Declined | None:
+    """Why `weight` cannot be an Int4GpuLinear of the compute dtype; None if it can."""
+    if dtype == torch.float32:
+        return Declined("activations of float32 want a weight of float32")
+    reason = unsupported_group(weight.group_size, weight.shape[1])
+    if reason is not None:
+        return Declined(reason)
+    if weight.zeros.dtype.is_floating_point or weight.zeros.dtype == torch.uint8:
+        return None
+    return Declined(f"zeros of {weight.zeros.dtype}")
+
+
+class Int4GpuLinear:
+    """A weight of 4-bit codes, multiplied with 16-bit activations."""
+
+    def __init__(self, weight: Int4Groups, bias: torch.Tensor | None, choice: Choice, *, gated: bool = False) -> None:
+        """
+        Args:
+            weight: on the GPU; `decline_int4_gpu` has been asked. It is not kept.
+            bias: `[out]`.
+            gated: the rows of weight and bias are gate, then up.
+        """
+        self.weight = pack_int4(weight.codes, weight.scales, weight.zeros, weight.group_size, paired=gated)
+        self.bias = interleave_gate_up(bias) if gated and bias is not None else bias
+        self.permutation = weight.permutation
+        self.gated = gated
+        self.choice = choice
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        others = tuple(tensor for tensor in (self.bias, self.permutation) if tensor is not None)
+        return (*self.weight.tensors, *others)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: RmsNorm | None = None,
+        activation: Activation | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """act(norm(x) W^T + b) + residual; the result takes residual's place, which must not overlap x."""
+        if (activation is not None) != self.gated:
+            raise ValueError("an activation goes with a gated weight, whose rows are paired, and with no other")
+        before = None if norm is None else (norm.weight, norm.eps)
+        if self.permutation is not None:
+            x = x if before is None else rms_norm(x, *before)
+            x, before = x.index_select(1, self.permutation), None
+        return int4_linear(x, self.weight, Epilogue(self.bias, activation, residual), before)

@@ -1,0 +1,377 @@
+"""4-bit linear layers of an 8B model on this GPU: our kernels by number of rows, and the search for better cuts.
+
+    PYTHONPATH=. python benchmarks/gpu_int4.py                  # every layer, 1..2,048 rows
+    PYTHONPATH=. python benchmarks/gpu_int4.py --tune           # the best three cuts of each layer
+    PYTHONPATH=. python benchmarks/gpu_int4.py --rows 1,8 --layers o --group 32
+
+A case is a CUDA graph that runs one layer after another over distinct random weights, so that none of it lies in a
+cache, each with its norm, activation and residual. * marks the kernel that is taken. Shares are of 3.17 TB/s, over
+codes and scales; errors are relative to float32 arithmetic on the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+
+from aphrodite.kernels.triton import int4_linear, int4_mma, int4_plain, int4_wgmma
+from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.int4_mma import MmaConfig
+from aphrodite.kernels.triton.int4_plain import PlainConfig
+from aphrodite.kernels.triton.int4_wgmma import WgmmaConfig
+from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4
+from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.norm import rms_norm
+
+CEILING = 3.17e12  # bytes a second that an H100 reads
+DTYPE = torch.bfloat16
+EPS = 1e-5
+ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 2048)
+TUNED_ROWS = (1, 8, 16, 32, 64, 128, 256)
+CHAIN_BYTES = 512 << 20  # of weights that one replay reads
+
+Config = MmaConfig | WgmmaConfig | PlainConfig
+
+
+class Layer(NamedTuple):
+    """One linear of a model with what is fused to it."""
+
+    name: str
+    out_features: int
+    in_features: int
+    norm: bool = False
+    activation: Activation | None = None
+    residual: bool = False
+
+
+LAYERS = (
+    Layer("qkv", 6144, 4096, norm=True),
+    Layer("o", 4096, 4096, residual=True),
+    Layer("gate_up", 28672, 4096, norm=True, activation="silu"),
+    Layer("down", 4096, 14336, residual=True),
+)
+
+
+class Bench:
+    """A layer's weights and inputs on the device, and the clock."""
+
+    def __init__(self, layer: Layer, group: int, device: str) -> None:
+        self.layer = layer
+        self.device = device
+        self.weights = [self._weight(group)]
+        if device != "meta":
+            self.weights += [self._weight(group) for _ in range(CHAIN_BYTES // self.weights[0].nbytes)]
+        self.norm = (self._random(layer.in_features), EPS) if layer.norm else None
+        self._dense: torch.Tensor | None = None
+
+    def _weight(self, group: int) -> Int4Words:
+        strips, chunks = self.layer.out_features // 16, self.layer.in_features // 128
+        words = torch.empty(strips, chunks, 16, 16, dtype=torch.int32, device=self.device).random_(-(1 << 31), 1 << 31)
+        shape = (strips, max(self.layer.in_features // group, 1), 16)
+        scale = torch.rand(shape, device=self.device).add_(0.5) * (self.layer.in_features**-0.5 / 4)
+        zero = torch.empty(shape, dtype=torch.int32, device=self.device).random_(6, 10)
+        scales = scale.view(torch.int32) & ~0xFF | zero
+        paired = self.layer.activation is not None
+        return Int4Words(words, scales, None, self.layer.out_features, self.layer.in_features, group, paired)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPE, device=self.device).normal_()
+
+    def inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Activations, and a residual stream where the layer adds to one."""
+        residual = self._random(rows, self.layer.out_features) if self.layer.residual else None
+        return self._random(rows, self.layer.in_features), residual
+
+    def chain_us(self, one: Callable[[Int4Words], object]) -> float:
+        """Microseconds of `one(weight)` in a graph over all weights: median of 5 x 2 replays."""
+        one(self.weights[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in self.weights:
+                one(weight)
+        graph.replay()
+        times = []
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(2):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / 2 / len(self.weights))
+        return float(statistics.median(times))
+
+    def share(self, us: float) -> float:
+        """Percent of the memory bandwidth that reading the weight in `us` takes."""
+        return self.weights[0].nbytes / (us * 1e-6) / CEILING * 100
+
+    def error(self, one: Callable[[Int4Words], torch.Tensor], x: torch.Tensor, residual: torch.Tensor | None) -> float:
+        """Relative distance of `one(weight)` from float32 arithmetic."""
+        if self._dense is None:
+            self._dense = unpack_int4(self.weights[0]).float()
+        before = None if residual is None else residual.float()
+        out = one(self.weights[0]).float()
+        values = x.float()
+        if self.norm is not None:
+            values = F.rms_norm(values, values.shape[-1:], self.norm[0].float(), EPS)
+        expected = values @ self._dense.T
+        if self.layer.activation is not None:
+            expected = F.silu(expected[:, ::2]) * expected[:, 1::2]
+        if before is not None:
+            expected += before
+        return float((out - expected).norm() / expected.norm())
+
+
+def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: Any) -> Callable[[Any], torch.Tensor]:
+    """The layer with the given cut; the norm's own kernel comes before all but the kernel of one row."""
+    epilogue = Epilogue(None, bench.layer.activation, residual)
+    if isinstance(cut, MmaConfig) and x.shape[0] == 1:
+        return lambda weight: int4_mma.int4_mma(x, weight, epilogue, bench.norm, cut)
+
+    def after_norm(weight: Any) -> torch.Tensor:
+        normed = x if bench.norm is None else rms_norm(x, *bench.norm)
+        if isinstance(cut, MmaConfig):
+            return int4_mma.int4_mma(normed, weight, epilogue, None, cut)
+        if isinstance(cut, WgmmaConfig):
+            return int4_wgmma.int4_wgmma(normed, weight, epilogue, cut)
+        if isinstance(cut, PlainConfig):
+            return int4_plain.int4_plain(normed, weight, epilogue, cut)
+        return int4_linear.by_library(normed, weight, epilogue)
+
+    return after_norm
+
+
+def default_cuts(layer: Layer, rows: int) -> dict[str, Any]:
+    """What each kernel that can do this case takes by itself."""
+    n, k = layer.out_features, layer.in_features
+    cuts: dict[str, Any] = {}
+    if rows <= int4_linear.MMA_MAX_ROWS:
+        cuts["mma"] = int4_mma.mma_config(n, k, rows)
+    if rows > 1 and rows <= 2 * int4_linear.WGMMA_MAX_ROWS:
+        cuts["wgmma"] = int4_wgmma.wgmma_config(n, k, rows)
+    if rows <= int4_plain.PLAIN_MAX_ROWS:
+        cuts["plain"] = int4_plain.plain_config(n, k, rows)
+    if rows >= 64:
+        cuts["library"] = "library"
+    return cuts
+
+
+def tried_cuts(layer: Layer, rows: int) -> list[Config]:
+    """Candidates of one case, the shipped ones among them."""
+    cuts = {default_cuts(layer, rows)["mma" if rows <= 8 else "wgmma"]}
+    cuts |= set(_mma_cuts(layer, rows) if rows <= 8 else _wgmma_cuts(layer, rows))
+    return sorted(cuts)
+
+
+def _mma_cuts(layer: Layer, rows: int) -> Iterator[MmaConfig]:
+    for (strips, splits), depth in itertools.product(
+        ((1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1), (1, 16)), (2, 3, 4, 6, 8)
+    ):
+        wide = layer.out_features > 8192
+        chunks = layer.in_features // 128
+        if (wide and splits > 4) or (not wide and splits == 1) or depth * splits > chunks or splits * 4 > chunks:
+            continue
+        for stages in (4,) if rows == 1 else (4, 8):
+            if rows == 1 or (splits * stages <= 64 and depth in (2, 4)):
+                yield MmaConfig(strips, splits, depth, stages)
+
+
+def _wgmma_cuts(layer: Layer, rows: int) -> Iterator[WgmmaConfig]:
+    padded = max(16, 1 << (rows - 1).bit_length())
+    widths = {padded} if rows <= 64 else {padded, padded // 2}
+    for warps, columns, splits, stages in itertools.product((4, 8), widths, (1, 2, 3, 4, 6), (2, 3, 4, 6)):
+        tiles = layer.out_features // (16 * warps) * -(-rows // columns)
+        if columns > 256 or columns * 256 * stages > 200 << 10 or (columns <= 32 and stages != 4):
+            continue
+        if tiles * splits < 60 or (splits > 1 and tiles * splits > 560) or (columns >= 128 and stages > 3):
+            continue
+        if splits > 1 and (columns == 256 or tiles * splits * columns * 16 * warps > 1 << 22):
+            continue
+        yield WgmmaConfig(warps, columns, splits, stages)
+
+
+class _WithoutDevice:
+    """What Triton asks of a driver when it only compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _CompileOnly:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., object]:
+        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
+
+
+KERNELS = (
+    (int4_mma, "_int4_row_kernel"),
+    (int4_mma, "_int4_rows_kernel"),
+    (int4_wgmma, "_int4_wgmma_kernel"),
+    (int4_plain, "_int4_plain_kernel"),
+)
+
+
+def _compile_task(task: tuple[GPUTarget, bool, Layer, int, int, Any]) -> str | None:
+    """Compile one case into Triton's cache; what went wrong, or None."""
+    target, pdl, layer, group, rows, cut = task
+    triton.runtime.driver.set_active(_WithoutDevice(target))
+    for module, name in KERNELS:
+        module.pdl_supported = lambda device: pdl  # type: ignore[attr-defined]
+        kernel = getattr(module, name)
+        if not isinstance(kernel, _CompileOnly):
+            setattr(module, name, _CompileOnly(kernel))
+    one_row = isinstance(cut, MmaConfig) and rows == 1
+    bench = Bench(layer._replace(norm=layer.norm and one_row), group, "meta")
+    try:
+        run_cut(bench, *bench.inputs(rows), cut)(bench.weights[0])
+    except Exception as error:
+        return f"{layer.name} {rows} {cut}: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
+    return None
+
+
+def compile_ahead(cases: list[tuple[Layer, int, int, Any]]) -> None:
+    """Compile all cases in parallel processes that share Triton's cache and do not touch the device."""
+    target = triton.runtime.driver.active.get_current_target()
+    pdl = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+    begin = time.perf_counter()
+    tasks = [(target, pdl, *case) for case in cases if case[3] != "library"]
+    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
+        failures = [failure for failure in pool.imap_unordered(_compile_task, tasks) if failure is not None]
+    print(f"compiled {len(tasks)} kernels in {time.perf_counter() - begin:.1f} s", flush=True)
+    for failure in failures:
+        print("  did not compile:", failure)
+
+
+def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
+    """A table of our kernels beside one another."""
+    compile_ahead(
+        [(layer, group, r, cut) for layer in layers for r in all_rows for cut in default_cuts(layer, r).values()]
+    )
+    names = f"{'mma us':>9} {'wgmma us':>9} {'plain us':>9} {'library us':>11}"
+    print(f"{'layer':8} {'rows':>4} {names} {'%':>6} {'TF/s':>6} errors")
+    for layer in layers:
+        bench = Bench(layer, group, "cuda")
+        for rows in all_rows:
+            guarded(f"{layer.name} {rows}", functools.partial(_compared, bench, rows))
+
+
+def _compared(bench: Bench, rows: int) -> None:
+    layer = bench.layer
+    x, residual = bench.inputs(rows)
+    taken = int4_linear.choose_int4_kernel(x, bench.weights[0])
+    cuts = default_cuts(layer, rows)
+    times: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for name, cut in cuts.items():
+        try:
+            one = run_cut(bench, x, residual, cut)
+            errors[name] = bench.error(one, x, residual)
+            times[name] = bench.chain_us(one)
+        except Exception as failure:
+            print(f"  {layer.name} {rows} {name} {cut}: {type(failure).__name__}: {str(failure).strip()[:200]}")
+    cells = [
+        f"{times[name]:.2f}{'*' if name == taken else ' '}" if name in times else ""
+        for name in ("mma", "wgmma", "plain", "library")
+    ]
+    us = times.get(taken, float("nan"))
+    rate = 2 * rows * layer.out_features * layer.in_features / us / 1e6
+    found = " ".join(f"{error:.1e}" for error in errors.values())
+    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>9} {cells[3]:>11}"
+    print(f"{line} {bench.share(us):6.1f} {rate:6.0f} {found}", flush=True)
+
+
+def tune(layers: list[Layer], group: int, all_rows: list[int]) -> None:
+    """Try every candidate of every case and print the best three and the shipped one."""
+    cases = [(layer, group, rows, cut) for layer in layers for rows in all_rows for cut in tried_cuts(layer, rows)]
+    compile_ahead(cases)
+    for layer in layers:
+        bench = Bench(layer, group, "cuda")
+        for rows in all_rows:
+            guarded(f"{layer.name} {rows}", functools.partial(_tuned, bench, rows))
+
+
+def _tuned(bench: Bench, rows: int) -> None:
+    x, residual = bench.inputs(rows)
+    found: list[tuple[float, Any]] = []
+    for cut in tried_cuts(bench.layer, rows):
+        try:
+            one = run_cut(bench, x, residual, cut)
+            error = bench.error(one, x, residual)
+            if not error < 5e-3:
+                print(f"  WRONG by {error:.1e}: {cut}")
+                continue
+            found.append((bench.chain_us(one), cut))
+        except Exception as failure:
+            print(f"  {cut}: {type(failure).__name__}: {str(failure).strip()[:120]}")
+    shipped = default_cuts(bench.layer, rows)["mma" if rows <= 8 else "wgmma"]
+    print(f"{bench.layer.name} rows {rows}", flush=True)
+    for us, cut in sorted(found)[:4] + [f for f in sorted(found)[4:] if f[1] == shipped]:
+        mark = " <- shipped" if cut == shipped else ""
+        print(f"   {us:8.2f} us {bench.share(us):5.1f} %  {type(cut).__name__[:-6]}{tuple(cut)}{mark}", flush=True)
+
+
+def expansion(layers: list[Layer], group: int) -> None:
+    """Expanding to bfloat16: microseconds and share of the bandwidth, bytes read and written counted."""
+    for layer in layers:
+        bench = Bench(layer, group, "cuda")
+        dense = torch.empty(layer.out_features, layer.in_features, dtype=DTYPE, device="cuda")
+        us = bench.chain_us(functools.partial(int4_plain.expand_int4, out=dense))
+        share = (bench.weights[0].nbytes + dense.nbytes) / (us * 1e-6) / CEILING * 100
+        wrong = float((dense - unpack_int4(bench.weights[-1]).to(DTYPE)).abs().max())
+        print(f"expand {layer.name:8} {us:8.2f} us {share:5.1f} %, wrong by {wrong:.1e}", flush=True)
+
+
+def guarded(what: str, action: Callable[[], None]) -> None:
+    """Run one case; print its error and let the others go on."""
+    try:
+        action()
+    except Exception as error:
+        print(f"{what}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="search for better cuts instead of comparing")
+    parser.add_argument("--layers", help="only these, by name, separated by commas")
+    parser.add_argument("--rows", help="only these numbers of rows, separated by commas")
+    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale")
+    options = parser.parse_args()
+    names = options.layers.split(",") if options.layers else [layer.name for layer in LAYERS]
+    layers = [layer for layer in LAYERS if layer.name in names]
+    default = TUNED_ROWS if options.tune else ROWS
+    rows = [int(value) for value in options.rows.split(",")] if options.rows else list(default)
+    begin = time.perf_counter()
+    (tune if options.tune else compare)(layers, options.group, rows)
+    if not options.tune:
+        guarded("expansion", lambda: expansion(layers, options.group))
+    print(f"{time.perf_counter() - begin:.1f} s in all")
+
+
+if __name__ == "__main__":
+    main()

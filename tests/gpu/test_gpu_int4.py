@@ -1,0 +1,142 @@
+"""4-bit linear layers on the GPU against float64 on the dequantized weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from aphrodite.kernels import reference
+from aphrodite.kernels.dispatch import Choice
+from aphrodite.kernels.triton import int4_linear
+from aphrodite.kernels.triton.int4_words import pack_int4, unpack_int4
+from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.layers.int4_gpu_linear import Int4GpuLinear
+from aphrodite.layers.linear import RmsNorm
+from aphrodite.quantization.layouts import Int4Groups
+
+# Relative to float64 on the dequantized weights; between separate kernels activations are rounded once more.
+TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4}
+CHOICE = Choice("packed 4-bit", ())
+ACTIVATIONS = {"silu": reference.silu_mul, "gelu_tanh": reference.gelu_tanh_mul}
+ROWS = (1, 2, 7, 8, 9, 16, 33, 64, 100, 128, 200, 256, 600, 1100)
+LAYERS: list[tuple[tuple[int, int], int, dict[str, Any]]] = [
+    ((6144, 4096), 128, {"norm": True}),
+    ((4096, 4096), 128, {"residual": True}),
+    ((28672, 4096), 128, {"norm": True, "activation": "silu"}),
+    ((4096, 14336), 128, {"residual": True}),
+    ((2048, 2048), 32, {"norm": True, "bias": True, "residual": True}),
+    ((2048, 2048), 64, {"norm": True, "bias": True, "activation": "gelu_tanh"}),
+    ((1152, 896), 896, {"norm": True, "bias": True}),  # a scale a row; 7 chunks
+    ((1001, 576), 64, {}),  # strips and chunks that end early
+    ((1026, 1024), 512, {"activation": "silu"}),  # pairs that end early
+    ((512, 1024), 128, {"permuted": True, "norm": True}),
+    ((512, 1024), 128, {"fractional": True}),
+    ((512, 1024), 32, {"fractional": True, "residual": True}),
+]
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def random_groups(
+    out_features: int, in_features: int, group: int, device: torch.device, *, permuted: bool, fractional: bool
+) -> Int4Groups:
+    codes = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=device)
+    shape = (out_features, in_features // group)
+    scales = (torch.rand(shape, device=device) + 0.5).half() / 64
+    zeros = torch.randint(5, 12, shape, dtype=torch.uint8, device=device)
+    return Int4Groups(
+        codes,
+        scales,
+        zeros + torch.rand(shape, device=device) if fractional else zeros,
+        group,
+        torch.randperm(in_features, device=device).int() if permuted else None,
+    )
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("shape", "group", "parts"), LAYERS, ids=str)
+def test_layer(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], group: int, parts: dict[str, Any]
+) -> None:
+    activation = parts.get("activation")
+    weight = random_groups(*shape, group, device, permuted="permuted" in parts, fractional="fractional" in parts)
+    bias = torch.randn(shape[0], device=device).to(dtype) if "bias" in parts else None
+    norm = RmsNorm(torch.randn(shape[1], device=device).to(dtype), 1e-5) if "norm" in parts else None
+    layer = Int4GpuLinear(weight, bias, CHOICE, gated=activation is not None)
+    dense = weight.dequantize().double()
+    wrong = []
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1], device=device).to(dtype)
+        residual = torch.randn(rows, shape[0], device=device).to(dtype) if "residual" in parts else None
+        # The norm's own kernel rounds what the product reads, so that is where the comparison starts.
+        values = x.double()
+        if norm is not None:
+            values = reference.rms_norm(values, norm.weight.double(), norm.eps)
+        expected = values @ dense.T
+        if bias is not None:
+            expected += bias.double()
+        if activation is not None:
+            expected = ACTIVATIONS[activation](expected)
+        if residual is not None:
+            expected += residual.double()
+        out = layer(x, norm=norm, activation=activation, residual=residual)
+        error = distance(out, expected)
+        assert out.dtype == dtype
+        rounded_twice = norm is not None or activation is not None
+        if not error < TOLERANCE[dtype] * (1.5 if rounded_twice else 1):
+            wrong.append((rows, error))
+    assert not wrong
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 128, 256])
+def test_equal_inputs_give_equal_results(device: torch.device, rows: int) -> None:
+    groups = random_groups(4096, 4096, 128, device, permuted=False, fractional=False)
+    weight = pack_int4(groups.codes, groups.scales, groups.zeros, 128)
+    x = torch.randn(rows, 4096, device=device).bfloat16()
+    first = int4_linear.int4_linear(x, weight)
+    assert all(torch.equal(first, int4_linear.int4_linear(x, weight)) for _ in range(50))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 64, 128])
+def test_a_captured_chain_gives_what_eager_calls_give(device: torch.device, rows: int) -> None:
+    """Every kernel of the chain starts before its predecessor ends and needs its result."""
+    hidden = 1024
+    norm = RmsNorm(torch.randn(hidden, device=device).bfloat16(), 1e-5)
+
+    def layers(out_features: int, in_features: int, *, gated: bool) -> list[Int4GpuLinear]:
+        made = [
+            random_groups(out_features, in_features, 128, device, permuted=False, fractional=False) for _ in "12345678"
+        ]
+        return [Int4GpuLinear(groups, None, CHOICE, gated=gated) for groups in made]
+
+    wide, back = layers(4096, hidden, gated=True), layers(hidden, 2048, gated=False)
+    start = torch.randn(rows, hidden, device=device).bfloat16()
+
+    def chain(states: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(wide, back, strict=True):
+            states = down(up(states, norm=norm, activation="silu"), residual=states)
+        return states
+
+    expected = chain(start.clone())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(start.clone())
+    for _ in range(20):
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
+
+
+def test_the_library_expands_piece_by_piece(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4_linear, "SCRATCH_BYTES", 1 << 20)
+    groups = random_groups(2000, 1024, 128, device, permuted=False, fractional=False)
+    weight = pack_int4(groups.codes, groups.scales, groups.zeros, 128)
+    x, residual = torch.randn(700, 1024, device=device).bfloat16(), torch.randn(700, 2000, device=device).bfloat16()
+    expected = x.double() @ unpack_int4(weight).T + residual.double()
+    assert distance(int4_linear.by_library(x, weight, Epilogue(None, None, residual)), expected) < 2e-3
