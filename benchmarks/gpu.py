@@ -3,6 +3,7 @@
     PYTHONPATH=. python benchmarks/gpu.py llama-3.1-8b                    all rows (about three minutes on an H100)
     PYTHONPATH=. python benchmarks/gpu.py qwen3-0.6b --only decode-1 ttft
     PYTHONPATH=. python benchmarks/gpu.py llama-3.1-8b --profile 1 128    what a decode step's time goes to
+    PYTHONPATH=. python benchmarks/gpu.py qwen3-0.6b --host ttft          what the host does meanwhile
     PYTHONPATH=. python benchmarks/gpu.py llama-3.1-8b --set quantization=fp8 --set enable_graphs=false
 
 Decode: (time of 257 output tokens - time of 1) / 256 with prompts of 128 tokens, end-of-sequence ignored. Prompts are
@@ -13,7 +14,9 @@ measured on one H100 80GB HBM3 with the same workloads.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import random
 import statistics
 import sys
@@ -42,6 +45,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 PROMPT = 128
 STEPS = 256
 LONG_CONTEXT = 32_768
+HOST_LINES = 40  # functions of a host profile
 CASE_SECONDS = 90  # a case that takes longer is given up
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -272,11 +276,13 @@ def measure(options: argparse.Namespace, config: Path, ceilings: Ceilings | None
             rows.append(Row(case="start", value=start, unit="s", milliseconds=start * 1e3))
         bench = Bench(llm, spec, ceilings)
         for name, case in cases(bench).items():
-            if chosen(name, options.only) and not (options.profile and options.only is None):
+            if chosen(name, options.only) and not ((options.profile or options.host) and options.only is None):
                 rows.append(run_case(name, case))
                 print(f"{name}: {_value(rows[-1])}", flush=True)
         for batch in options.profile:
             run_case(f"profile {batch}", lambda batch=batch: profile(bench, batch))  # type: ignore[misc]
+        for name in options.host:
+            run_case(f"host {name}", lambda name=name: host_profile(name, cases(bench)[name]))  # type: ignore[misc]
     return rows
 
 
@@ -289,6 +295,15 @@ def profile(bench: Bench, batch: int) -> Row:
     print(f"\nA decode step of {batch} takes {step * 1e3:.3f} ms; its kernels (which may overlap):")
     print_table(["kernel", "calls", "us a step", "share"], lines)
     return Row(case=f"profile {batch}", milliseconds=step * 1e3)
+
+
+def host_profile(name: str, case: Callable[[], Row]) -> Row:
+    """Print where the host's time goes during a case, by function; the profiler itself makes it slower."""
+    profiler = cProfile.Profile()
+    row = profiler.runcall(case)
+    print(f"\nThe host during {name}, {_value(row)} under the profiler:")
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(HOST_LINES)
+    return row
 
 
 def _value(row: Row) -> str:
@@ -337,6 +352,7 @@ def parse_arguments() -> argparse.Namespace:
     names = ", ".join(case_names())
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"cases or their beginnings: {names}")
     parser.add_argument("--profile", nargs="+", type=int, default=[], metavar="BATCH", help="kernels of a decode step")
+    parser.add_argument("--host", nargs="+", default=[], metavar="NAME", help="functions of the host during cases")
     parser.add_argument("--set", action="append", type=_setting, default=[], metavar="NAME=VALUE", help="a setting")
     parser.add_argument("--max-model-len", type=int, default=LONG_CONTEXT + STEPS, help="default: what `long` needs")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
