@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from aphrodite.kernels.triton.launch import direct_launch
 from aphrodite.kernels.triton.sampling_draw import NO_TOKEN
 from aphrodite.kernels.triton.sampling_read import log
 
@@ -32,6 +33,7 @@ class TopLogprobs(NamedTuple):
     top_logprobs: torch.Tensor  # [W, k] float32, descending; -inf where fewer than k have a probability above 0
 
 
+@direct_launch
 @triton.jit
 def weigh_kernel(
     logits_ptr,
@@ -74,6 +76,7 @@ def weigh_kernel(
     tl.store(before_ptr + out, tl.sum(before, axis=0))
 
 
+@direct_launch
 @triton.jit(do_not_specialize=["k"])
 def take_kernel(
     logits_ptr,

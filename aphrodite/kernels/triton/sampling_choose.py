@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
-from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
+from aphrodite.kernels.triton.launch import direct_launch, launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, draw_listed, settle, top_shape
 from aphrodite.kernels.triton.sampling_measure import CHUNK, combine_pieces
 from aphrodite.kernels.triton.sampling_read import op_at, read_logits, value_of
@@ -29,6 +29,7 @@ _FEW_CHUNKS, _MANY_CHUNKS = tl.constexpr(48), tl.constexpr(400)  # that top-p lo
 _TOO_MANY_CHUNKS = tl.constexpr(680)  # whose survivors a list would hold only if they had hardly more than one each
 
 
+@direct_launch
 @triton.jit
 def choose_kernel(
     logits_ptr,

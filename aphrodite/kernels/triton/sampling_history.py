@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
-from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
+from aphrodite.kernels.triton.launch import direct_launch, launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.sampling_read import ints_at, op_at
 
 BLOCK = tl.constexpr(1024)
 
 
+@direct_launch
 @triton.jit
 def mark_kernel(
     rows_ptr, positions_ptr, records_ptr, marks_ptr, history_ptr, history_stride, vocab, num_rows, PDL: tl.constexpr

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
-from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
+from aphrodite.kernels.triton.launch import direct_launch, launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.sampling_read import edited, read_logits
 
 CHUNK = tl.constexpr(128)  # logits
@@ -18,6 +18,7 @@ PIECE = tl.constexpr(8192)  # logits of one program
 PART = tl.constexpr(1024)  # of which so many are looked at at a time
 
 
+@direct_launch
 @triton.jit
 def measure_kernel(
     logits_ptr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
+from aphrodite.kernels.triton.launch import direct_launch
 from aphrodite.kernels.triton.sampling_draw import settle, shape
 from aphrodite.kernels.triton.sampling_read import read_logits
 from aphrodite.kernels.triton.sampling_stages import LIST_CAPACITY
@@ -17,6 +18,7 @@ from aphrodite.kernels.triton.sampling_stages import LIST_CAPACITY
 REPORT_PIECE = tl.constexpr(1024)
 
 
+@direct_launch
 @triton.jit
 def report_kernel(
     logits_ptr,
@@ -58,6 +60,7 @@ def report_kernel(
         tl.store(out + token, x, listed & (token >= first) & (token < first + REPORT_PIECE))
 
 
+@direct_launch
 @triton.jit
 def settle_kernel(
     rows_ptr,

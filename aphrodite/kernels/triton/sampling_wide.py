@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
-from aphrodite.kernels.triton.launch import launch_dependents, wait_for_producer
+from aphrodite.kernels.triton.launch import direct_launch, launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, draw_piece, settle, shape, top_shape
 from aphrodite.kernels.triton.sampling_measure import CHUNK
 from aphrodite.kernels.triton.sampling_read import read_logits
@@ -26,6 +26,7 @@ WIDE_BLOCK = tl.constexpr(4096)
 _HOPELESS = tl.constexpr(19.6)
 
 
+@direct_launch
 @triton.jit
 def widen_kernel(
     logits_ptr,
@@ -111,6 +112,7 @@ def _copy(logits, record, counts, marks, work, vocab, skipped):
     return tl.max(tops, axis=0)
 
 
+@direct_launch
 @triton.jit
 def draw_kernel(
     logits_ptr,
