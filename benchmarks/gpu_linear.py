@@ -210,7 +210,7 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
     return after_norm
 
 
-class _WithoutDevice:
+class WithoutDevice:
     """What Triton asks of a driver when it only compiles."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -226,7 +226,7 @@ class _WithoutDevice:
         return 0
 
 
-class _CompileOnly:
+class CompileOnly:
     """A kernel that is compiled where it would be launched."""
 
     def __init__(self, kernel: Any) -> None:
@@ -239,12 +239,12 @@ class _CompileOnly:
 def _compile_task(task: tuple[GPUTarget, bool, Layer, int, Any]) -> str | None:
     """Compile one case into Triton's cache; what went wrong, or None."""
     target, pdl, layer, rows, cut = task
-    triton.runtime.driver.set_active(_WithoutDevice(target))
+    triton.runtime.driver.set_active(WithoutDevice(target))
     linear.pdl_supported = lambda device: pdl
     for module, name in ((linear, "_gemv_kernel"), (linear, "_skinny_kernel"), (gated_gemm, "_gated_gemm_kernel")):
         kernel = getattr(module, name)
-        if not isinstance(kernel, _CompileOnly):
-            setattr(module, name, _CompileOnly(kernel))
+        if not isinstance(kernel, CompileOnly):
+            setattr(module, name, CompileOnly(kernel))
     bench = Bench(layer._replace(norm=layer.norm and isinstance(cut, GemvConfig)), "meta")
     try:
         run_cut(bench, *bench.inputs(rows), cut)(bench.weights[0])

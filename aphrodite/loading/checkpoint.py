@@ -15,7 +15,7 @@ import numpy as np
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.config_reader import ConfigReader
-from aphrodite.loading.dummy import dummy_weights
+from aphrodite.loading.dummy import dummy_weights, packing_of
 from aphrodite.loading.further_layers import without_further_layers
 from aphrodite.loading.generation import GenerationDefaults, generation_from_config, generation_from_gguf
 from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
@@ -287,7 +287,7 @@ def _open_dummy(path: Path) -> Checkpoint:
     family = family_of_config(config)
     spec = family.from_config(text_config(config, family))
     dtype = config.choice("dtype" if config.has("dtype") else "torch_dtype", _DTYPES, "bfloat16")
-    return _described(file.parent, "dummy", config, spec, dummy_weights(spec, dtype))
+    return _described(file.parent, "dummy", config, spec, dummy_weights(spec, dtype, packing=packing_of(config)))
 
 
 def checkpoint_name(directory: Path) -> str:

@@ -9,28 +9,71 @@ from __future__ import annotations
 import math
 import zlib
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
+from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.parameters import parameter_shapes
 from aphrodite.loading.weights import Parameter, Weights
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.dense_types import encode_dense
-from aphrodite.quantization.types import NoiseTensor, QuantType, RawTensor
+from aphrodite.quantization.packed import NoiseMatrix, PackedTensor
+from aphrodite.quantization.types import NoiseTensor, QuantType, RawTensor, StackedTensor
 
 STANDARD_DEVIATION = 0.02
 # Values are cut out of one pool of this prime length, so that large models are made at the speed of a
 # copy while no two rows of a matrix begin at the same place.
 _POOL_LENGTH = 1_048_573
+_PACKINGS = {"awq": "AWQ", "gptq": "GPTQ"}
 
 
-def dummy_weights(spec: ModelSpec, qtype: QuantType = QuantType.BF16, seed: int = 0) -> Weights:
+class Packing(NamedTuple):
+    """How the matrices of the layers are quantized.
+
+    Attributes:
+        method: for people.
+        bits: 4 or 8.
+        group_size: inputs that share a scale; -1 for all.
+        head: whether the output head is quantized, too.
+    """
+
+    method: str
+    bits: int
+    group_size: int
+    head: bool
+
+
+def packing_of(config: ConfigReader) -> Packing | None:
+    """What `quantization_config` says, None where there is none.
+
+    Raises:
+        ModelFormatError: another method than AWQ or GPTQ, or other bits than 4 or 8.
+    """
+    section = config.section("quantization_config")
+    if section is None:
+        return None
+    method = section.read("quant_method", str, "")
+    if method not in _PACKINGS:
+        raise section.wrong("quant_method", "awq or gptq, of which dummy weights can be made,", method)
+    bits = section.read("bits", int)
+    if bits not in (4, 8):
+        raise section.wrong("bits", "4 or 8", bits)
+    group_size = section.read("group_size", int, 128, low=-1, high=1 << 20)
+    return Packing(f"{_PACKINGS[method]} {bits}-bit", bits, group_size, section.read("lm_head", bool, False))
+
+
+def dummy_weights(
+    spec: ModelSpec, qtype: QuantType = QuantType.BF16, seed: int = 0, packing: Packing | None = None
+) -> Weights:
     """Parameters of `spec`, each made when it is asked for and always the same for one seed.
 
     Matrices and biases are N(0, 0.02²), norms are 1.
 
     Args:
         qtype: F32, F16 or BF16.
+        packing: of the layers' matrices, whose values are uniform then; those stay dense whose inputs the groups do
+            not divide.
     """
     if qtype.block_size > 1:
         raise ValueError(f"dummy weights are dense, not {qtype.name}")
@@ -41,6 +84,8 @@ def dummy_weights(spec: ModelSpec, qtype: QuantType = QuantType.BF16, seed: int 
         if name.endswith("norm.weight"):
             load = partial(_ones, name, shape)
             parameters[name] = Parameter(shape, QuantType.F32, load)
+        elif packing is not None and _is_packed(name, shape, packing):
+            parameters[name] = _packed_noise(name, shape, qtype, packing, seed)
         else:
             parameters[name] = Parameter(shape, qtype, partial(_noise, name, shape, qtype, pool, seed))
     return Weights(parameters)
@@ -48,6 +93,35 @@ def dummy_weights(spec: ModelSpec, qtype: QuantType = QuantType.BF16, seed: int 
 
 def _ones(name: str, shape: tuple[int, ...]) -> RawTensor:
     return RawTensor(name, shape, QuantType.F32, np.ones((math.prod(shape[:-1]), shape[-1]), "<f4").view(np.uint8))
+
+
+def _is_packed(name: str, shape: tuple[int, ...], packing: Packing) -> bool:
+    projection = name == "head.weight" if packing.head else False
+    projection |= name.startswith("layers.") and name.endswith(".weight") and "router" not in name
+    return projection and len(shape) > 1 and packing.group_size != 0 and shape[-1] % abs(packing.group_size) == 0
+
+
+def _packed_noise(name: str, shape: tuple[int, ...], qtype: QuantType, packing: Packing, seed: int) -> Parameter:
+    """A matrix, or one for each expert."""
+    columns = shape[-1]
+    group_size = columns if packing.group_size == -1 else packing.group_size
+    matrices = [
+        NoiseMatrix(
+            packing.method,
+            (shape[-2], columns),
+            packing.bits,
+            group_size,
+            STANDARD_DEVIATION,
+            zlib.crc32(f"{seed}:{name}:{number}".encode()),
+        )
+        for number in range(math.prod(shape[:-2]))
+    ]
+
+    def load() -> RawTensor:
+        tensors = [PackedTensor(name, qtype, matrix) for matrix in matrices]
+        return tensors[0] if len(shape) == 2 else StackedTensor(name, tensors)
+
+    return Parameter(shape, qtype, load, matrices[0])
 
 
 def _noise(name: str, shape: tuple[int, ...], qtype: QuantType, pool: np.ndarray, seed: int) -> NoiseTensor:

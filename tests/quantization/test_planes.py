@@ -6,26 +6,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from packed_layouts import random_blocks, random_layouts
 
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
-from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
+from aphrodite.quantization.layouts import GgufBlocks, Int4Groups
 from aphrodite.quantization.planes import Planes, decline_planes, planes_of
 from aphrodite.quantization.types import QuantType
 
 ROWS, COLUMNS = 5, 512
-
-
-def random_blocks(qtype: QuantType, rows: int, columns: int, seed: int = 0) -> GgufBlocks:
-    """Random codes with scales that are numbers."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (rows * columns // qtype.block_size, qtype.block_bytes), np.uint8)
-    halves = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82], "MXFP4": []}
-    pairs = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
-    for at in halves.get(qtype.name, [0, 2] if qtype.name in pairs else [0]):
-        blocks[:, at : at + 2] = rng.uniform(-0.01, 0.01, len(blocks)).astype("<f2")[:, None].view(np.uint8)
-    if qtype is QuantType.MXFP4:
-        blocks[:, 0] = rng.integers(110, 125, len(blocks))
-    return GgufBlocks(torch.from_numpy(blocks.reshape(rows, -1)), qtype)
+GROUPED = [name for name, layout in random_layouts(1, 96).items() if not isinstance(layout, GgufBlocks)]
 
 
 def decoded(planes: Planes) -> torch.Tensor:
@@ -75,38 +64,18 @@ def test_blocks(qtype: QuantType) -> None:
     assert sum(tensor.nbytes for tensor in planes.tensors if tensor is not planes.table) <= 1.06 * blocks.nbytes
 
 
-def layouts() -> dict[str, PackedLayout]:
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int, high: int = 256) -> torch.Tensor:
-        return torch.randint(0, high, shape, generator=generator).to(torch.uint8)
-
-    def scales(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator).half()
-
-    floats = torch.randn(ROWS, 96, generator=generator)
-    return {
-        "int4": Int4Groups(numbers(ROWS, 48), scales(ROWS, 3), numbers(ROWS, 3, high=16), 32),
-        "int4 fractional": Int4Groups(numbers(ROWS, 48), scales(ROWS, 1), scales(ROWS, 1), 96),
-        "int8": Int8Groups(numbers(ROWS, 96).view(torch.int8), scales(ROWS, 2), None, 48),
-        "uint8": Int8Groups(numbers(ROWS, 96), scales(ROWS, 3).float(), numbers(ROWS, 3), 32),
-        "e4m3": Int8Groups(floats.to(torch.float8_e4m3fn), scales(ROWS, 6).float(), None, 16),
-        "e5m2": Int8Groups(floats.to(torch.float8_e5m2), scales(ROWS, 1).bfloat16(), None, 96),
-        "codebook": CodebookGroups(numbers(ROWS, 48), scales(ROWS, 3), torch.randn(16, generator=generator), 32),
-    }
-
-
-@pytest.mark.parametrize("name", layouts())
+@pytest.mark.parametrize("name", GROUPED)
 def test_layouts(name: str) -> None:
-    layout = layouts()[name]
+    layout = random_layouts(ROWS, 96)[name]
     assert decline_planes(layout) is None
     planes = planes_of(layout)
-    np.testing.assert_allclose(decoded(planes).numpy(), layout.dequantize().numpy(), rtol=1e-6, atol=1e-6)
+    order = torch.arange(96) if planes.permutation is None else planes.permutation.long()
+    np.testing.assert_allclose(decoded(planes).numpy(), layout.dequantize()[:, order].numpy(), rtol=1e-6, atol=1e-6)
     assert sum(tensor.nbytes for tensor in planes.tensors) == layout.nbytes
 
 
 def test_what_does_not_fit_is_declined() -> None:
-    layout = layouts()["int4"]
+    layout = random_layouts(ROWS, 96)["int4"]
     assert isinstance(layout, Int4Groups)
     narrow = Int4Groups(layout.codes[:, :8], layout.scales[:, :1], layout.zeros[:, :1], 16)
     assert "multiple of 32" in str(decline_planes(narrow))

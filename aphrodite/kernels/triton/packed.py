@@ -7,7 +7,8 @@ GEMV, 1..4 rows, on the vector units. A field of B bits is put into the mantissa
 once a group, with the sum of the group's activations. That is about 3 operations a weight for 4 bits and 5 for more,
 where the card has 4.8 at its full bandwidth. RMSNorm is applied as in `linear.py`.
 
-Skinny GEMM, up to 64 rows: a tile is decoded to the activations' type and multiplied by the matrix units.
+Skinny GEMM, up to 64 rows: a tile is decoded and multiplied by the matrix units, with activations of bfloat16 as tf32:
+to round weights to bfloat16, too, would cost as much as rounding the result does (1.6e-3 of it).
 
 Expansion to a dense matrix for more rows, which the vendor's library multiplies: `out * in` values of 2 bytes are
 written and read again.
@@ -26,7 +27,15 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton.activation import gated
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    ceil_div,
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.quantization.planes import RUN_WORDS, Planes
 
@@ -56,7 +65,7 @@ class PackedSkinnyCut(NamedTuple):
 def packed_gemv_cut(out_features: int, in_features: int, rows: int) -> PackedGemvCut:
     """The cut for a weight `[out, in]` and 1..4 activation rows."""
     warps = 4 if in_features >= 4096 else 2 if in_features >= 2048 else 1
-    chunk = min(1024 * warps, max(128, triton.next_power_of_2(in_features)))
+    chunk = min(1024 * warps, max(128, next_power_of_2(in_features)))
     return PackedGemvCut(2 if rows > 1 or out_features < 8192 else 4, chunk, 1, warps)
 
 
@@ -214,6 +223,7 @@ def _store_gemv(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@direct_launch
 @triton.jit
 def _packed_gemv_kernel(
     x,  # [M, in]
@@ -343,6 +353,7 @@ def _spread(of_runs, ROWS: tl.constexpr, RUNS: tl.constexpr):
     return tl.reshape(tl.broadcast_to(of_runs[:, :, None], (ROWS, RUNS, 4)), (ROWS, RUNS * 4))
 
 
+@direct_launch
 @triton.jit(do_not_specialize=["M"])
 def _packed_skinny_kernel(
     x,  # [M, in]
@@ -406,14 +417,17 @@ def _packed_skinny_kernel(
             shift = _spread(shift, ROWS, RUNS)
             for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
                 code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-                weight = (code * factor - shift).to(x.dtype.element_ty)
+                weight = code * factor - shift
                 column = (word // 4) * RUN + word % 4 + 4 * index
                 pointers = x + tokens[None, :] * x_stride + column[:, None]
                 if columns % CHUNK == 0:
                     values = tl.load(pointers)
                 else:
                     values = tl.load(pointers, mask=(column < columns)[:, None], other=0.0)
-                total = tl.dot(weight, values, total)
+                if x.dtype.element_ty == tl.float16:
+                    total = tl.dot(weight.to(tl.float16), values, total)
+                else:
+                    total = tl.dot(weight, values.to(tl.float32), total, input_precision="tf32")
     index_out = first + tl.arange(0, ROWS)
     if HAS_BIAS:
         total += tl.load(bias + index_out, mask=index_out < out_features, other=0.0).to(tl.float32)[:, None]
@@ -434,6 +448,7 @@ def _packed_skinny_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@direct_launch
 @triton.jit
 def _expand_kernel(
     low,
@@ -539,7 +554,7 @@ def packed_gemv(
     cut = cut or packed_gemv_cut(weight.rows, weight.form.columns, x.shape[0])
     norm_weight, eps = norm if norm is not None else (x, 0.0)
     pdl = pdl_supported(x.device)
-    _packed_gemv_kernel[(triton.cdiv(weight.rows, cut.rows),)](
+    _packed_gemv_kernel[(ceil_div(weight.rows, cut.rows),)](
         x,
         x.stride(0),
         norm_weight,
@@ -554,7 +569,7 @@ def packed_gemv(
         M=x.shape[0],
         ROWS=cut.rows,
         CHUNK=cut.chunk,
-        DEPTH=min(cut.depth, triton.cdiv(weight.form.columns, cut.chunk)),
+        DEPTH=min(cut.depth, ceil_div(weight.form.columns, cut.chunk)),
         HAS_NORM=norm is not None,
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
@@ -575,7 +590,7 @@ def packed_skinny(
     """Writes act(x W^T + b) + residual for up to 64 rows of a 16-bit type; arguments as `packed_gemv`'s."""
     cut = cut or packed_skinny_cut(weight.rows, x.shape[0])
     pdl = pdl_supported(x.device)
-    _packed_skinny_kernel[(triton.cdiv(weight.rows, cut.rows),)](
+    _packed_skinny_kernel[(ceil_div(weight.rows, cut.rows),)](
         x,
         x.stride(0),
         *_plane_arguments(weight),
@@ -588,7 +603,7 @@ def packed_skinny(
         **_form_arguments(weight),
         ROWS=cut.rows,
         CHUNK=cut.chunk,
-        COLUMNS=max(16, triton.next_power_of_2(x.shape[0])),
+        COLUMNS=max(16, next_power_of_2(x.shape[0])),
         STAGES=cut.stages,
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
@@ -602,9 +617,9 @@ def packed_skinny(
 def expand_planes(weight: Planes, out: torch.Tensor, first: int = 0) -> None:
     """Writes rows `first` and following, as many as `out` `[rows, in]` (contiguous, floating) has."""
     rows, columns = out.shape
-    chunk = min(1024, max(RUN_WORDS * 32, triton.next_power_of_2(columns)))
+    chunk = min(1024, max(RUN_WORDS * 32, next_power_of_2(columns)))
     pdl = pdl_supported(out.device)
-    _expand_kernel[(triton.cdiv(rows, 4), triton.cdiv(columns, chunk))](
+    _expand_kernel[(ceil_div(rows, 4), ceil_div(columns, chunk))](
         *_plane_arguments(weight),
         out,
         first,

@@ -1,0 +1,245 @@
+"""Packed weights of every kind on this GPU: microseconds and the share of the memory bandwidth, and better cuts.
+
+    PYTHONPATH=. python benchmarks/gpu_packed.py                          # Q4_K and Q6_K of an 8B model, 1..512 rows
+    PYTHONPATH=. python benchmarks/gpu_packed.py --formats int4,nf4,Q3_K
+    PYTHONPATH=. python benchmarks/gpu_packed.py --tune --rows 1,8        # the best three cuts of each shape
+
+A case is a CUDA graph that runs one layer after another over distinct random weights, of more bytes than a cache has.
+Shares are of 3.17 TB/s, of the bytes that are read as packed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+import triton
+from gpu_linear import CEILING, EPS, LAYERS, CompileOnly, Layer, WithoutDevice, guarded
+
+from aphrodite.kernels.dispatch import Choice
+from aphrodite.kernels.triton import packed
+from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.packed import PackedGemvCut, PackedSkinnyCut
+from aphrodite.layers.linear import RmsNorm
+from aphrodite.layers.packed_linear import PackedLinear
+from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
+from aphrodite.quantization.types import QuantType
+
+DTYPE = torch.bfloat16
+ROWS = (1, 2, 4, 8, 32, 64, 512)
+CHAIN_BYTES = 2 << 30  # read by one replay
+DISTINCT_BYTES = 256 << 20
+_HALVES = {
+    "Q6_K": [208],
+    "Q3_K": [108],
+    "Q2_K": [80, 82],
+    "Q4_1": [0, 2],
+    "Q5_1": [0, 2],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+}
+
+
+def random_layout(name: str, out: int, columns: int, device: str) -> PackedLayout:
+    """A random matrix of format `name`, small numbers."""
+
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.uint8, device=device).random_(0, 256)
+
+    def scales(group: int) -> torch.Tensor:
+        return torch.empty((out, columns // group), dtype=torch.float16, device=device).uniform_(1e-4, 1e-3)
+
+    if name == "int4":
+        return Int4Groups(codes(out, columns // 2), scales(128), codes(out, columns // 128) & 15, 128)
+    if name == "int8":
+        return Int8Groups(codes(out, columns).view(torch.int8), scales(columns), None, columns)
+    if name == "e4m3":
+        values = (codes(out, columns) & 191).view(torch.float8_e4m3fn)
+        return Int8Groups(values, scales(128).float(), None, 128)
+    if name == "nf4":
+        return CodebookGroups(codes(out, columns // 2), scales(64), torch.linspace(-1, 1, 16, device=device), 64)
+    qtype = QuantType[name]
+    blocks = codes(out * columns // qtype.block_size, qtype.block_bytes)
+    for at in _HALVES.get(name, [0]):
+        halves = torch.empty((len(blocks), 1), dtype=torch.float16, device=device).uniform_(1e-5, 1e-4)
+        blocks[:, at : at + 2] = halves.view(torch.uint8)
+    return GgufBlocks(blocks.view(out, -1), qtype)
+
+
+class Bench:
+    """Packed layers of one shape, and the clock."""
+
+    def __init__(self, name: str, layer: Layer, device: str) -> None:
+        self.layer = layer
+        self.device = device
+        self.linears = [self._linear(name)]
+        self.nbytes = sum(tensor.nbytes for tensor in self.linears[0].tensors)
+        if device != "meta":
+            self.linears += [self._linear(name) for _ in range(min(DISTINCT_BYTES // self.nbytes, 63))]
+        weight = torch.ones(layer.in_features, dtype=DTYPE, device=device)
+        self.norm = RmsNorm(weight, EPS) if layer.norm else None
+
+    def _linear(self, name: str) -> PackedLinear:
+        layout = random_layout(name, self.layer.out_features, self.layer.in_features, self.device)
+        gated = self.layer.activation is not None
+        return PackedLinear([layout], None, Choice(name, ()), dtype=DTYPE, gated=gated)
+
+    def call(self, rows: int) -> Callable[[PackedLinear], torch.Tensor]:
+        """One layer as the decoder calls it."""
+        x = torch.empty((rows, self.layer.in_features), dtype=DTYPE, device=self.device).normal_()
+        residual = None
+        if self.layer.residual:
+            residual = torch.zeros((rows, self.layer.out_features), dtype=DTYPE, device=self.device)
+        return lambda linear: linear(x, norm=self.norm, activation=self.layer.activation, residual=residual)
+
+    def chain_us(self, one: Callable[[PackedLinear], object]) -> float:
+        """Microseconds of `one` in a graph over all layers, again and again: median of 5 replays."""
+        one(self.linears[0])
+        torch.cuda.synchronize()
+        rounds = max(CHAIN_BYTES // (self.nbytes * len(self.linears)), 1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for linear in self.linears * rounds:
+                one(linear)
+        graph.replay()
+        times = []
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / len(self.linears) / rounds)
+        return statistics.median(times)
+
+    def share(self, us: float) -> float:
+        """Percent of the bandwidth."""
+        return self.nbytes / (us * 1e-6) / CEILING * 100
+
+
+def cuts(layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinnyCut]:
+    """Candidates: of GEMVs with one or two runs of columns a thread."""
+    if rows > packed.PACKED_GEMV_MAX_ROWS:
+        return [
+            PackedSkinnyCut(tile, chunk, stages, warps)
+            for tile, chunk, stages, warps in itertools.product((16, 32, 64, 128), (128, 256, 512), (2, 3, 4), (4, 8))
+            if tile * chunk <= 64 * 256 and tile >= 4 * warps and layer.in_features % chunk == 0
+        ]
+    return [
+        PackedGemvCut(tile, 1024 * warps * runs, depth, warps)
+        for tile, warps, runs, depth in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2))
+        if layer.in_features % (1024 * warps * runs) == 0
+        and layer.in_features // (1024 * warps * runs) in (range(1, 8) if depth == 1 else range(2, 8))
+        and tile * runs * rows <= 8
+        and (tile > 1 or layer.activation is None)
+    ]
+
+
+def with_cut(bench: Bench, rows: int, cut: PackedGemvCut | PackedSkinnyCut) -> Callable[[PackedLinear], torch.Tensor]:
+    """A layer by the kernel of `cut`."""
+    layer = bench.layer
+    x = torch.empty((rows, layer.in_features), dtype=DTYPE, device=bench.device).normal_()
+    width = layer.out_features // 2 if layer.activation else layer.out_features
+    out = torch.zeros((rows, width), dtype=DTYPE, device=bench.device)
+    epilogue = Epilogue(None, layer.activation, out if layer.residual else None)
+
+    def one(linear: PackedLinear) -> torch.Tensor:
+        if isinstance(cut, PackedGemvCut):
+            packed.packed_gemv(x, linear.parts[0], out, epilogue, bench.norm, cut)
+        else:
+            packed.packed_skinny(x, linear.parts[0], out, epilogue, cut)
+        return out
+
+    return one
+
+
+def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
+    target, pdl, name, layer, rows, cut = task
+    triton.runtime.driver.set_active(WithoutDevice(target))
+    packed.pdl_supported = lambda device: pdl
+    for kernel in ("_packed_gemv_kernel", "_packed_skinny_kernel"):
+        if not isinstance(getattr(packed, kernel), CompileOnly):
+            setattr(packed, kernel, CompileOnly(getattr(packed, kernel)))
+    try:
+        bench = Bench(name, layer, "meta")
+        with_cut(bench, rows, cut)(bench.linears[0])
+    except Exception as error:
+        return f"{name} {layer.name} {rows} {cut}: {type(error).__name__}: {str(error).strip()[-160:]}"
+    return None
+
+
+def tune(formats: list[str], layers: list[Layer], all_rows: list[int]) -> None:
+    """Try every candidate of every case and print the best three."""
+    cases = [
+        (f, layer, rows, cut) for f in formats for layer in layers for rows in all_rows for cut in cuts(layer, rows)
+    ]
+    target = triton.runtime.driver.active.get_current_target()
+    pdl = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+    began = time.perf_counter()
+    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
+        tasks = [(target, pdl, *case) for case in cases]
+        failures = [failure for failure in pool.imap_unordered(_compile_task, tasks) if failure is not None]
+    print(f"compiled {len(tasks)} kernels in {time.perf_counter() - began:.1f} s", flush=True)
+    for failure in failures[:10]:
+        print("  did not compile:", failure)
+    for name, layer in itertools.product(formats, layers):
+        bench = Bench(name, layer, "cuda")
+        for rows in all_rows:
+            guarded(f"{name} {layer.name} {rows}", lambda n=name, r=rows, b=bench: _tuned(n, b, r))
+
+
+def _tuned(name: str, bench: Bench, rows: int) -> None:
+    found: list[tuple[float, Any]] = []
+    for cut in cuts(bench.layer, rows):
+        try:
+            found.append((bench.chain_us(with_cut(bench, rows, cut)), cut))
+        except Exception as failure:
+            print(f"  {cut}: {type(failure).__name__}: {str(failure).strip()[:120]}")
+    shipped = bench.chain_us(bench.call(rows))
+    print(
+        f"{name} {bench.layer.name} rows {rows}: as shipped {shipped:.2f} us {bench.share(shipped):.1f} %", flush=True
+    )
+    for us, cut in sorted(found)[:4]:
+        print(f"   {us:8.2f} us {bench.share(us):5.1f} %  {tuple(cut)}", flush=True)
+
+
+def compare(formats: list[str], layers: list[Layer], all_rows: list[int]) -> None:
+    """A row for each format and shape: microseconds (percent of the bandwidth) for each number of rows."""
+    print(f"{'format':8}{'layer':9}" + "".join(f"{rows:>15}" for rows in all_rows))
+    for name, layer in itertools.product(formats, layers):
+        bench = Bench(name, layer, "cuda")
+        cells = []
+        for rows in all_rows:
+            us = bench.chain_us(bench.call(rows))
+            cells.append(f"{us:8.1f} ({bench.share(us):3.0f} %)")
+        print(f"{name:8}{layer.name:9}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="search for better cuts instead of measuring")
+    parser.add_argument("--formats", default="Q4_K,Q6_K", help="GGUF types, int4, int8, e4m3, nf4; separated by commas")
+    parser.add_argument("--layers", help="only these, by name, separated by commas")
+    parser.add_argument("--rows", help="only these numbers of rows, separated by commas")
+    options = parser.parse_args()
+    formats = options.formats.split(",")
+    layers = [layer for layer in LAYERS if layer.model == "8b"]
+    if options.layers:
+        layers = [layer for layer in layers if layer.name in options.layers.split(",")]
+    rows = [int(value) for value in options.rows.split(",")] if options.rows else list(ROWS)
+    (tune if options.tune else compare)(formats, layers, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Products with packed weights on the GPU, against float64 of what the weights mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_layouts import random_layouts
+
+from aphrodite.kernels import reference
+from aphrodite.kernels.dispatch import Choice
+from aphrodite.layers.linear import RmsNorm
+
+NAMES = list(random_layouts(1, 96))
+CHOICE = Choice("packed", ())
+OUT, COLUMNS = 320, 1152
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_within_the_tolerance(device: torch.device, name: str) -> None:
+    from aphrodite.layers.packed_linear import PackedLinear
+
+    layout = random_layouts(OUT, COLUMNS)[name]
+    weight = layout.dequantize().double().to(device)
+    linear = PackedLinear([layout.to(device)], None, CHOICE, dtype=torch.bfloat16)
+    stored = sum(tensor.nbytes for tensor in linear.tensors)
+    assert stored <= 1.06 * layout.nbytes
+    for rows in (1, 2, 4, 5, 17, 64, 65, 300):
+        x = torch.randn(rows, weight.shape[1], device=device).bfloat16()
+        expected = x.double() @ weight.T
+        error = (linear(x).double() - expected).norm() / expected.norm()
+        # Above 64 rows weights are rounded to bfloat16, which alone is 1.6e-3, as rounding the result is.
+        assert error < (2e-3 if rows <= 64 else 2.5e-3), (rows, float(error))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 4, 5, 200])
+def test_layers(device: torch.device, rows: int, dtype: torch.dtype) -> None:
+    from aphrodite.layers.packed_linear import PackedLinear
+
+    torch.manual_seed(rows)
+    layouts = random_layouts(OUT, COLUMNS)
+    for names in (["int4"], ["int4", "int8"], ["int4 act-order"], ["Q4_0", "Q8_0"]):
+        for gated in (False, True):
+            chosen = [layouts[name].to(device) for name in names]
+            out = OUT * len(chosen)
+            bias = torch.randn(out, device=device).to(dtype)
+            norm = RmsNorm(torch.rand(COLUMNS, device=device).to(dtype), 1e-5)
+            linear = PackedLinear(chosen, bias, CHOICE, dtype=dtype, gated=gated)
+            x = torch.randn(rows, COLUMNS, device=device).to(dtype)
+            residual = torch.randn(rows, out // 2 if gated else out, device=device).to(dtype)
+            weight = torch.cat([layout.dequantize() for layout in chosen]).double()
+            expected = reference.rms_norm(x.double(), norm.weight.double(), norm.eps) @ weight.T + bias.double()
+            expected = (reference.silu_mul(expected) if gated else expected) + residual.double()
+            found = linear(x, norm=norm, activation="silu" if gated else None, residual=residual)
+            error = float((found.double() - expected).norm() / expected.norm())
+            assert error < (2e-3 if dtype == torch.float16 else 5e-6), (names, gated, error)
