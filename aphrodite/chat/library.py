@@ -66,6 +66,15 @@ def recognised_chat_template(tokenizer: Tokenizer, *, name: str, family: str | N
     return _compile(_of_row(row), tokenizer)
 
 
+def named_template(name_or_path: str, *, bos_token: str | None = None, eos_token: str | None = None) -> ChatTemplate:
+    """A template of the library, or of a file, without a model.
+
+    Raises:
+        ConfigError, ModelFormatError: as `load_chat_template`.
+    """
+    return _build(_named(name_or_path), bos_token, eos_token)
+
+
 def _compile(source: _Source, tokenizer: Tokenizer) -> ChatTemplate:
     bos, eos = (
         None if token_id is None else tokenizer.token_text(token_id)
@@ -73,11 +82,15 @@ def _compile(source: _Source, tokenizer: Tokenizer) -> ChatTemplate:
     )
     if source.row is not None and not tokenizer.adds_bos:  # a library template leaves that to the tokenizer
         bos = None
+    return _build(source, bos, eos)
+
+
+def _build(source: _Source, bos_token: str | None, eos_token: str | None) -> ChatTemplate:
     try:
         template = ChatTemplate(
             source.text,
-            bos_token=bos,
-            eos_token=eos,
+            bos_token=bos_token,
+            eos_token=eos_token,
             tool_use=_sound(source.tool_use, TOOL_USE),
             rag=_sound(source.rag, RAG),
             name=source.name,
@@ -117,33 +130,27 @@ def _of_row(row: LibraryTemplate) -> _Source:
 
 
 def _find(name_or_path: str, tokenizer: Tokenizer) -> _Source:
+    if name_or_path.lower() not in template_names() and name_or_path in tokenizer.chat_templates:
+        return _Source(tokenizer.chat_templates[name_or_path], f"the checkpoint's template {name_or_path}")
+    return _named(name_or_path)
+
+
+def _named(name_or_path: str) -> _Source:
+    """A template by its name in the library, or the text of a file."""
     if (row := template_names().get(name_or_path.lower())) is not None:
         return _of_row(row)
-    if name_or_path in tokenizer.chat_templates:
-        return _Source(tokenizer.chat_templates[name_or_path], f"the checkpoint's template {name_or_path}")
-    return _Source(read_template(name_or_path), f"the template {name_or_path}")
-
-
-def read_template(name_or_path: str) -> str:
-    """The text of a template by its name in the library, or of a file.
-
-    Raises:
-        ConfigError: there is neither, or the file cannot be read as text.
-    """
-    if (row := template_names().get(name_or_path.lower())) is not None:
-        return row.source
     path = Path(name_or_path).expanduser()
     if not path.is_file():
         close = difflib.get_close_matches(name_or_path, template_names())
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"--chat-template {name_or_path}: no built-in template ({_names()}) and no file has this name.{hint}"
+            f"{name_or_path}: no chat template of the library ({_names()}) and no file has this name.{hint}"
         )
     try:
         with path.open(encoding="utf-8") as file:
-            return file.read(MAX_SOURCE_CHARS + 1)
+            return _Source(file.read(MAX_SOURCE_CHARS + 1), f"the template {name_or_path}")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {path}: the file cannot be read as text ({error}).") from None
+        raise ConfigError(f"{path}: this chat template cannot be read as text ({error}).") from None
 
 
 def _names() -> str:

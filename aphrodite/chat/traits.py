@@ -92,7 +92,7 @@ _REASONING_MARKS: Final = (
 )
 _SWITCHES: Final = ("enable_thinking", "thinking")
 
-_CONTROL = re.compile(
+CONTROL_TOKEN: Final = re.compile(
     r"<\|[^<>|\s]{1,40}\|?>|<[a-z_]{1,20}\|>|<｜[^<>｜\s]{1,40}｜>|</s>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,20}\]"
 )
 _STOPS_SHOWN = 2  # of the control tokens between an answer and the next question: its end, and the next turn's start
@@ -148,7 +148,7 @@ def _stop(template: _Probe, tool_format: ToolFormat | None) -> tuple[str, ...]:
         return tuple(token for token in _HARMONY_STOPS if "<|channel|>" in template.source)
     shown = template(_turn("user", _USER), _turn("assistant", _ANSWER), _turn("user", _NEXT))
     between = shown.partition(_ANSWER)[2].partition(_NEXT)[0]
-    found = [token for token in _CONTROL.findall(between) if token not in (_EOS, _BOS)]
+    found = [token for token in CONTROL_TOKEN.findall(between) if token not in (_EOS, _BOS)]
     handover = [token for token in _HANDOVER if tool_format is not None and token in template.source]
     return tuple(dict.fromkeys(found[:_STOPS_SHOWN] + handover))
 

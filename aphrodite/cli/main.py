@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aphrodite.cli import bench, chat, configuration, doctor, models, run, samplers
+from aphrodite.cli import bench, chat, configuration, doctor, models, run, samplers, templates
 from aphrodite.cli.console import print_error
 from aphrodite.errors import AphroditeError
 
@@ -31,6 +31,7 @@ app.add_typer(bench.app, rich_help_panel=TOOLS)
 app.command("doctor", rich_help_panel=TOOLS)(doctor.doctor)
 app.add_typer(models.app, rich_help_panel=TOOLS)
 app.add_typer(samplers.app, rich_help_panel=TOOLS)
+app.add_typer(templates.app, rich_help_panel=TOOLS)
 app.add_typer(configuration.app, rich_help_panel=TOOLS)
 
 
