@@ -8,7 +8,7 @@ import torch
 
 from aphrodite.kernels.dispatch import Choice, Declined
 from aphrodite.kernels.triton.activation import Activation
-from aphrodite.kernels.triton.int4_linear import int4_linear
+from aphrodite.kernels.triton.int4_linear import gluon_reason, int4_linear
 from aphrodite.kernels.triton.int4_words import pack_int4, unsupported_group
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
@@ -23,12 +23,12 @@ def decline_int4_gpu(weight: Int4Groups, dtype: torch.dtype) -> Declined | None:
     """Why `weight` cannot be an Int4GpuLinear of the compute dtype; None if it can."""
     if dtype == torch.float32:
         return Declined("activations of float32 want a weight of float32")
-    reason = unsupported_group(weight.group_size, weight.shape[1])
+    reason = gluon_reason(weight.codes.device) or unsupported_group(weight.group_size, weight.shape[1])
     if reason is not None:
         return Declined(reason)
-    if weight.zeros.dtype.is_floating_point or weight.zeros.dtype == torch.uint8:
-        return None
-    return Declined(f"zeros of {weight.zeros.dtype}")
+    if weight.shape[1] % 8:
+        return Declined(f"needs a multiple of 8 inputs, not {weight.shape[1]}")
+    return Declined("zeros that are no integers") if weight.zeros.dtype.is_floating_point else None
 
 
 class Int4GpuLinear:

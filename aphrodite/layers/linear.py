@@ -19,7 +19,7 @@ from aphrodite.layers.dense import short_name, stack_dense, to_dense
 from aphrodite.layers.invariant import decline_invariant, invariant_matmul
 from aphrodite.layers.norm import RmsNorm as RmsNorm
 from aphrodite.quantization.fp8 import decline_fp8
-from aphrodite.quantization.layouts import PackedLayout, stack_layouts
+from aphrodite.quantization.layouts import Int4Groups, PackedLayout, stack_layouts
 from aphrodite.quantization.linear_int4 import Int4Weight, decline_int4, matmul_int4, pack_int4
 from aphrodite.quantization.planes import decline_planes
 from aphrodite.quantization.repack import decline_layout, layout_of
@@ -27,6 +27,7 @@ from aphrodite.quantization.types import RawTensor
 
 if TYPE_CHECKING:
     from aphrodite.layers.fp8_linear import Fp8Linear
+    from aphrodite.layers.int4_gpu_linear import Int4GpuLinear
     from aphrodite.layers.packed_linear import PackedLinear
     from aphrodite.layers.triton_linear import TritonLinear
 
@@ -198,10 +199,19 @@ def _packed_layouts(parts: Sequence[RawTensor], device: torch.device) -> list[Pa
 
 def packed_linear(
     layouts: Sequence[PackedLayout], bias: torch.Tensor | None, choice: Choice, dtype: torch.dtype, *, gated: bool
-) -> PackedLinear:
+) -> PackedLinear | Int4GpuLinear:
     """A Linear over matrices that are stacked along their rows, on a GPU, kept as they are."""
-    from aphrodite.layers.packed_linear import PackedLinear  # Triton is there only where a GPU is
+    # Triton is there only where a GPU is.
+    from aphrodite.layers.int4_gpu_linear import Int4GpuLinear, decline_int4_gpu
+    from aphrodite.layers.packed_linear import PackedLinear
 
+    if len(layouts) > 1 or not isinstance(layouts[0], Int4Groups):
+        return PackedLinear(layouts, bias, choice, dtype=dtype, gated=gated)
+    declined = decline_int4_gpu(layouts[0], dtype)
+    if declined is None:
+        return Int4GpuLinear(layouts[0], bias, Choice("packed 4-bit", choice.reasons), gated=gated)
+    log_once(logging.INFO, f"4-bit weights are multiplied by the general kernels of packed layouts: {declined.reason}")
+    choice = Choice(choice.name, (*choice.reasons, f"packed 4-bit: {declined.reason}"))
     return PackedLinear(layouts, bias, choice, dtype=dtype, gated=gated)
 
 

@@ -41,7 +41,8 @@ def choose_int4_kernel(x: torch.Tensor, weight: Int4Words) -> Kernel:
     return "plain" if rows <= PLAIN_MAX_ROWS else "library"
 
 
-def _gluon_reason(device: torch.device) -> str | None:
+def gluon_reason(device: torch.device) -> str | None:
+    """Why Gluon kernels do not run on `device`; None if they do."""
     if not triton.__version__.startswith(GLUON_VERSIONS):
         return f"they were checked with Triton {'x, '.join(GLUON_VERSIONS)}x, not {triton.__version__}"
     if device.type != "cuda" or platform_of(device).kind != "cuda" or platform_of(device).capability[0] != 9:
@@ -52,7 +53,7 @@ def _gluon_reason(device: torch.device) -> str | None:
 @functools.cache
 def _gluon_declines(device: torch.device, in_features: int, has_offsets: bool) -> str | None:
     """Why plain kernels are used, logged once."""
-    reason = _gluon_reason(device)
+    reason = gluon_reason(device)
     if reason is None and in_features % 8:
         reason = f"{in_features} inputs are no multiple of 8"
     if reason is None and has_offsets:
