@@ -292,13 +292,15 @@ def gguf_tensors(case: Case, architecture: gguf.MODEL_ARCH, model: Any) -> dict[
     for name, tensor in model.state_dict().items():
         values = tensor.float().numpy()
         if stacked := stacked_names(name):
-            tensors.update(zip(stacked, np.split(values, len(stacked), axis=1), strict=True))
+            tensors.update(zip(stacked, np.split(values, len(stacked), axis=-2), strict=True))
             continue
         if ".norms." in name:  # StableLM's norms of single heads
             heads.setdefault(name.split(".norms.")[0] + ".weight", []).append(values)
             continue
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
+        if name.endswith("block_sparse_moe.router.weight"):
+            name = name.replace("router", "router.layer")  # as in files
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise ValueError(f"llama.cpp has no name for {name}")

@@ -16,7 +16,7 @@ MAX_WIDTH = 1 << 20
 def moe_from_config(
     config: ConfigReader,
     *,
-    count: str = "num_local_experts",
+    count: str = "num_experts",
     intermediate: str = "intermediate_size",
     scoring: Scoring = "softmax",
     normalize: bool = False,
@@ -25,12 +25,13 @@ def moe_from_config(
     """The experts that config.json's common keys describe.
 
     Args:
-        count, intermediate: keys of the number of experts and of an expert's width.
+        count, intermediate: keys of the number of experts (transformers 5 writes `num_local_experts`) and of an
+            expert's width.
 
     Raises:
         ModelFormatError: a value is missing, mistyped, out of bounds or contradicts another.
     """
-    experts = config.read(count, int, low=1, high=MAX_EXPERTS)
+    experts = config.read(count if config.has(count) else "num_local_experts", int, low=1, high=MAX_EXPERTS)
     return MoeSpec(
         num_experts=experts,
         top_k=config.read("num_experts_per_tok", int, low=1, high=experts),

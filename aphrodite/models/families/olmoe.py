@@ -23,7 +23,7 @@ def _from_config(config: ConfigReader) -> ModelSpec:
     bias = config.read("attention_bias", bool, False)
     spec = decoder_from_config(config, family="olmoe", qkv_bias=bias, output_bias=bias)
     normalize = config.read("norm_topk_prob", bool, False)
-    return _olmoe(spec, moe_from_config(config, count="num_experts", normalize=normalize))
+    return _olmoe(spec, moe_from_config(config, normalize=normalize))
 
 
 def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:

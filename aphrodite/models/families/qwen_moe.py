@@ -1,5 +1,5 @@
-"""Qwen's mixtures of experts: Qwen1.5- and Qwen2-MoE (arXiv 2407.10671), whose shared expert is weighed by a gate of its
-own, and Qwen3-MoE (arXiv 2505.09388), which has none."""
+"""Qwen's mixtures of experts: Qwen1.5- and Qwen2-MoE (arXiv 2407.10671), whose shared expert is weighed by a gate, and
+Qwen3-MoE (arXiv 2505.09388), which has none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def _moe(config: ConfigReader) -> MoeSpec:
     dense |= {layer for layer in range(num_layers) if (layer + 1) % step}
     return moe_from_config(
         config,
-        count="num_experts",
         intermediate="moe_intermediate_size",
         normalize=config.read("norm_topk_prob", bool, False),
         dense_layers=tuple(sorted(dense)),
