@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ from aphrodite.errors import InvalidRequestError
 # Stands after the text to continue, so that everything which a template puts there can be cut away. The space
 # at its end shows whether the template strips messages.
 _CONTINUE_MARK: Final = "\ue000CONTINUE\ue001 "
+
+_TRIAL: Final = "\ue000TRIAL\ue001"
 
 RESERVED_NAMES: Final = frozenset(
     {
@@ -64,6 +67,16 @@ class JinjaTemplate:
             raise _invalid(str(error)) from None
         except (RecursionError, MemoryError):
             raise _invalid("it is nested too deeply") from None
+        if not self._form.strings and self._shows_strings():
+            self._form = replace(self._form, strings=True)
+
+    def _shows_strings(self) -> bool:
+        """Whether a text shows as it is, be it that some roles' contents are looped over."""
+        question = {"role": "user", "content": _TRIAL}
+        try:
+            return _TRIAL in self._run({**self._tokens, "messages": [question], "add_generation_prompt": True}, None)
+        except InvalidRequestError:
+            return False
 
     def render(
         self,

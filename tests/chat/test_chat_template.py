@@ -272,6 +272,15 @@ def test_a_string_becomes_a_part_for_a_template_that_takes_only_parts(source: st
     assert ours(source, [{"role": "user", "content": "hi"}]) == "[hi]"
 
 
+def test_a_loop_over_one_roles_content_does_not_make_parts_of_all() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'tool_calls' %}{% for c in m.content %}{{ c.name }}{% endfor %}"
+        "{% else %}{{ '<' + m.content + '>' }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    assert ours(source, messages) == theirs(source, messages) == "<hi>"
+
+
 def test_other_parts_are_refused_by_name() -> None:
     content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(InvalidRequestError, match="image_url") as error:
