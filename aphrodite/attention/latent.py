@@ -19,6 +19,9 @@ import torch
 
 from aphrodite.models.spec import MlaSpec
 
+GROUP_POSITIONS = 65_536  # of contexts that a GPU expands together, unless a single one is longer
+EXPANDED_BYTES = 256 << 20  # that their keys and values may take at once, unless one head needs more
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentShape:

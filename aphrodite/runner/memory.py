@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aphrodite.attention.latent import EXPANDED_BYTES, GROUP_POSITIONS
 from aphrodite.errors import ConfigError
 from aphrodite.models.shape import ModelShape
+from aphrodite.models.spec import ModelSpec
 
 # The share of a host's free memory (after loading) which the KV cache may take when nobody named a size.
 # Pages are touched only as the cache fills, so this is a ceiling and not what an idle server occupies.
@@ -127,9 +129,15 @@ def device_workspace(
     Args:
         itemsize: bytes of an activation.
     """
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    heads, expansion = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, 0
+    mla = spec.mla if isinstance(spec, ModelSpec) else None
+    if mla is not None:  # queries, absorbed ones and what they attend to, values; what prompts are expanded to
+        heads = spec.num_heads * (mla.head_dim + 2 * mla.kv_lora_rank + mla.v_head_dim) + mla.latent_dim
+        positions = max(GROUP_POSITIONS, max_model_len)
+        each = mla.qk_nope_head_dim + mla.v_head_dim  # of a head and position
+        expansion = positions * mla.latent_dim * itemsize + max(EXPANDED_BYTES, positions * each * itemsize)
     per_token = (4 * spec.hidden_size + heads + 3 * spec.intermediate_size) * itemsize
     # Of each sequence: logits, those that graphs leave behind, the sampler's float32 copy and its counts.
     per_sequence = spec.vocab_size * (2 * itemsize + 12) + 8 * max_model_len
     reserve = DEVICE_RESERVE + int(total * DEVICE_RESERVE_SHARE)
-    return max_num_batched_tokens * per_token + max_num_seqs * per_sequence + reserve
+    return max_num_batched_tokens * per_token + max_num_seqs * per_sequence + expansion + reserve

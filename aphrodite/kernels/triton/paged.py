@@ -139,6 +139,29 @@ def load_tile(
 
 
 @triton.jit
+def load_part(
+    cache,
+    rows,
+    seen,
+    STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SIZE: tl.constexpr,
+    PAD: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """`[TILE, PAD]`: SIZE values from OFFSET on of rows of STRIDE; zero beyond `seen` and SIZE, as in `load_tile`."""
+    dims = tl.arange(0, PAD)
+    pointers = cache + rows[:, None] * STRIDE + (OFFSET + dims)[None, :]
+    if SIZE < PAD:
+        tile = tl.load(pointers, mask=seen[:, None] & (dims < SIZE)[None, :], other=0)
+    else:
+        tile = tl.load(pointers, mask=seen[:, None], other=0)
+    if FORMAT != 0:
+        tile = _decode_e4m3(tile, FORMAT)
+    return tile
+
+
+@triton.jit
 def scores_of(query, keys, scale, SOFTCAP: tl.constexpr, FORMAT: tl.constexpr):
     """`[M, TILE]` float32: scores, but for a factor that is `score_factor`.
 

@@ -1,0 +1,239 @@
+"""Absorbed latent attention of sequences with one query row each, split along the context.
+
+Queries that were taken to the latent meet the cached vectors as one key that all heads share; the same tile, but for
+its turning part, is the value. So a tile is read once for all heads of a program, which are the rows of its products.
+How contexts are divided and put together is that of `decode_attention.py`.
+
+Cost: context * (rank + turning) elements read a sequence and block of heads, 2 * heads * (2 * rank + turning)
+operations a position: bound by memory traffic up to some 64 heads, by the matrix units above.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from aphrodite.kernels.triton.decode_attention import (
+    RECORD,
+    DecodeConfig,
+    DecodePlan,
+    _combine,
+    combined_at_once,
+)
+from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.paged import (
+    Card,
+    accumulate,
+    decoded_scale,
+    kernel_view,
+    kv_format,
+    load_part,
+    score_factor,
+    tile_blocks,
+    tile_rows,
+)
+
+MIN_PRODUCT = 16  # rows and depth of tl.dot
+
+
+class LatentDecodeConfig(NamedTuple):
+    """Launch parameters.
+
+    Attributes:
+        heads: of a program.
+        decode: tile of positions, warps and stages.
+    """
+
+    heads: int
+    decode: DecodeConfig
+
+    def head_blocks(self, num_heads: int) -> int:
+        """Programs that share a chunk's heads."""
+        return -(-num_heads // self.heads)
+
+
+def latent_decode_config(num_heads: int, dtype: torch.dtype, card: Card, *, fp8_cache: bool) -> LatentDecodeConfig:
+    """Launch parameters for a number of heads, compute dtype and card.
+
+    Each warp holds the queries of all its program's heads in registers, so more of either would not fit.
+    """
+    heads = min(num_heads, MIN_PRODUCT)
+    if dtype == torch.float32 or card == "hip":
+        return LatentDecodeConfig(heads, DecodeConfig(tile=16, num_warps=4, num_stages=1))
+    if fp8_cache:
+        return LatentDecodeConfig(heads, DecodeConfig(tile=16, num_warps=4, num_stages=2))
+    return LatentDecodeConfig(heads, DecodeConfig(tile=32, num_warps=4, num_stages=3 if card == "hopper" else 2))
+
+
+def latent_decode(
+    absorbed: torch.Tensor,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    plan: DecodePlan,
+    block_tables: torch.Tensor,
+    head_dim: int,
+    scale: float,
+    config: LatentDecodeConfig,
+) -> None:
+    """Attend with the query row of every planned sequence; rows of padding become zeros, other rows stay as they are.
+
+    Block tables and plan may be read before the kernels ahead of this one have ended, as in `rotary_to_cache`.
+
+    Args:
+        absorbed: `[T, heads, rank]` contiguous, queries' parts that do not turn, taken to the latent.
+        query: `[T, >= heads * head_dim]`, rows contiguous; of each head the last dimensions have been turned.
+        cache: a layer's `[num_blocks, block_size, rank + turning]`, this step's tokens included; of the query's dtype
+            or float8_e4m3fn.
+        out: `[T, heads, rank]` contiguous, of the query's dtype: attended latents.
+        plan: of this step, made for `config.head_blocks` KV heads and `config.decode`.
+        block_tables: `[>= rows, max_blocks]` int32, rows contiguous.
+        head_dim: of the query.
+        scale: factor on scores, positive.
+        config: launch parameters.
+    """
+    _, heads, rank = absorbed.shape
+    turning = cache.shape[2] - rank
+    slots, blocks = plan.records.shape[0], config.head_blocks(heads)
+    group_pad, rank_pad = triton.next_power_of_2(config.heads), max(MIN_PRODUCT, triton.next_power_of_2(rank))
+    partials = torch.empty((slots, blocks, config.heads, rank), dtype=torch.float32, device=out.device)
+    statistics = torch.empty((slots, blocks, 2, config.heads), dtype=torch.float32, device=out.device)
+    pdl = pdl_supported(out.device)
+    _latent_decode_kernel[(blocks, slots)](
+        absorbed,
+        query,
+        kernel_view(cache),
+        out,
+        plan.records,
+        plan.counters,
+        block_tables,
+        partials,
+        statistics,
+        query.stride(0),
+        block_tables.stride(0),
+        scale,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        HEAD_BLOCKS=blocks,
+        GROUP=config.heads,
+        GROUP_PAD=group_pad,
+        ROWS=max(MIN_PRODUCT, group_pad),
+        RANK=rank,
+        RANK_PAD=rank_pad,
+        TURNING=turning,
+        TURNING_PAD=max(MIN_PRODUCT, triton.next_power_of_2(turning)),
+        BLOCK_SIZE=cache.shape[1],
+        TILE=config.decode.tile,
+        COMBINE=combined_at_once(group_pad, rank_pad, config.decode.num_warps * 32),
+        FORMAT=int(kv_format(cache)),
+        RECORD=RECORD,
+        PDL=pdl,
+        num_warps=config.decode.num_warps,
+        num_stages=config.decode.num_stages,
+        **launch_options(pdl),
+    )
+
+
+@triton.jit
+def _latent_decode_kernel(
+    absorbed,
+    query,
+    cache,
+    out,
+    records,
+    counters,
+    block_tables,
+    partials,
+    statistics,
+    query_stride,
+    table_stride,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    TURNING: tl.constexpr,
+    TURNING_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    COMBINE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    RECORD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head_block = tl.program_id(0)
+    slot = tl.program_id(1)
+    record = records + slot * RECORD
+    chunks = tl.load(record + 6)
+    if chunks == 0:
+        return  # without waiting: the slots in use wait for the producer
+    token = tl.load(record).to(tl.int64)
+    table = block_tables + tl.load(record + 1).to(tl.int64) * table_stride
+    start = tl.load(record + 2)
+    end = tl.load(record + 3)
+    first_slot = tl.load(record + 5)
+    blocks = tile_blocks(table, start, end, TILE, BLOCK_SIZE)
+    factor = score_factor(scale, 0.0, FORMAT)
+
+    wait_for_producer(PDL)
+    member = tl.arange(0, ROWS)
+    heads = head_block * GROUP + member
+    real = (member < GROUP) & (heads < HEADS)
+    dims = tl.arange(0, RANK_PAD)
+    turn = tl.arange(0, TURNING_PAD)
+    inside = real[:, None] & (dims < RANK)[None, :]
+    at = (token * HEADS + heads)[:, None] * RANK + dims[None, :]
+    q = tl.load(absorbed + at, mask=inside, other=0.0)
+    turned = query + token * query_stride + heads[:, None] * HEAD_DIM + (HEAD_DIM - TURNING) + turn[None, :]
+    q_turned = tl.load(turned, mask=real[:, None] & (turn < TURNING)[None, :], other=0.0)
+    if FORMAT != 0:
+        q = q.to(tl.float16)
+        q_turned = q_turned.to(tl.float16)
+    acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for base in range(start, end, TILE):
+        seen = base + tl.arange(0, TILE) < end
+        row = tile_rows(blocks, base, 0, TILE, 1, BLOCK_SIZE)
+        blocks = tile_blocks(table, base + TILE, end, TILE, BLOCK_SIZE)
+        latents = load_part(cache, row, seen, RANK + TURNING, 0, RANK, RANK_PAD, FORMAT)
+        keys = load_part(cache, row, seen, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)
+        scores = tl.dot(q_turned, tl.trans(keys), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(latents), scores, input_precision="ieee")
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        acc, peak, total = accumulate(acc, peak, total, scores, latents, factor, False)
+    acc *= decoded_scale(FORMAT)
+
+    if chunks == 1:
+        launch_dependents(PDL)
+        result = tl.where(total[:, None] > 0.0, acc / total[:, None], 0.0)  # a padding row has seen nothing
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    else:
+        index = (slot * HEAD_BLOCKS + head_block).to(tl.int64) * GROUP
+        own = (member < GROUP)[:, None] & (dims < RANK)[None, :]
+        tl.store(partials + (index + member)[:, None] * RANK + dims[None, :], acc, mask=own)
+        tl.store(statistics + 2 * index + member, peak * factor, mask=member < GROUP)
+        tl.store(statistics + 2 * index + GROUP + member, total, mask=member < GROUP)
+        tl.debug_barrier()  # all threads' stores before the one that counts
+        counter = counters + first_slot * HEAD_BLOCKS + head_block
+        finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        launch_dependents(PDL)
+        if finished == chunks - 1:
+            tl.store(counter, 0)  # for the next layer
+            result = _combine(
+                partials, statistics, first_slot, chunks, head_block, HEAD_BLOCKS, GROUP, GROUP_PAD, RANK, RANK_PAD,
+                COMBINE,
+            )  # fmt: skip
+            few = tl.arange(0, GROUP_PAD)
+            head = head_block * GROUP + few
+            target = out + (token * HEADS + head)[:, None] * RANK + dims[None, :]
+            own = ((few < GROUP) & (head < HEADS))[:, None] & (dims < RANK)[None, :]
+            tl.store(target, result.to(out.dtype.element_ty), mask=own)

@@ -1,0 +1,146 @@
+"""The kernels of latent attention in the configurations that ship, in DeepSeek's sizes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from compiling import KernelCase
+
+from aphrodite.kernels.triton.decode_attention import RECORD, combined_at_once
+from aphrodite.kernels.triton.latent_cache import GATHER_FIELDS, GATHER_TILE, _cache_kernel, _gather_kernel
+from aphrodite.kernels.triton.latent_decode import _latent_decode_kernel, latent_decode_config
+from aphrodite.kernels.triton.latent_prefill import (
+    _absorbed_kernel,
+    _expanded_kernel,
+    absorbed_config,
+    expanded_config,
+)
+from aphrodite.kernels.triton.paged import Card, KVFormat
+from aphrodite.kernels.triton.ragged_attention import TILE_FIELDS
+
+RANK, NOPE, TURNING, VALUE_DIM = 512, 128, 64, 128
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+CARDS: dict[str, Card] = {"sm_80": "cuda", "sm_90": "hopper", "gfx942": "hip"}
+LATENT = {"RANK": RANK, "RANK_PAD": RANK, "TURNING": TURNING, "TURNING_PAD": TURNING, "BLOCK_SIZE": 16}
+
+
+def _cache(target: str, *, fp8: bool = False, pdl: bool = False) -> KernelCase:
+    return KernelCase(
+        name=f"latent to cache{' fp8' * fp8}{' pdl' * pdl}",
+        kernel=_cache_kernel,
+        arguments={
+            "qkv": "*bf16",
+            "cache": "*u8" if fp8 else "*bf16",
+            "positions": "*i32",
+            "slots": "*i64",
+            "cos": "*fp32",
+            "sin": "*fp32",
+            "norm": "*bf16",
+            "qkv_stride": "i32:16",
+            "norm_eps": "fp32",
+            "HEADS": 16,
+            "HEAD_DIM": NOPE + TURNING,
+            "RANK": RANK,
+            "RANK_PAD": RANK,
+            "HALF": TURNING // 2,
+            "HALF_PAD": TURNING // 2,
+            "BLOCK_HEADS": 16,
+            "FP8": fp8,
+            "PDL": pdl,
+        },
+        num_warps=4,
+        targets=(target,),
+    )
+
+
+def _gather(target: str, kv: KVFormat) -> KernelCase:
+    width = RANK + TURNING
+    return KernelCase(
+        name=f"gather latents {kv.name}",
+        kernel=_gather_kernel,
+        arguments={"cache": "*bf16" if kv is KVFormat.PLAIN else "*u8", "out": "*bf16", "sequences": "*i32"}
+        | {"context_lens": "*i32", "rows": "*i32", "block_tables": "*i32", "table_stride": "i32:16"}
+        | {"WIDTH": width, "WIDTH_PAD": triton.next_power_of_2(width), "BLOCK_SIZE": 16, "TILE": GATHER_TILE}
+        | {"FORMAT": int(kv), "FIELDS": GATHER_FIELDS, "PDL": False},
+        num_warps=8,
+        targets=(target,),
+    )
+
+
+def _decode(target: str, heads: int, dtype: torch.dtype, kv: KVFormat, *, pdl: bool = False) -> KernelCase:
+    element = f"*{NAMES[dtype]}"
+    config = latent_decode_config(heads, dtype, CARDS[target], fp8_cache=kv is not KVFormat.PLAIN)
+    group_pad = triton.next_power_of_2(config.heads)
+    decode = config.decode
+    return KernelCase(
+        name=f"latent decode {heads} heads {NAMES[dtype]} {kv.name}{' pdl' * pdl}",
+        kernel=_latent_decode_kernel,
+        arguments={"absorbed": element, "query": element, "cache": element if kv is KVFormat.PLAIN else "*u8"}
+        | {"out": element, "records": "*i32", "counters": "*i32", "block_tables": "*i32"}
+        | {"partials": "*fp32", "statistics": "*fp32"}
+        | {"query_stride": "i32:16", "table_stride": "i32:16", "scale": "fp32"}
+        | {"HEADS": heads, "HEAD_DIM": NOPE + TURNING, "HEAD_BLOCKS": config.head_blocks(heads)}
+        | {"GROUP": config.heads, "GROUP_PAD": group_pad, "ROWS": max(16, group_pad), "TILE": decode.tile}
+        | {"COMBINE": combined_at_once(group_pad, RANK, decode.num_warps * 32), "FORMAT": int(kv), "RECORD": RECORD}
+        | {"PDL": pdl}
+        | LATENT,
+        num_warps=decode.num_warps,
+        num_stages=decode.num_stages,
+        targets=(target,),
+    )
+
+
+def _absorbed(target: str, dtype: torch.dtype, kv: KVFormat, *, pdl: bool = False) -> KernelCase:
+    element = f"*{NAMES[dtype]}"
+    config = absorbed_config(dtype, CARDS[target], fp8_cache=kv is not KVFormat.PLAIN)
+    return KernelCase(
+        name=f"latent prefill, absorbed {NAMES[dtype]} {kv.name}{' pdl' * pdl}",
+        kernel=_absorbed_kernel,
+        arguments={"absorbed": element, "query": element, "cache": element if kv is KVFormat.PLAIN else "*u8"}
+        | {"out": element, "tiles": "*i32", "query_start": "*i32", "context_lens": "*i32", "rows": "*i32"}
+        | {"block_tables": "*i32", "partials": "*fp32", "statistics": "*fp32"}
+        | {"query_stride": "i32:16", "table_stride": "i32:16", "scale": "fp32"}
+        | {"HEADS": 16, "HEAD_DIM": NOPE + TURNING, "GROUP": 16, "QUERY_ROWS": config.query_rows(16)}
+        | {"ROWS": config.rows, "TILE": config.tile, "FORMAT": int(kv), "FIELDS": TILE_FIELDS, "PDL": pdl}
+        | LATENT,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        targets=(target,),
+        spills=2 if target == "gfx942" and kv is not KVFormat.PLAIN else 0,
+    )
+
+
+def _expanded(target: str, dtype: torch.dtype, *, pdl: bool = False) -> KernelCase:
+    element = f"*{NAMES[dtype]}"
+    config = expanded_config(dtype, CARDS[target])
+    return KernelCase(
+        name=f"latent prefill, expanded {NAMES[dtype]}{' pdl' * pdl}",
+        kernel=_expanded_kernel,
+        arguments={"query": element, "keys": element, "shared": element, "values": element, "out": element}
+        | {"tiles": "*i32", "key_start": "*i32", "query_start": "*i32", "context_lens": "*i32"}
+        | {"query_stride": "i32:16", "positions": "i32", "first_head": "i32"}
+        | {"scale": "fp32", "HEADS": 16, "NOPE": NOPE, "NOPE_PAD": NOPE, "TURNING": TURNING, "TURNING_PAD": TURNING}
+        | {"SHARED_STRIDE": RANK + TURNING, "VALUE_DIM": VALUE_DIM, "VALUE_PAD": VALUE_DIM}
+        | {"ROWS": config.rows, "TILE": config.tile, "FIELDS": TILE_FIELDS, "PDL": pdl},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        targets=(target,),
+    )
+
+
+def _cases(target: str) -> list[KernelCase]:
+    half, single = torch.bfloat16, torch.float32
+    fp8 = KVFormat.E4M3 if target == "sm_90" else KVFormat.E4M3_BITS
+    cases = [_cache(target), _cache(target, fp8=True), _gather(target, KVFormat.PLAIN), _gather(target, fp8)]
+    for dtype in (half, single) if target != "gfx942" else (half,):
+        cases.append(_decode(target, 16, dtype, KVFormat.PLAIN))
+        cases.append(_absorbed(target, dtype, KVFormat.PLAIN))
+        cases.append(_expanded(target, dtype))
+    cases += [_decode(target, 128, half, KVFormat.PLAIN), _decode(target, 16, half, fp8), _absorbed(target, half, fp8)]
+    if target == "sm_90":
+        cases += [_cache(target, pdl=True), _decode(target, 16, half, KVFormat.PLAIN, pdl=True)]
+        cases += [_absorbed(target, half, KVFormat.PLAIN, pdl=True), _expanded(target, half, pdl=True)]
+    return cases
+
+
+CASES = [case for target in CARDS for case in _cases(target)]
