@@ -34,21 +34,13 @@ from aphrodite.kernels.triton.packed import PackedGemvCut, PackedSkinnyCut
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.layers.packed_linear import PackedLinear
 from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
+from aphrodite.quantization.noise import noise_blocks
 from aphrodite.quantization.types import QuantType
 
 DTYPE = torch.bfloat16
 ROWS = (1, 2, 4, 8, 32, 64, 512)
 CHAIN_BYTES = 2 << 30  # read by one replay
 DISTINCT_BYTES = 256 << 20
-_HALVES = {
-    "Q6_K": [208],
-    "Q3_K": [108],
-    "Q2_K": [80, 82],
-    "Q4_1": [0, 2],
-    "Q5_1": [0, 2],
-    "Q4_K": [0, 2],
-    "Q5_K": [0, 2],
-}
 
 
 def random_layout(name: str, out: int, columns: int, device: str) -> PackedLayout:
@@ -70,11 +62,9 @@ def random_layout(name: str, out: int, columns: int, device: str) -> PackedLayou
     if name == "nf4":
         return CodebookGroups(codes(out, columns // 2), scales(64), torch.linspace(-1, 1, 16, device=device), 64)
     qtype = QuantType[name]
-    blocks = codes(out * columns // qtype.block_size, qtype.block_bytes)
-    for at in _HALVES.get(name, [0]):
-        halves = torch.empty((len(blocks), 1), dtype=torch.float16, device=device).uniform_(1e-5, 1e-4)
-        blocks[:, at : at + 2] = halves.view(torch.uint8)
-    return GgufBlocks(blocks.view(out, -1), qtype)
+    if device == "meta":
+        return GgufBlocks(codes(out, qtype.row_bytes(columns)), qtype)
+    return GgufBlocks(noise_blocks(qtype, (out, columns), 0.02, 0, torch.device(device)), qtype)
 
 
 class Bench:

@@ -16,9 +16,7 @@ def random_blocks(qtype: QuantType, rows: int, columns: int, seed: int = 0) -> G
     """Random codes with scales that are numbers."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (rows * columns // qtype.block_size, qtype.block_bytes), np.uint8)
-    halves = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82], "MXFP4": []}
-    pairs = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
-    for at in halves.get(qtype.name, [0, 2] if qtype.name in pairs else [0]):
+    for at in BLOCK_FORMS[qtype].halves:
         scales = rng.uniform(0.001, 0.01, (len(blocks), 1)) * rng.choice([-1, 1], (len(blocks), 1))
         blocks[:, at : at + 2] = scales.astype("<f2").view(np.uint8)
     if qtype is QuantType.MXFP4:

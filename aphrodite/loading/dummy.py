@@ -28,8 +28,8 @@ _POOL_LENGTH = 1_048_573
 _PACKINGS = {"awq": "AWQ", "gptq": "GPTQ"}
 
 
-class Packing(NamedTuple):
-    """How the matrices of the layers are quantized.
+class GroupPacking(NamedTuple):
+    """How AWQ and GPTQ quantize the matrices of the layers.
 
     Attributes:
         method: for people.
@@ -44,23 +44,45 @@ class Packing(NamedTuple):
     head: bool
 
 
+class BlockPacking(NamedTuple):
+    """A GGUF file's types: `most`, and `more` for the head and what its quantizer thinks more of."""
+
+    most: QuantType
+    more: QuantType
+
+
+Packing = GroupPacking | BlockPacking
+
+
+_UNIFORM = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+_FILE_TYPES: dict[str, Packing] = {
+    "Q4_K_M": BlockPacking(QuantType.Q4_K, QuantType.Q6_K),
+    **{name: BlockPacking(QuantType[name], QuantType[name]) for name in _UNIFORM},
+}
+
+
 def packing_of(config: ConfigReader) -> Packing | None:
     """What `quantization_config` says, None where there is none.
 
+    Beside AWQ and GPTQ that is {"quant_method": "gguf", "file_type": ...}, which no checkpoint has, with a type or
+    Q4_K_M.
+
     Raises:
-        ModelFormatError: another method than AWQ or GPTQ, or other bits than 4 or 8.
+        ModelFormatError: another method, or bits or types that are not packed.
     """
     section = config.section("quantization_config")
     if section is None:
         return None
     method = section.read("quant_method", str, "")
+    if method == "gguf":
+        return section.choice("file_type", _FILE_TYPES, "")
     if method not in _PACKINGS:
-        raise section.wrong("quant_method", "awq or gptq, of which dummy weights can be made,", method)
+        raise section.wrong("quant_method", "awq, gptq or gguf, of which dummy weights can be made,", method)
     bits = section.read("bits", int)
     if bits not in (4, 8):
         raise section.wrong("bits", "4 or 8", bits)
     group_size = section.read("group_size", int, 128, low=-1, high=1 << 20)
-    return Packing(f"{_PACKINGS[method]} {bits}-bit", bits, group_size, section.read("lm_head", bool, False))
+    return GroupPacking(f"{_PACKINGS[method]} {bits}-bit", bits, group_size, section.read("lm_head", bool, False))
 
 
 def dummy_weights(
@@ -72,8 +94,8 @@ def dummy_weights(
 
     Args:
         qtype: F32, F16 or BF16.
-        packing: of the layers' matrices, whose values are uniform then; those stay dense whose inputs the groups do
-            not divide.
+        packing: of the layers' matrices, whose codes are uniform then, or of all; those stay dense whose inputs its
+            groups do not divide.
     """
     if qtype.block_size > 1:
         raise ValueError(f"dummy weights are dense, not {qtype.name}")
@@ -84,7 +106,9 @@ def dummy_weights(
         if name.endswith("norm.weight"):
             load = partial(_ones, name, shape)
             parameters[name] = Parameter(shape, QuantType.F32, load)
-        elif packing is not None and _is_packed(name, shape, packing):
+        elif isinstance(packing, BlockPacking) and (kind := _block_type(name, shape, packing, spec.num_layers)):
+            parameters[name] = Parameter(shape, kind, partial(_noise_in_blocks, name, (shape[0], shape[1]), kind, seed))
+        elif isinstance(packing, GroupPacking) and _is_packed(name, shape, packing):
             parameters[name] = _packed_noise(name, shape, qtype, packing, seed)
         else:
             parameters[name] = Parameter(shape, qtype, partial(_noise, name, shape, qtype, pool, seed))
@@ -95,13 +119,13 @@ def _ones(name: str, shape: tuple[int, ...]) -> RawTensor:
     return RawTensor(name, shape, QuantType.F32, np.ones((math.prod(shape[:-1]), shape[-1]), "<f4").view(np.uint8))
 
 
-def _is_packed(name: str, shape: tuple[int, ...], packing: Packing) -> bool:
+def _is_packed(name: str, shape: tuple[int, ...], packing: GroupPacking) -> bool:
     projection = name == "head.weight" if packing.head else False
     projection |= name.startswith("layers.") and name.endswith(".weight") and "router" not in name
     return projection and len(shape) > 1 and packing.group_size != 0 and shape[-1] % abs(packing.group_size) == 0
 
 
-def _packed_noise(name: str, shape: tuple[int, ...], qtype: QuantType, packing: Packing, seed: int) -> Parameter:
+def _packed_noise(name: str, shape: tuple[int, ...], qtype: QuantType, packing: GroupPacking, seed: int) -> Parameter:
     """A matrix, or one for each expert."""
     columns = shape[-1]
     group_size = columns if packing.group_size == -1 else packing.group_size
@@ -122,6 +146,36 @@ def _packed_noise(name: str, shape: tuple[int, ...], qtype: QuantType, packing: 
         return tensors[0] if len(shape) == 2 else StackedTensor(name, tensors)
 
     return Parameter(shape, qtype, load, matrices[0])
+
+
+def _block_type(name: str, shape: tuple[int, ...], packing: BlockPacking, num_layers: int) -> QuantType | None:
+    """A matrix's type, None where it stays dense."""
+    kind = packing.more if _counts_more(name, num_layers) else packing.most
+    return kind if len(shape) == 2 and "router" not in name and shape[1] % kind.block_size == 0 else None
+
+
+def _counts_more(name: str, num_layers: int) -> bool:
+    """Whether a K-quant mixture gives a matrix its finer type: the head, and of some layers v and down (llama.cpp)."""
+    parts = name.split(".")
+    if parts[0] != "layers":
+        return parts[0] == "head"
+    layer, eighth = int(parts[1]), num_layers // 8
+    chosen = layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
+    return chosen and parts[2] in ("v", "down")
+
+
+def _noise_in_blocks(name: str, shape: tuple[int, int], qtype: QuantType, seed: int) -> NoiseTensor:
+    own = zlib.crc32(f"{seed}:{name}".encode())
+
+    def make() -> np.ndarray:
+        import torch  # which opening a checkpoint does without
+
+        from aphrodite.quantization.noise import noise_blocks
+
+        data: np.ndarray = noise_blocks(qtype, shape, STANDARD_DEVIATION, own, torch.device("cpu")).numpy()
+        return data
+
+    return NoiseTensor(name, shape, qtype, standard_deviation=STANDARD_DEVIATION, seed=own, make=make)
 
 
 def _noise(name: str, shape: tuple[int, ...], qtype: QuantType, pool: np.ndarray, seed: int) -> NoiseTensor:

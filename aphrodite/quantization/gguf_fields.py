@@ -37,6 +37,7 @@ class BlockForm(NamedTuple):
     low_bits: int  # of a code, in the first plane
     high_bits: int  # the rest
     group_size: int
+    halves: tuple[int, ...] = (0,)  # bytes at which its float16 factors begin: of the scale, then of the offset
     zero: int = 0
     table: np.ndarray | None = None  # [16] float32
 
@@ -151,17 +152,17 @@ def _scales_and_minima(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 BLOCK_FORMS = {
     QuantType.Q4_0: BlockForm(_q4_0, 4, 0, 32, zero=8),
-    QuantType.Q4_1: BlockForm(_q4_1, 4, 0, 32),
+    QuantType.Q4_1: BlockForm(_q4_1, 4, 0, 32, halves=(0, 2)),
     QuantType.Q5_0: BlockForm(_q5_0, 4, 1, 32, zero=16),
-    QuantType.Q5_1: BlockForm(_q5_1, 4, 1, 32),
+    QuantType.Q5_1: BlockForm(_q5_1, 4, 1, 32, halves=(0, 2)),
     QuantType.Q8_0: BlockForm(_q8_0, 8, 0, 32, zero=128),
-    QuantType.Q2_K: BlockForm(_q2_k, 2, 0, 16),
-    QuantType.Q3_K: BlockForm(_q3_k, 2, 1, 16, zero=4),
-    QuantType.Q4_K: BlockForm(_q4_k, 4, 0, 32),
-    QuantType.Q5_K: BlockForm(_q5_k, 4, 1, 32),
-    QuantType.Q6_K: BlockForm(_q6_k, 4, 2, 16, zero=32),
+    QuantType.Q2_K: BlockForm(_q2_k, 2, 0, 16, halves=(80, 82)),
+    QuantType.Q3_K: BlockForm(_q3_k, 2, 1, 16, halves=(108,), zero=4),
+    QuantType.Q4_K: BlockForm(_q4_k, 4, 0, 32, halves=(0, 2)),
+    QuantType.Q5_K: BlockForm(_q5_k, 4, 1, 32, halves=(0, 2)),
+    QuantType.Q6_K: BlockForm(_q6_k, 4, 2, 16, halves=(208,), zero=32),
     QuantType.IQ4_NL: BlockForm(_q4_0, 4, 0, 32, table=codebooks.IQ4_VALUES),
     QuantType.IQ4_XS: BlockForm(_iq4_xs, 4, 0, 32, table=codebooks.IQ4_VALUES),
-    QuantType.MXFP4: BlockForm(_mxfp4, 4, 0, 32, table=codebooks.MXFP4_VALUES),
+    QuantType.MXFP4: BlockForm(_mxfp4, 4, 0, 32, halves=(), table=codebooks.MXFP4_VALUES),
 }
 """The types that kernels of planes take. The others (IQ1, IQ2, IQ3, TQ, Q8_K) are expanded."""

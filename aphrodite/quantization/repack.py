@@ -6,7 +6,7 @@ the result there are the words of one matrix and a few pieces of 4 million value
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from aphrodite.quantization.layouts import (
     PackedLayout,
     consecutive_permutation,
 )
+from aphrodite.quantization.noise import noise_blocks
 from aphrodite.quantization.packed import (
     AWQ_NIBBLES,
     AwqMatrix,
@@ -34,7 +35,7 @@ from aphrodite.quantization.packed import (
     e4m3_values,
     e5m2_values,
 )
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.quantization.types import NoiseTensor, QuantType, RawTensor
 
 _PIECE_BYTES = 16 << 20  # in flight to the device
 _PIECE_VALUES = 4 << 20  # reordered at a time
@@ -60,13 +61,16 @@ def decline_layout(raw: RawTensor) -> Declined | None:
 
 def layout_of(raw: RawTensor, device: torch.device) -> PackedLayout:
     """A matrix in its canonical layout on `device`; `decline_layout` has been asked."""
+    if isinstance(raw, NoiseTensor):
+        rows, columns = raw.shape
+        return GgufBlocks(noise_blocks(raw.qtype, (rows, columns), raw.standard_deviation, raw.seed, device), raw.qtype)
     if not isinstance(raw, PackedTensor):
         return GgufBlocks(upload(raw.data, device), raw.qtype)
     layout = _LAYOUTS[type(raw.matrix)](raw.matrix, device)
-    rows = raw.rows
-    if len(rows) == layout.shape[0] and bool((rows == np.arange(len(rows))).all()):
+    chosen = raw.rows
+    if len(chosen) == layout.shape[0] and bool((chosen == np.arange(len(chosen))).all()):
         return layout
-    return layout.take_rows(torch.from_numpy(rows).to(device))
+    return layout.take_rows(torch.from_numpy(chosen).to(device))
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -225,8 +229,3 @@ _LAYOUTS: dict[type[PackedMatrix], Callable[..., PackedLayout]] = {
     BitsAndBytesMatrix: _bitsandbytes,
     NoiseMatrix: _noise,
 }
-
-
-def layouts_of(parts: Sequence[RawTensor], device: torch.device) -> list[PackedLayout]:
-    """`layout_of` each of `parts`."""
-    return [layout_of(part, device) for part in parts]
