@@ -45,7 +45,7 @@ positions uses its long factors unless it is served with its original context or
 # Families that the native CPU library runs; its executor decides by the model (`NativeExecutor.declines`).
 NATIVE_FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm2"),
-    *("glm", "glm4", "gemma3_text", "granite", "smollm3"),
+    *("glm", "glm4", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2", "olmo3", "stablelm", "cohere", "cohere2"),
 )
 
 

@@ -25,8 +25,10 @@ from aphrodite.kernels.cpu.program import (
     MAX_QUERY_GROUP,
     Activation,
     GateKind,
+    HeadNorm,
     KvType,
     NativeMemory,
+    NormKind,
     OpKind,
     Program,
     ProgramBuilder,
@@ -47,6 +49,7 @@ KvDtype = Literal["int16", "float16", "float32"]
 
 _ACTIVATIONS = {"float32": Activation.FLOAT32, "int16": Activation.INT16, "int8": Activation.INT8}
 _KV_TYPES = {"int16": KvType.INT16, "float16": KvType.FLOAT16, "float32": KvType.FLOAT32}
+_HEAD_NORMS = {"head": HeadNorm.HEAD, "width": HeadNorm.WIDTH, "each_head": HeadNorm.EACH_HEAD}
 _DENSE = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _ALIGNMENT = 64
 
@@ -115,8 +118,6 @@ class NativeExecutor:
             return f"its programs have no {', '.join(unknown)}"
         if spec.head_dim % 16 != 0 or spec.rotary.dim > spec.head_dim:
             return f"head size {spec.head_dim} is not a multiple of 16 or is below the rotary size {spec.rotary.dim}"
-        if spec.qk_norm and spec.head_dim % BLOCK_COLUMNS != 0:
-            return f"norms of heads need a head size that is a multiple of {BLOCK_COLUMNS}, not {spec.head_dim}"
         if spec.num_heads // spec.num_kv_heads > MAX_QUERY_GROUP:
             return f"more than {MAX_QUERY_GROUP} query heads share a key head"
         for name in _linear_names(spec):
@@ -270,6 +271,16 @@ class _Compiler:
     def vector(self, name: str) -> int:
         return self.builder.add_vector(_dense_vector(self._weights[name]))
 
+    def norm(self, spec: ModelSpec, name: str) -> tuple[int, NormKind]:
+        """A norm's weight, with its bias behind it, if it has one."""
+        vector = self.vector(f"{name}.weight")
+        if spec.norm == "rms":
+            return vector, NormKind.RMS
+        if not spec.norm_bias:
+            return vector, NormKind.LAYER
+        self.vector(f"{name}.bias")
+        return vector, NormKind.BIASED_LAYER
+
     def _kind(self, name: str) -> Activation:
         return Activation.FLOAT32 if self._weights[name].qtype in _DENSE else self._activation
 
@@ -283,7 +294,7 @@ def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed:
     attended = builder.add_buffer(spec.num_heads * spec.head_dim)
     embedding = compiler.table("embed.weight")
     builder.add_op(OpKind.EMBED, output=residual, weights=[embedding], value=spec.embedding_scale)
-    part = builder.add_buffer(spec.hidden_size) if spec.block == "sandwich" else residual
+    part = builder.add_buffer(spec.hidden_size) if spec.block in ("post_norm", "sandwich") else residual
     rotaries = list(dict.fromkeys(spec.rotary_of(layer) for layer in range(spec.num_layers)))
     for layer in range(spec.num_layers):
         table = rotaries.index(spec.rotary_of(layer))
@@ -321,11 +332,10 @@ def _compile_attention(
     residual, qkv, attended, part = buffers
     builder, prefix = compiler.builder, f"layers.{layer}."
     names = [f"{prefix}{part}.weight" for part in "qkv"]
-    packs = compiler.packs("normed", names, spec.hidden_size)
+    packs = _normed_packs(compiler, spec, layer, names)
     columns = (0, spec.num_heads * spec.head_dim, (spec.num_heads + spec.num_kv_heads) * spec.head_dim)
     projections = [compiler.weight(name, packs, column) for name, column in zip(names, columns, strict=True)]
-    norm = compiler.vector(f"{prefix}attn_norm.weight")
-    builder.add_op(OpKind.RMS_NORM, source=residual, packs=list(packs.values()), vector=norm, value=spec.norm_eps)
+    _compile_norm(compiler, spec, residual, packs, f"{prefix}attn_norm")
     builder.add_op(OpKind.LINEAR, output=qkv, weights=projections)
     # The operation reads the norm of q from this vector and the norm of k from the next.
     head_norms = [compiler.vector(f"{prefix}{part}_norm.weight") for part in "qk" if spec.qk_norm]
@@ -335,7 +345,7 @@ def _compile_attention(
         layer=layer,
         vector=head_norms[0] if head_norms else 0,
         window=table,
-        flag=int(spec.qk_norm),
+        flag=_HEAD_NORMS[spec.head_norm] if spec.qk_norm else HeadNorm.NONE,
         value=spec.norm_eps,
     )
     builder.add_op(
@@ -345,11 +355,36 @@ def _compile_attention(
         layer=layer,
         window=spec.windows[layer] or 0,
         value=spec.query_scale,
+        bound=spec.attention_softcap,
     )
     out_packs = compiler.packs("attended", [f"{prefix}o.weight"], spec.num_heads * spec.head_dim)
     builder.add_op(OpKind.PACK, source=attended, packs=list(out_packs.values()))
     out = compiler.weight(f"{prefix}o.weight", out_packs)
-    _compile_addition(compiler, spec, out, residual, part, f"{prefix}attn_post_norm.weight")
+    _compile_addition(compiler, spec, out, residual, part, f"{prefix}attn_post_norm")
+
+
+def _compile_norm(
+    compiler: _Compiler,
+    spec: ModelSpec,
+    source: int,
+    packs: Mapping[Activation, int],
+    name: str,
+    rows: RowSet = RowSet.TOKENS,
+) -> None:
+    """Packs what the next product reads: rows of `source`, normalised in models with norms before their parts."""
+    if spec.block == "post_norm" and rows is RowSet.TOKENS:
+        compiler.builder.add_op(OpKind.PACK, source=source, packs=list(packs.values()))
+        return
+    vector, kind = compiler.norm(spec, name)
+    compiler.builder.add_op(
+        OpKind.NORM,
+        rows=rows,
+        source=source,
+        packs=list(packs.values()),
+        vector=vector,
+        flag=kind,
+        value=spec.norm_eps,
+    )
 
 
 def _compile_addition(compiler: _Compiler, spec: ModelSpec, weight: int, residual: int, part: int, norm: str) -> None:
@@ -358,22 +393,23 @@ def _compile_addition(compiler: _Compiler, spec: ModelSpec, weight: int, residua
         compiler.builder.add_op(OpKind.LINEAR, output=residual, weights=[weight], flag=1)
         return
     compiler.builder.add_op(OpKind.LINEAR, output=part, weights=[weight])
-    vector = compiler.vector(norm)
-    compiler.builder.add_op(OpKind.NORM_ADD, source=part, output=residual, vector=vector, value=spec.norm_eps)
+    vector, kind = compiler.norm(spec, norm)
+    compiler.builder.add_op(
+        OpKind.NORM_ADD, source=part, output=residual, vector=vector, flag=kind, value=spec.norm_eps
+    )
 
 
 def _compile_mlp(compiler: _Compiler, spec: ModelSpec, layer: int, residual: int, part: int) -> None:
-    builder, prefix = compiler.builder, f"layers.{layer}."
-    names = [f"{prefix}gate.weight", f"{prefix}up.weight"]
-    packs = compiler.packs("normed", names, spec.hidden_size)
-    norm = compiler.vector(f"{prefix}mlp_norm.weight")
-    builder.add_op(OpKind.RMS_NORM, source=residual, packs=list(packs.values()), vector=norm, value=spec.norm_eps)
+    builder, prefix, names = compiler.builder, f"layers.{layer}.", _gated_names(layer)
+    packs = _normed_packs(compiler, spec, layer, names)
+    if spec.block != "parallel":
+        _compile_norm(compiler, spec, residual, packs, f"{prefix}mlp_norm")
     down_packs = compiler.packs("gated", [f"{prefix}down.weight"], spec.intermediate_size)
     kind = GateKind.SILU if spec.activation == "silu" else GateKind.GELU_TANH
     pair = [compiler.weight(name, packs) for name in names]
     builder.add_op(OpKind.GATED, weights=pair, packs=list(down_packs.values()), flag=kind)
     down = compiler.weight(f"{prefix}down.weight", down_packs)
-    _compile_addition(compiler, spec, down, residual, part, f"{prefix}mlp_post_norm.weight")
+    _compile_addition(compiler, spec, down, residual, part, f"{prefix}mlp_post_norm")
 
 
 def _compile_head(compiler: _Compiler, spec: ModelSpec, residual: int) -> None:
@@ -381,17 +417,21 @@ def _compile_head(compiler: _Compiler, spec: ModelSpec, residual: int) -> None:
     name = "embed.weight" if spec.tied_head else "head.weight"
     packs = compiler.packs("last", [name], spec.hidden_size, RowSet.LOGITS)
     last = builder.add_buffer(spec.hidden_size)
-    norm = compiler.vector("norm.weight")
     builder.add_op(OpKind.GATHER, rows=RowSet.LOGITS, source=residual, output=last)
-    builder.add_op(
-        OpKind.RMS_NORM,
-        rows=RowSet.LOGITS,
-        source=last,
-        packs=list(packs.values()),
-        vector=norm,
-        value=spec.norm_eps,
-    )
-    builder.add_op(OpKind.LINEAR, rows=RowSet.LOGITS, output=LOGITS, weights=[compiler.weight(name, packs)])
+    _compile_norm(compiler, spec, last, packs, "norm", RowSet.LOGITS)
+    head = compiler.weight(name, packs)
+    builder.add_op(OpKind.LINEAR, rows=RowSet.LOGITS, output=LOGITS, weights=[head], bound=spec.logit_softcap)
+
+
+def _normed_packs(compiler: _Compiler, spec: ModelSpec, layer: int, names: list[str]) -> dict[Activation, int]:
+    """What a layer's norm writes for the named weights; in parallel blocks one norm writes for all."""
+    if spec.block == "parallel":
+        names = [*(f"layers.{layer}.{part}.weight" for part in "qkv"), *_gated_names(layer)]
+    return compiler.packs("normed", names, spec.hidden_size)
+
+
+def _gated_names(layer: int) -> list[str]:
+    return [f"layers.{layer}.gate.weight", f"layers.{layer}.up.weight"]
 
 
 def _unknown_parts(spec: ModelSpec) -> list[str]:
@@ -399,14 +439,9 @@ def _unknown_parts(spec: ModelSpec) -> list[str]:
     return [
         what
         for what, present in (
-            (f"{spec.block} blocks", spec.block not in ("pre_norm", "sandwich")),
             ("latent attention", spec.mla is not None),
             ("mixtures of experts", spec.moe is not None),
             ("attention sinks", spec.attention_sinks),
-            ("layer norms", spec.norm != "rms"),
-            (f"norms of queries and keys by {spec.head_norm}", spec.qk_norm and spec.head_norm != "head"),
-            ("bound of attention scores", spec.attention_softcap != 0.0),
-            ("bound of logits", spec.logit_softcap != 0.0),
         )
         if present
     ]

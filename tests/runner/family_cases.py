@@ -168,7 +168,6 @@ CASES: dict[str, Case] = {
         ARCH.GEMMA2,
         gemma2_keys,
         norm_offset=1.0,
-        native=False,
     ),
     "gemma 2 without bounds": Case(
         "Gemma2",
@@ -188,7 +187,7 @@ CASES: dict[str, Case] = {
         "Phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}, ARCH.PHI3, turning=HEAD_DIM * 3 // 4
     ),
     "smollm 3": Case("SmolLM3", {}, ARCH.SMOLLM3, smollm3_keys, permutes=True),
-    "olmo 2": Case("Olmo2", {}, ARCH.OLMO2, native=False),
+    "olmo 2": Case("Olmo2", {}, ARCH.OLMO2),
     "olmo 3": Case(
         "Olmo3",
         {
@@ -200,12 +199,9 @@ CASES: dict[str, Case] = {
         },
         ARCH.OLMO2,
         olmo3_keys,
-        native=False,
     ),
     "granite": Case("Granite", MULTIPLIERS, ARCH.GRANITE, granite_keys, permutes=True),
-    "stablelm": Case(
-        "StableLm", {"use_qkv_bias": True}, ARCH.STABLELM, layer_norm=True, turning=HEAD_DIM // 4, native=False
-    ),
+    "stablelm": Case("StableLm", {"use_qkv_bias": True}, ARCH.STABLELM, layer_norm=True, turning=HEAD_DIM // 4),
     "stablelm 12b": Case(
         "StableLm",
         {"qk_layernorm": True, "use_parallel_residual": True},
@@ -213,11 +209,10 @@ CASES: dict[str, Case] = {
         parallel_keys,
         layer_norm=True,
         turning=HEAD_DIM // 4,
-        native=False,
     ),
-    "command-r": Case("Cohere", {"logit_scale": 0.7}, ARCH.COMMAND_R, cohere_keys, layer_norm=True, native=False),
+    "command-r": Case("Cohere", {"logit_scale": 0.7}, ARCH.COMMAND_R, cohere_keys, layer_norm=True),
     "command-r+": Case(
-        "Cohere", {"logit_scale": 0.7, "use_qk_norm": True}, ARCH.COMMAND_R, cohere_keys, layer_norm=True, native=False
+        "Cohere", {"logit_scale": 0.7, "use_qk_norm": True}, ARCH.COMMAND_R, cohere_keys, layer_norm=True
     ),
     "command-a": Case(
         "Cohere2",
@@ -225,7 +220,6 @@ CASES: dict[str, Case] = {
         ARCH.COHERE2,
         cohere2_keys,
         layer_norm=True,
-        native=False,
     ),
     "glm 4 (2024)": Case("Glm", {}, ARCH.CHATGLM, turning=HEAD_DIM // 2),
     "glm 4": Case("Glm4", {}, ARCH.GLM4, turning=HEAD_DIM // 2),

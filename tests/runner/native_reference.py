@@ -17,6 +17,13 @@ from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import QuantType, RawTensor
 
+_NORMS = {
+    "pre_norm": ("attn_norm", "mlp_norm"),
+    "post_norm": ("attn_post_norm", "mlp_post_norm"),
+    "sandwich": ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"),
+    "parallel": ("attn_norm",),
+}
+
 
 def tiny_spec(**changes: Any) -> ModelSpec:
     sizes: dict[str, Any] = {
@@ -55,6 +62,11 @@ def tiny_weights(spec: ModelSpec, types: Mapping[str, QuantType] | QuantType) ->
         values = (center + 0.3 * generator.standard_normal(size)).astype(np.float32)
         weights[name] = RawTensor(name, (size,), QuantType.F32, values.view(np.uint8).reshape(1, -1))
 
+    def add_norm(name: str) -> None:
+        add_vector(f"{name}.weight", spec.hidden_size, 1.0)
+        if spec.norm_bias:
+            add_vector(f"{name}.bias", spec.hidden_size, 0.0)
+
     q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     hidden, inner = spec.hidden_size, spec.intermediate_size
     shapes = {"q": (q_rows, hidden), "k": (kv_rows, hidden), "v": (kv_rows, hidden), "o": (hidden, q_rows)}
@@ -66,11 +78,12 @@ def tiny_weights(spec: ModelSpec, types: Mapping[str, QuantType] | QuantType) ->
             add(f"layers.{layer}.{part}.weight", rows, columns)
             if biased.get(part, spec.mlp_bias):
                 add_vector(f"layers.{layer}.{part}.bias", rows, 0.0)
-        for part in "qk" if spec.qk_norm else "":
-            add_vector(f"layers.{layer}.{part}_norm.weight", spec.head_dim, 1.0)
-        add_vector(f"layers.{layer}.attn_norm.weight", hidden, 1.0)
-        add_vector(f"layers.{layer}.mlp_norm.weight", hidden, 1.0)
-    add_vector("norm.weight", hidden, 1.0)
+        for part, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads)) if spec.qk_norm else ():
+            size = spec.head_dim if spec.head_norm == "head" else heads * spec.head_dim
+            add_vector(f"layers.{layer}.{part}_norm.weight", size, 1.0)
+        for name in _NORMS[spec.block]:
+            add_norm(f"layers.{layer}.{name}")
+    add_norm("norm")
     if not spec.tied_head:
         add("head.weight", spec.vocab_size, hidden)
     return weights
@@ -93,7 +106,7 @@ class ReferenceModel:
             gated = self._activate(self._linear(layer, "gate", normed)) * self._linear(layer, "up", normed)
             x = x + self._linear(layer, "down", gated)
         head = self.w["embed.weight" if self.spec.tied_head else "head.weight"]
-        return self._norm(x, "norm.weight") @ head.T
+        return _bounded(self._norm(x, "norm.weight") @ head.T, self.spec.logit_softcap)
 
     def _linear(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
         name = f"layers.{layer}.{part}."
@@ -122,11 +135,16 @@ class ReferenceModel:
         q, k, v = (self._heads(layer, part, x) for part in "qkv")
         k, v = (t.repeat(self.spec.num_heads // self.spec.num_kv_heads, axis=0) for t in (k, v))
         scores = q @ k.swapaxes(1, 2) * self.spec.head_dim**-0.5
+        scores = _bounded(scores, self.spec.attention_softcap)
         distance = np.arange(len(x))[:, None] - np.arange(len(x))[None, :]
         hidden = (distance < 0) | (distance >= (self.spec.windows[layer] or len(x)))
         weights = np.exp(np.where(hidden, -np.inf, scores - scores.max(axis=-1, keepdims=True)))
         out = weights / weights.sum(axis=-1, keepdims=True) @ v
         return self._linear(layer, "o", out.swapaxes(0, 1).reshape(len(x), -1))
+
+
+def _bounded(x: np.ndarray, bound: float) -> np.ndarray:
+    return bound * np.tanh(x / bound) if bound else x
 
 
 def _values(tensor: RawTensor) -> np.ndarray:

@@ -25,7 +25,7 @@ LOGITS = -1
 
 class OpKind(enum.IntEnum):
     EMBED = 0
-    RMS_NORM = 1
+    NORM = 1
     PACK = 2
     LINEAR = 3
     GATED = 4
@@ -63,6 +63,23 @@ class KvType(enum.IntEnum):
         return kv_heads * KV_BLOCK * (2 * head_dim * element + 4 * units)
 
 
+class NormKind(enum.IntEnum):
+    """RMSNorm, LayerNorm, LayerNorm with a bias, which is the vector behind the weight."""
+
+    RMS = 0
+    LAYER = 1
+    BIASED_LAYER = 2
+
+
+class HeadNorm(enum.IntEnum):
+    """Norms of queries and keys before rotation; the vectors are those of `ModelSpec.head_norm`."""
+
+    NONE = 0
+    HEAD = 1
+    WIDTH = 2
+    EACH_HEAD = 3
+
+
 class GateKind(enum.IntEnum):
     SILU = 0
     GELU_TANH = 1
@@ -84,6 +101,7 @@ class _Op(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kind", "rows", "input", "output", "first_pack", "pack_count")),
         *((name, ctypes.c_int32) for name in ("first_weight", "weight_count", "vector", "layer", "window", "flag")),
         ("value", ctypes.c_float),
+        ("bound", ctypes.c_float),
     )
 
 
@@ -241,6 +259,7 @@ class ProgramBuilder:
         window: int = 0,
         flag: int = 0,
         value: float = 0.0,
+        bound: float = 0.0,
     ) -> None:
         """Appends an operation; `packs` and `weights` are runs of consecutive numbers."""
         for run in (packs, weights):
@@ -262,6 +281,7 @@ class ProgramBuilder:
                 window,
                 flag,
                 value,
+                bound,
             )
         )
 

@@ -92,8 +92,8 @@ void score_rows(const AttentionShape& shape, const AttentionTask& task, int64_t 
     dot_key_blocks<Element, kRows>(q, keys, blocks, head_dim, scores);
     for (int r = 0; r < kRows; ++r) {
         float* maximum_and_sum = partial + r * (head_dim + 2) + head_dim;
-        soften(scores + r * kKvTile, visible(shape, task, tile, (first + r) / group), blocks, shape.scale * kLog2E,
-               maximum_and_sum, maximum_and_sum + 1);
+        soften(shape, scores + r * kKvTile, visible(shape, task, tile, (first + r) / group), blocks, maximum_and_sum,
+               maximum_and_sum + 1);
     }
 }
 

@@ -133,7 +133,7 @@ void score_int_rows(const AttentionShape& shape, const AttentionTask& task, int6
         const Visible seen = visible(shape, task, tile, (first + r) / group);
         float* weights = scores + r * kKvTile;
         float* maximum_and_sum = partial + r * (head_dim + 2) + head_dim;
-        soften(weights, seen, blocks, shape.scale * kLog2E, maximum_and_sum, maximum_and_sum + 1);
+        soften(shape, weights, seen, blocks, maximum_and_sum, maximum_and_sum + 1);
         rows.weight_units[first + r] = quantize_weights(weights, in.value_units, seen, blocks,
                                                         rows.weights + (first + r) * (kKvTile / 2));
     }

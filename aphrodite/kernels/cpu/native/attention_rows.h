@@ -29,9 +29,15 @@ constexpr int lanes_beside(int rows) {
     return beside;
 }
 
-// Scores to weights exp2(scale * score - maximum), 0 where the row does not see; writes the maximum and the sum.
-inline void soften(float* scores, Visible seen, int blocks, float scale, float* maximum_out, float* sum_out) {
-    const Vec hidden = splat(-__builtin_inff()), factor = splat(scale);
+// Products q.k to weights exp2(score - maximum), 0 where the row does not see; writes the maximum and the sum.
+inline void soften(const AttentionShape& shape, float* scores, Visible seen, int blocks, float* maximum_out,
+                   float* sum_out) {
+    const bool bounded = shape.bound > 0;
+    const Vec hidden = splat(-__builtin_inff()), factor = splat(bounded ? kLog2E : shape.scale * kLog2E);
+    for (int b = 0; bounded && b < blocks; ++b) {
+        float* block = scores + b * kKvBlock;
+        store(block, soft_bound(mul(load(block), splat(shape.scale)), shape.bound));
+    }
     Vec largest = hidden;
     for (int b = 0; b < blocks; ++b) {
         const int base = b * kKvBlock;

@@ -12,8 +12,8 @@ namespace aph {
 namespace {
 
 constexpr Kernels kernel_table(const char* isa) {
-    return {isa,         linear,           gated,             pack_group, rms_norm, rotate, store_kv, attend, attend_tile,
-            merge_tiles, dot_chains<true>, dot_chains<false>, kChains,    read_all};
+    return {isa,         linear,           gated,             pack_group, rms_norm,         layer_norm,        rotate,  store_kv,
+            attend,      attend_tile,      merge_tiles,       dot_chains<true>, dot_chains<false>, kChains, read_all};
 }
 
 }  // namespace

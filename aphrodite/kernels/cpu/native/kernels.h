@@ -76,6 +76,7 @@ struct LinearOut {
     float* data;
     int64_t stride;
     bool accumulate;
+    float bound;  // results become bound * tanh(result / bound); 0: none
 };
 
 constexpr int kKvBlock = 16;       // positions in a cache block
@@ -103,6 +104,7 @@ struct AttentionShape {
     KvType kv;
     int window;                    // 0: none
     float scale;                   // of q.k
+    float bound;                   // scores become bound * tanh(score / bound); 0: none
 };
 
 // Consecutive query positions of one sequence, for all query heads of one kv head.
@@ -124,8 +126,10 @@ struct Kernels {
     void (*gated)(const GatedPair& pair, Range blocks, Range rows, const PackedRows* packs, int pack_count);
     // Packs the rows of group `group`: columns of x, row r at x + r * stride.
     void (*pack)(const float* x, int64_t stride, int64_t group, const PackedRows& out);
-    // out = x / sqrt(mean(x^2) + eps) * weight
+    // out = x / sqrt(mean(x^2) + eps) * weight; columns are a multiple of 16, out may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t columns, float* out);
+    // out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias; bias may be null, out may be x
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t columns, float* out);
     // Rotates the first 2 * half_dim values of a head by the angles of one position, rotate-half pairing.
     void (*rotate)(float* head, const float* cos, const float* sin, int64_t half_dim);
     // Writes one position's key and value of one kv head into its block.

@@ -32,5 +32,11 @@ inline Vec gelu_tanh(Vec x) {
     return times_sigmoid(x, mul(cubic, splat(1.5957691216057308f)));
 }
 
+// bound * tanh(x / bound) = bound - 2 bound / (1 + exp(2 x / bound))
+inline Vec soft_bound(Vec x, float bound) {
+    const Vec grown = exp2(mul(x, splat(2.0f * kLog2E / bound)));
+    return sub(splat(bound), div(splat(2.0f * bound), add(splat(1.0f), grown)));
+}
+
 }  // namespace
 }  // namespace aph

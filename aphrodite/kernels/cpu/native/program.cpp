@@ -84,7 +84,7 @@ private:
     void plan_attention();
     void run_op(const Op& op, Team& team, int worker);
     void embed(const Op& op, Team& team, int worker);
-    void rms_norm(const Op& op, Team& team, int worker);
+    void norm(const Op& op, Team& team, int worker);
     void pack(const Op& op, Team& team, int worker);
     void linear(const Op& op, Team& team, int worker);
     void gated(const Op& op, Team& team, int worker);
@@ -93,9 +93,11 @@ private:
     void gather(const Op& op, Team& team, int worker);
     void norm_add(const Op& op, Team& team, int worker);
 
+    void norm_row(const Op& op, const float* x, int64_t columns, float* out) const;
+    void norm_width(const Op& op, Team& team, int worker);
     RowSpans spans(int64_t rows, int threads) const;
     static bool packs_rows(const Op& op) {
-        return op.kind == static_cast<int32_t>(OpKind::RmsNorm) || op.kind == static_cast<int32_t>(OpKind::Pack);
+        return op.kind == static_cast<int32_t>(OpKind::Norm) || op.kind == static_cast<int32_t>(OpKind::Pack);
     }
     // Whether every worker packs all rows for itself: quicker than sharing one group of rows and waiting for it.
     bool each_for_itself(const Op& op) const { return packs_rows(op) && rows_of(op.rows) <= kGroupRows; }
@@ -127,7 +129,7 @@ private:
     std::vector<Scratch> buffer_memory_, pack_memory_;
     std::vector<float*> buffers_;
     std::vector<PackedRows> packs_;
-    std::vector<bool> copied_;  // packs written by RmsNorm and Pack
+    std::vector<bool> copied_;  // packs written by Norm and Pack
     Scratch attention_memory_, partial_memory_, norm_memory_;
     float* attention_scratch_ = nullptr;
     float* partials_ = nullptr;
@@ -233,7 +235,7 @@ StepError Program::run(const StepDesc& step) {
 void Program::run_op(const Op& op, Team& team, int worker) {
     switch (static_cast<OpKind>(op.kind)) {
         case OpKind::Embed: return embed(op, team, worker);
-        case OpKind::RmsNorm: return rms_norm(op, team, worker);
+        case OpKind::Norm: return norm(op, team, worker);
         case OpKind::Pack: return pack(op, team, worker);
         case OpKind::Linear: return linear(op, team, worker);
         case OpKind::Gated: return gated(op, team, worker);
@@ -282,14 +284,20 @@ void Program::row_groups(const Op& op, Team& team, int worker, F&& f) {
     if (last || each_for_itself(*next) || overwrites_input(*next, op)) team.barrier();
 }
 
-void Program::rms_norm(const Op& op, Team& team, int worker) {
+void Program::norm_row(const Op& op, const float* x, int64_t columns, float* out) const {
+    const NormKind kind = static_cast<NormKind>(op.flag);
+    if (kind == NormKind::Rms) return kernels_.rms_norm(x, vectors_[op.vector], op.value, columns, out);
+    const float* bias = kind == NormKind::BiasedLayer ? vectors_[op.vector + 1] : nullptr;
+    kernels_.layer_norm(x, vectors_[op.vector], bias, op.value, columns, out);
+}
+
+void Program::norm(const Op& op, Team& team, int worker) {
     const int64_t columns = pack_descs_[op.first_pack].columns, width = widths_[op.input], rows = rows_of(op.rows);
     float* normed = norm_rows_ + worker * kGroupRows * columns;
     row_groups(op, team, worker, [&](int64_t group) {
         const int64_t row = group_start(group, rows);
         for (int m = 0; m < group_width(row, rows); ++m)
-            kernels_.rms_norm(buffers_[op.input] + (row + m) * width, vectors_[op.vector], op.value, columns,
-                              normed + m * columns);
+            norm_row(op, buffers_[op.input] + (row + m) * width, columns, normed + m * columns);
         // pack expects row 0 of the whole at its pointer
         for (int i = 0; i < op.pack_count; ++i)
             kernels_.pack(normed - row * columns, columns, group, pack_of(op.first_pack + i, worker));
@@ -300,7 +308,7 @@ void Program::norm_add(const Op& op, Team& team, int worker) {
     const int64_t width = widths_[op.output];
     float* normed = norm_rows_ + worker * kGroupRows * width;
     team.phase(worker, rows_of(op.rows), [&](int64_t t) {
-        kernels_.rms_norm(buffers_[op.input] + t * width, vectors_[op.vector], op.value, width, normed);
+        norm_row(op, buffers_[op.input] + t * width, width, normed);
         float* sum = buffers_[op.output] + t * width;
         for (int64_t i = 0; i < width; ++i) sum[i] += normed[i];
     });
@@ -334,7 +342,7 @@ void Program::linear(const Op& op, Team& team, int worker) {
         chunks += ceil_div(tile_count(weights_[op.first_weight + i].rows), step);
     const bool logits = op.output == kLogits;
     const LinearOut out{logits ? step_.logits : buffers_[op.output],
-                        logits ? desc_.vocab_size : widths_[op.output], op.flag != 0};
+                        logits ? desc_.vocab_size : widths_[op.output], op.flag != 0, op.bound};
     team.phase(worker, chunks * spans.count, [&](int64_t index) {
         int64_t chunk = index % chunks;
         for (int i = 0; i < op.weight_count; ++i) {
@@ -365,7 +373,19 @@ void Program::gated(const Op& op, Team& team, int worker) {
     });
 }
 
+// Norms queries and keys of a token over all their heads.
+void Program::norm_width(const Op& op, Team& team, int worker) {
+    const int64_t queries = desc_.heads * desc_.head_dim, keys = desc_.kv_heads * desc_.head_dim;
+    team.phase(worker, step_.tokens, [&](int64_t t) {
+        float* row = buffers_[op.input] + t * widths_[op.input];
+        kernels_.rms_norm(row, vectors_[op.vector], op.value, queries, row);
+        kernels_.rms_norm(row + queries, vectors_[op.vector + 1], op.value, keys, row + queries);
+    });
+}
+
 void Program::rotary_kv(const Op& op, Team& team, int worker) {
+    const HeadNorm kind = static_cast<HeadNorm>(op.flag);
+    if (kind == HeadNorm::Width) norm_width(op, team, worker);
     const int64_t span = step_.tokens < 64 ? 1 : 8, spans = ceil_div(step_.tokens, span);
     const int64_t head_dim = desc_.head_dim, group = desc_.heads / desc_.kv_heads, half = desc_.rotary_half;
     team.phase(worker, spans * desc_.kv_heads, [&](int64_t chunk) {
@@ -374,13 +394,15 @@ void Program::rotary_kv(const Op& op, Team& team, int worker) {
             float* row = buffers_[op.input] + t * widths_[op.input];
             const int64_t angles = (op.window * desc_.max_len + step_.positions[t]) * half;
             const float *cos = desc_.cos + angles, *sin = desc_.sin + angles;
-            const auto turn = [&](float* head, int32_t norm) {
-                if (op.flag) kernels_.rms_norm(head, vectors_[norm], op.value, head_dim, head);
+            const auto turn = [&](float* head, int32_t norm, int64_t index) {
+                if (kind == HeadNorm::Rms) kernels_.rms_norm(head, vectors_[norm], op.value, head_dim, head);
+                if (kind == HeadNorm::Layer)
+                    kernels_.layer_norm(head, vectors_[norm] + index * head_dim, nullptr, op.value, head_dim, head);
                 kernels_.rotate(head, cos, sin, half);
             };
-            for (int64_t h = 0; h < group; ++h) turn(row + (kv_head * group + h) * head_dim, op.vector);
+            for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) turn(row + h * head_dim, op.vector, h);
             float* key = row + (desc_.heads + kv_head) * head_dim;
-            turn(key, op.vector + 1);
+            turn(key, op.vector + 1, kv_head);
             const int64_t block = step_.slots[t] / kKvBlock;
             char* target = layer_cache(op.layer) + (block * desc_.kv_heads + kv_head) * head_bytes();
             kernels_.store_kv(key, key + desc_.kv_heads * head_dim, head_dim, kv_type(), target,
@@ -402,7 +424,7 @@ AttentionTask Program::task(const Op& op, const QueryTile& tile) const {
 void Program::attention(const Op& op, Team& team, int worker) {
     const AttentionShape shape{static_cast<int>(desc_.heads), static_cast<int>(desc_.kv_heads),
                                static_cast<int>(desc_.head_dim), widths_[op.input], widths_[op.output],
-                               kv_type(), op.window, op.value};
+                               kv_type(), op.window, op.value, op.bound};
     float* scratch = attention_scratch_ + worker * attention_scratch(shape.head_dim);
     const int64_t count = static_cast<int64_t>(queries_.size());
     if (!split_tiles_) {

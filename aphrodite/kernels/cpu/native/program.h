@@ -9,17 +9,24 @@ namespace aph {
 
 enum class OpKind : int32_t {
     Embed = 0,      // output = rows of weight, dequantized, times value (0 for 1)
-    RmsNorm = 1,    // packs = norm(input) * vector, value = eps
+    Norm = 1,       // packs = norm(input), value = eps, flag = NormKind
     Pack = 2,       // packs = input
-    Linear = 3,     // output (+)= weights x their packs
+    Linear = 3,     // output (+)= weights x their packs, bounded if bound is not 0
     Gated = 4,      // packs = act(gate) * up, weights gate, up; flag = GateKind
-    RotaryKv = 5,   // rotates q and k of input in place, writes k and v into the cache of layer; if flag, every head of
-                    // q and k is normed first, by vector (q) and vector + 1 (k), value = eps; window = rotary table
-    Attention = 6,  // output = attention of input's q over the cache of layer, value = scale
+    RotaryKv = 5,   // rotates q and k of input in place, writes k and v into the cache of layer; flag = HeadNorm, which
+                    // norms q by vector and k by vector + 1 first, value = eps; window = rotary table
+    Attention = 6,  // output = attention of input's q over the cache of layer, value = scale, bound of scores
     Gather = 7,     // output row i = input row logits_index[i]
-    NormAdd = 8,    // output += norm(input) * vector, value = eps
+    NormAdd = 8,    // output += norm(input), value = eps, flag = NormKind
 };
 constexpr int kOpKinds = 9;
+
+// Root mean square with the weight `vector`; LayerNorm with it, without or with the bias `vector + 1`.
+enum class NormKind : int32_t { Rms = 0, Layer = 1, BiasedLayer = 2 };
+
+// Norms of queries and keys: none; of each head by one weight for all; of all heads together; LayerNorm of each head
+// by a weight of its own.
+enum class HeadNorm : int32_t { None = 0, Rms = 1, Width = 2, Layer = 3 };
 
 enum class RowSet : int32_t { Tokens = 0, Logits = 1 };
 
@@ -35,8 +42,9 @@ struct Op {
     int32_t vector;
     int32_t layer;
     int32_t window;
-    int32_t flag;          // Linear: accumulate; Gated: GateKind; RotaryKv: norms
+    int32_t flag;          // Linear: accumulate; Gated: GateKind; RotaryKv: HeadNorm; norms: NormKind
     float value;
+    float bound;           // b where results become b * tanh(result / b); 0: none
 };
 
 struct WeightDesc {

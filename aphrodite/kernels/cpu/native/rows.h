@@ -76,16 +76,38 @@ void pack_group(const float* x, int64_t stride, int64_t group, const PackedRows&
         pack_block(x + row * stride + block * kBlock, stride, row, block, out);
 }
 
-void rms_norm(const float* x, const float* weight, float eps, int64_t columns, float* out) {
+// Sum of f(x) over a multiple of 16 values, in two chains.
+template <class F>
+inline float sum_of(const float* x, int64_t columns, F&& add_to) {
     Vec even = zero(), odd = zero();
-    for (int64_t i = 0; i < columns; i += 32) {
-        const Vec a = load(x + i), b = load(x + i + 16);
-        even = fma(a, a, even);
-        odd = fma(b, b, odd);
+    int64_t i = 0;
+    for (; i + 32 <= columns; i += 32) {
+        even = add_to(even, load(x + i));
+        odd = add_to(odd, load(x + i + 16));
     }
-    const float mean = sum(add(even, odd)) / static_cast<float>(columns);
+    if (i < columns) even = add_to(even, load(x + i));
+    return sum(add(even, odd));
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t columns, float* out) {
+    const float squares = sum_of(x, columns, [](Vec total, Vec a) { return fma(a, a, total); });
+    const float mean = squares / static_cast<float>(columns);
     const Vec inverse = splat(1.0f / __builtin_sqrtf(mean + eps));
     for (int64_t i = 0; i < columns; i += 16) store(out + i, mul(mul(load(x + i), inverse), load(weight + i)));
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t columns, float* out) {
+    const float count = static_cast<float>(columns);
+    const Vec mean = splat(sum_of(x, columns, [](Vec total, Vec a) { return add(total, a); }) / count);
+    const float squares = sum_of(x, columns, [mean](Vec total, Vec a) {
+        const Vec distance = sub(a, mean);
+        return fma(distance, distance, total);
+    });
+    const Vec inverse = splat(1.0f / __builtin_sqrtf(squares / count + eps));
+    for (int64_t i = 0; i < columns; i += 16) {
+        const Vec normed = mul(mul(sub(load(x + i), mean), inverse), load(weight + i));
+        store(out + i, bias == nullptr ? normed : add(normed, load(bias + i)));
+    }
 }
 
 void rotate(float* head, const float* cos, const float* sin, int64_t half_dim) {
