@@ -15,7 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    ceil_div,
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.paged import (
     KVFormat,
     decoded_scale,
@@ -63,9 +71,9 @@ def latent_to_cache(
     if tokens == 0:
         return
     half, rank = cos.shape[1], norm.shape[0]
-    block_heads = min(16, triton.next_power_of_2(num_heads))
+    block_heads = min(16, next_power_of_2(num_heads))
     pdl = pdl_supported(qkv.device)
-    _cache_kernel[(tokens, 1 + triton.cdiv(num_heads, block_heads))](
+    _cache_kernel[(tokens, 1 + ceil_div(num_heads, block_heads))](
         qkv,
         kernel_view(cache),
         positions,
@@ -78,9 +86,9 @@ def latent_to_cache(
         HEADS=num_heads,
         HEAD_DIM=head_dim,
         RANK=rank,
-        RANK_PAD=triton.next_power_of_2(rank),
+        RANK_PAD=next_power_of_2(rank),
         HALF=half,
-        HALF_PAD=triton.next_power_of_2(half),
+        HALF_PAD=next_power_of_2(half),
         BLOCK_HEADS=block_heads,
         FP8=kv_format(cache) is not KVFormat.PLAIN,
         PDL=pdl,
@@ -112,7 +120,7 @@ def gather_latents(
     """
     width = cache.shape[2]
     pdl = pdl_supported(out.device)
-    _gather_kernel[(sequences.shape[0], triton.cdiv(longest, GATHER_TILE))](
+    _gather_kernel[(sequences.shape[0], ceil_div(longest, GATHER_TILE))](
         kernel_view(cache),
         out,
         sequences,
@@ -121,7 +129,7 @@ def gather_latents(
         block_tables,
         block_tables.stride(0),
         WIDTH=width,
-        WIDTH_PAD=triton.next_power_of_2(width),
+        WIDTH_PAD=next_power_of_2(width),
         BLOCK_SIZE=cache.shape[1],
         TILE=GATHER_TILE,
         FORMAT=int(kv_format(cache)),
@@ -132,6 +140,7 @@ def gather_latents(
     )
 
 
+@direct_launch
 @triton.jit
 def _cache_kernel(
     qkv,
@@ -197,6 +206,7 @@ def _put(pointers, x, mask, FP8: tl.constexpr):
         tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
 
 
+@direct_launch
 @triton.jit
 def _gather_kernel(
     cache,

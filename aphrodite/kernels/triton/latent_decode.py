@@ -23,7 +23,14 @@ from aphrodite.kernels.triton.decode_attention import (
     _combine,
     combined_at_once,
 )
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.paged import (
     Card,
     accumulate,
@@ -99,7 +106,7 @@ def latent_decode(
     _, heads, rank = absorbed.shape
     turning = cache.shape[2] - rank
     slots, blocks = plan.records.shape[0], config.head_blocks(heads)
-    group_pad, rank_pad = triton.next_power_of_2(config.heads), max(MIN_PRODUCT, triton.next_power_of_2(rank))
+    group_pad, rank_pad = next_power_of_2(config.heads), max(MIN_PRODUCT, next_power_of_2(rank))
     partials = torch.empty((slots, blocks, config.heads, rank), dtype=torch.float32, device=out.device)
     statistics = torch.empty((slots, blocks, 2, config.heads), dtype=torch.float32, device=out.device)
     pdl = pdl_supported(out.device)
@@ -125,7 +132,7 @@ def latent_decode(
         RANK=rank,
         RANK_PAD=rank_pad,
         TURNING=turning,
-        TURNING_PAD=max(MIN_PRODUCT, triton.next_power_of_2(turning)),
+        TURNING_PAD=max(MIN_PRODUCT, next_power_of_2(turning)),
         BLOCK_SIZE=cache.shape[1],
         TILE=config.decode.tile,
         COMBINE=combined_at_once(group_pad, rank_pad, config.decode.num_warps * 32),
@@ -138,6 +145,7 @@ def latent_decode(
     )
 
 
+@direct_launch
 @triton.jit
 def _latent_decode_kernel(
     absorbed,

@@ -14,7 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    next_power_of_2,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.paged import (
     Card,
     accumulate,
@@ -93,13 +100,13 @@ def absorbed_attention(
         return
     _, all_heads, rank = absorbed.shape
     turning = cache.shape[2] - rank
-    product_rows = max(config.rows, triton.next_power_of_2(heads))
+    product_rows = max(config.rows, next_power_of_2(heads))
     slots = tiles.shape[0] if merges.shape[0] else 0
     blocks = all_heads // heads
     partials = torch.empty((slots, blocks, product_rows, rank), dtype=torch.float32, device=out.device)
     statistics = torch.empty((slots, blocks, 2, product_rows), dtype=torch.float32, device=out.device)
     pdl = pdl_supported(out.device)
-    rank_pad = max(MIN_PRODUCT, triton.next_power_of_2(rank))
+    rank_pad = max(MIN_PRODUCT, next_power_of_2(rank))
     _absorbed_kernel[(blocks, tiles.shape[0])](
         absorbed,
         query,
@@ -123,7 +130,7 @@ def absorbed_attention(
         RANK=rank,
         RANK_PAD=rank_pad,
         TURNING=turning,
-        TURNING_PAD=max(MIN_PRODUCT, triton.next_power_of_2(turning)),
+        TURNING_PAD=max(MIN_PRODUCT, next_power_of_2(turning)),
         BLOCK_SIZE=cache.shape[1],
         TILE=config.tile,
         FORMAT=int(kv_format(cache)),
@@ -207,12 +214,12 @@ def expanded_attention(
         scale,
         HEADS=out.shape[1],
         NOPE=nope,
-        NOPE_PAD=max(MIN_PRODUCT, triton.next_power_of_2(nope)),
+        NOPE_PAD=max(MIN_PRODUCT, next_power_of_2(nope)),
         TURNING=turning,
-        TURNING_PAD=max(MIN_PRODUCT, triton.next_power_of_2(turning)),
+        TURNING_PAD=max(MIN_PRODUCT, next_power_of_2(turning)),
         SHARED_STRIDE=shared.stride(0),
         VALUE_DIM=value_dim,
-        VALUE_PAD=max(MIN_PRODUCT, triton.next_power_of_2(value_dim)),
+        VALUE_PAD=max(MIN_PRODUCT, next_power_of_2(value_dim)),
         ROWS=config.rows,
         TILE=config.tile,
         FIELDS=TILE_FIELDS,
@@ -223,6 +230,7 @@ def expanded_attention(
     )
 
 
+@direct_launch
 @triton.jit
 def _absorbed_kernel(
     absorbed,
@@ -314,6 +322,7 @@ def _absorbed_kernel(
         tl.store(statistics + 2 * index + ROWS + product_row, total)
 
 
+@direct_launch
 @triton.jit
 def _expanded_kernel(
     query,
