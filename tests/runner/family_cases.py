@@ -66,6 +66,9 @@ class Case:
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):
                     parameter.sub_(self.norm_offset)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(0.0, 0.2)
         return model
 
 
@@ -148,6 +151,62 @@ def mixtral_keys(writer: Writer) -> None:
 
 
 EXPERTS = {"num_experts": 10, "num_experts_per_tok": 4, "moe_intermediate_size": 48}
+
+
+def deepseek_v2_keys(writer: Writer) -> None:
+    latent_keys(writer)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(128)
+    writer.add_rope_scaling_yarn_log_mul(0.1 * 0.7)
+    writer.add_expert_weights_scale(1.5)
+
+
+def deepseek_v3_keys(writer: Writer) -> None:
+    latent_keys(writer)
+    writer.add_q_lora_rank(LATENTS["q_lora_rank"])
+    writer.add_expert_weights_scale(2.5)
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_group_count(4)
+    writer.add_expert_group_used_count(2)
+
+
+def latent_keys(writer: Writer) -> None:
+    """As for an absorbed attention, whose keys are latents; sizes of heads under keys of their own."""
+    rank, turning = LATENTS["kv_lora_rank"], LATENTS["qk_rope_head_dim"]
+    writer.add_kv_lora_rank(rank)
+    writer.add_key_length(rank + turning)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(LATENTS["qk_nope_head_dim"] + turning)
+    writer.add_value_length_mla(LATENTS["v_head_dim"])
+    writer.add_leading_dense_block_count(1)
+    writer.add_expert_count(LATENTS["n_routed_experts"])
+    writer.add_expert_used_count(LATENTS["num_experts_per_tok"])
+    writer.add_expert_shared_count(LATENTS["n_shared_experts"])
+
+
+LATENTS: dict[str, Any] = {
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": HEAD_DIM,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+}
+LATENT_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 1e4,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
 GEMMA = {"query_pre_attn_scalar": HEAD_DIM, "sliding_window": WINDOW, "layer_types": TYPES}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -245,6 +304,25 @@ CASES: dict[str, Case] = {
         permutes=True,
         native=False,
     ),
+    "deepseek v2 lite": Case(
+        "DeepseekV2",
+        {**LATENTS, "q_lora_rank": None, "rope_parameters": LATENT_YARN, "routed_scaling_factor": 1.5},
+        ARCH.DEEPSEEK2,
+        deepseek_v2_keys,
+        native=False,
+    ),
+    "deepseek v2": Case(
+        "DeepseekV2",
+        {**LATENTS, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        native=False,
+    ),
+    "deepseek v3": Case(
+        "DeepseekV3",
+        {**LATENTS, "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0},
+        ARCH.DEEPSEEK2,
+        deepseek_v3_keys,
+        native=False,
+    ),
     "internlm 2 (gguf)": Case("Llama", {}, ARCH.INTERNLM2, permutes=True),
 }
 
@@ -293,6 +371,14 @@ def gguf_tensors(case: Case, architecture: gguf.MODEL_ARCH, model: Any) -> dict[
             continue
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")  # as the converter does
+        if name.endswith("kv_b_proj.weight"):
+            layer = name.split(".")[2]
+            both = values.reshape(HEADS, -1, values.shape[1])
+            keys, expanded = np.split(both, [model.config.qk_nope_head_dim], axis=1)
+            tensors[f"blk.{layer}.attn_k_b.weight"] = np.ascontiguousarray(keys.transpose(0, 2, 1))
+            tensors[f"blk.{layer}.attn_v_b.weight"] = expanded
+            continue
         if name.endswith("block_sparse_moe.router.weight"):
             name = name.replace("router", "router.layer")  # as in files
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -315,7 +401,7 @@ def gguf_tensors(case: Case, architecture: gguf.MODEL_ARCH, model: Any) -> dict[
 def stacked_names(name: str) -> list[str]:
     """llama.cpp's names of what transformers has as one tensor: gate and up, of all experts or of the shared one."""
     for module, kind in (("experts.", "exps"), ("shared_mlp.", "shexp")):
-        if module in name and "shared_expert." not in name:
+        if module in name and "shared_expert." not in name and "shared_experts." not in name:
             layer, last = name.split(".")[2], name.split(module)[1].split(".")[0]
             parts = ("down",) if last in ("down_proj", "output_linear") else ("gate", "up")
             return [f"blk.{layer}.ffn_{part}_{kind}.weight" for part in parts]
