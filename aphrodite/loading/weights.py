@@ -150,9 +150,10 @@ def _places(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], storage: Sto
         elif len(members) == 1:
             places[members[0]] = _Place((name,), first, None)
         elif ".expert_" in members[0]:
-            both = (first[0], 2 * first[1], *first[2:])
-            for member, own in zip(members, _gate_up_rows(*first[:2], storage.alternating_experts), strict=True):
-                places[member] = _Place((name,), both, own)
+            gate_up_shape = (first[0], 2 * first[1], *first[2:])
+            rows = _gate_up_rows(first[0], first[1], storage.alternating_experts)
+            for member, own in zip(members, rows, strict=True):
+                places[member] = _Place((name,), gate_up_shape, own)
         else:
             stacked = (sum(shapes[member][0] for member in members), *first[1:])
             grouped = storage.grouped_qkv and len(members) == 3  # q, k and v

@@ -20,7 +20,9 @@ from aphrodite.layers.moe import MixtureOfExperts, SharedExperts
 from aphrodite.layers.norm import LayerNorm, Norm, QueryKeyNorm, RmsNorm, norm_tensors
 from aphrodite.models.spec import MlaSpec, ModelSpec, MoeSpec
 from aphrodite.models.streaming import SLOTS, LayerStream
-from aphrodite.quantization.types import RawTensor
+from aphrodite.quantization.types import QuantType, RawTensor
+
+EXACT_TYPES = {torch.bfloat16: QuantType.BF16, torch.float16: QuantType.F16}  # stored types that a compute type holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +213,8 @@ class _Loader:
         )
 
     def _mixture(self, name: str, moe: MoeSpec) -> FeedForward:
+        if self._device.type != "cpu":
+            return self._triton_mixture(name, moe)
         experts, hidden = moe.num_experts, self._spec.hidden_size
         bias = self._take(name + "router.bias", experts) if moe.router_bias else None
         router = self._float32(self._take(name + "router.weight", experts, hidden), bias)
@@ -230,19 +234,53 @@ class _Loader:
 
     def _experts(self, name: str, moe: MoeSpec) -> list[GatedMlp]:
         """Experts on the host, each with products of its own."""
+        gate_up, down = self._expert_parts(name, moe, "gate", "up"), self._expert_parts(name, moe, "down")
+
+        def linear(stacked: tuple[list[RawTensor], list[RawTensor]], expert: int) -> Linear:
+            weights, biases = ([part.part(expert) for part in parts] for parts in stacked)
+            return build_linear(
+                weights, biases or [None for _ in weights], self._dtype, self._device, gated=len(weights) == 2
+            )
+
+        return [GatedMlp(linear(gate_up, expert), linear(down, expert)) for expert in range(moe.num_experts)]
+
+    def _expert_parts(self, name: str, moe: MoeSpec, *parts: str) -> tuple[list[RawTensor], list[RawTensor]]:
+        """Weights and biases of some of the experts' projections; no biases where there are none."""
         hidden, inner, count = self._spec.hidden_size, moe.intermediate_size, moe.num_experts
-        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-        weights = {part: self._take(f"{name}expert_{part}.weight", count, *shapes[part]) for part in shapes}
-        biases: dict[str, RawTensor] = {}
-        if moe.expert_bias:
-            biases = {part: self._take(f"{name}expert_{part}.bias", count, shapes[part][0]) for part in shapes}
+        shapes = [(hidden, inner) if part == "down" else (inner, hidden) for part in parts]
+        prefixes = [f"{name}expert_{part}" for part in parts]
+        weights = [self._take(f"{at}.weight", count, *shape) for at, shape in zip(prefixes, shapes, strict=True)]
+        if not moe.expert_bias:
+            return weights, []
+        return weights, [self._take(f"{at}.bias", count, shape[0]) for at, shape in zip(prefixes, shapes, strict=True)]
 
-        def linear(expert: int, parts: tuple[str, ...]) -> Linear:
-            rows = [weights[part].part(expert) for part in parts]
-            added = [biases[part].part(expert) if biases else None for part in parts]
-            return build_linear(rows, added, self._dtype, self._device, gated=len(parts) == 2)
+    def _triton_mixture(self, name: str, moe: MoeSpec) -> FeedForward:
+        from aphrodite.layers import triton_moe as gpu  # Triton is there only where a GPU is
+        from aphrodite.layers.expert_stack import stack_experts
 
-        return [GatedMlp(linear(expert, ("gate", "up")), linear(expert, ("down",))) for expert in range(count)]
+        experts, hidden, device = moe.num_experts, self._spec.hidden_size, self._device
+        raw = self._take(name + "router.weight", experts, hidden)
+        vectors = (("router.bias", moe.router_bias), ("router.correction", moe.correction_bias))
+        bias, correction = (
+            to_dense(self._take(name + vector, experts), torch.float32, device) if there else None
+            for vector, there in vectors
+        )
+        exact = self._dtype == torch.float32 or EXACT_TYPES.get(self._dtype) is raw.qtype
+        weight = to_dense(raw, torch.float32, device)
+        router = gpu.TritonRouter(weight, bias, correction, dtype=self._dtype, exact=exact)
+        gate_up, down = (
+            stack_experts(*self._expert_parts(name, moe, *parts), self._dtype, device)
+            for parts in (("gate", "up"), ("down",))
+        )
+        shared = None
+        if moe.shared_intermediate_size:
+            gate = None
+            if moe.shared_gate:
+                gate = gpu.TritonGate(
+                    to_dense(self._take(name + "shared_router.weight", 1, hidden), torch.float32, device)
+                )
+            shared = gpu.TritonShared(self._gated_mlp(name + "shared_", moe.shared_intermediate_size), gate)
+        return gpu.TritonMixture(moe, router, gate_up, down, shared)
 
     def _float32(self, weight: RawTensor, bias: RawTensor | None = None) -> DenseLinear:
         """A small product that is made in float32 whatever the compute type."""

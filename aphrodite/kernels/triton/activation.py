@@ -1,4 +1,5 @@
-"""Gated activations over interleaved (gate, up) pairs: silu(gate) * up and gelu_tanh(gate) * up (arXiv 2002.05202).
+"""Gated activations over interleaved (gate, up) pairs: silu(gate) * up and gelu_tanh(gate) * up (arXiv 2002.05202), and
+GPT-OSS's (`layers/activation.py`).
 
 Bound by memory: each pair is read and its product written once, 6 bytes a value in a 16-bit dtype. Pairs are neighbours
 (`layers/triton_linear.interleave_gate_up`), so one contiguous load brings both. Arithmetic is float32 for every dtype.
@@ -21,7 +22,7 @@ from aphrodite.kernels.triton.launch import (
     wait_for_producer,
 )
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
 
 BLOCK = 1024
 WARPS = 4
@@ -32,6 +33,10 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
     """act(gate) * up in float32."""
     if ACTIVATION == "silu":
         slope = gate
+    elif ACTIVATION == "swiglu_oai":
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0
+        slope = 1.702 * gate
     else:
         # gelu's 0.5 (1 + tanh(z)) is the logistic function of 2 z.
         slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)

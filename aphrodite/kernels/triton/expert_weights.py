@@ -1,0 +1,275 @@
+"""Experts' matrices as kernels read them: stacked along their rows, dense or packed in planes of bits.
+
+Packed weights stay so in memory and are widened in registers, a tile at a time (`packed.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from aphrodite.kernels.triton.packed import _code, _load_affine, _load_plane, _load_values, _spread
+from aphrodite.quantization.planes import Planes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertWeights:
+    """One projection of all experts.
+
+    Attributes:
+        weight: `[experts, out, in]` of the compute dtype, or planes of `experts * out` rows.
+        experts: how many.
+        bias: `[experts, out]` float32.
+    """
+
+    weight: torch.Tensor | Planes
+    experts: int
+    bias: torch.Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.weight, Planes)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.rows // self.experts if isinstance(self.weight, Planes) else self.weight.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.form.columns if isinstance(self.weight, Planes) else self.weight.shape[2]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        own = self.weight.tensors if isinstance(self.weight, Planes) else (self.weight,)
+        return own if self.bias is None else (*own, self.bias)
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        """The kernels' pointers; anything for those that there are not."""
+        weight = self.weight
+        if not isinstance(weight, Planes):
+            return (*(weight,) * 7, weight if self.bias is None else self.bias)
+        first = weight.low
+        rest = (weight.high, weight.scales, weight.super_scales, weight.offsets, weight.super_offsets, weight.table)
+        return (first, *(first if tensor is None else tensor for tensor in (*rest, self.bias)))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernels' constants that tell what the planes mean."""
+        if not isinstance(self.weight, Planes):
+            form: tuple[Any, ...] = (16, 0, 32, 0, "none", 0, "dense")
+        else:
+            of = self.weight.form
+            form = (of.low_bits, of.high_bits, of.group_size, of.super_size, of.offset, of.zero, of.kind)
+        names = ("LOW_BITS", "HIGH_BITS", "GROUP", "SUPER", "OFFSET", "ZERO", "KIND")
+        return {**dict(zip(names, form, strict=True)), "HAS_BIAS": self.bias is not None}
+
+
+@triton.jit
+def _dense_rows(x, weight, rows, columns: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    sums = tl.zeros((ROWS, CHUNK), tl.float32)
+    for step in tl.static_range((columns + CHUNK - 1) // CHUNK):
+        k = step * CHUNK + tl.arange(0, CHUNK)
+        pointers = weight + rows[:, None] * columns + k[None, :]
+        if columns % CHUNK == 0:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=k[None, :] < columns, other=0.0)
+        values = tl.load(x + k, mask=k < columns, other=0.0).to(tl.float32)
+        sums += tile.to(tl.float32) * values[None, :]
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def _dense_tile(total, from_x, weight, rows, step, columns: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    k = step * CHUNK + tl.arange(0, CHUNK)
+    pointers = weight + rows[:, None] * columns + k[None, :]
+    if columns % CHUNK == 0:
+        tile = tl.load(pointers)
+        values = tl.load(from_x + k[:, None])
+    else:
+        tile = tl.load(pointers, mask=k[None, :] < columns, other=0.0)
+        values = tl.load(from_x + k[:, None], mask=k[:, None] < columns, other=0.0)
+    return tl.dot(tile, values, total, input_precision="ieee")
+
+
+@triton.jit
+def _plane_rows(
+    x,
+    low,
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    rows,
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
+    RUN: tl.constexpr = 4 * IN_WORD
+    SPANS: tl.constexpr = 2 if GROUP < RUN else 1
+    SPAN: tl.constexpr = RUN // SPANS
+    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
+    words: tl.constexpr = columns // IN_WORD
+    COUNT: tl.constexpr = CHUNK // IN_WORD
+    RUNS: tl.constexpr = CHUNK // RUN
+    of_runs = tl.zeros((ROWS, RUNS), tl.float32)
+    for step in tl.static_range((columns + CHUNK - 1) // CHUNK):
+        low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
+        high_words = low_words
+        if HIGH_BITS > 0:
+            high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
+        for span in tl.static_range(SPANS):
+            factor, shift = _load_affine(
+                scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
+                GROUP, SUPER, OFFSET, ZERO, KIND,
+            )  # fmt: skip
+            products = tl.zeros((ROWS, COUNT), tl.float32)
+            total = tl.zeros((COUNT,), tl.float32)
+            for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+                code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+                values = _load_values(x, step * COUNT, index, columns, RUN, COUNT)
+                products += code * values[None, :]
+                total += values
+            of_runs += factor * tl.sum(tl.reshape(products, (ROWS, RUNS, 4)), axis=2)
+            if KIND == "integer" or OFFSET != "none":
+                of_runs -= shift * tl.sum(tl.reshape(total, (RUNS, 4)), axis=1)[None, :]
+    return tl.sum(of_runs, axis=1)
+
+
+@triton.jit
+def _plane_tile(
+    total,
+    from_x,
+    low,
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    rows,
+    step,
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
+    RUN: tl.constexpr = 4 * IN_WORD
+    SPANS: tl.constexpr = 2 if GROUP < RUN else 1
+    SPAN: tl.constexpr = RUN // SPANS
+    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
+    words: tl.constexpr = columns // IN_WORD
+    COUNT: tl.constexpr = CHUNK // IN_WORD
+    RUNS: tl.constexpr = CHUNK // RUN
+    low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
+    high_words = low_words
+    if HIGH_BITS > 0:
+        high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
+    word = step * COUNT + tl.arange(0, COUNT)
+    for span in tl.static_range(SPANS):
+        factor, shift = _load_affine(
+            scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
+            GROUP, SUPER, OFFSET, ZERO, KIND,
+        )  # fmt: skip
+        factor = _spread(factor, ROWS, RUNS)
+        shift = _spread(shift, ROWS, RUNS)
+        for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+            code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+            column = (word // 4) * RUN + word % 4 + 4 * index
+            if columns % CHUNK == 0:
+                values = tl.load(from_x + column[:, None])
+            else:
+                values = tl.load(from_x + column[:, None], mask=(column < columns)[:, None], other=0.0)
+            tile = (code * factor - shift).to(values.dtype)
+            total = tl.dot(tile, values, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def dot_expert_rows(
+    x,  # a row of activations
+    low,  # of "dense" weights these themselves
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    rows,  # [ROWS] int64, numbers into [experts * out]
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`[ROWS]` float32: rows of experts times one of x, on the vector units."""
+    if KIND == "dense":
+        result = _dense_rows(x, low, rows, columns, ROWS, CHUNK)
+    else:
+        result = _plane_rows(
+            x, low, high, scales, super_scales, offsets, super_offsets, table, rows, columns, LOW_BITS, HIGH_BITS,
+            GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
+        )  # fmt: skip
+    return result
+
+
+@triton.jit
+def dot_expert_tile(
+    total,  # [ROWS, PAIRS] float32, what is added to
+    from_x,  # [1, PAIRS] pointers to rows of activations
+    low,  # of "dense" weights these themselves
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    rows,  # [ROWS] int64, numbers into [experts * out]
+    step,
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`total` plus the product of chunk `step`: rows of experts times transposed rows of x, on the matrix units."""
+    if KIND == "dense":
+        result = _dense_tile(total, from_x, low, rows, step, columns, ROWS, CHUNK)
+    else:
+        result = _plane_tile(
+            total, from_x, low, high, scales, super_scales, offsets, super_offsets, table, rows, step, columns,
+            LOW_BITS, HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
+        )  # fmt: skip
+    return result
