@@ -1,0 +1,67 @@
+"""`LLM.chat` with a checkpoint that brings no template, and with one that was asked for."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models
+
+from aphrodite.errors import ConfigError
+from aphrodite.llm import LLM
+from aphrodite.sampling.params import SamplingParams
+
+SETTINGS: dict[str, Any] = {"load_format": "dummy", "threads": 1, "max_num_seqs": 2, "kv_cache_memory": 1 << 20}
+CHATML = ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def bare_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose tokenizer knows ChatML's tokens, without a template and without an end of sequence."""
+    folder = tmp_path_factory.mktemp("bare") / "Some-Tune"
+    shutil.copytree(tiny_model, folder)
+    characters = sorted({chr(code) for code in range(33, 127)} | {"Ġ", "Ċ"})
+    backend = tokenizers.Tokenizer(models.BPE({text: number for number, text in enumerate(characters)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(CHATML)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_template_is_recognised_and_its_end_of_turn_ends_answers(
+    bare_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "aphrodite"), LLM(bare_model, **SETTINGS) as llm:
+        assert "the checkpoint has no chat template: chatml is used" in caplog.text
+        end = llm.tokenizer.token_to_id("<|im_end|>")
+        forced = SamplingParams(temperature=0.0, max_tokens=4, logit_bias={end: 100.0})
+        messages = [{"role": "user", "name": "Ann", "content": "Hi"}]
+        output = llm.chat(messages, forced, progress=False)[0]
+        prompt = llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+        assert prompt == "<|im_start|>user\nAnn: Hi<|im_end|>\n<|im_start|>assistant\n"
+        assert (output.outputs[0].finish_reason, len(output.outputs[0].token_ids)) == ("stop", 1)
+        assert list(llm.stream(messages, forced))[-1].outputs[0].finish_reason == "stop"
+        assert llm.generate([output.prompt_token_ids], forced, progress=False)[0].outputs[0].finish_reason == "length"
+
+
+def test_a_wrong_name_costs_no_loading(bare_model: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean chatml"):
+        LLM(bare_model, chat_template="chatmll", **SETTINGS)
+
+
+def test_a_named_template_takes_the_place_of_the_models(bare_model: Path) -> None:
+    with LLM(bare_model, chat_template="Vicuna", **SETTINGS) as llm:
+        ids = llm.encode_chat(
+            [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ],
+            continue_final_message=True,
+        )
+        assert llm.tokenizer.decode(ids) == "S USER: a ASSISTANT: b"
