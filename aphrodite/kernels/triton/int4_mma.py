@@ -33,7 +33,7 @@ from aphrodite.kernels.triton.int4_gluon import (
     word_offsets,
 )
 from aphrodite.kernels.triton.int4_words import CHUNK, Int4Words
-from aphrodite.kernels.triton.launch import launch_options, pdl_supported
+from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
 from aphrodite.kernels.triton.linear import Epilogue, _output
 
 MMA_MAX_ROWS = 8
@@ -57,15 +57,17 @@ class MmaConfig(NamedTuple):
 
 
 @functools.cache
-def mma_config(out_features: int, in_features: int, rows: int) -> MmaConfig:
+def mma_config(out_features: int, in_features: int, rows: int, group_size: int = CHUNK) -> MmaConfig:
     """The cut for a weight `[out, in]` and 1..8 rows: warps share a strip where there are too few to fill the card."""
     chunks = -(-in_features // CHUNK)
+    # Small groups have sums of their own, which take registers.
+    depth = 4 if group_size >= CHUNK else 2
     if out_features >= 16384:
-        return MmaConfig(4, 1, min(4, chunks), 8)
+        return MmaConfig(4, 1, min(depth, chunks), 8)
     splits = 8 if chunks >= 64 else 4
     while splits > 1 and chunks < 2 * splits:
         splits //= 2
-    return MmaConfig(1 if splits > 1 else 4, splits, 4, 8 if splits <= 4 else 4)
+    return MmaConfig(1 if splits > 1 else 4, splits, depth, 8 if splits <= 4 else 4)
 
 
 @gluon.jit
@@ -177,6 +179,7 @@ def _stage_row(
     return squares
 
 
+@direct_launch
 @gluon.jit(do_not_specialize=["M"])
 def _int4_row_kernel(
     x,  # [1, in]
@@ -284,6 +287,7 @@ def _copy_rows(x, x_stride, M, smem, chunk, in_features: gl.constexpr, S: gl.con
         async_copy.async_copy_global_to_shared(smem, x + offsets, mask=inside)
 
 
+@direct_launch
 @gluon.jit(do_not_specialize=["M"])
 def _int4_rows_kernel(
     x,  # [M, in]
@@ -360,6 +364,13 @@ def _int4_rows_kernel(
     )
 
 
+def staging(in_features: int, cut: MmaConfig) -> dict[str, int]:
+    """How one row of activations, padded to whole steps, is cut for staging: 8 values a thread or fewer."""
+    padded = -(-in_features // (CHUNK * cut.splits)) * CHUNK * cut.splits
+    part = math.gcd(padded, 256 * cut.strips * cut.splits)
+    return {"PARTS": padded // part, "PART": part}
+
+
 def int4_mma(
     x: torch.Tensor,
     weight: Int4Words,
@@ -382,11 +393,10 @@ def int4_mma(
     """
     rows, out_features, in_features = x.shape[0], weight.out_features, weight.in_features
     out = _output(x, out_features, epilogue)
-    cut = config or mma_config(out_features, in_features, rows)
+    cut = config or mma_config(out_features, in_features, rows, weight.group_size)
     strips = weight.words.shape[0]
     grid = (-(-strips // cut.strips),)
-    span = CHUNK * cut.splits
-    steps = -(-in_features // span)
+    steps = -(-in_features // (CHUNK * cut.splits))
     pdl = pdl_supported(x.device)
     bias = x if epilogue.bias is None else epilogue.bias
     common: dict[str, Any] = {
@@ -406,7 +416,6 @@ def int4_mma(
     }
     if rows == 1:
         norm_weight, eps = norm if norm is not None else (x, 0.0)
-        part = math.gcd(steps * span, 256 * cut.strips * cut.splits)
         _int4_row_kernel[grid](
             x,
             norm_weight,
@@ -420,8 +429,7 @@ def int4_mma(
             out_features,
             strips,
             **common,
-            PARTS=steps * span // part,
-            PART=part,
+            **staging(in_features, cut),
             HAS_NORM=norm is not None,
             **last,
         )

@@ -15,7 +15,13 @@ import triton.language as tl
 
 from aphrodite.kernels.triton.activation import gated
 from aphrodite.kernels.triton.int4_words import STRIP, Int4Words, whole_splits
-from aphrodite.kernels.triton.launch import launch_dependents, launch_options, pdl_supported, wait_for_producer
+from aphrodite.kernels.triton.launch import (
+    direct_launch,
+    launch_dependents,
+    launch_options,
+    pdl_supported,
+    wait_for_producer,
+)
 from aphrodite.kernels.triton.linear import (
     WORKSPACE_VALUES,
     Epilogue,
@@ -79,6 +85,7 @@ def _chunk_values(
     return tl.reshape(values, (16 * STRIPS, 128))
 
 
+@direct_launch
 @triton.jit
 def _expand_kernel(
     words,  # [strips, chunks, 16, 16] int32
@@ -151,6 +158,7 @@ def _finish_strips(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@direct_launch
 @triton.jit(do_not_specialize=["M"])
 def _int4_plain_kernel(
     x,  # [M, in]

@@ -36,7 +36,7 @@ from aphrodite.kernels.triton.int4_gluon import (
     word_offsets,
 )
 from aphrodite.kernels.triton.int4_words import CHUNK, STRIP, Int4Words, whole_splits
-from aphrodite.kernels.triton.launch import launch_options, pdl_supported
+from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
 from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue, _output, _workspace
 
 
@@ -118,12 +118,13 @@ def _sum_of_splits(partial, workspace, counters, tile, split, SPLITS: gl.constex
     last = gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
     total = gl.zeros([R, C], gl.float32, layout)
     if last:
-        for other in gl.static_range(SPLITS):
+        for other in range(SPLITS):
             total += gl.load(base + other * (R * C) + offsets, cache_modifier=".cg")
         gl.store(counters + tile, 0)
     return last, total
 
 
+@direct_launch
 @gluon.jit(do_not_specialize=["M"])
 def _int4_wgmma_kernel(
     x,  # descriptor of [M, in], blocks [COLUMNS, 128]

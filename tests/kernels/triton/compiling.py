@@ -106,6 +106,10 @@ def _source(case: KernelCase) -> ASTSource:
         else:
             signature[name] = "constexpr"
             constants[name] = value.value if isinstance(value, Constant) else value
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource  # not in every Triton
+
+        return GluonASTSource(kernel, signature, constants, attributes)
     return ASTSource(kernel, signature, constants, attributes)
 
 

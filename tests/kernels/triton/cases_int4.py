@@ -1,0 +1,193 @@
+"""4-bit products and expansion for test_triton_compile.py. Gluon kernels are for sm_90 and the versions checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from compiling import NVIDIA, Constant, KernelCase
+
+from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS
+from aphrodite.kernels.triton.int4_plain import _expand_kernel, _int4_plain_kernel, plain_config
+
+HOPPER = ("sm_90",)
+
+
+def _common(dtype: str, activation: str | None, *, residual: bool = False, bias: bool = False) -> dict[str, Any]:
+    return {
+        "words": "*i32",
+        "scales": "*i32",
+        "bias": f"*{dtype}",
+        "residual": f"*{dtype}",
+        "out": f"*{dtype}",
+        "M": "i32",
+        "out_features": "i32:16",
+        "strips": "i32:16",
+        "HAS_BIAS": bias,
+        "HAS_RESIDUAL": residual,
+        "ACTIVATION": None if activation is None else Constant(activation),
+    }
+
+
+def _options(pdl: bool) -> dict[str, Any]:
+    return {"launch_pdl": True} if pdl else {}
+
+
+def _plain(
+    shape: tuple[int, int],
+    rows: int,
+    group: int,
+    *,
+    activation: str | None = None,
+    hip: bool = False,
+    offsets: bool = False,
+) -> KernelCase:
+    cut = plain_config(*shape, rows, hip)
+    return KernelCase(
+        name=f"int4_plain-{shape[0]}x{shape[1]}-{rows}-{group}",
+        kernel=_int4_plain_kernel,
+        arguments={
+            "x": "*bf16",
+            "x_stride": "i32:16",
+            "offsets": "*fp32",
+            "workspace": "*fp32",
+            "counters": "*i32",
+            "in_features": shape[1],
+            "GROUP": group,
+            "STRIPS": cut.strips,
+            "COLUMNS": max(16, rows),
+            "SPLITS": cut.splits,
+            "STAGES": cut.stages,
+            "HAS_OFFSETS": offsets,
+            "PDL": False,
+        }
+        | _common("bf16", activation),
+        num_warps=cut.warps,
+        targets=("gfx942",) if hip else NVIDIA,
+    )
+
+
+def _expand(group: int, *, paired: bool) -> KernelCase:
+    return KernelCase(
+        name=f"int4_expand-{group}",
+        kernel=_expand_kernel,
+        arguments={
+            "words": "*i32",
+            "scales": "*i32",
+            "offsets": "*fp32",
+            "out": "*bf16",
+            "out_features": "i32:16",
+            "in_features": "i32:16",
+            "strips": "i32:16",
+            "chunks": "i32:16",
+            "groups": "i32:16",
+            "GROUP": group,
+            "STRIPS": 4,
+            "HAS_OFFSETS": False,
+            "PAIRED": paired,
+            "PDL": False,
+        },
+    )
+
+
+def _gluon_cases() -> list[KernelCase]:
+    from triton.experimental.gluon import language as gl
+
+    from aphrodite.kernels.triton import int4_mma as mma
+    from aphrodite.kernels.triton import int4_wgmma as wgmma
+
+    def row(shape: tuple[int, int], group: int, *, dtype: str = "bf16", **parts: Any) -> KernelCase:
+        cut = mma.mma_config(*shape, 1, group)
+        arguments = {
+            "x": f"*{dtype}",
+            "norm_weight": f"*{dtype}",
+            "eps": "fp32",
+            "in_features": shape[1],
+            "GROUP": group,
+            "N_WARPS": cut.strips,
+            "K_WARPS": cut.splits,
+            "DEPTH": cut.depth,
+            **mma.staging(shape[1], cut),
+            "HAS_NORM": parts.pop("norm", False),
+            "PDL": True,
+        }
+        return KernelCase(
+            name=f"int4_row-{dtype}-{shape[0]}x{shape[1]}-{group}",
+            kernel=mma._int4_row_kernel,
+            arguments=arguments | _common(dtype, parts.pop("activation", None), **parts),
+            num_warps=cut.strips * cut.splits,
+            targets=HOPPER,
+            options=_options(True),
+        )
+
+    def rows(shape: tuple[int, int], group: int, *, dtype: str = "bf16", **parts: Any) -> KernelCase:
+        cut = mma.mma_config(*shape, 8, group)
+        arguments = {
+            "x": f"*{dtype}",
+            "x_stride": "i32:16",
+            "in_features": shape[1],
+            "GROUP": group,
+            "N_WARPS": cut.strips,
+            "K_WARPS": cut.splits,
+            "DEPTH": cut.depth,
+            "STAGES": cut.stages,
+            "PDL": True,
+        }
+        return KernelCase(
+            name=f"int4_rows-{dtype}-{shape[0]}x{shape[1]}-{group}",
+            kernel=mma._int4_rows_kernel,
+            arguments=arguments | _common(dtype, parts.pop("activation", None), **parts),
+            num_warps=cut.strips * cut.splits,
+            targets=HOPPER,
+            options=_options(True),
+        )
+
+    def many(shape: tuple[int, int], count: int, group: int, *, dtype: str = "bf16", **parts: Any) -> KernelCase:
+        cut = wgmma.wgmma_config(*shape, count)
+        kind = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
+        layout = gl.NVMMASharedLayout.get_default_for([cut.columns, 128], kind)
+        arguments = {
+            "x": f"tensordesc<{dtype}[{cut.columns}, 128],{layout!r}>",
+            "workspace": "*fp32",
+            "counters": "*i32",
+            "in_features": shape[1],
+            "GROUP": group,
+            "WARPS": cut.warps,
+            "COLUMNS": cut.columns,
+            "SPLITS": cut.splits,
+            "STAGES": cut.stages,
+            "PDL": True,
+        }
+        return KernelCase(
+            name=f"int4_wgmma-{dtype}-{shape[0]}x{shape[1]}-{count}-{group}",
+            kernel=wgmma._int4_wgmma_kernel,
+            arguments=arguments | _common(dtype, parts.pop("activation", None), **parts),
+            num_warps=cut.warps,
+            targets=HOPPER,
+            options=_options(True),
+        )
+
+    return [
+        row((6144, 4096), 128, norm=True),
+        row((28672, 4096), 128, norm=True, activation="silu"),
+        row((4096, 2048), 32, residual=True, bias=True, dtype="fp16"),
+        rows((4096, 4096), 128, residual=True),
+        rows((4096, 14336), 64, residual=True, bias=True),
+        rows((28672, 2048), 32, activation="gelu_tanh", dtype="fp16"),
+        many((6144, 4096), 16, 128),
+        many((28672, 4096), 64, 128, activation="silu"),
+        many((4096, 14336), 128, 32, residual=True, bias=True),
+        many((4096, 4096), 512, 4096, residual=True, dtype="fp16"),
+    ]
+
+
+CASES = [
+    _plain((28672, 4096), 1, 128, activation="silu"),
+    _plain((4096, 4096), 64, 32),
+    _plain((4096, 4096), 16, 64, offsets=True),
+    _plain((28672, 4096), 64, 128, activation="silu", hip=True),
+    _plain((4096, 14336), 16, 32, hip=True),
+    _expand(128, paired=True),
+    _expand(32, paired=False),
+    *(_gluon_cases() if triton.__version__.startswith(GLUON_VERSIONS) else []),
+]
