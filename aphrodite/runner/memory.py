@@ -136,8 +136,18 @@ def device_workspace(
         positions = max(GROUP_POSITIONS, max_model_len)
         each = mla.qk_nope_head_dim + mla.v_head_dim  # of a head and position
         expansion = positions * mla.latent_dim * itemsize + max(EXPANDED_BYTES, positions * each * itemsize)
-    per_token = (4 * spec.hidden_size + heads + 3 * spec.intermediate_size) * itemsize
+    per_token = (4 * spec.hidden_size + heads + _feed_forward_values(spec)) * itemsize
     # Of each sequence: logits, those that graphs leave behind, the sampler's float32 copy and its counts.
     per_sequence = spec.vocab_size * (2 * itemsize + 12) + 8 * max_model_len
     reserve = DEVICE_RESERVE + int(total * DEVICE_RESERVE_SHARE)
     return max_num_batched_tokens * per_token + max_num_seqs * per_sequence + expansion + reserve
+
+
+def _feed_forward_values(spec: ModelSpec) -> int:
+    """Values of a token that a feed-forward block holds at once; float32 scores of experts count twice."""
+    dense, moe = 3 * spec.intermediate_size, spec.moe
+    if moe is None:
+        return dense
+    routed = moe.top_k * (moe.intermediate_size + spec.hidden_size) + 2 * moe.num_experts
+    shared = 3 * moe.shared_intermediate_size
+    return max(routed + shared, dense if moe.dense_layers else 0)
