@@ -71,8 +71,9 @@ class EngineConfig:
         None, "tokenizer.json, or a directory with one, instead of the model's own.", "Model", example="tokenizer.json"
     )
     chat_template: str | None = _setting(
-        None, "Name of a built-in chat template or path of a Jinja file, instead of the model's own.", "Model",
-        example="chatml",
+        None,
+        "Chat template instead of the model's own: a name of the library (`aphrodite templates ls`), or a Jinja file.",
+        "Model", example="chatml",
     )  # fmt: skip
     generation_config: Literal["auto", "none"] = _setting(
         "auto",
