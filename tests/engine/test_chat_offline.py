@@ -39,6 +39,7 @@ def test_a_template_is_recognised_and_its_end_of_turn_ends_answers(
     with caplog.at_level(logging.INFO, "aphrodite"), LLM(bare_model, **SETTINGS) as llm:
         assert "the checkpoint has no chat template: chatml is used" in caplog.text
         end = llm.tokenizer.token_to_id("<|im_end|>")
+        assert end is not None
         forced = SamplingParams(temperature=0.0, max_tokens=4, logit_bias={end: 100.0})
         messages = [{"role": "user", "name": "Ann", "content": "Hi"}]
         output = llm.chat(messages, forced, progress=False)[0]
