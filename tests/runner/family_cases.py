@@ -46,6 +46,7 @@ class Case:
         permutes: llama.cpp's converter reorders rows of q and k.
         norm_offset: which it adds to norms.
         native: the native CPU library runs it.
+        splits_latents: the converter stores the expansions of keys and values apart, as it does today.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Case:
     layer_norm: bool = False
     native: bool = True
     turning: int = HEAD_DIM
+    splits_latents: bool = True
 
     def model(self) -> Any:
         config = getattr(transformers, f"{self.name}TextConfig", None) or getattr(transformers, f"{self.name}Config")
@@ -175,11 +177,21 @@ def deepseek_v3_keys(writer: Writer) -> None:
 def latent_keys(writer: Writer) -> None:
     """As for an absorbed attention, whose keys are latents; sizes of heads under keys of their own."""
     rank, turning = LATENTS["kv_lora_rank"], LATENTS["qk_rope_head_dim"]
-    writer.add_kv_lora_rank(rank)
     writer.add_key_length(rank + turning)
     writer.add_value_length(rank)
     writer.add_key_length_mla(LATENTS["qk_nope_head_dim"] + turning)
     writer.add_value_length_mla(LATENTS["v_head_dim"])
+    common_latent_keys(writer)
+
+
+def older_latent_keys(writer: Writer) -> None:
+    writer.add_key_length(LATENTS["qk_nope_head_dim"] + LATENTS["qk_rope_head_dim"])
+    writer.add_value_length(LATENTS["v_head_dim"])
+    common_latent_keys(writer)
+
+
+def common_latent_keys(writer: Writer) -> None:
+    writer.add_kv_lora_rank(LATENTS["kv_lora_rank"])
     writer.add_leading_dense_block_count(1)
     writer.add_expert_count(LATENTS["n_routed_experts"])
     writer.add_expert_used_count(LATENTS["num_experts_per_tok"])
@@ -311,6 +323,14 @@ CASES: dict[str, Case] = {
         deepseek_v2_keys,
         native=False,
     ),
+    "deepseek v2, older gguf": Case(
+        "DeepseekV2",
+        {**LATENTS, "q_lora_rank": None},
+        ARCH.DEEPSEEK2,
+        older_latent_keys,
+        native=False,
+        splits_latents=False,
+    ),
     "deepseek v2": Case(
         "DeepseekV2",
         {**LATENTS, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
@@ -372,7 +392,7 @@ def gguf_tensors(case: Case, architecture: gguf.MODEL_ARCH, model: Any) -> dict[
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")  # as the converter does
-        if name.endswith("kv_b_proj.weight"):
+        if name.endswith("kv_b_proj.weight") and case.splits_latents:
             layer = name.split(".")[2]
             both = values.reshape(HEADS, -1, values.shape[1])
             keys, expanded = np.split(both, [model.config.qk_nope_head_dim], axis=1)
