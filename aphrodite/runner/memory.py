@@ -143,9 +143,9 @@ def device_workspace(
     return max_num_batched_tokens * per_token + max_num_seqs * per_sequence + expansion + reserve
 
 
-def _feed_forward_values(spec: ModelSpec) -> int:
+def _feed_forward_values(spec: ModelShape) -> int:
     """Values of a token that a feed-forward block holds at once; float32 scores of experts count twice."""
-    dense, moe = 3 * spec.intermediate_size, spec.moe
+    dense, moe = 3 * spec.intermediate_size, spec.moe if isinstance(spec, ModelSpec) else None
     if moe is None:
         return dense
     routed = moe.top_k * (moe.intermediate_size + spec.hidden_size) + 2 * moe.num_experts
