@@ -59,7 +59,11 @@ class EngineConfig:
     """
 
     model: str | None = _setting(
-        None, "GGUF file, safetensors directory, or nothing for the default model.", "Model", example="model.gguf"
+        None,
+        "GGUF file, safetensors directory, a name on the Hugging Face hub (ORG/NAME, ORG/NAME:Q4_K_M, "
+        "ORG/NAME@REVISION), or nothing for the default model.",
+        "Model",
+        example="model.gguf",
     )
     served_model_name: tuple[str, ...] = _setting(
         (), "Names under which the API offers the model; the first is the one it reports.", "Model", example="writer"
@@ -82,7 +86,10 @@ class EngineConfig:
         "Model",
     )
     cache_dir: str | None = _setting(
-        None, "Where fetched models are kept; default is ~/.cache/aphrodite (or below XDG_CACHE_HOME).", "Model"
+        None,
+        "Where fetched models are kept; default is ~/.cache/aphrodite (or below XDG_CACHE_HOME), and for models of the "
+        "Hugging Face hub its own cache (HF_HOME).",
+        "Model",
     )
 
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where the model runs.", "Compute")

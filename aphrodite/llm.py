@@ -45,7 +45,8 @@ class LLM:
     """A model loaded into this process. Not thread-safe.
 
     Args:
-        model: a .gguf file or a checkpoint directory; None is the default model.
+        model: a .gguf file, a checkpoint directory, or a name on the Hugging Face hub (ORG/NAME, ORG/NAME:Q4_K_M,
+            ORG/NAME@REVISION), fetched if need be; None is the default model.
         settings: fields of `EngineConfig`, for example `max_model_len=4096`.
 
     Raises:

@@ -1,9 +1,10 @@
-"""`models inspect`: what a checkpoint is and what it needs."""
+"""`models`: what a checkpoint is and needs, and the cache of models fetched from the Hugging Face hub."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,34 +12,107 @@ import typer
 from aphrodite.cli.console import format_bytes, stdout
 from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig, Settings
+from aphrodite.errors import ConfigError
 
 if TYPE_CHECKING:
+    from aphrodite.loading.hub import ModelName
     from aphrodite.loading.inspect import Inspection
 
-app = typer.Typer(name="models", help="Look at models.", no_args_is_help=True)
+app = typer.Typer(name="models", help="Look at models, fetch and remove them.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Look at models."""
+    """Look at models, fetch and remove them."""
 
 
-# Of the engine's settings only these say which checkpoint is meant.
-_OTHERS = tuple(
-    entry.name for entry in dataclasses.fields(EngineConfig) if entry.name not in ("model", "load_format", "cache_dir")
-)
+def _others(*wanted: str) -> tuple[str, ...]:
+    """The engine's settings that a command does not take."""
+    return tuple(entry.name for entry in dataclasses.fields(EngineConfig) if entry.name not in wanted)
+
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="ORG/NAME, ORG/NAME:Q4_K_M or ORG/NAME@REVISION.")]
+
+
+@app.command("ls")
+@with_options(EngineConfig, skip=_others("cache_dir"))
+def list_models(*, as_json: _Json = False, settings: Settings) -> None:
+    """List the models in the cache: names to run them by, formats, sizes, when they were last used."""
+    from aphrodite.loading.model_cache import cached_models, hub_cache
+
+    cache = hub_cache(settings.engine.cache_dir)
+    models = cached_models(cache)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(model) for model in models], indent=2, default=str))
+        return
+    console = stdout()
+    if not models:
+        console.print(f"No models in {cache}. Fetch one: aphrodite models pull ORG/NAME", soft_wrap=True)
+        return
+    width = max(len(model.name) for model in models)
+    console.print(f"{'NAME':<{width}}  {'FORMAT':<11}  {'SIZE':>9}  LAST USED", soft_wrap=True)
+    now = time.time()
+    for model in models:
+        size, used = format_bytes(model.size), _ago(now - model.last_used)
+        console.print(f"{model.name:<{width}}  {model.format:<11}  {size:>9}  {used}", soft_wrap=True)
+
+
+@app.command("pull")
+@with_options(EngineConfig, skip=_others("cache_dir", "load_format", "device", "log_level"))
+def pull(name: _Name, *, settings: Settings) -> None:
+    """Fetch a model from the Hugging Face hub into the cache; an interrupted download goes on where it was.
+
+    Of several GGUF files that with the best balance of quality and size is chosen which fits into memory, unless one is
+    named. HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured.
+    """
+    from aphrodite.engine.preparation import resolve_model
+    from aphrodite.logs import configure_logging
+
+    configure_logging(settings.engine.log_level)
+    _parse(name)
+    _, path = resolve_model(dataclasses.replace(settings.engine, model=name))
+    print(path)
+
+
+@app.command("rm")
+@with_options(EngineConfig, skip=_others("cache_dir"))
+def remove_model(
+    name: _Name,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    settings: Settings,
+) -> None:
+    """Remove a model from the cache: ORG/NAME with all its files, ORG/NAME:Q4_K_M or ORG/NAME@REVISION alone."""
+    from aphrodite.loading.model_cache import hub_cache, plan_removal, remove
+
+    parsed = _parse(name)
+    cache = hub_cache(settings.engine.cache_dir)
+    removal = plan_removal(cache, parsed.repo, variant=parsed.variant, revision=parsed.revision)
+    words = f"{', '.join(removal.names)} ({format_bytes(removal.size)})"
+    if not yes:
+        typer.confirm(f"Remove {words} from {cache}?", abort=True)
+    remove(removal)
+    stdout().print(f"Removed {words}.", soft_wrap=True)
+
+
+def _parse(name: str) -> ModelName:
+    from aphrodite.loading.hub import parse_name
+
+    parsed = parse_name(name)
+    if parsed is None:
+        raise ConfigError(f"{name!r} is not the name of a model on the Hugging Face hub, as ORG/NAME is")
+    return parsed
 
 
 @app.command("inspect")
-@with_options(EngineConfig, skip=_OTHERS)
-def inspect(
-    *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, settings: Settings
-) -> None:
-    """Say what a checkpoint is: family, parameters, quantization, context, memory needed. Loads nothing."""
+@with_options(EngineConfig, skip=_others("model", "load_format", "cache_dir"))
+def inspect(*, as_json: _Json = False, settings: Settings) -> None:
+    """Say what a checkpoint is: family, parameters, quantization, context, memory needed. Loads and fetches nothing."""
     from aphrodite.engine.preparation import resolve_model
     from aphrodite.loading.inspect import inspect as inspect_checkpoint
 
-    config, path = resolve_model(settings.engine)
+    config, path = resolve_model(settings.engine, allow_download=False)
     facts = inspect_checkpoint(path, load_format=config.load_format)
     if as_json:
         print(json.dumps(dataclasses.asdict(facts), indent=2, default=str))
@@ -72,3 +146,12 @@ def _in_words(facts: Inspection) -> dict[str, str]:
         "KV cache": f"{format_bytes(facts.kv_bytes_per_token)} a token",
         "Memory": ", ".join(f"{format_bytes(need.bytes)} with {need.context:,} tokens" for need in facts.memory),
     }
+
+
+def _ago(seconds: float) -> str:
+    """A duration that ends now, for people."""
+    for name, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {name}{'' if count == 1 else 's'} ago"
+    return "just now"

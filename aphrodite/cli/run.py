@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import typer
@@ -27,10 +28,13 @@ def run(*, settings: Settings) -> None:
     import asyncio
 
     from aphrodite.cli.report import StartReport
+    from aphrodite.engine.preparation import resolve_model
     from aphrodite.logs import configure_logging
 
     configure_logging(settings.engine.log_level)
     try:
+        # Here and not by the engine, whose start cannot be interrupted while it fetches a model.
+        settings = dataclasses.replace(settings, engine=resolve_model(settings.engine)[0])
         with StartReport() as report, asyncio.Runner(loop_factory=_loop_factory()) as runner:
             status = runner.run(_serve(settings, report))
     except KeyboardInterrupt:  # while loading; the server handles its signals itself

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -10,22 +11,47 @@ import msgspec
 from aphrodite.config import EngineConfig
 from aphrodite.core.guidance import answer_room
 from aphrodite.engine.messages import EngineInfo
+from aphrodite.engine.room import model_room
 from aphrodite.errors import InvalidRequestError
+from aphrodite.loading.checkpoint import checkpoint_name
 from aphrodite.loading.default_model import find_default_model
+from aphrodite.loading.hub import fetch, parse_name
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
 _SEED_MASK = (1 << 64) - 1
 
 
-def resolve_model(config: EngineConfig) -> tuple[EngineConfig, Path]:
-    """The configuration with `model` filled in, and its path. Fetches the default model if need be.
+def resolve_model(config: EngineConfig, *, allow_download: bool = True) -> tuple[EngineConfig, Path]:
+    """The configuration with `model` as a path on this machine, and that path. Fetches the default model, or one that
+    is named as on the Hugging Face hub, if need be.
+
+    Args:
+        allow_download: otherwise the model has to be on this machine.
 
     Raises:
-        AphroditeError: the default model is neither installed nor cached and cannot be fetched.
+        AphroditeError: the model is not on this machine and cannot be fetched.
     """
-    path = find_default_model(cache_dir=config.cache_dir) if config.model is None else Path(config.model)
+    name = None if config.model is None else parse_name(config.model)
+    if name is not None:
+        path, load_format = fetch(
+            name,
+            cache_dir=config.cache_dir,
+            load_format=config.load_format,
+            room=partial(model_room, config),
+            allow_download=allow_download,
+        )
+        return dataclasses.replace(config, model=str(path), load_format=load_format), path
+    if config.model is None:
+        path = find_default_model(cache_dir=config.cache_dir, allow_download=allow_download)
+    else:
+        path = Path(config.model)
     return dataclasses.replace(config, model=str(path)), path
+
+
+def model_root(path: Path) -> str:
+    """What the API calls the files that a model is from: never where they lie."""
+    return checkpoint_name(path) if path.is_dir() else path.name
 
 
 def answer_seeds(params: SamplingParams, random_seed: int) -> list[int]:

@@ -120,9 +120,12 @@ def _not_found(model: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
         return (
             f"there is no file or folder {model}; if it is a model on the Hugging Face hub, "
-            f"download it first: hf download {model} --local-dir {model.rsplit('/', 1)[1]}"
+            f"fetch it first: aphrodite models pull {model}"
         )
-    return f"there is no file or folder {model}; name a GGUF file or a folder with safetensors files"
+    return (
+        f"there is no file or folder {model}; name a GGUF file, a folder with safetensors files, or a model on the "
+        "Hugging Face hub as ORG/NAME"
+    )
 
 
 def _detect(path: Path) -> Literal["gguf", "safetensors"]:

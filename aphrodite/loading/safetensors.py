@@ -17,6 +17,7 @@ import numpy as np
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.config_reader import load_json_object, parse_json_object
 from aphrodite.loading.files import map_file
+from aphrodite.loading.report import listed
 from aphrodite.quantization.types import QuantType, RawTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -103,11 +104,13 @@ def read_sharded_safetensors(index: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelFormatError: the index or a file is damaged or missing, or they disagree.
     """
-    weight_map = load_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelFormatError(f"{index}: weight_map should map tensor names to files; download the index again")
+    weight_map = _weight_map(index)
     tensors: dict[str, StoredTensor] = {}
-    for file in _shard_names(index, weight_map):
+    names = _shard_names(index, weight_map)
+    absent_files = [file for file in names if not (index.parent / file).exists()]
+    if absent_files:
+        raise ModelFormatError(f"{index}: {len(names)} files belong together; {listed('missing', absent_files)[0]}")
+    for file in names:
         shard = read_safetensors(index.parent / file)
         twice = next((name for name in shard if name in tensors), None)
         if twice is not None:
@@ -120,6 +123,22 @@ def read_sharded_safetensors(index: Path) -> dict[str, StoredTensor]:
             "download the model again"
         )
     return tensors
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index lists, which all lie beside it.
+
+    Raises:
+        ModelFormatError: the index is damaged.
+    """
+    return _shard_names(index, _weight_map(index))
+
+
+def _weight_map(index: Path) -> dict[str, object]:
+    weight_map = load_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFormatError(f"{index}: weight_map should map tensor names to files; download the index again")
+    return weight_map
 
 
 def _shard_names(index: Path, weight_map: dict[str, object]) -> list[str]:
