@@ -1,13 +1,16 @@
-"""Latent attention on the GPU in DeepSeek's sizes, against expanded keys and values in float64."""
+"""Latent attention on the GPU: DeepSeek's sizes against expanded keys and values in float64, and a whole model."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "triton"))
@@ -16,7 +19,16 @@ from latent_case import FP8, lengths_of, make_latent_case
 
 from aphrodite.attention import latent_triton
 from aphrodite.attention.latent_triton import TritonLatentAttention
+from aphrodite.config import EngineConfig
+from aphrodite.engine.builder import build_engine
+from aphrodite.engine.messages import AddRequest
+from aphrodite.loading.checkpoint import open_checkpoint
+from aphrodite.loading.dummy import dummy_weights
+from aphrodite.loading.parameters import HF_NAMES
 from aphrodite.models.spec import MlaSpec
+from aphrodite.quantization.dequantize import dequantize
+from aphrodite.quantization.types import QuantType
+from aphrodite.sampling.params import SamplingParams
 
 DEEPSEEK = MlaSpec(q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 STEPS = {
@@ -69,3 +81,96 @@ def check(
     for _ in range(2):  # as two layers of a step do: the plan is left as it was found
         out = backend.begin_step(case.inputs(lengths, table), cache)(1, case.qkv.clone())
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=ATOL[dtype])
+
+
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 80,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 40,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}
+PROMPTS = [[3 + (11 * i + 17 * j) % 900 for j in range(5 + 61 * i)] for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in a file, as DeepSeek names them, larger where the embedding would outweigh them."""
+    path = tmp_path_factory.mktemp("deepseek")
+    (path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    raw = dummy_weights(open_checkpoint(path, load_format="dummy").spec, QuantType.F32)
+    values = {name: dequantize(tensor).reshape(tensor.shape) for name, tensor in raw.items()}
+    tensors: dict[str, np.ndarray] = {}
+    for name, weights in values.items():
+        module = name.split(".")[-2]
+        target = HF_NAMES.checkpoint_name(name)
+        if module == "v_b":
+            continue
+        if module == "k_b":
+            expanded = values[name.replace("k_b", "v_b")]
+            tensors[target] = np.concatenate((weights.transpose(0, 2, 1), expanded), axis=1).reshape(
+                -1, weights.shape[1]
+            )
+        elif "{expert}" in target:
+            tensors |= {target.replace("{expert}", str(index)): part for index, part in enumerate(weights)}
+        else:
+            tensors[target] = weights
+    scaled = {name: np.ascontiguousarray(t * (6 if "proj" in name else 1)) for name, t in tensors.items()}
+    save_file(scaled, path / "model.safetensors")
+    return path
+
+
+def answers(model: Path, **settings: Any) -> dict[str, list[int]]:
+    """Greedy answers to all prompts, served together."""
+    built = build_engine(EngineConfig(model=str(model), **{"max_num_seqs": 16, "dtype": "float32", **settings}), ())
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(PROMPTS):
+        built.core.add(AddRequest([str(number)], [0], prompt, params, 0, None))
+    found: dict[str, list[int]] = {}
+    try:
+        while built.core.has_work():
+            for update in built.core.step():
+                assert not update.error
+                found.setdefault(update.request_id, []).extend(update.token_ids)
+    finally:
+        built.core.close()
+        torch.cuda.empty_cache()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> dict[str, list[int]]:
+    return answers(model, device="cpu", executor="torch", kv_cache_memory=1 << 28)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_cache_memory": 1 << 28},
+        {"kv_cache_memory": 1 << 28, "enable_graphs": False},
+        {"kv_cache_memory": 1 << 28, "max_num_batched_tokens": 100},  # prompts in chunks
+        {"kv_cache_memory": 1_600_000, "max_model_len": 512},  # preemption
+    ],
+    ids=["graphs", "no graphs", "chunks", "preemption"],
+)
+def test_tokens_are_those_of_the_cpu(
+    settings: dict[str, Any], model: Path, expected: dict[str, list[int]], device: torch.device
+) -> None:
+    assert answers(model, device="cuda", **settings) == expected
