@@ -39,7 +39,7 @@ plain torch operations there and not yet fused.
 - *Scaled contexts.* "dynamic" and LongRoPE scaling are chosen once, by the longest context that is served \
 (`--max-model-len`), so that a request's tokens do not depend on how its prompt was cut: a Phi-3 model with 128k \
 positions uses its long factors unless it is served with its original context or less.
-- *DeepSeek's latent attention* caches one vector a position and layer (576 values, a tenth or less of what their heads' keys and values would take), which `models inspect` and the memory plan count. Prefix cache, prompts in chunks, preemption, graphs and, on a GPU, `--kv-cache-dtype fp8` work as elsewhere. Decoding attends to the vectors as they are; on a GPU long prompts have keys and values expanded where that is less work. Layers that predict further tokens are not used; the log says so.
+- *DeepSeek's latent attention* caches one vector a position and layer (576 values, a tenth or less of what their heads' keys and values would take), which `models inspect` and the memory plan count. Prefix cache, prompts in chunks, preemption, graphs and, on a GPU, `--kv-cache-dtype fp8` work as elsewhere. Decoding attends to the vectors as they are; on a GPU long prompts have keys and values expanded where that is less work. Layers that predict further tokens are not used; the log says so. GGUF files of all of them are `deepseek2`.
 - *Models that see images* are served without their vision part. The log says so.
 - *Gemma's norms* are stored less one; the sum is kept in float32 whatever the compute type."""
 

@@ -1,6 +1,6 @@
 """DeepSeek-V2, V2-Lite (arXiv 2405.04434), V3 and R1 (arXiv 2412.19437), and what shares their decoder (Moonlight, Kimi
 K2): latent attention, and experts in groups beside shared ones. Their layers that predict further tokens are not used.
-"""
+GGUF files say "deepseek2" of all."""
 
 from __future__ import annotations
 
@@ -200,10 +200,7 @@ DEEPSEEK_V3 = Family(
     title="DeepSeek V3, V3.1, R1; Moonlight; Kimi K2",
     architectures=("DeepseekV3ForCausalLM",),
     from_config=_v3_from_config,
-    gguf_architecture="deepseek2",  # files do not tell the two apart, and need not
     from_gguf=_from_gguf,
     hf=_HF_STORAGE,
-    gguf=_GGUF_STORAGE,
-    gguf_of=_gguf_storage,
     predicts_further=True,
 )
