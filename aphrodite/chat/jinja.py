@@ -32,7 +32,7 @@ RESERVED_NAMES: Final = frozenset(
 
 
 class TemplateRefusedError(InvalidRequestError):
-    """The template itself does not take such a conversation; another form of it may do."""
+    """The template itself does not take such a conversation, or fails on it; another form of it may do."""
 
 
 class JinjaTemplate:
@@ -102,9 +102,9 @@ class JinjaTemplate:
             deadline: a `limits.deadline()` that several renderings share; None: one of its own.
 
         Raises:
-            TemplateRefusedError: the template refused the conversation, or does not show the message to continue.
-            InvalidRequestError: the template failed on the conversation or exceeded a limit; a name in
-                `extra` is reserved; or there is nothing to continue.
+            TemplateRefusedError: the template refused the conversation, failed on it, or does not show the message to
+                continue.
+            InvalidRequestError: it exceeded a limit; a name in `extra` is reserved; or there is nothing to continue.
         """
         variables = self._variables(messages, tools, documents, extra)
         conversation = conform(messages, self._form)
@@ -166,14 +166,20 @@ class JinjaTemplate:
             return "".join(chunks)
         except TemplateRaisedError as error:
             raise TemplateRefusedError(f"The chat template refuses these messages: {error}", param="messages") from None
-        except RecursionError:
-            raise _failed("it calls itself too deeply") from None
+        except (limits.LimitError, RecursionError) as error:  # no other form of the conversation helps
+            raise InvalidRequestError(self._fault(error), param="messages") from None
         except Exception as error:  # whatever a template's own fault raises is the request's, never the server's
-            line = self._line_of(error.__traceback__)
-            where = "" if line is None else f"line {line}: "
-            raise _failed(f"{where}{_public_text(error)}") from None
+            raise TemplateRefusedError(self._fault(error), param="messages") from None
         finally:
             restore()
+
+    def _fault(self, error: Exception) -> str:
+        """What went wrong, for the client."""
+        if isinstance(error, RecursionError):
+            return "The chat template failed on these messages: it calls itself too deeply."
+        line = self._line_of(error.__traceback__)
+        where = "" if line is None else f"line {line}: "
+        return f"The chat template failed on these messages: {where}{_public_text(error)}."
 
     def _line_of(self, traceback: TracebackType | None) -> int | None:
         """Line of the template in which an error was raised."""
@@ -209,7 +215,3 @@ def _public_text(error: Exception) -> str:
 
 def _invalid(reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"The chat template cannot be used: {reason}.", param="chat_template")
-
-
-def _failed(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"The chat template failed on these messages: {reason}.", param="messages")

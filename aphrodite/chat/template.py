@@ -172,17 +172,23 @@ class ChatTemplate:
 
     def _fit(self, template: JinjaTemplate, messages: list[Mapping[str, Any]], request: _Request) -> str:
         """Render the conversation, or the least changed form of it that the template takes and shows in full."""
-        shown, refusal = _attempt(template, messages, request)
+        text, refusal = _attempt(template, messages, request)
         needed = system_texts(messages)
-        if shown is not None and all(text in shown for text in needed):
-            return shown
+        incomplete: tuple[str, str] | None = None if text is None else ("", text)
+        if text is not None and all(part in text for part in needed):
+            return text
         for what, changed in adaptations(messages):
             text, _ = _attempt(template, changed, request)
-            if text is not None and (shown is None or all(part in text for part in needed)):
+            if text is not None and all(part in text for part in needed):
                 self._log_once(what, refusal)
                 return text
-        if shown is not None:
-            return shown
+            if text is not None and incomplete is None:
+                incomplete = (what, text)
+        if incomplete is not None:  # no form shows all; a template may also change texts
+            what, text = incomplete
+            if what:
+                self._log_once(what, refusal)
+            return text
         if request.continue_final_message:
             forms: list[Sequence[Mapping[str, Any]]] = [messages, *(changed for _, changed in adaptations(messages))]
             for form in forms:

@@ -65,6 +65,17 @@ CASES: dict[str, tuple[str, Messages, str]] = {
     "later system": (FIRST_ONLY, [system("s"), user("a"), system("n"), user("b")],
                      "<system>s</><user>a\n\nn\n\nb</>"),
     "left out": (SILENT, [system("Be kind."), user("a"), assistant("b")], "<user>Be kind.\n\na</><assistant>b</>"),
+    "left out only where turns are joined": (
+        STRICT.replace("m in messages", "m in messages if m.role != 'system'"),
+        [user("a"), system("Be kind."), user("b")],
+        "<user>a\n\nBe kind.\n\nb</><assistant>",
+    ),
+    "nothing but system": (STRICT, [system("s"), system("t")], "<user>s\n\nt</><assistant>"),
+    "nothing but system, at which the template fails": (
+        "{% set turns = messages[1:] if messages[0].role == 'system' else messages %}{{ turns[0].content + '!' }}",
+        [system("s")],
+        "s!",
+    ),
     "nothing to leave out": (SILENT, [system(" "), user("a")], "<user>a</>"),
 }  # fmt: skip
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from aphrodite.chat.library import load_chat_template, recognised_chat_template
@@ -93,6 +95,27 @@ def test_every_format_shows_all_texts_of_a_group_chat(name: str) -> None:
         assert "You are Ann and Bo." in text
         assert "A note of the author." in text
         assert not continues or text.endswith("Ann: Fi")
+
+
+ROLES = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.booleans()), min_size=1, max_size=6)
+
+
+@settings(max_examples=80, deadline=None)
+@given(name=st.sampled_from(list(TEMPLATES)), roles=ROLES, continues=st.booleans())
+def test_no_conversation_loses_a_text(name: str, roles: list[tuple[str, bool]], continues: bool) -> None:
+    messages = [
+        {"role": role, "content": f"Text{i}!", **({"name": f"Name{i}"} if has_name else {})}
+        for i, (role, has_name) in enumerate(roles)
+    ]
+    if continues:
+        messages[-1]["role"] = "assistant"
+    template = ChatTemplate(TEMPLATES[name].source, bos_token="<s>", eos_token="</s>")
+    text = template.render(messages, continue_final_message=continues)
+    for message in messages:
+        assert f"{message['name']}: {message['content']}" in text if "name" in message else message["content"] in text
+    spoken = [text.index(message["content"]) for message in messages if message["role"] != "system"]
+    assert spoken == sorted(spoken)
+    assert not continues or text.endswith(messages[-1]["content"])
 
 
 def test_bos_is_there_where_the_tokenizer_adds_it() -> None:
