@@ -85,6 +85,11 @@ class DeviceExecutor:
     def kv_bytes_per_block(self) -> int:
         return self._shape.bytes_per_block
 
+    @property
+    def can_rehearse(self) -> bool:
+        """Not where every step copies weights from the host."""
+        return self._decoder.weights.stream is None
+
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate the cache; called once, before the first forward."""
         self._cache = self._attention.allocate(num_blocks)

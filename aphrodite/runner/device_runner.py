@@ -17,6 +17,8 @@ import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.errors import ConfigError
+from aphrodite.kernels.triton.compile_ahead import compile_ahead
+from aphrodite.kernels.triton.launch import recording
 from aphrodite.runner.decode_graphs import DecodeGraphs
 from aphrodite.runner.device_rows import DeviceRows, StagedStep, ragged_lengths
 from aphrodite.runner.executor import DeviceModelExecutor
@@ -25,6 +27,9 @@ from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
 from aphrodite.sampling.guidance import guide
 from aphrodite.sampling.pipeline import Sampled, Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
+
+# Tokens of a step whose attention is split along the keys and merged, for its kernels.
+LONG_CHAT, SHORT_MESSAGE = 4096, 32
 
 
 @dataclass(slots=True)
@@ -81,9 +86,11 @@ class DeviceRunner:
             6 * num_rows, dtype=torch.uint8, device=device
         )  # see `_unpack`, so that one copy does
         stream = self._transfers.stream
+        levels = self.sampler.launch_levels
+        self._complete = levels[-1] if levels else None  # a decode step that does all that any does
         self._graphs = None
         if use_graphs and stream is not None:
-            self._graphs = DecodeGraphs(num_rows, stream, self._decode, self._pad, self.sampler.all_launches)
+            self._graphs = DecodeGraphs(num_rows, stream, self._decode, self._pad, self._complete)
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))  # the model was loaded there
 
@@ -134,11 +141,13 @@ class DeviceRunner:
         """
         largest = min(max_tokens, self.rows.max_model_len)
         prompts = sorted({min(16, largest), min(2048, largest), largest})
-        buckets = [self.rows.num_rows, 1] if self._graphs is None else reversed(self._graphs.buckets)
+        buckets = [self.rows.num_rows, 1] if self._graphs is None else list(reversed(self._graphs.buckets))
         tasks: list[Callable[[], None]] = [partial(self._try_prompt, tokens) for tokens in prompts]
         tasks += [partial(self._try_decode, bucket) for bucket in buckets]
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
+                if self._transfers.stream is not None and self.executor.can_rehearse:
+                    self._compile_ahead(prompts[:-1], buckets, progress)
                 for number, task in enumerate(tasks):
                     progress(number, len(tasks))
                     task()
@@ -221,18 +230,38 @@ class DeviceRunner:
         self.sampler.run(logits, staged.sample_rows, staged.sample_positions, token_ids, ok, exhausted, launches)
         self.rows.append(staged, token_ids)
 
-    def _try_prompt(self, tokens: int) -> None:
-        step = RowStep(self.rows.num_rows, 0, tokens, [], False, True)
+    def _compile_ahead(
+        self, prompts: Sequence[int], buckets: Sequence[int], progress: Callable[[int, int], None]
+    ) -> None:
+        """Compile in parallel what usual steps launch: those of `warm_up`, and what else they sample with."""
+        with recording() as launches:
+            for tokens in prompts:
+                self._try_prompt(tokens)
+            if self.rows.max_model_len > LONG_CHAT + SHORT_MESSAGE:
+                self._try_prompt(SHORT_MESSAGE, behind=LONG_CHAT)
+            for bucket in buckets:
+                self._pad(bucket)
+                self._decode(bucket, self._complete)
+            logits = self._logits[:1]
+            staged, (token_ids, ok, exhausted) = self.rows.decode_inputs(1), _unpack(self._chosen, 1)
+            for level in self.sampler.launch_levels:
+                for typed in (logits, logits.float()):  # of graphs, and of steps that are none
+                    places = staged.sample_rows, staged.sample_positions
+                    self.sampler.run(typed, *places, token_ids, ok, exhausted, level)
+        compile_ahead(launches, progress)
+
+    def _try_prompt(self, tokens: int, behind: int = 0) -> None:
+        step = RowStep(self.rows.num_rows, behind, tokens, [], False, True)
         table = self.executor.stage_step(ragged_lengths([step]))
         staged = self.rows.stage_ragged([step], np.array([tokens - 1], np.int32), [0], table)
         self.executor.forward(staged.inputs)
 
     def _try_decode(self, bucket: int) -> None:
         if self._graphs is not None:
-            self._graphs.prepare(bucket, self.sampler.all_launches)
+            self._graphs.prepare(bucket, self._complete)
         else:
             self._pad(bucket)
-            self._decode(bucket, self.sampler.all_launches)
+            self._decode(bucket, self._complete)
 
     def _pad(self, bucket: int) -> None:
         self.rows.stage_decode([], bucket)

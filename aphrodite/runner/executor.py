@@ -54,6 +54,10 @@ class DeviceModelExecutor(Protocol):
     dtype: torch.dtype
 
     @property
+    def can_rehearse(self) -> bool:
+        """Whether steps can cheaply be gone through without launching kernels, to learn which are needed."""
+
+    @property
     def spec(self) -> ModelShape:
         """Sizes of the model."""
 

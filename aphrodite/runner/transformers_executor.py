@@ -77,6 +77,11 @@ class TransformersExecutor:
         self._check(checkpoint)
 
     @property
+    def can_rehearse(self) -> bool:
+        """Never: what transformers' code does with tensors that no kernel has written is not known."""
+        return False
+
+    @property
     def weight_bytes(self) -> int:
         return self._model.nbytes
 

@@ -102,10 +102,10 @@ class DeviceSampler(FastPath, Protocol):
     """A fast path that an accelerator runs without the host, so that a graph can hold it.
 
     Attributes:
-        all_launches: the most that `stage` can say.
+        launch_levels: all that `stage` can say, each doing what the ones before it do, too.
     """
 
-    all_launches: Hashable
+    launch_levels: Sequence[Hashable]
 
     def stage(self, rows: Sequence[int], positions: Sequence[int], barred: Mapping[int, Set[int]]) -> Hashable:
         """Set which tokens each row may not choose at its position, and say what `run` has to launch for these rows."""

@@ -201,9 +201,9 @@ class Sampler:
         return self._sample_mixed(logits, rows, positions, barred)
 
     @property
-    def all_launches(self) -> Hashable | None:
-        """What `stage` says of a step that needs everything; None where `sample` serves all steps."""
-        return self._fused.all_launches if isinstance(self._fused, DeviceSampler) else None
+    def launch_levels(self) -> Sequence[Hashable]:
+        """All that `stage` can say of steps that `run` serves, the last of which does everything; empty if none."""
+        return self._fused.launch_levels if isinstance(self._fused, DeviceSampler) else ()
 
     def stage(self, rows: Sequence[int], positions: Sequence[int]) -> Hashable | None:
         """Prepare a call of `run` for these rows and positions: what it has to launch, None if some need `sample`."""

@@ -35,10 +35,10 @@ class TritonSampler:
         rows: those that take this path.
         wanted: of these, how many top log-probabilities each wants, where it wants any.
         native: None; there is no native library on this path.
-        all_launches: the most that `stage` can say.
+        launch_levels: all that `stage` can say.
     """
 
-    all_launches = Launches.MARKED
+    launch_levels = tuple(Launches)
 
     def __init__(self, info: SamplerInfo) -> None:
         self.native: NativeSampling | None = None

@@ -23,13 +23,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -53,6 +55,43 @@ class _Variant(NamedTuple):
     constants: tuple[object, ...]
 
 
+class RecordedLaunch(NamedTuple):
+    """A launch that was not made."""
+
+    kernel: DirectKernel
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+
+_recorded: list[RecordedLaunch] | None = None  # while `recording`
+
+
+class _Zeroed(TorchFunctionMode):
+    """Memory that would hold anything holds zeros, which are an index, an address within a table and a number."""
+
+    _FILLED: ClassVar = {
+        torch.empty: torch.zeros,
+        torch.empty_like: torch.zeros_like,
+        torch.Tensor.new_empty: torch.Tensor.new_zeros,
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._FILLED.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def recording() -> Iterator[list[RecordedLaunch]]:
+    """Collect the launches of kernels under `direct_launch` instead of making them; all else runs, on zeros."""
+    global _recorded
+    launches: list[RecordedLaunch] = []
+    _recorded = launches
+    try:
+        with _Zeroed():
+            yield launches
+    finally:
+        _recorded = None
+
+
 class DirectKernel:
     """A kernel that Triton compiles and launches the first time, and that is launched directly afterwards.
 
@@ -60,8 +99,12 @@ class DirectKernel:
         jitted: the kernel as Triton knows it.
     """
 
-    def __init__(self, jitted: JITFunction[Any]) -> None:
+    def __init__(self, jitted: JITFunction[Any], *, direct: bool = True) -> None:
+        """Args:
+        direct: whether variants may be launched directly; otherwise Triton launches every time.
+        """
         self.jitted = jitted
+        self._direct = direct
         self._variants: dict[tuple[object, ...], _Variant | None] = {}  # None: this one only Triton can launch
         self._is_constant = [parameter.is_constexpr for parameter in jitted.params]
 
@@ -73,9 +116,12 @@ class DirectKernel:
         return self.jitted.warmup(*args, grid=grid, **options)
 
     def _launch(self, grid: tuple[int, ...], *args: object, **options: Any) -> None:
+        if _recorded is not None:
+            _recorded.append(RecordedLaunch(self, args, options))
+            return
         active = driver.active
         device = active.get_current_device()
-        described = _describe(args, self._is_constant)
+        described = _describe(args, self._is_constant) if self._direct else None
         if described is None:
             self.jitted[grid](*args, **options)
             return
@@ -155,18 +201,16 @@ def tiles(tensor: torch.Tensor, block: Sequence[int]) -> TensorDescriptor:
 
 
 def direct_launch(jitted: Any) -> Any:
-    """The kernel, launched directly where that is known to work; in the interpreter, on HIP and elsewhere as it is."""
-    declined = _declines(jitted)
-    if declined is None:
-        return DirectKernel(jitted)
-    if isinstance(jitted, JITFunction):
-        log_once(logging.INFO, f"kernels are launched by Triton itself, which takes the host longer: {declined.reason}")
-    return jitted
-
-
-def _declines(jitted: Any) -> Declined | None:
+    """The kernel, launched directly where that is known to work; in the interpreter as it is."""
     if not isinstance(jitted, JITFunction):
-        return Declined("they are interpreted")
+        return jitted
+    declined = _declines_direct_launches()
+    if declined is not None:
+        log_once(logging.INFO, f"kernels are launched by Triton itself, which takes the host longer: {declined.reason}")
+    return DirectKernel(jitted, direct=declined is None)
+
+
+def _declines_direct_launches() -> Declined | None:
     if torch.version.hip is not None:
         return Declined("on HIP variants depend on more than is known here")
     if not triton.__version__.startswith(DIRECT_VERSIONS):

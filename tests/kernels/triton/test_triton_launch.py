@@ -3,60 +3,21 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
+from pretended_device import LAUNCHES, PretendedDriver
 from triton.runtime import driver
 
-from aphrodite.kernels.triton.launch import DirectKernel, direct_launch, tiles
-
-LAUNCHES: list[tuple[Any, ...]] = []
-
-
-class _Launcher:
-    """Notes launches instead of making them."""
-
-    def __init__(self, source: object, metadata: object) -> None:
-        pass
-
-    def __call__(self, *arguments: Any) -> None:
-        LAUNCHES.append(tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
-
-
-class _Utils:
-    handles = itertools.count(1)  # of functions; each variant is loaded once
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        return 1, next(self.handles), 32, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232_448}
-
-
-class _Driver:
-    """An H100 that is not there."""
-
-    launcher_cls = _Launcher
-    utils = _Utils()
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 77
+from aphrodite.kernels.triton.launch import DirectKernel, direct_launch, recording, tiles
 
 
 @pytest.fixture(autouse=True)
 def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_active", _Driver())
+    monkeypatch.setattr(driver, "_active", PretendedDriver())
     LAUNCHES.clear()
 
 
@@ -156,6 +117,22 @@ def test_interpreted_kernels_stay_as_they_are() -> None:
     assert direct_launch(interpreted) is interpreted
 
 
+def test_recording_launches_nothing_and_leaves_zeros() -> None:
+    kernel = DirectKernel(_jitted)
+    arguments, options = (_ROOM, None, 7, 5, 0.5), {"COUNT": 2, "FLAG": True, "LIMIT": None}
+    with recording() as launches:
+        kernel[(1,)](*arguments, **options)
+        written = torch.empty(1000, dtype=torch.int32)
+    assert not LAUNCHES
+    assert [(one.kernel, one.arguments, one.options) for one in launches] == [(kernel, arguments, options)]
+    assert not written.any()
+    kernel[(1,)](*arguments, **options)
+    assert len(LAUNCHES) == 1
+
+
 def test_other_versions_launch_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", "9.0.0")
-    assert direct_launch(_jitted) is _jitted
+    kernel = direct_launch(_jitted)
+    for _ in range(2):
+        kernel[(1,)](_ROOM, None, 7, 5, 0.5, COUNT=2, FLAG=True, LIMIT=None)
+        assert LAUNCHES[-1][7:9] != (None, None)  # Triton's hooks

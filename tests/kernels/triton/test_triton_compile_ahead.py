@@ -1,0 +1,112 @@
+"""What a launch needs is in Triton's cache after it was compiled ahead from its record, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from pretended_device import LAUNCHES, PretendedDriver
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from aphrodite.kernels.triton import compile_ahead, compile_worker, gated_gemm, step_inputs
+from aphrodite.kernels.triton.compile_ahead import encode
+from aphrodite.kernels.triton.launch import RecordedLaunch, recording
+from aphrodite.kernels.triton.linear import gemv
+from aphrodite.kernels.triton.norm import rms_norm
+
+X, NORM, WEIGHT = torch.zeros(3, 64), torch.zeros(64), torch.zeros(128, 64)
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(driver, "_active", PretendedDriver())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compile_worker, "LAUNCHERS", {"cuda": ("pretended_device", "Launcher")})
+    LAUNCHES.clear()
+
+
+def compiled(folder: Path) -> int:
+    return len(list(folder.rglob("*.cubin")))
+
+
+def steps() -> None:
+    """Kernels with descriptors, constants, numbers that are and are not specialised, strided rows."""
+    rms_norm(X, NORM, 1e-5)
+    rms_norm(torch.zeros(6, 65)[::2, :64], NORM, 1e-6)
+    gemv(X[:1], WEIGHT, norm=(NORM, 1e-5))
+    gated_gemm.gated_gemm(X.half(), WEIGHT.half(), "silu")
+    indices = torch.zeros(5, dtype=torch.int32)
+    for count in (1, 5):
+        step_inputs.gather_tokens(indices[:count], indices[None], indices[:count], indices[:count])
+
+
+def forget() -> None:
+    """What this process has compiled, so that it looks into the cache again."""
+    for kernel in {launch.kernel for launch in recorded()}:
+        kernel.jitted.device_caches.clear()
+        kernel._variants.clear()
+
+
+def recorded() -> list[RecordedLaunch]:
+    with recording() as launches:
+        steps()
+    return launches
+
+
+def test_launches_find_what_was_compiled_from_their_records(tmp_path: Path) -> None:
+    jobs = dict.fromkeys(encode(launch) for launch in recorded())
+    assert len(jobs) == 5  # the last two differ in a number that nothing depends on
+    forget()
+    for job in jobs:
+        assert job is not None
+        compile_worker.compile_job(job, GPUTarget("cuda", 90, 32))
+    assert compiled(tmp_path) == 5
+    forget()
+    steps()
+    assert len(LAUNCHES) == 6
+    assert compiled(tmp_path) == 5
+
+
+def test_workers_share_the_jobs_and_report_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = [job for job in map(encode, recorded()) if job is not None][:3]
+    bad = json.dumps(["aphrodite.kernels.triton.norm", "no_such_kernel", [], {}])
+    told: list[tuple[int, int]] = []
+    failures = compile_ahead._Pool([*good, bad], workers=2).run(lambda done, total: told.append((done, total)))
+    assert told == [(done, 4) for done in range(4)]
+    assert any("no_such_kernel" in failure for failure in failures)
+    assert compiled(tmp_path) == 3
+
+
+def test_later_starts_do_without_workers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    runs: list[int] = []
+
+    class Pool:
+        def __init__(self, jobs: list[str], workers: int) -> None:
+            runs.append(len(jobs))
+
+        def run(self, progress: compile_ahead.Progress) -> list[str]:
+            return ["one failed"] if len(runs) == 1 else []
+
+    monkeypatch.setattr(compile_ahead, "_Pool", Pool)
+    monkeypatch.setattr(compile_ahead, "_cores", lambda: 8)
+    with caplog.at_level(logging.DEBUG, "aphrodite"):
+        for _ in range(4):
+            compile_ahead.compile_ahead(recorded(), lambda done, total: None)
+    assert runs == [5, 5]  # again after a failure, and then no more
+    assert "one failed" in caplog.text
+
+
+def test_few_kernels_are_not_worth_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_ahead, "_Pool", None)
+    compile_ahead.compile_ahead(recorded()[:2], lambda done, total: None)
+
+
+def test_what_cannot_be_said_is_left_to_the_launch() -> None:
+    launch = recorded()[0]
+    assert encode(launch._replace(options={**launch.options, "TYPE": triton.language.float32})) is None
+    assert encode(launch._replace(arguments=(1 << 40, *launch.arguments[1:]))) is None
