@@ -162,14 +162,14 @@ def build_linear(
         return decline_int4(parts, dtype, device) or pack_int4(parts)
 
     def packed() -> list[PackedLayout] | Declined:
-        return _packed_layouts(parts, device)
+        return packed_layouts(parts, device)
 
     def dense() -> torch.Tensor:
         return stack_dense(parts, dtype, device)
 
     types = "/".join(sorted({part.type_name for part in parts}))
     candidates: list[tuple[str, Callable[[], torch.Tensor | Int4Weight | list[PackedLayout] | Declined]]]
-    candidates = [("4 bits by torch", int4), ("packed", packed), (f"dense {short_name(dtype)}", dense)]
+    candidates = [("packed 4-bit", int4), ("packed", packed), (f"dense {short_name(dtype)}", dense)]
     chosen: tuple[torch.Tensor | Int4Weight | list[PackedLayout], Choice]
     chosen = choose(f"linear layers of {types}", candidates)
     weight, choice = chosen
@@ -181,7 +181,7 @@ def build_linear(
     return dense_linear(weight, bias, choice, gated=gated, fp8=fp8)
 
 
-def _packed_layouts(parts: Sequence[RawTensor], device: torch.device) -> list[PackedLayout] | Declined:
+def packed_layouts(parts: Sequence[RawTensor], device: torch.device) -> list[PackedLayout] | Declined:
     """`parts` stacked in layouts that a GPU multiplies, or why that cannot be."""
     if device.type == "cpu":
         return Declined("only for GPUs")

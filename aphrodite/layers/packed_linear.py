@@ -36,7 +36,7 @@ class PackedLinear:
 
     def __init__(
         self,
-        layouts: Sequence[PackedLayout],
+        layouts: Sequence[PackedLayout | Planes],
         bias: torch.Tensor | None,
         choice: Choice,
         *,
@@ -45,15 +45,13 @@ class PackedLinear:
     ) -> None:
         """
         Args:
-            layouts: on the device; `decline_planes` has been asked of each. Not kept.
+            layouts: on the device; `decline_planes` has been asked of each. Not kept, unless it is in planes already.
             bias: `[out]` of `dtype`.
             dtype: of inputs and outputs.
             gated: the rows are gate, then up; they are kept interleaved where they have one layout.
         """
         self.pairs = gated and len(layouts) == 1
-        self.parts: tuple[Planes, ...] = tuple(
-            planes_of(interleaved_layout(layout) if self.pairs else layout) for layout in layouts
-        )
+        self.parts = tuple(_planes(layout, interleaved=self.pairs) for layout in layouts)
         self.bias = interleave_gate_up(bias) if self.pairs and bias is not None else bias
         self.gated = gated
         self.choice = choice
@@ -142,6 +140,12 @@ def interleaved_layout(layout: PackedLayout) -> PackedLayout:
     """A (gate, up) matrix with its rows as pairs: g0, u0, g1, u1, ..."""
     rows = torch.arange(layout.shape[0], device=layout.tensors[0].device)
     return layout.take_rows(interleave_gate_up(rows))
+
+
+def _planes(layout: PackedLayout | Planes, *, interleaved: bool) -> Planes:
+    if isinstance(layout, Planes):
+        return layout
+    return planes_of(interleaved_layout(layout) if interleaved else layout)
 
 
 def _ordered(x: torch.Tensor, weight: Planes) -> torch.Tensor:

@@ -7,7 +7,6 @@ for the device, so that an accelerator can capture it as a graph.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from aphrodite.attention.backend import AttentionShape, QueryKeyTransform, RotaryTable, StepAttention
 from aphrodite.attention.latent import LatentShape, LatentTransform
@@ -40,7 +39,7 @@ class Decoder:
         Returns:
             `[rows, hidden]` or `[L, hidden]` of the compute dtype.
         """
-        residual = F.embedding(token_ids, self.weights.embed)
+        residual = self.weights.embed(token_ids)
         if self.spec.embedding_scale != 1.0:
             residual = residual * self.spec.embedding_scale
         for index, layer in enumerate(self.weights.visit_layers()):

@@ -13,7 +13,8 @@ import torch
 from aphrodite.errors import ModelFormatError
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.layers.dense import to_dense
-from aphrodite.layers.linear import DenseLinear, Linear, build_linear, dense_linear
+from aphrodite.layers.embedding import Embedding, build_embedding
+from aphrodite.layers.linear import DenseLinear, Linear, build_linear
 from aphrodite.layers.mla import LatentProjection, LatentWeights
 from aphrodite.layers.mlp import FeedForward, GatedMlp, Weighted
 from aphrodite.layers.moe import MixtureOfExperts, SharedExperts
@@ -59,7 +60,7 @@ class LayerWeights:
 class DecoderWeights:
     """All of a model's weights, in compute layouts on the device."""
 
-    embed: torch.Tensor  # [vocab, hidden]
+    embed: Embedding  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     norm: Norm  # before the head
     head: Linear  # hidden -> vocab; shares `embed` when tied
@@ -73,7 +74,7 @@ class DecoderWeights:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        tensors = [self.embed, *norm_tensors(self.norm)]
+        tensors = [*self.embed.tensors, *norm_tensors(self.norm)]
         tensors += [tensor for layer in self.layers for tensor in layer.resident]
         tensors += [tensor for product in self.products for tensor in product.tensors]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
@@ -117,11 +118,13 @@ class _Loader:
 
     def load(self, offload_bytes: int) -> DecoderWeights:
         spec = self._spec
-        embed = to_dense(self._take("embed.weight", spec.vocab_size, spec.hidden_size), self._dtype, self._device)
+        embed = build_embedding(
+            self._take("embed.weight", spec.vocab_size, spec.hidden_size), self._dtype, self._device
+        )
         layers, stream = self._layers(offload_bytes)
         norm = self._norm("norm")
         if spec.tied_head:
-            head: Linear = dense_linear(embed, None, Choice("tied to the embedding", ()))
+            head = embed.tied_head()
         else:
             head = build_linear(
                 [self._take("head.weight", spec.vocab_size, spec.hidden_size)], [None], self._dtype, self._device

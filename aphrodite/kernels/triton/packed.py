@@ -70,9 +70,10 @@ def packed_gemv_cut(out_features: int, in_features: int, rows: int) -> PackedGem
 
 
 @functools.cache
-def packed_skinny_cut(out_features: int, rows: int) -> PackedSkinnyCut:
-    """The cut for a weight of `out` rows and up to 64 activation rows."""
-    return PackedSkinnyCut(64 if out_features >= 16384 else 32, 256, 3, 4)
+def packed_skinny_cut(out_features: int, rows: int, hip: bool = False) -> PackedSkinnyCut:
+    """The cut for a weight of `out` rows and up to 64 activation rows; on AMD's processors for 64 KiB."""
+    tile = 64 if out_features >= 16384 else 32
+    return PackedSkinnyCut(tile, 128, 2, 4) if hip else PackedSkinnyCut(tile, 256, 3, 4)
 
 
 @triton.jit
@@ -458,6 +459,7 @@ def _expand_kernel(
     offsets,
     super_offsets,
     table,
+    numbers,  # [rows] integers, or anything when not HAS_NUMBERS
     out,  # [rows, in]
     first_row,
     end_row,
@@ -471,8 +473,10 @@ def _expand_kernel(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    HAS_NUMBERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Rows first_row to end_row of the weight, or those that `numbers` names from first_row to end_row."""
     launch_dependents(PDL)
     IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
     RUN: tl.constexpr = 4 * IN_WORD
@@ -486,12 +490,16 @@ def _expand_kernel(
     step = tl.program_id(1)
     row = first + tl.arange(0, ROWS)
     rows = tl.minimum(first_row + row, end_row - 1).to(tl.int64)
+    if HAS_NUMBERS:
+        wait_for_producer(PDL)
+        rows = tl.load(numbers + rows).to(tl.int64)
     low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
     high_words = low_words
     if HIGH_BITS > 0:
         high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
-    # The matrix may still be read by an earlier kernel's product.
-    wait_for_producer(PDL)
+    if not HAS_NUMBERS:
+        # The result's memory may still be read by an earlier kernel's product.
+        wait_for_producer(PDL)
     word = step * COUNT + tl.arange(0, COUNT)
     for span in tl.static_range(SPANS):
         factor, shift = _load_affine(
@@ -588,7 +596,7 @@ def packed_skinny(
     cut: PackedSkinnyCut | None = None,
 ) -> None:
     """Writes act(x W^T + b) + residual for up to 64 rows of a 16-bit type; arguments as `packed_gemv`'s."""
-    cut = cut or packed_skinny_cut(weight.rows, x.shape[0])
+    cut = cut or packed_skinny_cut(weight.rows, x.shape[0], torch.version.hip is not None)
     pdl = pdl_supported(x.device)
     _packed_skinny_kernel[(ceil_div(weight.rows, cut.rows),)](
         x,
@@ -616,17 +624,29 @@ def packed_skinny(
 
 def expand_planes(weight: Planes, out: torch.Tensor, first: int = 0) -> None:
     """Writes rows `first` and following, as many as `out` `[rows, in]` (contiguous, floating) has."""
+    _expand(weight, out, None, first)
+
+
+def expand_rows(weight: Planes, numbers: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the rows that `numbers` `[rows]` (integers) names to `out` `[rows, in]`, contiguous, floating."""
+    if out.shape[0]:
+        _expand(weight, out, numbers, 0)
+
+
+def _expand(weight: Planes, out: torch.Tensor, numbers: torch.Tensor | None, first: int) -> None:
     rows, columns = out.shape
     chunk = min(1024, max(RUN_WORDS * 32, next_power_of_2(columns)))
     pdl = pdl_supported(out.device)
     _expand_kernel[(ceil_div(rows, 4), ceil_div(columns, chunk))](
         *_plane_arguments(weight),
+        out if numbers is None else numbers,
         out,
         first,
         first + rows,
         **_form_arguments(weight),
         ROWS=4,
         CHUNK=chunk,
+        HAS_NUMBERS=numbers is not None,
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),

@@ -13,6 +13,7 @@ from aphrodite.kernels.triton.packed import (
     PackedGemvCut,
     PackedSkinnyCut,
     expand_planes,
+    expand_rows,
     packed_gemv,
     packed_skinny,
 )
@@ -52,6 +53,8 @@ def test_every_layout(name: str) -> None:
     dense = torch.full((3, weight.shape[1]), float("nan"))
     expand_planes(planes, dense, 2)
     assert distance(dense, weight[2:5]) < 1e-6
+    expand_rows(planes, torch.tensor([5, 0, 3]), dense)
+    assert distance(dense, weight[[5, 0, 3]]) < 1e-6
 
 
 @pytest.mark.parametrize("cut", [PackedGemvCut(2, 128, 1, 1), PackedGemvCut(8, 256, 1, 2), PackedGemvCut(4, 128, 3, 1)])

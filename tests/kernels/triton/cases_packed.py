@@ -1,0 +1,127 @@
+"""Kernels of packed weights for test_triton_compile.py: the layouts that people load, in the shapes of an 8B model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compiling import NVIDIA, TARGETS, Constant, KernelCase
+from packed_layouts import random_blocks, random_layouts
+
+from aphrodite.kernels.triton.packed import (
+    PACKED_GEMV_MAX_ROWS,
+    _expand_kernel,
+    _packed_gemv_kernel,
+    _packed_skinny_kernel,
+    packed_gemv_cut,
+    packed_skinny_cut,
+)
+from aphrodite.quantization.planes import Planes, planes_of
+from aphrodite.quantization.types import QuantType
+
+_NOTATION = {
+    torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.float16: "*fp16",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16",
+}  # fmt: skip
+_BLOCKS = (QuantType.Q4_K, QuantType.Q6_K, QuantType.Q3_K, QuantType.Q2_K, QuantType.Q5_1, QuantType.Q8_0)
+_PLANES: dict[str, Planes] = {
+    **{qtype.name: planes_of(random_blocks(qtype, 1, 256)) for qtype in _BLOCKS},
+    **{name: planes_of(random_layouts(1, 96)[name]) for name in ("int4", "nf4", "e4m3")},
+}
+_OF_PLANES = ("low", "high", "scales", "super_scales", "offsets", "super_offsets", "table")
+
+
+def _weight(name: str, columns: int) -> dict[str, Any]:
+    planes = _PLANES[name]
+    form = planes.form
+    pointers = {part: getattr(planes, part) for part in _OF_PLANES}
+    return {
+        **{part: _NOTATION[planes.low.dtype if tensor is None else tensor.dtype] for part, tensor in pointers.items()},
+        "columns": columns,
+        "LOW_BITS": form.low_bits,
+        "HIGH_BITS": form.high_bits,
+        "GROUP": 128 if name in ("int4", "e4m3") else form.group_size,
+        "SUPER": form.super_size,
+        "OFFSET": Constant(form.offset),
+        "ZERO": form.zero,
+        "KIND": Constant(form.kind),
+    }
+
+
+def _product(
+    name: str,
+    shape: tuple[int, int],
+    rows: int,
+    *,
+    gated: bool = False,
+    dtype: str = "bf16",
+    pdl: bool = False,
+    hip: bool = False,
+) -> KernelCase:
+    epilogue = {
+        "x": f"*{dtype}",
+        "x_stride": "i32:16",
+        **_weight(name, shape[1]),
+        "bias": f"*{dtype}",
+        "residual": f"*{dtype}",
+        "out": f"*{dtype}",
+        "out_stride": "i32:16",
+        "out_features": "i32:16",
+        "HAS_BIAS": False,
+        "HAS_RESIDUAL": not gated,
+        "ACTIVATION": Constant("silu") if gated else None,
+        "PDL": pdl,
+    }
+    targets = ("sm_90",) if pdl else ("gfx942",) if hip else NVIDIA if rows > PACKED_GEMV_MAX_ROWS else tuple(TARGETS)
+    options = {"launch_pdl": True} if pdl else {}
+    title = f"packed-{name}-{dtype}-{shape[0]}x{shape[1]}-{rows}{'-pdl' if pdl else ''}"
+    if rows > PACKED_GEMV_MAX_ROWS:
+        skinny = packed_skinny_cut(shape[0], rows, hip)
+        own = {
+            "M": "i32",
+            "ROWS": skinny.rows,
+            "CHUNK": skinny.chunk,
+            "COLUMNS": max(16, rows),
+            "STAGES": skinny.stages,
+        }
+        return KernelCase(
+            title, _packed_skinny_kernel, {**epilogue, **own}, skinny.warps, targets=targets, options=options
+        )
+    cut = packed_gemv_cut(*shape, rows)
+    own = {"norm_weight": f"*{dtype}", "eps": "fp32", "HAS_NORM": gated, "M": rows}
+    own |= {"ROWS": cut.rows, "CHUNK": cut.chunk, "DEPTH": cut.depth}
+    return KernelCase(title, _packed_gemv_kernel, {**epilogue, **own}, cut.warps, targets=targets, options=options)
+
+
+def _expansion(name: str) -> KernelCase:
+    arguments = {
+        **_weight(name, 4096), "numbers": "*i32", "out": "*bf16", "first_row": "i32", "end_row": "i32", "ROWS": 4,
+        "CHUNK": 1024, "HAS_NUMBERS": name == "Q4_K", "PDL": False,
+    }  # fmt: skip
+    return KernelCase(f"packed-{name}-expansion", _expand_kernel, arguments)
+
+
+CASES = [
+    _product("Q4_K", (28672, 4096), 1, gated=True, pdl=True),
+    _product("Q4_K", (28672, 4096), 4, gated=True),
+    _product("Q4_K", (4096, 14336), 1),
+    _product("Q4_K", (28672, 4096), 64, gated=True),
+    _product("Q4_K", (4096, 14336), 8, pdl=True),
+    _product("Q6_K", (4096, 14336), 1),
+    _product("Q6_K", (128256, 4096), 32, dtype="fp16"),
+    _product("Q3_K", (28672, 4096), 1, gated=True),
+    _product("Q2_K", (4096, 4096), 1),
+    _product("Q5_1", (4096, 4096), 2),
+    _product("Q8_0", (28672, 4096), 1, gated=True),
+    _product("Q8_0", (4096, 4096), 16),
+    _product("int4", (28672, 4096), 1, gated=True),
+    _product("nf4", (4096, 4096), 1),
+    _product("nf4", (4096, 4096), 64),
+    _product("e4m3", (28672, 4096), 1, gated=True),
+    _product("e4m3", (4096, 4096), 64),
+    _product("Q4_K", (28672, 4096), 64, gated=True, hip=True),
+    _product("e4m3", (4096, 4096), 64, hip=True),
+    _expansion("Q4_K"),
+    _expansion("Q6_K"),
+    _expansion("e4m3"),
+]
