@@ -78,6 +78,8 @@ class QueryKeyTransform(NamedTuple):
         query_norms, key_norms: a weight `[head_dim]` a layer, or empty where the model has none.
         norm_eps: of these norms.
         layer_tables: one a layer where layers turn by different angles; layers that turn alike share theirs.
+        sinks: `[heads]` float32 a layer, scores that take part in the softmax of each head and add no value, or empty
+            where the model has none.
     """
 
     cos: torch.Tensor
@@ -86,6 +88,7 @@ class QueryKeyTransform(NamedTuple):
     key_norms: tuple[torch.Tensor, ...] = ()
     norm_eps: float = 0.0
     layer_tables: tuple[RotaryTable, ...] = ()
+    sinks: tuple[torch.Tensor, ...] = ()
 
     def table(self, layer: int) -> RotaryTable:
         """The table of a layer."""

@@ -85,7 +85,12 @@ class TiledAttention:
         )
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        group: AttentionGroup,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `GroupAttention`."""
         heads, batch, rows, dim = query.shape
@@ -99,7 +104,8 @@ class TiledAttention:
         if self._shape.softcap:
             scores = soft_cap(scores, self._shape.softcap)
         scores.add_(group.bias.view(batch, rows, tiles, self._tile).transpose(1, 2))
-        weights = scores.sub_(scores.amax(dim=(2, 4), keepdim=True)).exp_()
+        peak = scores.amax(dim=(2, 4), keepdim=True)
+        weights = scores.sub_(peak).exp_()
         sums = weights.sum(dim=-1, keepdim=True)
         parts = torch.bmm(weights.view(-1, rows, self._tile), values).view(*tiled, values.shape[-1])
 
@@ -107,7 +113,7 @@ class TiledAttention:
         for tile in range(1, tiles):  # not sum(): its order of additions depends on the number of tiles
             total = total + sums[:, :, tile]
             out = out + parts[:, :, tile]
-        return out / total
+        return out / (total if sinks is None else total + torch.exp(sinks - peak[:, :, 0]))
 
 
 class SdpaAttention:
@@ -142,11 +148,16 @@ class SdpaAttention:
         )
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        group: AttentionGroup,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `GroupAttention`."""
-        if self._shape.softcap:
-            return self._attend_capped(query, keys, values, group)
+        if self._shape.softcap or sinks is not None:
+            return self._attend_in_parts(query, keys, values, group, sinks)
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1),
             keys.transpose(0, 1),
@@ -156,12 +167,22 @@ class SdpaAttention:
         )
         return out.transpose(0, 1)
 
-    def _attend_capped(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
+    def _attend_in_parts(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        group: AttentionGroup,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The same with bounded scores, which torch's function does not know."""
-        scores = soft_cap((query @ keys.transpose(2, 3)).float().mul_(self._shape.scale), self._shape.softcap)
-        weights = scores.add_(group.bias).softmax(dim=-1)
+        """The same with bounded scores or sinks, which torch's function does not know."""
+        scores = (query @ keys.transpose(2, 3)).float().mul_(self._shape.scale)
+        if self._shape.softcap:
+            scores = soft_cap(scores, self._shape.softcap)
+        scores = scores.add_(group.bias)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), dim=-1)
+        weights = scores.softmax(dim=-1)[..., : keys.shape[2]]
         return weights.to(values.dtype) @ values
 
 
@@ -169,10 +190,15 @@ class GroupAttention(Protocol):
     """Attention of one group."""
 
     def __call__(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: AttentionGroup
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        group: AttentionGroup,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query `[kv_heads, B, M, head_dim]`, keys and values `[kv_heads, B, K, head_dim]`; returns as query, in the
-        size of the values."""
+        size of the values. `sinks` `[kv_heads, 1, M, 1]` float32 are scores that take part and add no value."""
 
 
 class _PagedStep:
@@ -216,9 +242,18 @@ class _PagedStep:
         out = query.new_zeros(query.shape[0], shape.num_heads * shape.head_dim)
         for group in self._planner.groups(shape.windows[layer]):
             folded = fold_queries(query, group, shape.num_kv_heads)
-            attended = self._attend(folded, gather_slots(keys, group), gather_slots(values, group), group)
+            sinks = self._sinks(layer, folded.shape[2])
+            attended = self._attend(folded, gather_slots(keys, group), gather_slots(values, group), group, sinks)
             out.index_copy_(0, group.query_rows[: group.num_queries], unfold_queries(attended, group, shape.num_heads))
         return out
+
+    def _sinks(self, layer: int, rows: int) -> torch.Tensor | None:
+        """A layer's sinks for folded queries, `[kv_heads, 1, rows, 1]`; those of rows of padding do not matter."""
+        if not self._transform.sinks:
+            return None
+        of_groups = self._transform.sinks[layer].view(self._shape.num_kv_heads, -1)
+        times = -(-rows // of_groups.shape[1])
+        return of_groups.repeat(1, times)[:, None, :rows, None]
 
     def _angles_of(self, layer: int) -> RotaryTable:
         """Cosines and sines of this step's positions, `[rows, 1, rotated / 2]`; layers that turn alike share them."""

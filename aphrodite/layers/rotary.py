@@ -91,8 +91,10 @@ def _llama3(rotary: RotarySpec) -> np.ndarray:
 def _yarn(rotary: RotarySpec) -> np.ndarray:
     """Blend over the dimension index, between the dimensions that turn `beta_fast` and `beta_slow` times."""
     frequencies = _unscaled(rotary.theta, rotary.dim)
-    low = max(math.floor(_dimension_of_turns(rotary, rotary.beta_fast)), 0)
-    high = min(math.ceil(_dimension_of_turns(rotary, rotary.beta_slow)), rotary.dim - 1)
+    low, high = (_dimension_of_turns(rotary, turns) for turns in (rotary.beta_fast, rotary.beta_slow))
+    if rotary.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0.0), min(high, rotary.dim - 1.0)
     width = high - low if high != low else 0.001  # a step, without a division by zero
     slowed = np.clip((np.arange(rotary.dim // 2) - low) / width, 0.0, 1.0)
     return frequencies * (1.0 - slowed + slowed / rotary.factor)

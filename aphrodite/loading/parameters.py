@@ -243,6 +243,7 @@ class Storage:
         interleaved: rows of q and k pair neighbouring dimensions for rotary embedding, not the two halves of a head.
         grouped_qkv: the rows of stacked q, k and v go by KV head: its query heads, its key, its value.
         alternating_experts: the rows of stacked gate and up of an expert alternate.
+        transposed_experts: dense matrices of experts are `[experts, in, out]`; packed ones are not.
         norm_offset: norms' weights are stored less this.
     """
 
@@ -250,6 +251,7 @@ class Storage:
     interleaved: bool = False
     grouped_qkv: bool = False
     alternating_experts: bool = False
+    transposed_experts: bool = False
     norm_offset: float = 0.0
 
 

@@ -17,7 +17,7 @@ from aphrodite.loading.report import listed
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.packed import PackedMatrix, PackedTensor
-from aphrodite.quantization.types import QuantType, RawTensor, StackedTensor
+from aphrodite.quantization.types import QuantType, RawTensor, StackedTensor, transposed
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,8 @@ def match_weights(
     shapes = parameter_shapes(spec)
     for canonical, place in _places(spec, shapes, storage).items():
         found = [tensors[name] for name in place.names if name in tensors]
+        if storage.transposed_experts and ".expert_" in canonical and canonical.endswith(".weight"):
+            found = [transposed(raw) if raw.qtype.block_size == 1 and len(raw.shape) == 3 else raw for raw in found]
         missing.update(dict.fromkeys(name for name in place.names if name not in tensors))
         for name in place.names:
             left_over.pop(name, None)

@@ -107,6 +107,7 @@ def attention_transform(
         key_norms=tuple(layer.k_norm for layer in weights.layers if layer.k_norm is not None),
         norm_eps=spec.norm_eps,
         layer_tables=tuple(tables[rotary] for rotary in spec.layer_rotaries),
+        sinks=tuple(layer.sinks for layer in weights.layers if layer.sinks is not None),
     )
 
 

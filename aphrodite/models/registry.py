@@ -13,6 +13,7 @@ from aphrodite.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from aphrodite.models.families.gemma2 import GEMMA2
 from aphrodite.models.families.gemma3 import GEMMA3
 from aphrodite.models.families.glm4 import GLM, GLM4
+from aphrodite.models.families.gpt_oss import GPT_OSS
 from aphrodite.models.families.granite import GRANITE, GRANITE_MOE
 from aphrodite.models.families.internlm2 import INTERNLM2
 from aphrodite.models.families.llama import LLAMA
@@ -44,6 +45,7 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V3,
     GLM,
     GLM4,
+    GPT_OSS,
     GRANITE,
     GRANITE_MOE,
     INTERNLM2,

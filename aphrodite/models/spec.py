@@ -30,6 +30,7 @@ class RotarySpec:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: the range of frequencies that are blended ends at whole numbers
     attention_factor: float | None = None  # yarn, longrope; None: yarn's 0.1 * ln(factor) + 1, longrope's 1
     freq_divisors: tuple[float, ...] = ()  # per frequency, [dim / 2]; GGUF's rope_freqs tensor; longrope's long factors
     short_divisors: tuple[float, ...] = ()  # longrope: instead of those where the original context is enough

@@ -40,6 +40,7 @@ class LayerWeights:
     q_norm: torch.Tensor | None = None  # [head_dim], for every head of q; the attention back end applies it
     k_norm: torch.Tensor | None = None  # [head_dim]
     qk_norm: QueryKeyNorm | None = None  # of other kinds; the decoder applies it
+    sinks: torch.Tensor | None = None  # [heads] float32, scores without a value; the attention back end applies them
     latent: LatentWeights | None = None  # of latent attention; the attention back end applies it
 
     @property
@@ -52,7 +53,7 @@ class LayerWeights:
         """Every tensor that is not of a projection: those of norms, and of latent attention."""
         around = (self.attn_norm, self.attn_post_norm, self.mlp_norm, self.mlp_post_norm)
         found = [tensor for norm in around if norm is not None for tensor in norm_tensors(norm)]
-        found += [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        found += [tensor for tensor in (self.q_norm, self.k_norm, self.sinks) if tensor is not None]
         return (*found, *(self.qk_norm.tensors if self.qk_norm is not None else ()), *(self.latent or ()))
 
 
@@ -173,8 +174,12 @@ class _Loader:
             q_norm=self._norm_weight(name + "q_norm.weight", spec.head_dim) if of_heads else None,
             k_norm=self._norm_weight(name + "k_norm.weight", spec.head_dim) if of_heads else None,
             qk_norm=self._query_key_norm(name) if spec.qk_norm and not of_heads else None,
+            sinks=self._sinks(name) if spec.attention_sinks else None,
             latent=None if spec.mla is None else self._latent(name, spec.mla),
         )
+
+    def _sinks(self, name: str) -> torch.Tensor:
+        return to_dense(self._take(name + "sinks.weight", self._spec.num_heads), torch.float32, self._device)
 
     def _qkv(self, name: str) -> Linear:
         spec = self._spec

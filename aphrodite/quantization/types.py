@@ -167,6 +167,22 @@ class ComputedTensor(RawTensor):
         return ComputedTensor(self.name, shape, self.qtype, self._read, self._rows[rows])
 
 
+def transposed(raw: RawTensor) -> ComputedTensor:
+    """A dense stack of matrices `[count, in, out]` as `[count, out, in]`, transposed where it is read."""
+    count, columns, rows = raw.shape
+
+    def read(numbers: np.ndarray) -> np.ndarray:
+        stored = raw.data.view(f"<u{raw.qtype.block_bytes}").reshape(count, columns, rows)
+        matrices, within = np.divmod(numbers, rows)
+        out = np.empty((len(numbers), columns), stored.dtype)
+        for matrix in np.unique(matrices):
+            chosen = matrices == matrix
+            out[chosen] = stored[matrix][:, within[chosen]].T
+        return out.view(np.uint8)
+
+    return ComputedTensor(raw.name, (count, rows, columns), raw.qtype, read)
+
+
 class NoiseTensor(RawTensor):
     """A tensor that no checkpoint holds: normal noise, whose bytes are made when the host first reads `data`.
 

@@ -302,7 +302,6 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "factor": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
     "factor 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor should be"),
     "factors": ({"rope_scaling": {"type": "llama3", **LLAMA3, "high_freq_factor": 0.5}}, "high_freq_factor"),
-    "truncate": ({"rope_scaling": {"type": "yarn", **LLAMA3, "truncate": False}}, "truncate"),
     "scaling kind": ({"rope_scaling": [1]}, "rope_scaling should be an object, but is a list of 1"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor should be 1"),
     "theta": ({"rope_theta": float("nan")}, "rope_theta"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aphrodite.errors import ModelFormatError
@@ -11,18 +11,19 @@ from aphrodite.loading.quantized.bitsandbytes import unpack_bitsandbytes
 from aphrodite.loading.quantized.compressed_tensors import unpack_compressed_tensors
 from aphrodite.loading.quantized.eight_bit import unpack_fp8
 from aphrodite.loading.quantized.integer_words import unpack_awq, unpack_gptq
+from aphrodite.loading.quantized.mxfp4 import unpack_mxfp4
 from aphrodite.loading.safetensors import StoredTensor
-from aphrodite.quantization.packed import PackedTensor
 from aphrodite.quantization.types import RawTensor
 
 _GPTQ_FILE = "quantize_config.json"
-_Unpack = Callable[[dict[str, StoredTensor], ConfigReader], dict[str, PackedTensor]]
+_Unpack = Callable[[dict[str, StoredTensor], ConfigReader], Mapping[str, RawTensor]]
 _METHODS: dict[str, _Unpack] = {
     "awq": unpack_awq,
     "gptq": unpack_gptq,
     "fp8": unpack_fp8,
     "compressed-tensors": unpack_compressed_tensors,
     "bitsandbytes": unpack_bitsandbytes,
+    "mxfp4": unpack_mxfp4,
 }
 
 

@@ -133,8 +133,6 @@ def _yarn(section: ConfigReader, *, dim: int, theta: float, original: int, max_p
     mscale_all_dim = section.read("mscale_all_dim", float, None, low=0.0, high=1e3)
     if attention_factor is None and mscale and mscale_all_dim:
         attention_factor = (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
-    if not section.read("truncate", bool, True):
-        raise section.wrong("truncate", "true (correction ranges in fractions are not supported)", False)
     spec = RotarySpec(
         dim=dim,
         theta=theta,
@@ -143,6 +141,7 @@ def _yarn(section: ConfigReader, *, dim: int, theta: float, original: int, max_p
         original_max_position=original,
         beta_fast=section.read("beta_fast", float, 32.0, low=0.0, high=1e6) or 32.0,
         beta_slow=section.read("beta_slow", float, 1.0, low=0.0, high=1e6) or 1.0,
+        truncate=section.read("truncate", bool, True),
         attention_factor=attention_factor,
     )
     return Rotary(spec, max(max_position, _stretched(original, factor)))
