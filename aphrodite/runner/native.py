@@ -17,7 +17,6 @@ import torch
 
 from aphrodite.errors import ConfigError
 from aphrodite.kernels.cpu import library as native_library
-from aphrodite.kernels.cpu.library import NativeLibrary
 from aphrodite.kernels.cpu.program import (
     BLOCK_COLUMNS,
     KV_BLOCK,
@@ -34,13 +33,13 @@ from aphrodite.kernels.cpu.program import (
     ProgramBuilder,
     RowSet,
     StepDesc,
-    repack,
     tiles_bytes,
 )
 from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import QuantType, RawTensor
 from aphrodite.runner.inputs import ForwardInputs
+from aphrodite.runner.native_weights import DENSE, TiledWeights, tile_kind
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +49,6 @@ KvDtype = Literal["int16", "float16", "float32"]
 _ACTIVATIONS = {"float32": Activation.FLOAT32, "int16": Activation.INT16, "int8": Activation.INT8}
 _KV_TYPES = {"int16": KvType.INT16, "float16": KvType.FLOAT16, "float32": KvType.FLOAT32}
 _HEAD_NORMS = {"head": HeadNorm.HEAD, "width": HeadNorm.WIDTH, "each_head": HeadNorm.EACH_HEAD}
-_DENSE = (QuantType.F32, QuantType.F16, QuantType.BF16)
-_ALIGNMENT = 64
 
 
 class NativeExecutor:
@@ -99,7 +96,7 @@ class NativeExecutor:
         self.threads: int = max(1, threads if threads is not None else library.cdll.aph_available_cores())
         library.cdll.aph_set_default_threads(self.threads)
         self._library = library
-        self._weights = _PackedWeights(library, spec, weights)
+        self._weights = TiledWeights(library, weights, _linear_names(spec))
         self._program = _compile(self, weights, self._weights)
         self._cache: NativeMemory | None = None
         self._num_blocks = 0
@@ -121,11 +118,13 @@ class NativeExecutor:
         if spec.num_heads // spec.num_kv_heads > MAX_QUERY_GROUP:
             return f"more than {MAX_QUERY_GROUP} query heads share a key head"
         for name in _linear_names(spec):
-            rows, columns = weights[name].shape
-            if tiles_bytes(library, weights[name].qtype, rows, columns) == 0:
+            tensor = weights[name]
+            rows, columns = tensor.shape
+            if tiles_bytes(library, tile_kind(tensor), rows, columns) == 0:
+                block = max(BLOCK_COLUMNS, tensor.qtype.block_size)
                 return (
-                    f"{name} is {weights[name].qtype.name} [{rows}, {columns}]; it needs another type "
-                    f"or a multiple of {BLOCK_COLUMNS} columns"
+                    f"{name} is {tensor.qtype.name} [{rows}, {columns}]; it needs another type "
+                    f"or a multiple of {block} columns"
                 )
             if name.endswith(".gate.weight") and rows % BLOCK_COLUMNS != 0:
                 return f"{name} has {rows} rows, not a multiple of {BLOCK_COLUMNS}"
@@ -171,7 +170,7 @@ class NativeExecutor:
             "threads": str(self.threads),
             "activations": self.activations,
             "kv cache": self.kv_dtype,
-            "weights": ", ".join(sorted({qtype.name for qtype in self._weights.types})),
+            "weights": ", ".join(sorted(self._weights.type_names)),
         }
 
     def _forward(self, inputs: ForwardInputs, nanoseconds: int | None) -> torch.Tensor:
@@ -212,31 +211,10 @@ class NativeExecutor:
         return step, self._logits[:rows]
 
 
-class _PackedWeights:
-    """All matrices in tiles in one allocation, in the order in which a step reads them."""
-
-    def __init__(self, library: NativeLibrary, spec: ModelSpec, weights: Mapping[str, RawTensor]) -> None:
-        self.types: set[QuantType] = set()
-        self._places: dict[str, int] = {}
-        size = 0
-        for name in _linear_names(spec):
-            tensor = weights[name]
-            rows, columns = tensor.shape
-            self._places[name] = size
-            self.types.add(tensor.qtype)
-            size += -(-tiles_bytes(library, tensor.qtype, rows, columns) // _ALIGNMENT) * _ALIGNMENT
-        self.memory = NativeMemory(library, size)
-        for name in self._places:
-            repack(library, weights[name], self.address(name))
-
-    def address(self, name: str) -> int:
-        return self.memory.address + self._places[name]
-
-
 class _Compiler:
     """Turns names into operands of a program under construction."""
 
-    def __init__(self, weights: Mapping[str, RawTensor], packed: _PackedWeights, activation: Activation) -> None:
+    def __init__(self, weights: Mapping[str, RawTensor], packed: TiledWeights, activation: Activation) -> None:
         self.builder = ProgramBuilder()
         self._packs: dict[tuple[str, tuple[Activation, ...]], dict[Activation, int]] = {}
         self._weights = weights
@@ -256,7 +234,7 @@ class _Compiler:
         bias = self._weights.get(name.removesuffix("weight") + "bias")
         return self.builder.add_weight(
             self._packed.address(name),
-            tensor.qtype,
+            self._packed.kinds[name],
             (tensor.shape[0], tensor.shape[1]),
             pack=packs[self._kind(name)],
             out_column=out_column,
@@ -266,7 +244,8 @@ class _Compiler:
     def table(self, name: str) -> int:
         """A matrix whose rows are looked up."""
         tensor = self._weights[name]
-        return self.builder.add_weight(self._packed.address(name), tensor.qtype, (tensor.shape[0], tensor.shape[1]))
+        kind = self._packed.kinds[name]
+        return self.builder.add_weight(self._packed.address(name), kind, (tensor.shape[0], tensor.shape[1]))
 
     def vector(self, name: str) -> int:
         return self.builder.add_vector(_dense_vector(self._weights[name]))
@@ -282,10 +261,10 @@ class _Compiler:
         return vector, NormKind.BIASED_LAYER
 
     def _kind(self, name: str) -> Activation:
-        return Activation.FLOAT32 if self._weights[name].qtype in _DENSE else self._activation
+        return Activation.FLOAT32 if self._packed.kinds[name] in DENSE else self._activation
 
 
-def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed: _PackedWeights) -> Program:
+def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed: TiledWeights) -> Program:
     spec = executor.spec
     compiler = _Compiler(weights, packed, _ACTIVATIONS[executor.activations])
     builder = compiler.builder

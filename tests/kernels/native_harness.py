@@ -19,6 +19,7 @@ from aphrodite.kernels.cpu.library import NativeLibrary, load
 from aphrodite.kernels.cpu.program import (
     LOGITS,
     Activation,
+    GroupKind,
     KvType,
     NativeMemory,
     OpKind,
@@ -26,7 +27,9 @@ from aphrodite.kernels.cpu.program import (
     ProgramBuilder,
     RowSet,
     StepDesc,
+    TileKind,
     repack,
+    repack_groups,
     tiles_bytes,
 )
 from aphrodite.quantization.types import QuantType, RawTensor
@@ -153,14 +156,43 @@ def product_harness(
     """logits = table[token] @ weight.T"""
     library = load()
     assert library is not None
-    rows, columns = table.shape
     stored = table if isinstance(table, RawTensor) else raw_tensor(table, QuantType.F32)
-    source, matrix = place(library, stored), place(library, weight)
+    return _product(library, stored, place(library, weight), weight.qtype, weight.shape[0], kind, isa, threads)
+
+
+def group_product_harness(
+    table: np.ndarray,
+    group_kind: GroupKind,
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
+    kind: Activation,
+    isa: str,
+) -> Harness:
+    """The same with groups of integers: codes, scales and zeros as `repack_groups` takes them."""
+    library = load()
+    assert library is not None
+    rows = len(arrays[0])
+    memory = NativeMemory(library, tiles_bytes(library, group_kind, rows, table.shape[1]))
+    repack_groups(library, group_kind, *arrays, memory.address)
+    return _product(library, raw_tensor(table, QuantType.F32), memory, group_kind, rows, kind, isa, 2)
+
+
+def _product(
+    library: NativeLibrary,
+    table: RawTensor,
+    matrix: NativeMemory,
+    tiles: TileKind,
+    out: int,
+    kind: Activation,
+    isa: str,
+    threads: int,
+) -> Harness:
+    rows, columns = table.shape
+    source = place(library, table)
     builder = ProgramBuilder()
     buffer, last = builder.add_buffer(columns), builder.add_buffer(columns)
     pack = builder.add_pack(kind, columns, RowSet.LOGITS)
-    lookup = builder.add_weight(source.address, stored.qtype, (rows, columns))
-    product = builder.add_weight(matrix.address, weight.qtype, (weight.shape[0], columns), pack=pack)
+    lookup = builder.add_weight(source.address, table.qtype, (rows, columns))
+    product = builder.add_weight(matrix.address, tiles, (out, columns), pack=pack)
     builder.add_op(OpKind.EMBED, output=buffer, weights=[lookup])
     builder.add_op(OpKind.GATHER, rows=RowSet.LOGITS, source=buffer, output=last)
     builder.add_op(OpKind.PACK, rows=RowSet.LOGITS, source=last, packs=[pack])
@@ -172,7 +204,7 @@ def product_harness(
         isa,
         flat,
         0 * flat,
-        vocab_size=weight.shape[0],
+        vocab_size=out,
         num_layers=1,
         heads=1,
         kv_heads=1,
@@ -180,7 +212,7 @@ def product_harness(
         kv_type=KvType.FLOAT32,
     )
     cache = NativeMemory(library, 256 * 2 * 16 * BLOCK * 4)
-    return Harness(program, cache, 256, weight.shape[0], threads, [source, matrix])
+    return Harness(program, cache, 256, out, threads, [source, matrix])
 
 
 def attention_harness(

@@ -120,6 +120,13 @@ CASES: dict[str, tuple[Pack, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+# What the native library keeps as it is.
+IN_GROUPS = (
+    *("awq", "awq, one group", "gptq 4 v1 ", "gptq 4 v2 ", "gptq, one group"),
+    *("w4a16", "w4a16 asymmetric", "w4a16 channel", "w8a16", "w8a8", "w8a8 asymmetric"),
+)
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense float32 checkpoint."""
@@ -158,6 +165,10 @@ def logits(checkpoint: Checkpoint, *, native: bool = False) -> torch.Tensor:
             checkpoint.spec, checkpoint.weights, block_size=16, max_model_len=64, dtype=torch.float32,
             device=torch.device("cpu"),
         )  # fmt: skip
+    return run(executor)
+
+
+def run(executor: Any) -> torch.Tensor:
     executor.allocate_kv_cache(2)
 
     def ints(values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -239,8 +250,35 @@ def test_a_quantized_model_is_the_dense_one_with_its_values(
     assert f"{method} weights: expanded to float32 in" in caplog.text
     with caplog.at_level(logging.WARNING, "aphrodite.kernels"):
         native = logits(checkpoint, native=True)
-    assert f"{method} weights: expanded to {checkpoint.weights['head.weight'].qtype.name} in" in caplog.text
+    expanded = f"{method} weights: expanded to {checkpoint.weights['head.weight'].qtype.name} in" in caplog.text
+    assert expanded != (case in IN_GROUPS)
     assert torch.linalg.norm(native - found) < 0.02 * torch.linalg.norm(found)  # its matrices are rounded to 16 bits
+
+
+@pytest.mark.parametrize("case", IN_GROUPS)
+def test_groups_of_integers_stay_what_they_are_in_the_native_library(
+    original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    pack, config, method = CASES[case]
+    write(original, tmp_path, pack, config)
+    checkpoint = open_checkpoint(tmp_path)
+    log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "aphrodite.kernels"):
+        executor = NativeExecutor(
+            checkpoint.spec,
+            checkpoint.weights,
+            block_size=16,
+            max_model_len=64,
+            activations="float32",
+            kv_dtype="float32",
+        )
+    assert not caplog.text
+    packed = [raw for raw in checkpoint.weights.values() if isinstance(raw, PackedTensor)]
+    dense = checkpoint.weights["embed.weight"].nbytes
+    # Scales of a row, of only 64 columns, weigh more than in a model.
+    assert executor.weight_bytes <= dense + sum(1.06 * raw.nbytes + 8 * raw.shape[0] + 64 for raw in packed)
+    assert method in executor.describe()["weights"]
+    torch.testing.assert_close(run(executor), logits(checkpoint), rtol=1e-4, atol=1e-4)
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {

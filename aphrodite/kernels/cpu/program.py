@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,33 @@ TILE_ROWS = 16
 KV_BLOCK = 16
 MAX_QUERY_GROUP = 32
 LOGITS = -1
+
+
+class GroupKind(NamedTuple):
+    """4 or 8-bit integers with a scale and a zero for each group of columns: (code - zero) * scale.
+
+    `group` is a multiple of 32 and divides the columns; `scales` is F16 or BF16; codes and zeros are unsigned.
+    """
+
+    bits: int
+    scales: QuantType
+    group: int
+
+    @property
+    def number(self) -> int:
+        """Of `Type` in `native/formats.h`, negative where it has none."""
+        return _GROUP_NUMBERS.get((self.bits, self.scales), -1)
+
+
+TileKind: TypeAlias = QuantType | GroupKind
+"""What the library keeps a matrix in: blocks of a GGUF type, or groups of integers."""
+
+_GROUP_NUMBERS = {
+    (4, QuantType.F16): 1000,
+    (4, QuantType.BF16): 1001,
+    (8, QuantType.F16): 1002,
+    (8, QuantType.BF16): 1003,
+}
 
 
 class OpKind(enum.IntEnum):
@@ -109,7 +136,7 @@ class _WeightDesc(ctypes.Structure):
     _fields_ = (
         ("tiles", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "out_column")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "out_column")),
         ("type", ctypes.c_int32),
         ("pack", ctypes.c_int32),
     )
@@ -170,12 +197,13 @@ class NativeMemory:
             self._free(self.address, self.size)
 
 
-def tiles_bytes(library: NativeLibrary, qtype: QuantType, rows: int, columns: int) -> int:
+def tiles_bytes(library: NativeLibrary, kind: TileKind, rows: int, columns: int) -> int:
     """Bytes of a [rows, columns] weight in tiles; 0 if the library cannot hold that type or shape."""
     function: Any = library.cdll.aph_tiles_bytes
-    function.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
+    function.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     function.restype = ctypes.c_int64
-    size: int = function(qtype.gguf_id, rows, columns)
+    number, group = _type_number(kind)
+    size: int = function(number, rows, columns, group) if number >= 0 else 0
     return size
 
 
@@ -194,6 +222,38 @@ def repack(library: NativeLibrary, weight: RawTensor, address: int) -> None:
     function: Any = library.cdll.aph_repack
     function.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     function(weight.qtype.gguf_id, data.ctypes.data, rows, columns, address)
+
+
+def repack_groups(
+    library: NativeLibrary, kind: GroupKind, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, address: int
+) -> None:
+    """Writes the tiles of groups of integers to `address`, on the library's default threads.
+
+    Args:
+        codes: uint8 `[rows, columns]`, or for 4 bits `[rows, columns / 2]` with the even column in the low nibble.
+        scales: uint16, the bytes of `kind.scales`, `[rows, groups]`.
+        zeros: uint8 `[rows, groups]`.
+
+    Raises:
+        ValueError: shapes do not belong together, or the library has no tiles for them.
+    """
+    rows, columns = codes.shape[0], codes.shape[1] * 8 // kind.bits
+    if not tiles_bytes(library, kind, rows, columns):
+        raise ValueError(f"there are no tiles for [{rows}, {columns}] in {kind}")
+    shape = (rows, columns // kind.group)
+    if scales.shape != shape or zeros.shape != shape:
+        raise ValueError(f"scales {scales.shape} and zeros {zeros.shape} do not make [{rows}, {columns}] in {kind}")
+    if (codes.dtype, scales.dtype, zeros.dtype) != (np.uint8, np.uint16, np.uint8):
+        raise ValueError(f"codes, scales and zeros are {codes.dtype}, {scales.dtype} and {zeros.dtype}")
+    arrays = [np.ascontiguousarray(array) for array in (codes, scales, zeros)]
+    function: Any = library.cdll.aph_repack_groups
+    function.argtypes = [ctypes.c_int32, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    function(kind.number, *(array.ctypes.data for array in arrays), rows, columns, kind.group, address)
+
+
+def _type_number(kind: TileKind) -> tuple[int, int]:
+    """The library's number of a type, negative where it has none, and the columns of its groups."""
+    return (kind.gguf_id, 0) if isinstance(kind, QuantType) else (kind.number, kind.group)
 
 
 class ProgramBuilder:
@@ -228,7 +288,7 @@ class ProgramBuilder:
     def add_weight(
         self,
         address: int,
-        qtype: QuantType,
+        kind: TileKind,
         shape: tuple[int, int],
         *,
         pack: int = -1,
@@ -242,7 +302,8 @@ class ProgramBuilder:
             padded[: shape[0]] = bias
             self._biases.append(padded)
             bias_address = padded.ctypes.data
-        self._weights.append(_WeightDesc(address, bias_address, *shape, out_column, qtype.gguf_id, pack))
+        number, group = _type_number(kind)
+        self._weights.append(_WeightDesc(address, bias_address, *shape, group, out_column, number, pack))
         return len(self._weights) - 1
 
     def add_op(

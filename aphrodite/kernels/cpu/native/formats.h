@@ -1,8 +1,9 @@
 // Weights as the kernels read them: tiles of 16 rows, blocks of columns in order, each block's data contiguous.
 //
-// A quantized block covers the columns of a file's block, 32 or 256, of the 16 rows, and takes the file's bytes or up
-// to 4 % more (6-bit scales widened to bytes):
-//   units    16 x f16, one a row (MXFP4: 16 x u8, powers of two), then of types with minima 16 x f16
+// A quantized block covers the columns of a file's block, 32 or 256, or of a group of AWQ's, GPTQ's and their like, of
+// the 16 rows. It takes the file's bytes or up to 4 % more (6-bit scales and 4-bit zeros widened to bytes):
+//   units    16 x f16, one a row (MXFP4: 16 x u8, powers of two), then of types with minima 16 x f16; of integer
+//            groups 16 x f16 or bf16 and 16 x u8, the zeros
 //   factors  types with 256 columns: for every 16 or 32 of them what multiplies the units, one byte a row
 //   high     for every 32 columns the bits above the low ones. One bit: 8 x u64, bit 4 * row + byte of word g is that
 //            of the byte of group g. Two bits: 2 x 64 bytes, of groups 0-3 and 4-7, the first group lowest.
@@ -19,7 +20,7 @@ namespace aph {
 constexpr int kTileRows = 16;
 constexpr int kBlock = 32;
 
-// Numbers of the GGUF specification.
+// Numbers of the GGUF specification; from 1000 on this library's own: groups of 4 or 8-bit integers with zeros.
 enum class Type : int32_t {
     F32 = 0,
     F16 = 1,
@@ -37,6 +38,10 @@ enum class Type : int32_t {
     IQ4_XS = 23,
     BF16 = 30,
     MXFP4 = 39,
+    Int4F16 = 1000,
+    Int4BF16 = 1001,
+    Int8F16 = 1002,
+    Int8BF16 = 1003,
 };
 
 // What a quant is multiplied by.
@@ -47,19 +52,22 @@ enum class Scales : int32_t {
     Signed,       // f16 a row x an i8 a part
     Pair,         // f16 a row x a u8 a part; minimum: f16 a row x a u8 a part
     NibblePair,   // the same with both in one byte, the scale low
+    HalfGroup,    // f16 a row; minimum: less zero x scale
+    BfloatGroup,  // bf16 a row; the same
 };
 
 struct TypeInfo {
     int bits;                      // of a quant, or of a dense value; 0: no such type
-    int file_bytes;                // of a block of one row in the file; dense: of 32 columns
+    int file_bytes;                // of a block of one row in the file; dense: of 32 columns; groups: 0
     Scales scales = Scales::None;
     int offset = 0;                // subtracted from the unsigned quant, a power of two
     bool minimum = false;          // has minima, added
-    int columns = 32;              // of a block
+    int columns = 32;              // of a block; groups: 0, for any multiple of 32
     int part = 32;                 // columns that share a scale
     const uint8_t* values = nullptr;  // what a quant stands for before the offset is subtracted; null: itself
 
     constexpr bool quantized() const { return scales != Scales::None; }
+    constexpr bool grouped() const { return columns == 0; }
     constexpr int largest() const {  // of quants or values
         int most = values == nullptr ? (1 << bits) - 1 : 0;
         for (int i = 0; values != nullptr && i < 16; ++i) most = values[i] > most ? values[i] : most;
@@ -72,13 +80,24 @@ struct TypeInfo {
     constexpr int part_bytes() const {                             // factors of a part
         return scales == Scales::Pair ? 32 : scales == Scales::Signed || scales == Scales::NibblePair ? 16 : 0;
     }
-    constexpr int factors_offset() const { return scales == Scales::Power ? 16 : minimum ? 64 : 32; }
+    constexpr int factors_offset() const {
+        return scales == Scales::Power ? 16 : grouped() ? 48 : minimum ? 64 : 32;
+    }
     constexpr int high_offset() const { return factors_offset() + columns / part * part_bytes(); }
     constexpr int high_bytes() const { return 64 * high_bits(); }  // of 32 columns
     constexpr int quants_offset() const { return high_offset() + steps() * high_bytes(); }
     constexpr int quant_bytes() const { return 64 * low_bits(); }  // of 32 columns
     constexpr int block_bytes() const {
         return quantized() ? quants_offset() + steps() * quant_bytes() : kBlock * kTileRows * bits / 8;
+    }
+    constexpr int step_bytes() const { return grouped() ? quant_bytes() : block_bytes() / steps(); }  // about
+    // The same for types of which groups of `group` columns share a scale; of others `group` means nothing.
+    constexpr int64_t block_columns(int64_t group) const { return grouped() ? group : columns; }
+    constexpr int64_t block_bytes(int64_t group) const {
+        return grouped() ? quants_offset() + group / kBlock * quant_bytes() : block_bytes();
+    }
+    constexpr int64_t tile_bytes(int64_t all_columns, int64_t group) const {
+        return all_columns / block_columns(group) * block_bytes(group);
     }
 };
 
@@ -109,14 +128,14 @@ constexpr TypeInfo type_info(Type type) {
         case Type::IQ4_NL: return {4, 18, Scales::Unit, 128, false, 32, 32, kIq4Values};
         case Type::IQ4_XS: return {4, 136, Scales::Signed, 128, false, 256, 32, kIq4Values};
         case Type::MXFP4: return {4, 17, Scales::Power, 16, false, 32, 32, kFp4Values};
+        case Type::Int4F16: return {4, 0, Scales::HalfGroup, 0, true, 0};
+        case Type::Int4BF16: return {4, 0, Scales::BfloatGroup, 0, true, 0};
+        case Type::Int8F16: return {8, 0, Scales::HalfGroup, 0, true, 0};
+        case Type::Int8BF16: return {8, 0, Scales::BfloatGroup, 0, true, 0};
     }
     return {0, 0};
 }
 
-inline int64_t tile_bytes(Type type, int64_t columns) {
-    const TypeInfo info = type_info(type);
-    return columns / info.columns * info.block_bytes();
-}
 inline int64_t tile_count(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 }  // namespace aph

@@ -54,8 +54,10 @@ struct TileWeight {
     Type type;
     const uint8_t* tiles;
     int64_t rows, columns;
+    int64_t group;      // columns of integer groups
     int64_t out_column;
     const float* bias;  // [rows] or null
+    int64_t tile_bytes() const { return type_info(type).tile_bytes(columns, group); }
 };
 
 // A rectangle of a product: whole tiles by whole groups of rows.
@@ -162,7 +164,7 @@ inline int64_t first_tile(const AttentionShape& shape, const AttentionTask& task
 }
 inline int64_t end_tile(const AttentionTask& task) { return (task.position + task.count - 1) / kKvTile + 1; }
 
-void tile_row(Type type, const uint8_t* tiles, int64_t columns, int64_t row, float* out);
+void tile_row(const TileWeight& weight, int64_t row, float* out);
 
 // Null where the compiler or the processor family lacks the instruction set.
 const Kernels* kernels_avx512();

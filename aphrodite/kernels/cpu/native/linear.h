@@ -22,6 +22,12 @@ inline __attribute__((always_inline)) void unroll(F&& f) {
     unroll(std::make_integer_sequence<int, kCount>(), f);
 }
 
+// Columns of a tile, and of its blocks where the type does not say.
+struct BlockShape {
+    int64_t columns, group;
+};
+inline BlockShape block_shape(const TileWeight& weight) { return {weight.columns, weight.group}; }
+
 // Where a block keeps what belongs to 32 of its columns.
 struct Step {
     const uint8_t* block;
@@ -77,6 +83,8 @@ inline Vec part_scale(const Step& step, int part) {
     constexpr TypeInfo info = type_info(kType);
     const uint8_t* factors = step.factors + part * info.part_bytes();
     if constexpr (info.scales == Scales::Power) return load_power(step.block);
+    else if constexpr (info.scales == Scales::BfloatGroup)
+        return load_bfloat(reinterpret_cast<const uint16_t*>(step.block));
     else if constexpr (info.scales == Scales::Signed) return mul(load_units(step.block), load_signed(factors));
     else if constexpr (info.scales == Scales::Pair) return mul(load_units(step.block), load_unsigned(factors));
     else if constexpr (info.scales == Scales::NibblePair) return mul(load_units(step.block), load_low(factors));
@@ -89,6 +97,8 @@ inline Vec part_minimum(const Step& step, int part) {
     const uint8_t* factors = step.factors + part * info.part_bytes();
     if constexpr (info.scales == Scales::Pair) return mul(load_units(step.block + 32), load_unsigned(factors + 16));
     else if constexpr (info.scales == Scales::NibblePair) return mul(load_units(step.block + 32), load_high(factors));
+    else if constexpr (info.grouped())
+        return mul(part_scale<kType>(step, part), mul(load_unsigned(step.block + 32), splat(-1.0f)));
     else return load_units(step.block + 32);
 }
 
@@ -151,17 +161,18 @@ inline __attribute__((always_inline)) void dot_step(const Step& step, const int3
 
 // Results of kRows rows of a group of kWidth, out[kRows][16].
 template <Type kType, Activation kKind, int kWidth, int kRows>
-inline void dot_rows(const uint8_t* tile, int64_t columns, const int32_t* words, const float* meta, float* out) {
+inline void dot_rows(const uint8_t* tile, BlockShape shape, const int32_t* words, const float* meta, float* out) {
     constexpr TypeInfo info = type_info(kType);
     constexpr int kWords = kKind == Activation::Int16 ? 16 : 8;
-    constexpr int kStepBytes = info.block_bytes() / info.steps();
+    constexpr int kStepBytes = info.step_bytes();
+    const int64_t block_bytes = info.block_bytes(shape.group);
+    const int steps = info.grouped() ? static_cast<int>(shape.group / kBlock) : info.steps();
     Vec results[kRows];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) results[m] = zero();
-    for (const uint8_t* end = tile + columns / info.columns * info.block_bytes(); tile < end;
-         tile += info.block_bytes()) {
+    for (const uint8_t* end = tile + info.tile_bytes(shape.columns, shape.group); tile < end; tile += block_bytes) {
 #pragma GCC unroll 1
-        for (int i = 0; i < info.steps(); ++i) {
+        for (int i = 0; i < steps; ++i) {
             for (int line = 0; line < kStepBytes; line += 64)
                 __builtin_prefetch(tile + i * kStepBytes + kPrefetchBytes + line);
             dot_step<kType, kKind, kWidth, kRows>(step_of<kType>(tile, i), words, meta, results);
@@ -214,8 +225,10 @@ inline void for_each_column(const Step& step, F&& f) {
 
 // The same for float activations: the dequantized weights are exact, four sums a row run side by side.
 template <Type kType, int kWidth, int kRows>
-inline void float_rows(const uint8_t* tile, int64_t columns, const float* words, float* out) {
+inline void float_rows(const uint8_t* tile, BlockShape shape, const float* words, float* out) {
     constexpr TypeInfo info = type_info(kType);
+    const int64_t block_bytes = info.block_bytes(shape.group);
+    const int steps = info.grouped() ? static_cast<int>(shape.group / kBlock) : info.steps();
     Vec sums[kRows][4];
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m)
@@ -225,9 +238,8 @@ inline void float_rows(const uint8_t* tile, int64_t columns, const float* words,
         for (int m = 0; m < kRows; ++m)
             sums[m][chain] = fma(weight, splat(words[column * kWidth + m]), sums[m][chain]);
     };
-    for (const uint8_t* end = tile + columns / info.columns * info.block_bytes(); tile < end;
-         tile += info.block_bytes())
-        for (int i = 0; i < info.steps(); ++i) {
+    for (const uint8_t* end = tile + info.tile_bytes(shape.columns, shape.group); tile < end; tile += block_bytes)
+        for (int i = 0; i < steps; ++i) {
             if constexpr (info.quantized()) for_each_column<kType>(step_of<kType>(tile, i), add_column);
             else for_each_dense_column<kType>(tile, add_column);
             words += kBlock * kWidth;
@@ -237,18 +249,18 @@ inline void float_rows(const uint8_t* tile, int64_t columns, const float* words,
 }
 
 // A tile times the group of kWidth rows: out[kWidth][16].
-using GroupKernel = void (*)(const uint8_t* tile, int64_t columns, const int32_t* words, const float* meta, float* out);
+using GroupKernel = void (*)(const uint8_t* tile, BlockShape shape, const int32_t* words, const float* meta, float* out);
 
 template <Type kType, Activation kKind, int kWidth>
-void group_kernel(const uint8_t* tile, int64_t columns, const int32_t* words, const float* meta, float* out) {
+void group_kernel(const uint8_t* tile, BlockShape shape, const int32_t* words, const float* meta, float* out) {
     if constexpr (kKind == Activation::Float) {
         constexpr int kRows = kWidth < kFloatRows ? kWidth : kFloatRows;
         for (int m = 0; m < kWidth; m += kRows)
-            float_rows<kType, kWidth, kRows>(tile, columns, reinterpret_cast<const float*>(words) + m, out + 16 * m);
+            float_rows<kType, kWidth, kRows>(tile, shape, reinterpret_cast<const float*>(words) + m, out + 16 * m);
     } else {
         constexpr int kRows = kWidth < kDotRows ? kWidth : kDotRows;
         for (int m = 0; m < kWidth; m += kRows)
-            dot_rows<kType, kKind, kWidth, kRows>(tile, columns, words + m, meta + m, out + 16 * m);
+            dot_rows<kType, kKind, kWidth, kRows>(tile, shape, words + m, meta + m, out + 16 * m);
     }
 }
 
@@ -288,6 +300,10 @@ GroupKernel find_kernel(Type type, Activation kind, int width) {
         case Type::IQ4_NL: return kernel_of_kind<Type::IQ4_NL>(kind, width);
         case Type::IQ4_XS: return kernel_of_kind<Type::IQ4_XS>(kind, width);
         case Type::MXFP4: return kernel_of_kind<Type::MXFP4>(kind, width);
+        case Type::Int4F16: return kernel_of_kind<Type::Int4F16>(kind, width);
+        case Type::Int4BF16: return kernel_of_kind<Type::Int4BF16>(kind, width);
+        case Type::Int8F16: return kernel_of_kind<Type::Int8F16>(kind, width);
+        case Type::Int8BF16: return kernel_of_kind<Type::Int8BF16>(kind, width);
         default: return kernel_of_kind<Type::F32>(kind, width);
     }
 }
@@ -317,13 +333,13 @@ inline void write_tile(const float* result, const TileWeight& weight, int64_t ti
 }
 
 void linear(const PackedRows& in, const TileWeight& weight, Range tiles, Range rows, const LinearOut& out) {
-    const int64_t bytes = tile_bytes(weight.type, weight.columns);
+    const int64_t bytes = weight.tile_bytes();
     float result[kGroupRows * kTileRows];
     for (int64_t row = rows.begin; row < rows.end;) {
         const int width = group_width(row, in.rows);
         const GroupKernel kernel = find_kernel(weight.type, in.kind, width);
         for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-            kernel(weight.tiles + tile * bytes, weight.columns, group_words(in, row), group_meta(in, row), result);
+            kernel(weight.tiles + tile * bytes, block_shape(weight), group_words(in, row), group_meta(in, row), result);
             for (int m = 0; m < width; ++m) write_tile(result + m * kTileRows, weight, tile, out, row + m);
         }
         row += width;
@@ -337,14 +353,13 @@ inline Vec biased(const float* result, const TileWeight& weight, int64_t tile) {
 
 // Two tiles of both weights for one group of rows: product[width][32].
 inline void gated_block(const GatedPair& pair, int64_t block, int64_t row, int width, float* product) {
-    const int64_t columns = pair.gate.columns;
     const GroupKernel gate_kernel = find_kernel(pair.gate.type, pair.gate_in.kind, width);
     const GroupKernel up_kernel = find_kernel(pair.up.type, pair.up_in.kind, width);
     float gates[kGroupRows * kTileRows], ups[kGroupRows * kTileRows];
     for (int64_t tile = 2 * block; tile < 2 * block + 2; ++tile) {
-        gate_kernel(pair.gate.tiles + tile * tile_bytes(pair.gate.type, columns), columns,
+        gate_kernel(pair.gate.tiles + tile * pair.gate.tile_bytes(), block_shape(pair.gate),
                     group_words(pair.gate_in, row), group_meta(pair.gate_in, row), gates);
-        up_kernel(pair.up.tiles + tile * tile_bytes(pair.up.type, columns), columns,
+        up_kernel(pair.up.tiles + tile * pair.up.tile_bytes(), block_shape(pair.up),
                   group_words(pair.up_in, row), group_meta(pair.up_in, row), ups);
         for (int m = 0; m < width; ++m) {
             const Vec gate = biased(gates + m * kTileRows, pair.gate, tile);

@@ -110,7 +110,7 @@ private:
     }
     TileWeight weight(int64_t index) const {
         const WeightDesc& w = weights_[index];
-        return {static_cast<Type>(w.type), w.tiles, w.rows, w.columns, w.out_column, w.bias};
+        return {static_cast<Type>(w.type), w.tiles, w.rows, w.columns, w.group, w.out_column, w.bias};
     }
     char* layer_cache(int layer) const {
         return static_cast<char*>(step_.cache) + layer * step_.num_blocks * desc_.kv_heads * head_bytes();
@@ -250,7 +250,7 @@ void Program::embed(const Op& op, Team& team, int worker) {
     const TileWeight table = weight(op.first_weight);
     team.phase(worker, step_.tokens, [&](int64_t t) {
         float* row = buffers_[op.output] + t * widths_[op.output];
-        tile_row(table.type, table.tiles, table.columns, step_.token_ids[t], row);
+        tile_row(table, step_.token_ids[t], row);
         if (op.value != 0.0f)
             for (int64_t i = 0; i < table.columns; ++i) row[i] *= op.value;
     });

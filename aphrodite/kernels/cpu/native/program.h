@@ -50,7 +50,7 @@ struct Op {
 struct WeightDesc {
     const uint8_t* tiles;
     const float* bias;     // [rows padded to 16] or null
-    int64_t rows, columns, out_column;
+    int64_t rows, columns, group, out_column;
     int32_t type;
     int32_t pack;          // its input
 };

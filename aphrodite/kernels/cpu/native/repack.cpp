@@ -5,6 +5,7 @@
 #include "api.h"
 #include "formats.h"
 #include "half.h"
+#include "kernels.h"
 #include "thread_pool.h"
 
 namespace aph {
@@ -218,7 +219,7 @@ void put_dense(const Repack& job, const uint8_t* row, uint8_t* tile, int lane) {
 template <Type kType>
 void repack_tile(const Repack& job, int64_t index) {
     constexpr TypeInfo info = type_info(kType);
-    const int64_t bytes = tile_bytes(kType, job.columns), first = index * kTileRows;
+    const int64_t bytes = info.tile_bytes(job.columns, 0), first = index * kTileRows;
     const int lanes = static_cast<int>(job.rows - first < kTileRows ? job.rows - first : kTileRows);
     const uint8_t* source = job.source + first * job.row_bytes;
     uint8_t* tile = job.tiles + index * bytes;
@@ -259,6 +260,52 @@ TileRepacker find_repacker(Type type) {
     }
 }
 
+// Groups of integers, as aph_repack_groups has them.
+struct GroupRepack {
+    const uint8_t* codes;
+    const uint16_t* scales;
+    const uint8_t* zeros;
+    int64_t rows, columns, group;
+    uint8_t* tiles;
+};
+
+// Four columns a word out of two bytes, the even column low.
+uint32_t spread_nibbles(const uint8_t* bytes) {
+    const uint32_t pair = bytes[0] | static_cast<uint32_t>(bytes[1]) << 8;
+    return (pair & 15) | (pair & 0xf0) << 4 | (pair & 0xf00) << 8 | (pair & 0xf000) << 12;
+}
+
+// The type of the scales does not matter, their bytes are kept.
+template <Type kType>
+void repack_group_tile(const GroupRepack& job, int64_t index) {
+    constexpr TypeInfo info = type_info(kType);
+    const int64_t first = index * kTileRows, groups = job.columns / job.group, block_bytes = info.block_bytes(job.group);
+    const int lanes = static_cast<int>(job.rows - first < kTileRows ? job.rows - first : kTileRows);
+    uint8_t* tile = job.tiles + index * info.tile_bytes(job.columns, job.group);
+    std::memset(tile, 0, info.tile_bytes(job.columns, job.group));
+    uint32_t words[kWordsOfStep];
+    for (int64_t step = 0; step < job.columns / kBlock; ++step) {
+        const int64_t group = step * kBlock / job.group;
+        uint8_t* block = tile + group * block_bytes;
+        uint8_t* quants = block + info.quants_offset() + (step * kBlock % job.group) / kBlock * info.quant_bytes();
+        for (int lane = 0; lane < lanes; ++lane) {
+            const int64_t row = first + lane;
+            std::memcpy(block + 2 * lane, job.scales + row * groups + group, 2);
+            block[32 + lane] = job.zeros[row * groups + group];
+            const uint8_t* codes = job.codes + (row * job.columns + step * kBlock) * info.bits / 8;
+            for (int i = 0; i < kWordsOfStep; ++i)
+                words[i] = info.bits == 8 ? load_word(codes + 4 * i) : spread_nibbles(codes + 2 * i);
+            put_step<kType>(words, block, quants, lane);
+        }
+    }
+}
+
+template <class F>
+void for_each_tile(int64_t rows, F&& f) {
+    parallel_for(
+        tile_count(rows), [](void* context, int64_t tile, int) { (*static_cast<F*>(context))(tile); }, &f);
+}
+
 float dense_value(Type type, const uint8_t* tile, int64_t index) {
     if (type == Type::F32) return bits_to_float(load_word(tile + 4 * index));
     uint16_t bits;
@@ -278,6 +325,12 @@ struct PartScale {
 };
 
 PartScale part_of(const TypeInfo& info, const uint8_t* block, int part, int lane) {
+    if (info.grouped()) {
+        uint16_t bits;
+        std::memcpy(&bits, block + 2 * lane, 2);
+        const float scale = info.scales == Scales::BfloatGroup ? bfloat_to_float(bits) : half_to_float(bits);
+        return {scale, -scale * block[32 + lane]};
+    }
     if (info.scales == Scales::Power)
         return {bits_to_float(block[lane] == 0 ? 0 : static_cast<uint32_t>(block[lane] - 1) << 23), 0};
     const float unit = half_at(block + 2 * lane), low = info.minimum ? half_at(block + 32 + 2 * lane) : 0;
@@ -290,8 +343,9 @@ PartScale part_of(const TypeInfo& info, const uint8_t* block, int part, int lane
     }
 }
 
-int quant_of(const TypeInfo& info, const uint8_t* block, int column, int lane) {
-    const int step = column / kBlock, group = column % kBlock / 4, byte = lane * 4 + kByteOf[column % 4];
+int quant_of(const TypeInfo& info, const uint8_t* block, int64_t column, int lane) {
+    const int64_t step = column / kBlock;
+    const int group = column % kBlock / 4, byte = lane * 4 + kByteOf[column % 4];
     const uint8_t* quants = block + info.quants_offset() + step * info.quant_bytes() + byte;
     const uint8_t* high = block + info.high_offset() + step * info.high_bytes();
     int quant = 0;
@@ -309,19 +363,20 @@ int quant_of(const TypeInfo& info, const uint8_t* block, int column, int lane) {
 }  // namespace
 
 // Dequantizes one row: out[columns].
-void tile_row(Type type, const uint8_t* tiles, int64_t columns, int64_t row, float* out) {
-    const TypeInfo info = type_info(type);
-    const uint8_t* tile = tiles + row / kTileRows * tile_bytes(type, columns);
+void tile_row(const TileWeight& weight, int64_t row, float* out) {
+    const TypeInfo info = type_info(weight.type);
+    const uint8_t* tile = weight.tiles + row / kTileRows * weight.tile_bytes();
     const int lane = static_cast<int>(row % kTileRows);
     if (!info.quantized()) {
-        for (int64_t column = 0; column < columns; ++column)
-            out[column] = dense_value(type, tile, column * kTileRows + lane);
+        for (int64_t column = 0; column < weight.columns; ++column)
+            out[column] = dense_value(weight.type, tile, column * kTileRows + lane);
         return;
     }
-    for (int64_t first = 0; first < columns; first += info.part) {
-        const uint8_t* block = tile + first / info.columns * info.block_bytes();
-        const int column = static_cast<int>(first % info.columns);
-        const PartScale part = part_of(info, block, column / info.part, lane);
+    const int64_t block_columns = info.block_columns(weight.group), block_bytes = info.block_bytes(weight.group);
+    for (int64_t first = 0; first < weight.columns; first += info.part) {
+        const uint8_t* block = tile + first / block_columns * block_bytes;
+        const int64_t column = first % block_columns;
+        const PartScale part = part_of(info, block, static_cast<int>(column / info.part), lane);
         for (int i = 0; i < info.part; ++i)
             out[first + i] =
                 static_cast<float>(quant_of(info, block, column + i, lane) - info.offset) * part.scale + part.minimum;
@@ -330,27 +385,31 @@ void tile_row(Type type, const uint8_t* tiles, int64_t columns, int64_t row, flo
 
 }  // namespace aph
 
-// Bytes of the tiles of a [rows, columns] weight; 0 for a type or shape that has no tile layout.
-APH_API int64_t aph_tiles_bytes(int32_t type, int64_t rows, int64_t columns) {
-    const aph::Type kind = static_cast<aph::Type>(type);
-    const aph::TypeInfo info = aph::type_info(kind);
-    if (info.bits == 0 || rows <= 0 || columns <= 0 || columns % info.columns != 0) return 0;
-    return aph::tile_count(rows) * aph::tile_bytes(kind, columns);
+// Bytes of the tiles of a [rows, columns] weight; 0 for a type or shape that has no tile layout. `group` is that of
+// types of integer groups.
+APH_API int64_t aph_tiles_bytes(int32_t type, int64_t rows, int64_t columns, int64_t group) {
+    const aph::TypeInfo info = aph::type_info(static_cast<aph::Type>(type));
+    if (info.bits == 0 || rows <= 0 || columns <= 0) return 0;
+    if (info.grouped() && (group <= 0 || group % aph::kBlock != 0)) return 0;
+    if (columns % info.block_columns(group) != 0) return 0;
+    return aph::tile_count(rows) * info.tile_bytes(columns, group);
 }
 
 // Repacks a weight from its file's rows (contiguous, columns a multiple of the type's) into `tiles`.
 APH_API void aph_repack(int32_t type, const uint8_t* source, int64_t rows, int64_t columns, uint8_t* tiles) {
     const aph::Type kind = static_cast<aph::Type>(type);
     const aph::TypeInfo info = aph::type_info(kind);
-    struct Job {
-        aph::Repack repack;
-        aph::TileRepacker tile;
-    } job{{source, rows, columns, columns / info.columns * info.file_bytes, tiles}, aph::find_repacker(kind)};
-    aph::parallel_for(
-        aph::tile_count(rows),
-        [](void* context, int64_t tile, int) {
-            const Job& work = *static_cast<Job*>(context);
-            work.tile(work.repack, tile);
-        },
-        &job);
+    const aph::Repack job{source, rows, columns, columns / info.columns * info.file_bytes, tiles};
+    const aph::TileRepacker tile = aph::find_repacker(kind);
+    aph::for_each_tile(rows, [&](int64_t index) { tile(job, index); });
+}
+
+// Repacks integer groups: codes [rows, columns] uint8, or [rows, columns / 2] with the even column in the low nibble,
+// scales [rows, columns / group] f16 or bf16, zeros [rows, columns / group] uint8.
+APH_API void aph_repack_groups(int32_t type, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
+                               int64_t rows, int64_t columns, int64_t group, uint8_t* tiles) {
+    const aph::GroupRepack job{codes, scales, zeros, rows, columns, group, tiles};
+    const bool nibbles = aph::type_info(static_cast<aph::Type>(type)).bits == 4;
+    const auto tile = nibbles ? aph::repack_group_tile<aph::Type::Int4F16> : aph::repack_group_tile<aph::Type::Int8F16>;
+    aph::for_each_tile(rows, [&](int64_t index) { tile(job, index); });
 }
