@@ -111,7 +111,7 @@ class TokenizerEndpoints:
                 "eos_token_id": tokenizer.eos_token_id,
                 "eos_token_ids": tokenizer.eos_token_ids,
                 "add_bos_token": tokenizer.adds_bos,
-                "chat_template": tokenizer.chat_template,
+                "chat_template": engine.chat_template.source,
             }
         )
 
