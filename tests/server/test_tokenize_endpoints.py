@@ -23,6 +23,7 @@ async def test_there_and_back(server: RunningServer, prefix: str) -> None:
     assert plain == {"count": 1, "max_model_len": 512, "tokens": [97]}
     info = (await server.http.get(f"{prefix}/tokenizer_info")).json()
     assert (info["bos_token"], info["eos_token"], info["eos_token_ids"]) == ("<s>", "</s>", [EOS])
+    assert info["chat_template"] == server.engine.chat_template.source
 
 
 async def test_conversations_tokenize_as_generation_sees_them(server: RunningServer) -> None:
