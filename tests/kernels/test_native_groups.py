@@ -55,7 +55,7 @@ def test_products_are_those_of_the_definition(
     harness: Harness = group_product_harness(x, GroupKind(bits, scales, group), arrays, kind, isa)
     scale = np.abs(x).max() * np.abs(meaning).max() * COLUMNS**0.5
     for count in (1, 2, 5, 13):
-        ids = np.random.default_rng(count).integers(0, ROWS, count)
+        ids = np.random.default_rng(count).integers(0, ROWS, count).tolist()
         got = harness.run(step([(ids, 0, [0])]))
         assert np.abs(got - x[ids].astype(np.float64) @ meaning.T).max() < TOLERANCE[kind] * scale
 
@@ -77,12 +77,13 @@ def test_what_does_not_belong_together_is_refused() -> None:
     kind = GroupKind(4, QuantType.F16, 64)
     (codes, scales, zeros), _ = _stored(4, QuantType.F16, 64)
     memory = NativeMemory(loaded, tiles_bytes(loaded, kind, ROWS, COLUMNS))
-    for arrays in (
+    damaged: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [
         (codes[:, :100], scales, zeros),
         (codes, scales[:-1], zeros),
         (codes, scales, zeros[:, :-1]),
         (codes.view(np.int8), scales, zeros),
-    ):
+    ]
+    for arrays in damaged:
         with pytest.raises(ValueError, match=r"no tiles|do not make|codes, scales and zeros are"):
             repack_groups(loaded, kind, *arrays, memory.address)
     assert ctypes.string_at(memory.address, 64) == bytes(64)

@@ -243,7 +243,7 @@ def repack_groups(
     shape = (rows, columns // kind.group)
     if scales.shape != shape or zeros.shape != shape:
         raise ValueError(f"scales {scales.shape} and zeros {zeros.shape} do not make [{rows}, {columns}] in {kind}")
-    if (codes.dtype, scales.dtype, zeros.dtype) != (np.uint8, np.uint16, np.uint8):
+    if [array.dtype.name for array in (codes, scales, zeros)] != ["uint8", "uint16", "uint8"]:
         raise ValueError(f"codes, scales and zeros are {codes.dtype}, {scales.dtype} and {zeros.dtype}")
     arrays = [np.ascontiguousarray(array) for array in (codes, scales, zeros)]
     function: Any = library.cdll.aph_repack_groups
