@@ -21,6 +21,7 @@ from aphrodite.loading.generation import GenerationDefaults, generation_from_con
 from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
 from aphrodite.loading.multimodal import text_tensors
 from aphrodite.loading.quantized.methods import unpack_tensors
+from aphrodite.loading.report import listed
 from aphrodite.loading.safetensors import INDEX_NAME, StoredTensor, read_safetensors, read_sharded_safetensors
 from aphrodite.loading.weights import Weights, match_weights
 from aphrodite.models.families.rotary import ROPE_TENSORS
@@ -168,6 +169,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     family = family_of_gguf(metadata)
     architecture = ConfigReader(path, file.metadata, prefix=f"{family.gguf_architecture}.")
     spec = family.from_gguf(architecture, tensors)
+    if family.predicts_further:
+        tensors = without_further_layers(str(path), tensors, family.gguf.names, spec.num_layers)
     weights = match_weights(
         str(path),
         spec,
@@ -213,9 +216,13 @@ def _with_splits(file: GGUFFile, metadata: ConfigReader) -> Mapping[str, RawTens
             f"{file.path} is a part of a model split over {count} files; "
             f"name the first, which ends in -00001-of-{count:05}.gguf, with all of them beside it"
         )
+    others = [file.path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(2, count + 1)]
+    absent = [other.name for other in others if not other.exists()]
+    if absent:
+        raise ModelFormatError(f"{file.path}: {count} files belong together; {listed('missing', absent)[0]}")
     tensors = dict(file.tensors)
-    for number in range(2, count + 1):
-        part = read_gguf(file.path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf"))
+    for other in others:
+        part = read_gguf(other)
         twice = next((name for name in part.tensors if name in tensors), None)
         if twice is not None:
             raise ModelFormatError(f"{part.path}: tensor {twice!r} is also in another part; download the model again")

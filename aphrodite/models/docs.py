@@ -53,7 +53,12 @@ and LongRoPE scaling, quantized checkpoints, GGUF.
 - *Scaled contexts.* "dynamic" and LongRoPE scaling are chosen once, by the longest context that is served \
 (`--max-model-len`), so that a request's tokens do not depend on how its prompt was cut: a Phi-3 model with 128k \
 positions uses its long factors unless it is served with its original context or less.
-- *DeepSeek's latent attention* caches one vector a position and layer (576 values, a tenth or less of what their heads' keys and values would take), which `models inspect` and the memory plan count. Prefix cache, prompts in chunks, preemption, graphs and, on a GPU, `--kv-cache-dtype fp8` work as elsewhere. Decoding attends to the vectors as they are; on a GPU long prompts have keys and values expanded where that is less work. Layers that predict further tokens are not used; the log says so. GGUF files of all of them are `deepseek2`.
+- *DeepSeek's latent attention* caches one vector a position and layer (576 values, a tenth or less of what their \
+heads' keys and values would take), which `models inspect` and the memory plan count. Prefix cache, prompts in chunks, \
+preemption, graphs and, on a GPU, `--kv-cache-dtype fp8` work as elsewhere. Decoding attends to the vectors as they \
+are; on a GPU long prompts have keys and values expanded where that is less work. GGUF files of all its models are \
+`deepseek2`.
+- *Layers that predict further tokens* (DeepSeek V3, GLM 4.5) are not used. The log says so.
 - *Models that see images* are served without their vision part. The log says so.
 - *Gemma's norms* are stored less one; the sum is kept in float32 whatever the compute type."""
 
@@ -61,6 +66,7 @@ positions uses its long factors unless it is served with its original context or
 NATIVE_FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm2"),
     *("glm", "glm4", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2", "olmo3", "stablelm", "cohere", "cohere2"),
+    "seed_oss",
 )
 
 

@@ -9,10 +9,11 @@ from aphrodite.errors import UnknownArchitectureError
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.models.families.cohere import COHERE, COHERE2
 from aphrodite.models.families.common import Family
-from aphrodite.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from aphrodite.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
 from aphrodite.models.families.gemma2 import GEMMA2
 from aphrodite.models.families.gemma3 import GEMMA3
 from aphrodite.models.families.glm4 import GLM, GLM4
+from aphrodite.models.families.glm4_moe import GLM4_MOE
 from aphrodite.models.families.gpt_oss import GPT_OSS
 from aphrodite.models.families.granite import GRANITE, GRANITE_MOE
 from aphrodite.models.families.internlm2 import INTERNLM2
@@ -25,6 +26,7 @@ from aphrodite.models.families.phi3 import PHI3
 from aphrodite.models.families.qwen2 import QWEN2
 from aphrodite.models.families.qwen3 import QWEN3
 from aphrodite.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from aphrodite.models.families.seed_oss import SEED_OSS
 from aphrodite.models.families.smollm3 import SMOLLM3
 from aphrodite.models.families.stablelm import STABLELM
 
@@ -45,6 +47,8 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V3,
     GLM,
     GLM4,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
     GPT_OSS,
     GRANITE,
     GRANITE_MOE,
@@ -52,6 +56,7 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     OLMO3,
     OLMOE,
+    SEED_OSS,
     SMOLLM3,
     STABLELM,
 )

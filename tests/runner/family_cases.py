@@ -187,6 +187,21 @@ def deepseek_v3_keys(writer: Writer) -> None:
     writer.add_expert_group_used_count(2)
 
 
+def glm4_moe_keys(writer: Writer) -> None:
+    """The file says that a layer for further tokens follows."""
+    writer.add_block_count(SIZES["num_hidden_layers"] + 1)
+    writer.add_nextn_predict_layers(1)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_leading_dense_block_count(1)
+    writer.add_expert_count(LATENTS["n_routed_experts"])
+    writer.add_expert_used_count(3)
+    writer.add_expert_shared_count(1)
+    writer.add_expert_weights_scale(1.7)
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
 def latent_keys(writer: Writer) -> None:
     """As for an absorbed attention, whose keys are latents; sizes of heads under keys of their own."""
     rank, turning = LATENTS["kv_lora_rank"], LATENTS["qk_rope_head_dim"]
@@ -224,6 +239,7 @@ LATENTS: dict[str, Any] = {
     "n_shared_experts": 2,
     "num_experts_per_tok": 3,
 }
+NOTHING_FURTHER = {"num_nextn_predict_layers": 0}
 LATENT_YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -368,6 +384,28 @@ CASES: dict[str, Case] = {
         deepseek_v3_keys,
         native=False,
     ),
+    "glm 4.5": Case(
+        "Glm4Moe",
+        {
+            **{name: LATENTS[name] for name in ("first_k_dense_replace", "moe_intermediate_size", "n_routed_experts")},
+            **NOTHING_FURTHER,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.7,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+        ARCH.GLM4_MOE,
+        glm4_moe_keys,
+        native=False,
+        turning=HEAD_DIM // 2,
+    ),
+    "glm 4.7 flash": Case(
+        "Glm4MoeLite",
+        {**{name: size for name, size in LATENTS.items() if name != "first_k_dense_replace"}, **NOTHING_FURTHER},
+        native=False,
+    ),
+    "seed-oss": Case("SeedOss", {"head_dim": 32}, ARCH.SEED_OSS, nemo_keys, turning=32),
     "internlm 2 (gguf)": Case("Llama", {}, ARCH.INTERNLM2, permutes=True),
 }
 

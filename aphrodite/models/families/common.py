@@ -39,7 +39,7 @@ class Family:
         from_gguf: reader of the architecture's own keys, and the tensors → spec.
         hf, gguf: how safetensors and GGUF files of the family name and keep their tensors.
         gguf_of: the latter, where it has changed over time and shows in the tensors that there are.
-        predicts_further: safetensors files may have more layers than the decoder, which are left out.
+        predicts_further: files may have more layers than the decoder, which are left out.
     """
 
     name: str

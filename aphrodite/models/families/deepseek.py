@@ -1,6 +1,6 @@
 """DeepSeek-V2, V2-Lite (arXiv 2405.04434), V3 and R1 (arXiv 2412.19437), and what shares their decoder (Moonlight, Kimi
-K2): latent attention, and experts in groups beside shared ones. Their layers that predict further tokens are not used.
-GGUF files say "deepseek2" of all."""
+K2, GLM 4.7 Flash): latent attention, and experts in groups beside shared ones. Layers that predict further tokens are
+not used. GGUF files say "deepseek2" of all."""
 
 from __future__ import annotations
 
@@ -34,14 +34,18 @@ def _v2_from_config(config: ConfigReader) -> ModelSpec:
 
 
 def _v3_from_config(config: ConfigReader) -> ModelSpec:
-    if not config.read("rope_interleave", bool, True):
-        raise config.wrong("rope_interleave", "true (turning dimensions in halves are not supported)", False)
-    return _from_config(config, "deepseek_v3", _v3_moe)
+    return _from_config(config, "deepseek_v3", corrected_moe)
+
+
+def _glm_from_config(config: ConfigReader) -> ModelSpec:
+    return _from_config(config.with_defaults({"first_k_dense_replace": 1}), "glm4_moe_lite", corrected_moe)
 
 
 def _from_config(
     config: ConfigReader, family: str, read_moe: Callable[[ConfigReader, tuple[int, ...]], MoeSpec]
 ) -> ModelSpec:
+    if not config.read("rope_interleave", bool, True):
+        raise config.wrong("rope_interleave", "true (turning dimensions in halves are not supported)", False)
     if config.read("attention_bias", bool, False):
         raise config.wrong("attention_bias", "false (biases of latent attention are not supported)", True)
     mla = MlaSpec(
@@ -59,13 +63,23 @@ def _from_config(
     every_dim = scaling.read("mscale_all_dim", float, 0.0, low=0.0, high=1e3) if scaling is not None else 0.0
     spec = decoder_from_config(config, family=family, rotary=rotary)
 
-    first_sparse = config.read("first_k_dense_replace", int, 0, low=0, high=MAX_LAYERS)
-    step = config.read("moe_layer_freq", int, 1, low=1, high=MAX_LAYERS)
-    layers = range(layer_count(config))
-    dense = tuple(layer for layer in layers if layer < first_sparse or layer % step)
-    if len(dense) < len(layers) and config.read("n_routed_experts", int, None) is not None:
+    dense = dense_layers(config)
+    if len(dense) < spec.num_layers and config.read("n_routed_experts", int, None) is not None:
         spec = dataclasses.replace(spec, moe=read_moe(config, dense))
     return _with_latents(spec, mla, _MSCALE * every_dim)
+
+
+def dense_layers(config: ConfigReader) -> tuple[int, ...]:
+    """Indices of the layers without experts."""
+    num_layers = layer_count(config)
+    kinds = config.strings("mlp_layer_types")
+    if kinds:
+        if len(kinds) != num_layers or any(kind not in ("dense", "sparse") for kind in kinds):
+            raise config.wrong("mlp_layer_types", f"a list of {num_layers}, one a layer, each dense or sparse", kinds)
+        return tuple(layer for layer, kind in enumerate(kinds) if kind == "dense")
+    first_sparse = config.read("first_k_dense_replace", int, 0, low=0, high=MAX_LAYERS)
+    step = config.read("moe_layer_freq", int, 1, low=1, high=MAX_LAYERS)
+    return tuple(layer for layer in range(num_layers) if layer < first_sparse or layer % step)
 
 
 def _with_latents(spec: ModelSpec, mla: MlaSpec, log_factor: float) -> ModelSpec:
@@ -94,8 +108,12 @@ def _v2_moe(config: ConfigReader, dense: tuple[int, ...]) -> MoeSpec:
     return _in_groups(config, moe) if in_groups else moe
 
 
-def _v3_moe(config: ConfigReader, dense: tuple[int, ...]) -> MoeSpec:
-    """The choice is corrected by a bias instead of a loss (arXiv 2408.15664)."""
+def corrected_moe(config: ConfigReader, dense: tuple[int, ...]) -> MoeSpec:
+    """The experts of a config.json whose choice is corrected by a bias instead of a loss (arXiv 2408.15664).
+
+    Args:
+        dense: layers that have none.
+    """
     config.choice("topk_method", {"noaux_tc": True}, "noaux_tc")
     moe = _moe(config, dense, default_scoring="sigmoid")
     return _in_groups(config, dataclasses.replace(moe, correction_bias=True, group_score="top2_sum"))
@@ -146,13 +164,14 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
         config, tensors, family="deepseek_v2", head_dim=head_dim, partial_rotary=True, experts=True
     )
     if config.read("expert_count", int, 0):
-        spec = dataclasses.replace(spec, moe=_gguf_moe(config, tensors))
+        spec = dataclasses.replace(spec, moe=grouped_moe_from_gguf(config, tensors))
     if spec.rotary.scaling == "yarn":  # llama.cpp divides its factor of cosines and sines out again
         spec = dataclasses.replace(spec, rotary=dataclasses.replace(spec.rotary, attention_factor=1.0))
     return _with_latents(spec, mla, config.read("rope.scaling.yarn_log_multiplier", float, 0.0, low=0.0, high=1e3))
 
 
-def _gguf_moe(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> MoeSpec:
+def grouped_moe_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> MoeSpec:
+    """The experts of GGUF metadata, whose choice a bias may correct and groups may narrow."""
     moe = moe_from_gguf(config, tensors, normalize=config.read("expert_weights_norm", bool, False))
     layer = next(layer for layer in range(MAX_LAYERS) if layer not in moe.dense_layers)
     corrected = f"blk.{layer}.exp_probs_b.bias" in tensors
@@ -200,6 +219,15 @@ DEEPSEEK_V3 = Family(
     title="DeepSeek V3, V3.1, R1; Moonlight; Kimi K2",
     architectures=("DeepseekV3ForCausalLM",),
     from_config=_v3_from_config,
+    from_gguf=_from_gguf,
+    hf=_HF_STORAGE,
+    predicts_further=True,
+)
+GLM4_MOE_LITE = Family(
+    name="glm4_moe_lite",
+    title="GLM 4.7 Flash",
+    architectures=("Glm4MoeLiteForCausalLM",),
+    from_config=_glm_from_config,
     from_gguf=_from_gguf,
     hf=_HF_STORAGE,
     predicts_further=True,
