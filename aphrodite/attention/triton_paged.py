@@ -130,6 +130,7 @@ class TritonAttention:
         self.windows = tuple(dict.fromkeys(shape.windows))
         has_cudnn = shape.device.type == "cuda" and platform_of(shape.device).has_cudnn_attention
         dense = has_cudnn and shape.dtype in (torch.bfloat16, torch.float16) and shape.softcap == 0.0
+        dense = dense and not transform.sinks  # which torch's attention does not know
         self._dense_shapes = DenseShapes() if dense else None
         self._programs = multiprocessors(shape.device)
         self._staged: StagedStep | None = None
@@ -292,6 +293,7 @@ class _TritonStep:
         angles = transform.table(layer)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         window = shape.windows[layer]
+        sinks = transform.sinks[layer] if transform.sinks else None
         dense = self._dense.get(window, ())
         rotary_to_cache(
             qkv,
@@ -335,6 +337,7 @@ class _TritonStep:
                 config=backend.ragged_config,
                 window=window,
                 softcap=backend.shape.softcap,
+                sinks=sinks,
             )
         plan = self._plans.get(window)
         if plan is not None:
@@ -348,6 +351,7 @@ class _TritonStep:
                 num_heads=shape.num_heads,
                 scale=shape.scale,
                 softcap=backend.shape.softcap,
+                sinks=sinks,
             )
         return out
 

@@ -54,6 +54,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of ragged rows over a paged cache that already holds this step's K and V.
 
@@ -66,6 +67,7 @@ def paged_attention(
         scale: factor on query-key products.
         window: how many latest positions a query sees, itself included; None for all.
         softcap: scores s become softcap * tanh(s / softcap) (arXiv 2408.00118); 0 for none.
+        sinks: `[heads]`, a score of each head that takes part in its softmax and adds no value.
 
     Returns:
         `[T, heads, head_dim]`.
@@ -87,5 +89,7 @@ def paged_attention(
                 scores = seen_k @ query[row, head] * scale
                 if softcap > 0.0:
                     scores = softcap * torch.tanh(scores / softcap)
-                out[row, head] = torch.softmax(scores, dim=0) @ seen_v
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head : head + 1]))
+                out[row, head] = torch.softmax(scores, dim=0)[: len(seen_v)] @ seen_v
     return out

@@ -37,6 +37,7 @@ from aphrodite.kernels.triton.paged import (
     scores_of,
     tile_blocks,
     tile_rows,
+    with_sink,
 )
 
 RECORD = 8  # int32 fields of a slot in the plan, see _plan_kernel
@@ -145,6 +146,7 @@ def decode_attention(
     num_heads: int,
     scale: float,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend with the query row of every planned sequence; rows of padding become zeros, other rows stay as they are.
 
@@ -160,6 +162,7 @@ def decode_attention(
         num_heads: of the query.
         scale: factor on query-key products, positive.
         softcap: bound of the scores, 0 for none.
+        sinks: `[heads]` float32, a score of each head that takes part in its softmax and adds no value.
     """
     _, kv_heads, block_size, head_dim = keys.shape
     group = num_heads // kv_heads
@@ -179,6 +182,7 @@ def decode_attention(
         plan.records,
         plan.counters,
         block_tables,
+        query if sinks is None else sinks,
         partials,
         statistics,
         query.stride(0),
@@ -195,6 +199,7 @@ def decode_attention(
         TILE=config.tile,
         COMBINE=combined_at_once(group_pad, dim, threads),
         SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
         FORMAT=int(kv_format(keys)),
         RECORD=RECORD,
         PDL=pdl,
@@ -275,6 +280,7 @@ def _decode_kernel(
     records,
     counters,
     block_tables,
+    sinks,
     partials,
     statistics,
     query_stride,
@@ -291,6 +297,7 @@ def _decode_kernel(
     TILE: tl.constexpr,
     COMBINE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     FORMAT: tl.constexpr,
     RECORD: tl.constexpr,
     PDL: tl.constexpr,
@@ -338,6 +345,7 @@ def _decode_kernel(
     inside = (member < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     if chunks == 1:
         launch_dependents(PDL)
+        total = with_sink(total, peak * factor, sinks, heads, member < GROUP, HAS_SINKS)
         result = tl.where(total[:, None] > 0.0, acc / total[:, None], 0.0)  # a padding row has seen nothing
         target = out + token * out_stride + heads[:, None] * HEAD_DIM + dims[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=inside)
@@ -353,8 +361,9 @@ def _decode_kernel(
         if finished == chunks - 1:
             tl.store(counter, 0)  # for the next layer
             result = _combine(
-                partials, statistics, first_slot, chunks, head, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, DIM, COMBINE
-            )
+                partials, statistics, sinks, first_slot, chunks, head, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, DIM,
+                COMBINE, HAS_SINKS,
+            )  # fmt: skip
             few = tl.arange(0, GROUP_PAD)
             target = out + token * out_stride + (head * GROUP + few)[:, None] * HEAD_DIM + dims[None, :]
             inside_few = (few < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -365,6 +374,7 @@ def _decode_kernel(
 def _combine(
     partials,
     statistics,
+    sinks,
     first_slot,
     chunks,
     head,
@@ -374,6 +384,7 @@ def _combine(
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     COMBINE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """`[GROUP_PAD, DIM]` float32: the chunks' results weighted by their share of the softmax.
 
@@ -404,4 +415,5 @@ def _combine(
         acc = acc * keep[:, None] + tl.sum(parts * weights[:, :, None], 0)
         total = total * keep + tl.sum(totals * weights, 0)
         peak = new_peak
+    total = with_sink(total, peak, sinks, head * GROUP + member, member < GROUP, HAS_SINKS)
     return acc / tl.where(total > 0.0, total, 1.0)[:, None]

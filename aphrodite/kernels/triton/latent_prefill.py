@@ -146,6 +146,7 @@ def absorbed_attention(
         out,
         merges,
         query_start,
+        statistics,  # no sinks
         partials,
         statistics,
         out.stride(0),
@@ -156,6 +157,7 @@ def absorbed_attention(
         HEAD_DIM=rank,
         DIM=rank_pad,
         PART=MERGED_ROWS,
+        HAS_SINKS=False,
         FIELDS=MERGE_FIELDS,
         PDL=pdl,
         num_warps=4,

@@ -185,6 +185,15 @@ def score_factor(scale, SOFTCAP: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def with_sink(total, peak, sinks, heads, inside, HAS_SINKS: tl.constexpr):
+    """`total` `[M]`, a sum of powers of two relative to `peak` `[M]` (base 2), with the share of the sink of each row's
+    head: a score that takes part and adds no value. `sinks` `[heads]` float32, or anything when not HAS_SINKS."""
+    if HAS_SINKS:
+        total += tl.exp2(tl.load(sinks + heads, mask=inside, other=0.0) * 1.4426950408889634 - peak)
+    return total
+
+
+@triton.jit
 def accumulate(acc, peak, total, scores, values, factor, GUARD: tl.constexpr):
     """One step of streaming softmax (arXiv 1805.02867): rescale by the new peak, add the tile.
 

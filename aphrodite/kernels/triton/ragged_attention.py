@@ -36,6 +36,7 @@ from aphrodite.kernels.triton.paged import (
     scores_of,
     tile_blocks,
     tile_rows,
+    with_sink,
 )
 
 TILE_FIELDS = 5  # int32 of a row of `TileTable.tiles`
@@ -165,6 +166,7 @@ def ragged_attention(
     config: RaggedConfig,
     window: int | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of the query rows in `table`; other rows of `out` stay as they are.
 
@@ -183,6 +185,7 @@ def ragged_attention(
         config: launch parameters.
         window: latest positions that a query sees, itself included; None for all.
         softcap: bound of the scores, 0 for none.
+        sinks: `[heads]` float32, a score of each head that takes part in its softmax and adds no value.
     """
     tiles, merges = table
     if tiles.shape[0] == 0:
@@ -205,6 +208,7 @@ def ragged_attention(
         context_lens,
         rows,
         block_tables,
+        query if sinks is None else sinks,
         partials,
         statistics,
         query.stride(0),
@@ -221,6 +225,7 @@ def ragged_attention(
         TILE=config.tile,
         WINDOW=window or 0,
         SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
         FORMAT=int(kv_format(keys)),
         FIELDS=TILE_FIELDS,
         PDL=pdl,
@@ -234,6 +239,7 @@ def ragged_attention(
         out,
         merges,
         query_start,
+        query if sinks is None else sinks,
         partials,
         statistics,
         out.stride(0),
@@ -244,6 +250,7 @@ def ragged_attention(
         HEAD_DIM=head_dim,
         DIM=dim,
         PART=MERGED_ROWS,
+        HAS_SINKS=sinks is not None,
         FIELDS=MERGE_FIELDS,
         PDL=pdl,
         num_warps=4,
@@ -264,6 +271,7 @@ def _ragged_kernel(
     context_lens,
     rows,
     block_tables,
+    sinks,
     partials,
     statistics,
     query_stride,
@@ -280,6 +288,7 @@ def _ragged_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     FORMAT: tl.constexpr,
     FIELDS: tl.constexpr,
     PDL: tl.constexpr,
@@ -339,6 +348,7 @@ def _ragged_kernel(
     acc *= decoded_scale(FORMAT)
 
     if slot < 0:
+        total = with_sink(total, peak * factor, sinks, heads, real, HAS_SINKS)
         result = acc / total[:, None]
         target = out + (token * out_stride + heads * HEAD_DIM)[:, None] + dims[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=inside)
@@ -355,6 +365,7 @@ def _merge_kernel(
     out,
     merges,
     query_start,
+    sinks,
     partials,
     statistics,
     out_stride,
@@ -365,6 +376,7 @@ def _merge_kernel(
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     PART: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     FIELDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -401,5 +413,6 @@ def _merge_kernel(
         peak = new_peak
     token = (first_token + local).to(tl.int64)
     heads = head * GROUP + product_row % GROUP
+    total = with_sink(total, peak, sinks, heads, real, HAS_SINKS)
     target = out + (token * out_stride + heads * HEAD_DIM)[:, None] + dims[None, :]
     tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)

@@ -91,6 +91,7 @@ def _decode(
     dtype: torch.dtype = torch.bfloat16,
     kv: KVFormat = KVFormat.PLAIN,
     softcap: float = 0.0,
+    sinks: bool = False,
     pdl: bool = False,
 ) -> KernelCase:
     element = f"*{NAMES[dtype]}"
@@ -115,6 +116,8 @@ def _decode(
             "TILE": config.tile,
             "COMBINE": combined_at_once(group_pad, dim, config.num_warps * 32),
             "SOFTCAP": softcap,
+            "sinks": "*fp32",
+            "HAS_SINKS": sinks,
             "FORMAT": int(kv),
             "RECORD": RECORD,
             "PDL": pdl,
@@ -136,6 +139,7 @@ def _ragged(
     kv: KVFormat = KVFormat.PLAIN,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: bool = False,
     pdl: bool = False,
 ) -> KernelCase:
     element = f"*{NAMES[dtype]}"
@@ -159,6 +163,8 @@ def _ragged(
             "TILE": config.tile,
             "WINDOW": window,
             "SOFTCAP": softcap,
+            "sinks": "*fp32",
+            "HAS_SINKS": sinks,
             "FORMAT": int(kv),
             "FIELDS": TILE_FIELDS,
             "PDL": pdl,
@@ -169,7 +175,7 @@ def _ragged(
     )
 
 
-def _merge(name: str, head_dim: int, *, dtype: str = "bf16", pdl: bool = False) -> KernelCase:
+def _merge(name: str, head_dim: int, *, dtype: str = "bf16", sinks: bool = False, pdl: bool = False) -> KernelCase:
     return KernelCase(
         name=f"ragged merge {name}",
         kernel=_merge_kernel,
@@ -187,6 +193,8 @@ def _merge(name: str, head_dim: int, *, dtype: str = "bf16", pdl: bool = False) 
             "HEAD_DIM": head_dim,
             "DIM": triton.next_power_of_2(head_dim),
             "PART": MERGED_ROWS,
+            "sinks": "*fp32",
+            "HAS_SINKS": sinks,
             "FIELDS": MERGE_FIELDS,
             "PDL": pdl,
         },
@@ -242,6 +250,9 @@ def _attention(target: str) -> list[KernelCase]:
         name = f"{head_dim} soft-cap and window"
         cases.append(_decode(name, head_dim, decoding, (target,), group=8, softcap=50.0))
         cases.append(_ragged(name, head_dim, extending, (target,), group=2, softcap=50.0, window=4096))
+    extending = ragged_config(64, half, CARDS[target])
+    cases.append(_decode("64 sinks", 64, decode_config(64, half, CARDS[target], 8), (target,), group=8, sinks=True))
+    cases.append(_ragged("64 sinks and window", 64, extending, (target,), group=8, window=128, sinks=True))
     cases.append(_decode("group 1", 128, decode_config(128, half, CARDS[target], 8), (target,), group=1))
     for sequences in (1, 128):
         decoding = decode_config(128, half, CARDS[target], sequences)
@@ -266,5 +277,6 @@ CASES = [
     _plan("256 window", 256, 4096),
     _merge("128 pdl", 128, pdl=True),
     _merge("256 fp32", 256, dtype="fp32"),
+    _merge("64 sinks", 64, sinks=True),
     *(case for target in TARGETS for case in _attention(target)),
 ]

@@ -37,7 +37,9 @@ class PagedStep:
         head_dim = self.keys.shape[-1]
         return self.qkv[:, : self.heads * head_dim].view(-1, self.heads, head_dim)
 
-    def expected(self, window: int | None = None, softcap: float = 0.0) -> torch.Tensor:
+    def expected(
+        self, window: int | None = None, softcap: float = 0.0, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`[T, heads * head_dim]` float64 of the reference; zeros for sequences without context."""
         host = self.cpu()
         live = host.context_lens > 0
@@ -55,6 +57,7 @@ class PagedStep:
             scale=self.scale,
             window=window,
             softcap=softcap,
+            sinks=None if sinks is None else sinks.cpu().double(),
         )
         return out.flatten(1)
 

@@ -15,7 +15,14 @@ from aphrodite.kernels.triton.rotary import RotaryConfig, rotary_config, rotary_
 FP8 = torch.float8_e4m3fn
 
 
-def decode(step: PagedStep, *, window: int | None = None, softcap: float = 0.0, target: int = 4) -> torch.Tensor:
+def decode(
+    step: PagedStep,
+    *,
+    window: int | None = None,
+    softcap: float = 0.0,
+    target: int = 4,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     kv_heads = step.keys.shape[1]
     config = DecodeConfig(tile=16, num_warps=4, num_stages=1)
     plan = plan_decode(
@@ -39,12 +46,19 @@ def decode(step: PagedStep, *, window: int | None = None, softcap: float = 0.0, 
             num_heads=step.heads,
             scale=step.scale,
             softcap=softcap,
+            sinks=sinks,
         )
     return out
 
 
 def ragged(
-    step: PagedStep, *, window: int | None = None, softcap: float = 0.0, rows: int = 16, programs: int = 1
+    step: PagedStep,
+    *,
+    window: int | None = None,
+    softcap: float = 0.0,
+    rows: int = 16,
+    programs: int = 1,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     config = RaggedConfig(rows=rows, tile=16, num_warps=4, num_stages=1)
     kv_heads = step.keys.shape[1]
@@ -73,6 +87,7 @@ def ragged(
         config=config,
         window=window,
         softcap=softcap,
+        sinks=sinks,
     )
     return out
 
@@ -178,6 +193,22 @@ def test_ragged_head_sizes(head_dim: int) -> None:
 def test_ragged_with_soft_cap() -> None:
     step = make_step([(20, 50)], heads=2, kv_heads=1, head_dim=64)
     assert_close(ragged(step, softcap=0.5, window=17), step.expected(17, 0.5))
+
+
+@pytest.mark.parametrize("target", [1, 6])
+def test_decode_with_sinks(target: int) -> None:
+    """Whole and in chunks, beside padding."""
+    sinks = torch.tensor([3.0, -2.0, 0.5, 9.0])
+    step = make_step([(1, 77), (1, 0), (1, 5)], heads=4, kv_heads=2, head_dim=64)
+    assert_close(decode(step, target=target, window=50, sinks=sinks), step.expected(50, sinks=sinks))
+
+
+@pytest.mark.parametrize("programs", [1, 8])
+def test_ragged_with_sinks(programs: int) -> None:
+    """Whole and split along the keys."""
+    sinks = torch.tensor([3.0, -2.0])
+    step = make_step([(3, 300)], heads=2, kv_heads=1, head_dim=64)
+    assert_close(ragged(step, programs=programs, sinks=sinks), step.expected(sinks=sinks))
 
 
 def test_float16() -> None:
