@@ -41,6 +41,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "mlp_only_layers": [1], **SMALL},
 }  # fmt: skip
+MODELS["gpt_oss"] = {
+    "architectures": ["GptOssForCausalLM"], "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 40,
+    "rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 5e5,
+        "truncate": False,
+    },
+}  # fmt: skip
 PROMPTS = [[3 + (11 * i + 17 * j) % 900 for j in range(5 + 23 * i)] for i in range(8)]
 
 
@@ -56,12 +63,22 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         if "norm" not in canonical and "embed" not in canonical:
             values = values * 6
         if EXPERT_PLACEHOLDER not in name:
-            tensors[name] = values
+            tensors[name] = values if name not in tensors else _alternating(tensors[name], values)
             continue
         for expert, own in enumerate(values):
             tensors[name.replace(EXPERT_PLACEHOLDER, str(expert))] = own
+    if request.param == "gpt_oss":  # whose matrices of experts are transposed
+        tensors = {
+            name: np.ascontiguousarray(values.swapaxes(1, 2)) if values.ndim == 3 else values
+            for name, values in tensors.items()
+        }
     save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path
+
+
+def _alternating(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """`[experts, 2 * rows, ...]`: GPT-OSS's gate and up are one tensor."""
+    return np.stack((gate, up), axis=2).reshape(gate.shape[0], -1, *gate.shape[2:])
 
 
 def tokens(model: Path, prompts: list[list[int]], **settings: Any) -> dict[str, list[int]]:
