@@ -32,8 +32,8 @@ def recognise(tokenizer: Tokenizer, *, name: str, family: str | None) -> Recogni
         row for row in TEMPLATES.values() if all(tokenizer.token_to_id(token) is not None for token in row.tokens)
     ]
     for row in usable:
-        if row.is_named_in(name):
-            return Recognition(row, f"the model's name, {name.strip()}, says so", certain=True)
+        if (part := row.found_in(name)) is not None:
+            return Recognition(row, f'the model\'s name has "{part}" in it', certain=True)
     for row in usable:
         if row.tokens and not row.shares_tokens and row.byte_level in (None, tokenizer.pieces.byte_level):
             tokens = " and ".join((", ".join(row.tokens[:-1]), row.tokens[-1]) if len(row.tokens) > 1 else row.tokens)

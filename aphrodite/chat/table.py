@@ -61,9 +61,10 @@ class LibraryTemplate:
         """Everything that ends an answer, beside the end-of-sequence token."""
         return tuple(dict.fromkeys((*self.traits.stop, *self.stop)))
 
-    def is_named_in(self, text: str) -> bool:
-        """Whether a model's name says that it has this format."""
-        return self.pattern is not None and re.search(self.pattern, text, re.IGNORECASE) is not None
+    def found_in(self, name: str) -> str | None:
+        """The part of a model's name that says that it has this format, or None."""
+        found = re.search(self.pattern, name, re.IGNORECASE) if self.pattern is not None else None
+        return found.group() if found is not None else None
 
 
 _CHATML = ("<|im_start|>", "<|im_end|>")

@@ -261,12 +261,16 @@ def test_a_format_whose_tokens_are_missing_is_not_believed() -> None:
 
 
 def test_the_log_says_what_was_chosen_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "aphrodite"):
-        template = recognised_chat_template(tokenizer(*CHATML), name="Tune", family="llama")
+    caplog.set_level(logging.INFO, "aphrodite")
+    template = recognised_chat_template(tokenizer(*CHATML), name="Tune", family="llama")
     assert template.source == TEMPLATES["chatml"].source
     assert caplog.records[-1].levelname == "INFO"
     for part in ("chatml is used", "<|im_start|> and <|im_end|>", "--chat-template"):
         assert part in caplog.records[-1].message
+    recognised_chat_template(tokenizer(), name="MythoMax-L2", family="llama")
+    assert 'alpaca is used, for the model\'s name has "MythoMax" in it' in caplog.records[-1].message
+    recognised_chat_template(tokenizer(), name="Tune", family="olmo2")
+    assert "tulu is used, for its architecture is olmo2" in caplog.records[-1].message
     recognised_chat_template(tokenizer(), name="Tune", family="llama")
     assert caplog.records[-1].levelname == "WARNING"
     assert "plain is used" in caplog.records[-1].message
