@@ -23,6 +23,7 @@ from aphrodite.kernels.triton import grouped_gemm
 from aphrodite.kernels.triton.expert_weights import ExpertWeights
 from aphrodite.kernels.triton.grouped_gemm import PairConfig, TileConfig
 from aphrodite.kernels.triton.routing import group_tokens
+from aphrodite.layers.activation import Activation
 from aphrodite.layers.norm import RmsNorm
 from aphrodite.layers.triton_moe import TritonExperts, TritonMixture, TritonRouter
 from aphrodite.models.spec import MoeSpec
@@ -110,7 +111,7 @@ class Layers:
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) * 1e3 / 4 / COPIES)
-        return statistics.median(times)
+        return float(statistics.median(times))
 
     def table(self, rows: list[int]) -> None:
         """The whole mixture, row count by row count."""
@@ -177,7 +178,7 @@ class Layers:
                     config: TileConfig = config,
                     source: torch.Tensor = source,
                     weights: list[ExpertWeights] = weights,
-                    activation: str | None = "silu" if name == "gate_up" else None,
+                    activation: Activation | None = "silu" if name == "gate_up" else None,
                 ) -> object:
                     return grouped_gemm.grouped_product(source, tiles[layer], weights[layer], config, activation)
 

@@ -16,14 +16,20 @@ from aphrodite.kernels.triton.expert_weights import ExpertWeights
 from aphrodite.layers.dense import short_name, to_dense
 from aphrodite.layers.packed_linear import interleaved_layout
 from aphrodite.layers.triton_moe import TritonExperts
-from aphrodite.quantization.layouts import stack_layouts
+from aphrodite.quantization.fp8 import quantize_fp8
+from aphrodite.quantization.layouts import Int8Groups, stack_layouts
 from aphrodite.quantization.planes import Planes, decline_planes, planes_of
 from aphrodite.quantization.repack import decline_layout, layout_of
 from aphrodite.quantization.types import NoiseTensor, RawTensor
 
 
 def stack_experts(
-    parts: Sequence[RawTensor], biases: Sequence[RawTensor], dtype: torch.dtype, device: torch.device
+    parts: Sequence[RawTensor],
+    biases: Sequence[RawTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fp8: bool = False,
 ) -> TritonExperts:
     """One projection of all experts.
 
@@ -31,6 +37,7 @@ def stack_experts(
         parts: `[experts, out_i, in]`: gate and up, whose rows will alternate, or a single one.
         biases: `[experts, out_i]` of each, or none.
         dtype: of activations and dense weights.
+        fp8: quantize dense experts to fp8 (e4m3), with a scale a row.
 
     Raises:
         ModelFormatError: a value does not fit `dtype`.
@@ -39,12 +46,17 @@ def stack_experts(
     def packed() -> Planes | Declined:
         return _packed(parts, device)
 
+    def quantized() -> Planes | Declined:
+        return _quantized(parts, dtype, device)
+
     def dense() -> torch.Tensor:
         return _dense(parts, dtype, device)
 
     types = "/".join(sorted({part.type_name for part in parts}))
     candidates: list[tuple[str, Callable[[], Planes | torch.Tensor | Declined]]]
     candidates = [("packed experts", packed), (f"dense experts {short_name(dtype)}", dense)]
+    if fp8:
+        candidates.insert(1, ("experts in fp8", quantized))
     chosen: tuple[Planes | torch.Tensor, Choice] = choose(f"experts of {types}", candidates)
     weight, choice = chosen
     bias = _alternating([to_dense(bias, torch.float32, device) for bias in biases]) if biases else None
@@ -65,6 +77,26 @@ def _dense(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.device)
         for expert in range(experts):
             out[expert, number :: len(parts)] = to_dense(part.part(expert), dtype, device)
     return out
+
+
+def _quantized(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.device) -> Planes | Declined:
+    experts, _, columns = parts[0].shape
+    # Noise is made on the device, all at once.
+    sources = [to_dense(part, dtype, device) if isinstance(part, NoiseTensor) else part for part in parts]
+    found: list[Planes] = []
+    for expert in range(experts):
+        own = [
+            source[expert] if isinstance(source, torch.Tensor) else to_dense(source.part(expert), dtype, device)
+            for source in sources
+        ]
+        rows = _alternating([matrix[None] for matrix in own])[0]
+        weight = quantize_fp8(rows, torch.float8_e4m3fn)
+        layout = Int8Groups(weight.values, weight.scale[:, None], None, columns)
+        declined = decline_planes(layout)
+        if declined is not None:
+            return declined
+        found.append(planes_of(layout))
+    return _joined(found)
 
 
 def _packed(parts: Sequence[RawTensor], device: torch.device) -> Planes | Declined:

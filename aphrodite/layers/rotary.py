@@ -96,7 +96,7 @@ def _yarn(rotary: RotarySpec) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0.0), min(high, rotary.dim - 1.0)
     width = high - low if high != low else 0.001  # a step, without a division by zero
-    slowed = np.clip((np.arange(rotary.dim // 2) - low) / width, 0.0, 1.0)
+    slowed: np.ndarray = np.clip((np.arange(rotary.dim // 2) - low) / width, 0.0, 1.0)
     return frequencies * (1.0 - slowed + slowed / rotary.factor)
 
 

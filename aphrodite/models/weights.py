@@ -277,7 +277,7 @@ class _Loader:
         weight = to_dense(raw, torch.float32, device)
         router = gpu.TritonRouter(weight, bias, correction, dtype=self._dtype, exact=exact)
         gate_up, down = (
-            stack_experts(*self._expert_parts(name, moe, *parts), self._dtype, device)
+            stack_experts(*self._expert_parts(name, moe, *parts), self._dtype, device, fp8=self._fp8)
             for parts in (("gate", "up"), ("down",))
         )
         shared = None

@@ -149,6 +149,16 @@ def test_experts_of_a_checkpoint_are_stacked(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(stacked.weights.weight[:, 0::2], torch.from_numpy(values["gate"]))
         assert torch.equal(stacked.weights.weight[:, 1::2], torch.from_numpy(values["up"]))
         assert stacked.weights.bias.tolist() == np.repeat(values["up"][:, :, 0], 2, axis=1).tolist()
+    halved = stack_experts(dense, [], torch.float32, device, fp8=True)
+    assert halved.choice.name == "experts in fp8"
+    assert halved.weights.tensors[0].nbytes == experts * 2 * inner * hidden
+    x = torch.from_numpy(random.standard_normal((1, hidden)).astype(np.float32))
+    out = grouped_gemm.grouped_product(
+        x, group_tokens(torch.tensor([[2]], dtype=torch.int32), experts, 16), halved.weights,
+        grouped_gemm.tile_config(16, hidden, 4, True),
+    )  # fmt: skip
+    for number, exact in enumerate(values.values()):
+        assert distance(out[0, number::2], torch.from_numpy(exact[2]).double() @ x[0].double()) < 0.04
     packed = stack_experts([down], [], torch.float32, device)
     assert packed.choice.name == "packed experts"
     tiles = group_tokens(torch.tensor([[1], [2]], dtype=torch.int32), experts, 16)
