@@ -19,7 +19,7 @@ from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenL
 from aphrodite.errors import ConfigError
 from aphrodite.kernels.triton.compile_ahead import compile_ahead
 from aphrodite.kernels.triton.launch import recording
-from aphrodite.runner.decode_graphs import DecodeGraphs
+from aphrodite.runner.decode_graphs import DecodeGraphs, Ending
 from aphrodite.runner.device_rows import DeviceRows, StagedStep, ragged_lengths
 from aphrodite.runner.executor import DeviceModelExecutor
 from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, error_of, logits_layout
@@ -86,11 +86,14 @@ class DeviceRunner:
             6 * num_rows, dtype=torch.uint8, device=device
         )  # see `_unpack`, so that one copy does
         stream = self._transfers.stream
-        levels = self.sampler.launch_levels
-        self._complete = levels[-1] if levels else None  # a decode step that does all that any does
+        # How a decode step can end: by samplers that the device runs alone, or with logits for the others.
+        self._endings: dict[Hashable, Ending] = {
+            level: partial(self._choose, level) for level in self.sampler.launch_levels
+        }
+        self._endings[None] = self._hand_out
         self._graphs = None
         if use_graphs and stream is not None:
-            self._graphs = DecodeGraphs(num_rows, stream, self._decode, self._pad, self._complete)
+            self._graphs = DecodeGraphs(num_rows, stream, self._decode, self._endings, self._pad)
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))  # the model was loaded there
 
@@ -142,8 +145,9 @@ class DeviceRunner:
         largest = min(max_tokens, self.rows.max_model_len)
         prompts = sorted({min(16, largest), min(2048, largest), largest})
         buckets = [self.rows.num_rows, 1] if self._graphs is None else list(reversed(self._graphs.buckets))
-        tasks: list[Callable[[], None]] = [partial(self._try_prompt, tokens) for tokens in prompts]
-        tasks += [partial(self._try_decode, bucket) for bucket in buckets]
+        tasks: list[Callable[[], object]] = [partial(self._try_prompt, tokens) for tokens in prompts]
+        prepare = self._try_decode if self._graphs is None else self._graphs.prepare
+        tasks += [partial(prepare, bucket) for bucket in buckets]
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
                 if self._transfers.stream is not None and self.executor.can_rehearse:
@@ -180,14 +184,14 @@ class DeviceRunner:
         rows, positions = [step.row for step in steps], [step.start + 1 for step in steps]
         launches = self.sampler.stage(rows, positions)  # None: not in the graph
         if self._graphs is None:
-            bucket = count
-            staged = self.rows.stage_decode(steps, bucket)
-            self._decode(bucket, launches)
+            staged = self.rows.stage_decode(steps, count)
+            self._endings[launches](count, self._decode(count))
         else:
             bucket = self._graphs.bucket(count)
-            graph = self._graphs.prepare(bucket, launches)
+            graphs = self._graphs.prepare(bucket)
             staged = self.rows.stage_decode(steps, bucket)
-            graph.replay()
+            graphs.model.replay()
+            graphs.endings[launches].replay()
         if launches is not None:
             copy = self._transfers.to_host([self._chosen])
             return LaunchedStep(list(range(count)), copy._replace(tensors=_unpack(copy.tensors[0], count)))
@@ -218,17 +222,22 @@ class DeviceRunner:
             self._append_to_shadows(steps, layout, sampling, sampled.token_ids)
         return self._launched(sampled, sampling, scores)
 
-    def _decode(self, bucket: int, launches: Hashable | None) -> None:
-        """The kernels of a decode step over tensors at fixed addresses: what a graph holds."""
+    def _decode(self, bucket: int) -> torch.Tensor:
+        """The kernels of a decode step over tensors at fixed addresses, up to its logits: what a graph holds."""
         staged = self.rows.decode_inputs(bucket)
         self.rows.load_decode_tokens(staged)
-        logits = self.executor.forward(staged.inputs)
-        if launches is None:
-            self._logits[:bucket].copy_(logits)
-            return
+        return self.executor.forward(staged.inputs)
+
+    def _choose(self, launches: Hashable, bucket: int, logits: torch.Tensor) -> None:
+        """End a decode step by choosing tokens."""
+        staged = self.rows.decode_inputs(bucket)
         token_ids, ok, exhausted = _unpack(self._chosen, bucket)
         self.sampler.run(logits, staged.sample_rows, staged.sample_positions, token_ids, ok, exhausted, launches)
         self.rows.append(staged, token_ids)
+
+    def _hand_out(self, bucket: int, logits: torch.Tensor) -> None:
+        """End a decode step by leaving its logits to samplers of torch operations."""
+        self._logits[:bucket].copy_(logits)
 
     def _compile_ahead(
         self, prompts: Sequence[int], buckets: Sequence[int], progress: Callable[[int, int], None]
@@ -240,14 +249,11 @@ class DeviceRunner:
             if self.rows.max_model_len > LONG_CHAT + SHORT_MESSAGE:
                 self._try_prompt(SHORT_MESSAGE, behind=LONG_CHAT)
             for bucket in buckets:
-                self._pad(bucket)
-                self._decode(bucket, self._complete)
-            logits = self._logits[:1]
-            staged, (token_ids, ok, exhausted) = self.rows.decode_inputs(1), _unpack(self._chosen, 1)
-            for level in self.sampler.launch_levels:
-                for typed in (logits, logits.float()):  # of graphs, and of steps that are none
-                    places = staged.sample_rows, staged.sample_positions
-                    self.sampler.run(typed, *places, token_ids, ok, exhausted, level)
+                self._try_decode(bucket)
+            logits = self._logits[:1].float()  # of steps that are no graphs
+            for level, end in self._endings.items():
+                if level is not None:
+                    end(1, logits)
         compile_ahead(launches, progress)
 
     def _try_prompt(self, tokens: int, behind: int = 0) -> None:
@@ -257,11 +263,10 @@ class DeviceRunner:
         self.executor.forward(staged.inputs)
 
     def _try_decode(self, bucket: int) -> None:
-        if self._graphs is not None:
-            self._graphs.prepare(bucket, self._complete)
-        else:
-            self._pad(bucket)
-            self._decode(bucket, self._complete)
+        self._pad(bucket)
+        logits = self._decode(bucket)
+        for end in self._endings.values():
+            end(bucket, logits)
 
     def _pad(self, bucket: int) -> None:
         self.rows.stage_decode([], bucket)

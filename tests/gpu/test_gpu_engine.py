@@ -23,7 +23,7 @@ from aphrodite.loading.dummy import dummy_weights
 from aphrodite.loading.parameters import HF_NAMES
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.types import QuantType
-from aphrodite.runner.decode_graphs import WANTED_TIMES
+from aphrodite.runner.decode_graphs import DecodeGraphs
 from aphrodite.sampling.params import SamplingParams
 
 TINY = {
@@ -194,7 +194,7 @@ def test_a_decode_step_does_not_wait_for_the_device(make_core: Any) -> None:
     core = make_core()
     for number, prompt in enumerate(PROMPTS):
         add(core, str(number), prompt, msgspec.structs.replace(SEEDED, max_tokens=64))
-    for _ in range(2 * WANTED_TIMES):  # prompts, and the capture of the graph that these rows want
+    for _ in range(4):  # prompts
         core.step()
     launch = core.runner.launch
 
@@ -211,6 +211,17 @@ def test_a_decode_step_does_not_wait_for_the_device(make_core: Any) -> None:
     for _ in range(10):
         core.step()
     assert core.has_work()
+
+
+def test_nothing_is_captured_while_requests_are_served(make_core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+
+    def fails(graphs: DecodeGraphs, bucket: int) -> None:
+        raise AssertionError(f"a graph of {bucket} sequences was captured")
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", fails)
+    for number, params in enumerate([GREEDY, SEEDED, SamplingParams(max_tokens=8, temperature=0.8), *OTHERS]):
+        answers(core, params, PROMPTS[: 1 + number % len(PROMPTS)])
 
 
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no file")

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, cast
 
 import pytest
 import torch
 
-from aphrodite.runner.decode_graphs import WANTED_TIMES, DecodeGraphs, decode_buckets
+from aphrodite.runner.decode_graphs import DecodeGraphs, decode_buckets
+
+
+class _Graph:
+    """What `torch.cuda.CUDAGraph` would hold: nothing runs, and the log says what was captured."""
+
+    log: list[str]
+
+    def capture_begin(self, **options: Any) -> None:
+        self.log.append("begin")
+
+    def capture_end(self) -> None:
+        self.log.append("end")
+
+
+class _Stream:
+    def synchronize(self) -> None:
+        _Graph.log.append("synchronize")
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> DecodeGraphs:
-    """Graphs that are their own (bucket, variant)."""
+    """Graphs of a model whose logits are its bucket, and of two endings."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(DecodeGraphs, "_capture", lambda self, bucket, variant: (bucket, variant))
-    return DecodeGraphs(20, cast(Any, None), lambda *_: None, lambda _: None, "all")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    log: list[str] = []
+    monkeypatch.setattr(_Graph, "log", log, raising=False)
+
+    def model(bucket: int) -> Any:
+        log.append(f"model {bucket}")
+        return bucket
+
+    def ending(name: str) -> Any:
+        return lambda bucket, logits: log.append(f"{name} {bucket} {logits}")
+
+    endings: dict[Hashable, Any] = {"greedy": ending("greedy"), None: ending("logits")}
+    return DecodeGraphs(20, cast(Any, _Stream()), model, endings, lambda bucket: log.append(f"pad {bucket}"))
 
 
 def test_a_batch_is_padded_to_the_next_size(graphs: DecodeGraphs) -> None:
@@ -30,13 +59,26 @@ def test_sizes_ascend_to_the_largest_batch(most: int) -> None:
     assert sizes[-1] == most
 
 
-def test_the_complete_graph_serves_until_a_variant_is_wanted_often(graphs: DecodeGraphs) -> None:
-    assert graphs.prepare(8, "greedy") == (8, "greedy")  # there is nothing else yet
-    assert graphs.prepare(16, "all") == (16, "all")
-    served = [graphs.prepare(16, "greedy") for _ in range(WANTED_TIMES + 1)]
-    assert served == [(16, "all")] * (WANTED_TIMES - 1) + [(16, "greedy")] * 2
+def test_model_and_endings_are_captured_apart_once_they_have_run(graphs: DecodeGraphs) -> None:
+    captured = graphs.prepare(8)
+    assert list(captured.endings) == ["greedy", None]
+    run = ["model 8", "greedy 8 8", "logits 8 8"]
+    apart = [line for step in run for line in ("begin", step, "end")]
+    assert _Graph.log == ["pad 8", *run, "synchronize", *apart]
+    assert graphs.prepare(8) is captured
+    assert len(_Graph.log) == len([*run, *apart]) + 2
+    assert graphs.prepare(16) is not captured
 
 
-def test_a_step_that_chooses_no_tokens_has_a_graph_of_its_own(graphs: DecodeGraphs) -> None:
-    graphs.prepare(16, "all")
-    assert graphs.prepare(16, None) == (16, None)
+def test_a_failed_capture_ends_and_leaves_nothing(graphs: DecodeGraphs) -> None:
+    runs = iter([False, True])
+
+    def fails(bucket: int) -> Any:
+        if next(runs):
+            raise RuntimeError("in the capture")
+
+    graphs._model = fails
+    with pytest.raises(RuntimeError, match="in the capture"):
+        graphs.prepare(8)
+    assert _Graph.log[-1] == "end"
+    assert not graphs._graphs
