@@ -53,6 +53,12 @@ and LongRoPE scaling, quantized checkpoints, GGUF.
 - *Scaled contexts.* "dynamic" and LongRoPE scaling are chosen once, by the longest context that is served \
 (`--max-model-len`), so that a request's tokens do not depend on how its prompt was cut: a Phi-3 model with 128k \
 positions uses its long factors unless it is served with its original context or less.
+- *Mixtures of experts.* A token reads the weights of its own experts only, on the CPU as on a GPU, where one token's \
+products run expert by expert and those of many are put together by expert, inside graphs. The router computes in \
+float32, and of experts with equal scores the first is chosen. On a GPU experts stay in the type in which they are \
+stored, as other matrices do ([formats](formats.md)), and `--quantization` applies to them; on a CPU 4-bit ones of \
+GGUF's Q4_0 and Q4_1 do, others are expanded. `--cpu-offload-gb` moves whole layers, not experts.
+- *GPT-OSS* has its experts in MXFP4, from safetensors and from GGUF; versions in 16 bits load, too.
 - *DeepSeek's latent attention* caches one vector a position and layer (576 values, a tenth or less of what their \
 heads' keys and values would take), which `models inspect` and the memory plan count. Prefix cache, prompts in chunks, \
 preemption, graphs and, on a GPU, `--kv-cache-dtype fp8` work as elsewhere. Decoding attends to the vectors as they \
