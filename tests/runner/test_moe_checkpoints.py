@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import family_cases
+import numpy as np
 import pytest
 import torch
-from family_cases import CASES
+from family_cases import CASES, write_gguf
 from safetensors.torch import load_file, save_file
 from torch_executor_cases import Driver, executor_of, prompts
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.layers.moe import route
-from aphrodite.loading.checkpoint import open_checkpoint
+from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.loading.dummy import dummy_weights
 from aphrodite.models.spec import MoeSpec
 from aphrodite.quantization.dequantize import dequantize
@@ -48,11 +51,7 @@ def test_mxfp4_experts_of_safetensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.weights.parameters["layers.0.expert_up.weight"].qtype is QuantType.MXFP4
-    other = TorchExecutor(
-        checkpoint.spec, checkpoint.weights, block_size=16, max_model_len=512, dtype=torch.float32,
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    other.allocate_kv_cache(200)
+    other = executor_at(checkpoint)
     (tokens,) = prompts(211, (70,))
     results = []
     for executor in (dense, other):
@@ -63,6 +62,40 @@ def test_mxfp4_experts_of_safetensors(tmp_path: Path) -> None:
     save_file({**kept, **packed}, tmp_path / "model.safetensors")
     with pytest.raises(ModelFormatError, match=r"has no .*_scales"):
         open_checkpoint(tmp_path)
+
+
+def test_first_gguf_files_of_mixtral_keep_experts_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["mixtral"]
+    model = case.model()
+    stacked = family_cases.gguf_tensors
+
+    def apart(*args: Any) -> dict[str, np.ndarray]:
+        tensors: dict[str, np.ndarray] = {}
+        for name, values in stacked(*args).items():
+            if "_exps" not in name:
+                tensors[name] = values
+                continue
+            for expert, own in enumerate(values):
+                tensors[name.replace("_exps", f".{expert}")] = own
+        return tensors
+
+    (tokens,) = prompts(211, (40,))
+    results = []
+    for number in range(2):
+        checkpoint = open_checkpoint(write_gguf(tmp_path / f"{number}.gguf", case, model))
+        driver = Driver(executor_at(checkpoint))
+        results.append(driver.step([(driver.add(tokens), 40)])[0])
+        monkeypatch.setattr(family_cases, "gguf_tensors", apart)
+    assert torch.equal(*results)
+
+
+def executor_at(checkpoint: Checkpoint) -> TorchExecutor:
+    executor = TorchExecutor(
+        checkpoint.spec, checkpoint.weights, block_size=16, max_model_len=512, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    executor.allocate_kv_cache(200)
+    return executor
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def moe_from_gguf(
     """
     experts = config.read("expert_count", int, low=1, high=MAX_EXPERTS)
     layers = config.read("block_count", int, low=1)
-    sparse = [layer for layer in range(layers) if f"blk.{layer}.ffn_down_exps.weight" in tensors]
+    down = "ffn_down.0.weight" if has_experts_apart(tensors) else "ffn_down_exps.weight"
+    sparse = [layer for layer in range(layers) if f"blk.{layer}.{down}" in tensors]
     if not sparse:
         raise config.wrong("tensor blk.0.ffn_down_exps.weight", "present (the experts in one tensor)", None)
     prefix = f"blk.{sparse[0]}."
@@ -64,7 +65,7 @@ def moe_from_gguf(
     return MoeSpec(
         num_experts=experts,
         top_k=config.read("expert_used_count", int, low=1, high=experts),
-        intermediate_size=tensors[prefix + "ffn_down_exps.weight"].shape[-1],
+        intermediate_size=tensors[prefix + down].shape[-1],
         scoring=scoring,
         normalize=normalize,
         dense_layers=tuple(layer for layer in range(layers) if layer not in sparse),
@@ -73,6 +74,11 @@ def moe_from_gguf(
         router_bias=prefix + "ffn_gate_inp.bias" in tensors,
         expert_bias=prefix + "ffn_down_exps.bias" in tensors,
     )
+
+
+def has_experts_apart(tensors: Mapping[str, RawTensor]) -> bool:
+    """Whether a GGUF file keeps each expert in tensors of its own, as the first ones of Mixtral do."""
+    return "blk.0.ffn_down.0.weight" in tensors
 
 
 def with_experts(spec: ModelSpec, family: str, moe: MoeSpec) -> ModelSpec:

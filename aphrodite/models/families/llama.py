@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
-from aphrodite.loading.parameters import GGUF_NAMES, Storage
+from aphrodite.loading.parameters import EXPERT_PLACEHOLDER, GGUF_NAMES, Storage
 from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf
-from aphrodite.models.families.experts import moe_from_gguf, with_experts
+from aphrodite.models.families.experts import has_experts_apart, moe_from_gguf, with_experts
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
@@ -30,6 +30,14 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
     return with_experts(spec, "mixtral", moe_from_gguf(config, tensors, normalize=True))
 
 
+def _gguf_storage(tensors: Mapping[str, RawTensor]) -> Storage:
+    if not has_experts_apart(tensors):
+        return _GGUF
+    names = {f"expert_{part}": f"ffn_{part}.{EXPERT_PLACEHOLDER}" for part in ("gate", "up", "down")}
+    return Storage(names=GGUF_NAMES.renamed(names), interleaved=True)
+
+
+_GGUF = Storage(names=GGUF_NAMES, interleaved=True)
 LLAMA = Family(
     name="llama",
     title="Llama 2 to 3.3, SmolLM 1 and 2, Yi, Falcon 3, DeepSeek LLM, Vicuna",
@@ -37,5 +45,6 @@ LLAMA = Family(
     from_config=_from_config,
     gguf_architecture="llama",
     from_gguf=_from_gguf,
-    gguf=Storage(names=GGUF_NAMES, interleaved=True),
+    gguf=_GGUF,
+    gguf_of=_gguf_storage,
 )
