@@ -94,7 +94,8 @@ class TritonLatentAttention:
         fp8 = shape.cache_dtype == torch.float8_e4m3fn
         self.decode_config = latent_decode_config(shape.num_heads, shape.dtype, card, fp8_cache=fp8)
         self.absorbed_config = absorbed_config(shape.dtype, card, fp8_cache=fp8)
-        self.expanded_config = expanded_config(shape.dtype, card)
+        widest = max(shape.mla.qk_nope_head_dim, shape.mla.v_head_dim)
+        self.expanded_config = expanded_config(shape.dtype, card, widest)
         rows = self.absorbed_config.rows
         self.absorbed_heads = next(n for n in range(min(rows, shape.num_heads), 0, -1) if shape.num_heads % n == 0)
         self._programs = multiprocessors(shape.device)

@@ -237,8 +237,8 @@ def _latent_decode_kernel(
         if finished == chunks - 1:
             tl.store(counter, 0)  # for the next layer
             result = _combine(
-                partials, statistics, first_slot, chunks, head_block, HEAD_BLOCKS, GROUP, GROUP_PAD, RANK, RANK_PAD,
-                COMBINE,
+                partials, statistics, absorbed, first_slot, chunks, head_block, HEAD_BLOCKS, GROUP, GROUP_PAD, RANK,
+                RANK_PAD, COMBINE, False,
             )  # fmt: skip
             few = tl.arange(0, GROUP_PAD)
             head = head_block * GROUP + few

@@ -56,10 +56,18 @@ def absorbed_config(dtype: torch.dtype, card: Card, *, fp8_cache: bool) -> Ragge
     return RaggedConfig(rows=32, tile=16, num_warps=8, num_stages=2)
 
 
-def expanded_config(dtype: torch.dtype, card: Card) -> RaggedConfig:
-    """Launch parameters for heads of some 128 + 64 dimensions; the rows of a tile are those of one head."""
+def expanded_config(dtype: torch.dtype, card: Card, widest: int) -> RaggedConfig:
+    """Launch parameters; the rows of a tile are those of one head.
+
+    Args:
+        widest: dimensions of a head's value, or of its key but for those that turn.
+    """
     if dtype == torch.float32:
-        return RaggedConfig(rows=32, tile=16, num_warps=8, num_stages=1)
+        return RaggedConfig(rows=32 if widest <= 128 else 16, tile=16, num_warps=8, num_stages=1)
+    if widest > 128:
+        if card == "hip":
+            return RaggedConfig(rows=64, tile=32, num_warps=4, num_stages=2)
+        return RaggedConfig(rows=128 if card == "hopper" else 64, tile=32, num_warps=8, num_stages=2)
     if card == "hip":
         return RaggedConfig(rows=128, tile=32, num_warps=4, num_stages=1)
     if card == "hopper":

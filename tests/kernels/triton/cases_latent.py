@@ -110,17 +110,26 @@ def _absorbed(target: str, dtype: torch.dtype, kv: KVFormat, *, pdl: bool = Fals
     )
 
 
-def _expanded(target: str, dtype: torch.dtype, *, pdl: bool = False) -> KernelCase:
+def _expanded(
+    target: str, dtype: torch.dtype, *, nope: int = NOPE, value_dim: int = VALUE_DIM, pdl: bool = False
+) -> KernelCase:
     element = f"*{NAMES[dtype]}"
-    config = expanded_config(dtype, CARDS[target])
+    config = expanded_config(dtype, CARDS[target], max(nope, value_dim))
     return KernelCase(
-        name=f"latent prefill, expanded {NAMES[dtype]}{' pdl' * pdl}",
+        name=f"latent prefill, expanded to {nope} {NAMES[dtype]}{' pdl' * pdl}",
         kernel=_expanded_kernel,
         arguments={"query": element, "keys": element, "shared": element, "values": element, "out": element}
         | {"tiles": "*i32", "key_start": "*i32", "query_start": "*i32", "context_lens": "*i32"}
         | {"query_stride": "i32:16", "positions": "i32", "first_head": "i32"}
-        | {"scale": "fp32", "HEADS": 16, "NOPE": NOPE, "NOPE_PAD": NOPE, "TURNING": TURNING, "TURNING_PAD": TURNING}
-        | {"SHARED_STRIDE": RANK + TURNING, "VALUE_DIM": VALUE_DIM, "VALUE_PAD": VALUE_DIM}
+        | {
+            "scale": "fp32",
+            "HEADS": 16,
+            "NOPE": nope,
+            "NOPE_PAD": triton.next_power_of_2(nope),
+            "TURNING": TURNING,
+            "TURNING_PAD": TURNING,
+        }
+        | {"SHARED_STRIDE": RANK + TURNING, "VALUE_DIM": value_dim, "VALUE_PAD": value_dim}
         | {"ROWS": config.rows, "TILE": config.tile, "FIELDS": TILE_FIELDS, "PDL": pdl},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -135,8 +144,11 @@ def _cases(target: str) -> list[KernelCase]:
     for dtype in (half, single) if target != "gfx942" else (half,):
         cases.append(_decode(target, 16, dtype, KVFormat.PLAIN))
         cases.append(_absorbed(target, dtype, KVFormat.PLAIN))
-        cases.append(_expanded(target, dtype))
-    cases += [_decode(target, 128, half, KVFormat.PLAIN), _decode(target, 16, half, fp8), _absorbed(target, half, fp8)]
+        cases += [
+            _expanded(target, dtype),
+            _expanded(target, dtype, nope=192, value_dim=256),
+        ]  # DeepSeek, GLM 4.7 Flash
+    cases += [_decode(target, 20, half, KVFormat.PLAIN), _decode(target, 16, half, fp8), _absorbed(target, half, fp8)]
     if target == "sm_90":
         cases += [_cache(target, pdl=True), _decode(target, 16, half, KVFormat.PLAIN, pdl=True)]
         cases += [_absorbed(target, half, KVFormat.PLAIN, pdl=True), _expanded(target, half, pdl=True)]
