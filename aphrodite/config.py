@@ -104,8 +104,11 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
         "auto", "Arithmetic type of dequantized layers; float32 is the exact reference mode.", "Compute"
     )
-    quantization: Literal["none", "fp8"] = _setting(
-        "none", "Quantize a GPU's weights at load; fp8 (e4m3) halves them and doubles the rate of products.", "Compute"
+    quantization: Literal["none", "int4", "int8", "fp8", "bitsandbytes"] = _setting(
+        "none",
+        "Quantize a full-precision checkpoint's layers at load: int4 (groups of 128; on a CPU as Q4_1), int8 (on a CPU "
+        "as Q8_0), and on GPUs fp8 (e4m3, whose products have twice the rate) and bitsandbytes (NF4).",
+        "Compute",
     )
     activations: Literal["int16", "int8", "float32"] = _setting(
         "int16",

@@ -23,6 +23,7 @@ from aphrodite.layers.dense import short_name
 from aphrodite.loading.checkpoint import Checkpoint
 from aphrodite.loading.foreign import open_described
 from aphrodite.models.spec import ModelSpec
+from aphrodite.quantization.at_load import QuantizedWeights
 from aphrodite.quantization.types import QuantType, RawTensor
 from aphrodite.runner.data_plane import DataPlane
 from aphrodite.runner.executor import DeviceModelExecutor, ModelExecutor
@@ -169,12 +170,14 @@ def _host_executor(
         raise ConfigError("--executor triton runs on GPUs; leave --executor at auto on a CPU")
     if config.cpu_offload_gb:
         raise ConfigError("--cpu-offload-gb is for GPUs; on a CPU all weights are in its memory")
-    if config.quantization != "none":
-        raise ConfigError(f"--quantization {config.quantization} is for GPUs; a CPU keeps a GGUF file's 4 to 8 bits")
+    if config.quantization in ("fp8", "bitsandbytes"):
+        raise ConfigError(f"--quantization {config.quantization} is for GPUs; a CPU has int4 and int8")
     threads = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if not isinstance(checkpoint, Checkpoint):
+        if config.quantization != "none":
+            raise ConfigError(_not_for_foreign("--quantization", checkpoint))
         return _foreign_host_executor(config, checkpoint, max_model_len, threads)
-    weights = _ReportingWeights(checkpoint.weights, checkpoint.weight_bytes, progress)
+    weights = _weights(config, checkpoint, progress, on_host=True)
     reason = _native_declines(config, checkpoint.spec, weights)
     if config.executor == "native" and reason is not None:
         raise ConfigError(f"--executor native cannot serve this: {reason}")
@@ -336,7 +339,7 @@ def _device_executor(
 
         return DeviceExecutor(
             checkpoint.spec,
-            _ReportingWeights(checkpoint.weights, checkpoint.weight_bytes, progress),
+            _weights(config, checkpoint, progress, on_host=False),
             block_size=config.block_size,
             max_model_len=max_model_len,
             dtype=dtype,
@@ -347,13 +350,27 @@ def _device_executor(
         )
     from aphrodite.runner.transformers_executor import TransformersExecutor
 
-    if fp8 or config.cpu_offload_gb:
-        setting = "--quantization fp8" if fp8 else "--cpu-offload-gb"
-        raise ConfigError(f"{setting} is for built-in models; {checkpoint.spec.family} is left to transformers")
+    if config.quantization != "none" or config.cpu_offload_gb:
+        setting = "--quantization" if config.quantization != "none" else "--cpu-offload-gb"
+        raise ConfigError(_not_for_foreign(setting, checkpoint))
     return TransformersExecutor(
         checkpoint, block_size=config.block_size, max_model_len=max_model_len, dtype=dtype, kv_dtype=kv_dtype,
         device=device,
     )  # fmt: skip
+
+
+def _not_for_foreign(setting: str, loader: ForeignLoader) -> str:
+    return f"{setting} is for built-in models; {loader.spec.family} is left to transformers"
+
+
+def _weights(
+    config: EngineConfig, checkpoint: Checkpoint, progress: ProgressCallback | None, *, on_host: bool
+) -> _ReportingWeights:
+    """The checkpoint's parameters as the executor shall hold them."""
+    weights: Mapping[str, RawTensor] = checkpoint.weights
+    if config.quantization != "none":
+        weights = QuantizedWeights(weights, config.quantization, on_host=on_host)
+    return _ReportingWeights(weights, checkpoint.weight_bytes, progress)
 
 
 def _device_dtype(checkpoint: Checkpoint | ForeignLoader) -> torch.dtype:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from aphrodite.kernels.dispatch import Declined
+from aphrodite.quantization.at_load import AtLoadMatrix, quantize
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
 from aphrodite.quantization.layouts import (
     CodebookGroups,
@@ -20,6 +21,7 @@ from aphrodite.quantization.layouts import (
     Int8Groups,
     PackedLayout,
     consecutive_permutation,
+    stack_layouts,
 )
 from aphrodite.quantization.noise import noise_blocks
 from aphrodite.quantization.packed import (
@@ -221,6 +223,24 @@ def _noise(matrix: NoiseMatrix, device: torch.device) -> PackedLayout:
     return make(codes, scales, zeros, matrix.group_size)
 
 
+def _at_load(matrix: AtLoadMatrix, device: torch.device) -> PackedLayout:
+    """Quantized on the device, some rows at a time."""
+    rows, columns = matrix.shape
+    step = max(1, _PIECE_VALUES // columns)
+    if isinstance(matrix.source, NoiseTensor) and device.type != "cpu":
+        generator = torch.Generator(device).manual_seed(matrix.source.seed)
+        noise = torch.empty((min(step, rows), columns), device=device)
+        pieces = (
+            noise.normal_(0.0, matrix.source.standard_deviation, generator=generator) for _ in range(0, rows, step)
+        )
+        quantized = [quantize(piece, matrix.kind) for piece in pieces]
+    else:
+        taken = (matrix.source.take_rows(slice(first, first + step)) for first in range(0, rows, step))
+        quantized = [quantize(_dense(piece, device).float(), matrix.kind) for piece in taken]
+    (stacked,) = stack_layouts(quantized)
+    return stacked if stacked.shape[0] == rows else stacked.take_rows(slice(0, rows))
+
+
 _LAYOUTS: dict[type[PackedMatrix], Callable[..., PackedLayout]] = {
     AwqMatrix: _awq,
     GptqMatrix: _gptq,
@@ -228,4 +248,5 @@ _LAYOUTS: dict[type[PackedMatrix], Callable[..., PackedLayout]] = {
     ScaledMatrix: _scaled,
     BitsAndBytesMatrix: _bitsandbytes,
     NoiseMatrix: _noise,
+    AtLoadMatrix: _at_load,
 }

@@ -24,6 +24,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         pytest.param({"executor": "triton"}, "--device cuda", marks=NO_GPU),
         ({"device": "cpu", "executor": "triton"}, "runs on GPUs"),
         ({"device": "cpu", "cpu_offload_gb": 1.0}, "is for GPUs"),
+        ({"device": "cpu", "quantization": "fp8"}, "is for GPUs; a CPU has int4 and int8"),
+        ({"device": "cpu", "quantization": "bitsandbytes"}, "is for GPUs"),
         ({"device": "cpu", "kv_cache_dtype": "fp8"}, "float16 and float32"),
         ({"device": "cpu", "kv_cache_dtype": "bfloat16"}, "float16 and float32"),
         ({"executor": "torch", "dtype": "float32", "kv_cache_dtype": "float16"}, "leave it at auto"),
@@ -33,6 +35,20 @@ def test_settings_that_cannot_be_had_are_refused(tiny_model: Path, settings: dic
     config = EngineConfig(model=str(tiny_model), load_format="dummy", threads=1, **settings)
     with pytest.raises(ConfigError, match=words):
         build_engine(config, ())
+
+
+@pytest.mark.parametrize("executor", ["native", "torch"])
+def test_a_cpu_quantizes_at_load(tiny_model: Path, executor: str) -> None:
+    sizes = {}
+    for kind in ("none", "int8", "int4"):
+        config = EngineConfig(
+            model=str(tiny_model), load_format="dummy", threads=1, device="cpu", executor=executor, quantization=kind
+        )  # type: ignore[arg-type]
+        built = build_engine(config, ())
+        sizes[kind] = built.info.weight_bytes
+    assert sizes["int4"] < sizes["none"]
+    if executor == "native":  # torch has no products of 8-bit blocks
+        assert sizes["int4"] < sizes["int8"] < sizes["none"]
 
 
 def plan(**changes: Any) -> Any:
