@@ -15,7 +15,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,14 +30,14 @@ from aphrodite.loading.foreign import ForeignCheckpoint
 from aphrodite.loading.generation import GenerationDefaults
 from aphrodite.loading.report import listed
 from aphrodite.loading.safetensors import StoredTensor
+from aphrodite.models.foreign_fit import AttentionCall, attention_misfit, class_misfit, module_misfit, spec_of
 from aphrodite.models.shape import ForeignSpec
 from aphrodite.quantization.types import QuantType
 
 ATTENTION = "aphrodite"
 _ROUTER = "aphrodite_router"
+_PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 _PROBE_TOKENS = 4
-# Rotary embeddings whose angles depend on the longest text of a step, so a request's tokens on its neighbours.
-_CHANGING_ROTARY = ("dynamic", "longrope")
 # What config.json must not choose: implementations that transformers would fetch, or hooks into its loading.
 _IGNORED_KEYS = frozenset(
     {"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "kernel_config", "use_kernels"}
@@ -47,18 +47,6 @@ _TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-class AttentionCall(NamedTuple):
-    """What a layer of transformers asks of attention; tensors are `[1, heads, T, head_dim]`."""
-
-    module: nn.Module
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    scaling: float | None
-    options: Mapping[str, Any]
 
 
 class Router(Protocol):
@@ -290,12 +278,7 @@ def _assemble(
 def _probe(checkpoint: ForeignCheckpoint) -> tuple[ForeignSpec, list[str]]:
     """Run the model once without weights: what it asks of attention, and the names of its attention modules."""
     model_class, config = _model_class(checkpoint)
-    if getattr(config, "is_encoder_decoder", False):
-        raise _declined(checkpoint, "it has an encoder, and text is served by decoders alone")
-    if getattr(model_class, "_is_stateful", False):
-        raise _declined(checkpoint, "its layers keep other state than keys and values (as state-space models do)")
-    if not getattr(model_class, "_supports_attention_backend", False):
-        raise _declined(checkpoint, "its attention in transformers cannot be replaced")
+    _decline(checkpoint, class_misfit(model_class, config))
     _check_types(checkpoint)
     # All elements of such a tensor are one value in memory.
     hollow = {
@@ -303,10 +286,7 @@ def _probe(checkpoint: ForeignCheckpoint) -> tuple[ForeignSpec, list[str]]:
         for name, stored in checkpoint.tensors.items()
     }
     module = _assemble(checkpoint, model_class, config, hollow, torch.bfloat16).to("meta")
-    kinds = {getattr(child, "rope_type", None) for child in module.modules()}
-    changing = [kind for kind in _CHANGING_ROTARY if kind in kinds]
-    if changing:
-        raise _declined(checkpoint, f"its {changing[0]} rotary scaling would let a text depend on those beside it")
+    _decline(checkpoint, module_misfit(module))
     calls: list[AttentionCall] = []
 
     def record(call: AttentionCall) -> torch.Tensor:
@@ -320,11 +300,18 @@ def _probe(checkpoint: ForeignCheckpoint) -> tuple[ForeignSpec, list[str]]:
             logits = module(input_ids=tokens, position_ids=tokens, use_cache=False).logits
     except Exception as error:  # of any kind: this is somebody else's code
         raise _declined(checkpoint, f"trying it without weights failed: {_line(error)}") from None
-    reason = _misfit(config, calls)
+    _decline(checkpoint, attention_misfit(config, calls))
+    names = {child: name for name, child in module.named_modules()}
+    return spec_of(config, calls, logits.shape[-1]), [names[call.module] for call in calls]
+
+
+def _decline(checkpoint: ForeignCheckpoint, reason: str | None) -> None:
+    """
+    Raises:
+        UnknownArchitectureError: there is a reason.
+    """
     if reason is not None:
         raise _declined(checkpoint, reason)
-    names = {child: name for name, child in module.named_modules()}
-    return _spec(config, calls, logits.shape[-1]), [names[call.module] for call in calls]
 
 
 def _hollow_dtype(stored: str) -> torch.dtype:
@@ -332,98 +319,17 @@ def _hollow_dtype(stored: str) -> torch.dtype:
     return torch.bfloat16 if dtype.is_floating_point else dtype
 
 
-def _misfit(config: Any, calls: list[AttentionCall]) -> str | None:
-    """Why what was seen of the model's attention cannot be served by paged attention; None if it can."""
-    num_layers = config.num_hidden_layers
-    if len(calls) != num_layers or len({call.module for call in calls}) != num_layers:
-        return f"{len(calls)} calls of attention in {num_layers} layers: some have none, or attention of another kind"
-    if _max_position(config) is None:
-        return "its configuration does not say how long a context may be"
-    first = calls[0]
-    for call in calls:
-        if (reason := _call_misfit(call)) is not None:
-            return reason
-        if _heads(call) != _heads(first) or _scale(call) != _scale(first) or _softcap(call) != _softcap(first):
-            return "its layers have attention of different shapes or scales"
-    if _has_window(config) and not any(_window(call) for call in calls):
-        return f"its sliding window of {config.sliding_window} does not reach the attention function"
-    return None
-
-
-def _has_window(config: Any) -> bool:
-    """Whether some layers should see only the latest positions."""
-    if not getattr(config, "sliding_window", None) or not getattr(config, "use_sliding_window", True):
-        return False
-    kinds = getattr(config, "layer_types", None)
-    return kinds is None or "sliding_attention" in kinds
-
-
-def _call_misfit(call: AttentionCall) -> str | None:
-    tokens = call.query.shape[2]
-    if call.key.shape != call.value.shape or call.query.shape[3] != call.key.shape[3] or call.key.shape[2] != tokens:
-        return "its keys and values differ in size from each other or from its queries"
-    if call.query.shape[1] % call.key.shape[1]:
-        return "its query heads are no multiple of its KV heads"
-    if call.mask is not None:
-        return "it makes attention masks of its own"
-    if call.options.get("s_aux") is not None:
-        return "its attention has sinks"
-    if not call.options.get("is_causal", getattr(call.module, "is_causal", True)):
-        return "its attention looks ahead"
-    return None
-
-
-def _heads(call: AttentionCall) -> tuple[int, int, int]:
-    return call.query.shape[1], call.key.shape[1], call.query.shape[3]
-
-
-def _scale(call: AttentionCall) -> float:
-    return float(call.query.shape[3] ** -0.5 if call.scaling is None else call.scaling)
-
-
-def _softcap(call: AttentionCall) -> float:
-    return float(call.options.get("softcap") or 0.0)
-
-
-def _window(call: AttentionCall) -> int | None:
-    return call.options.get("sliding_window") or None
-
-
-def _spec(config: Any, calls: list[AttentionCall], vocab_size: int) -> ForeignSpec:
-    num_heads, num_kv_heads, head_dim = _heads(calls[0])
-    return ForeignSpec(
-        family=config.model_type,
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=max(getattr(config, "intermediate_size", None) or 0, 4 * config.hidden_size),
-        num_layers=len(calls),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position=cast(int, _max_position(config)),
-        windows=tuple(_window(call) for call in calls),
-        query_scale=_scale(calls[0]),
-        softcap=_softcap(calls[0]),
-        rotary_scaling=_rotary_scaling(config),
-        tied_head=bool(getattr(config, "tie_word_embeddings", False)),
-    )
-
-
-def _rotary_scaling(config: Any) -> str:
-    parameters = getattr(config, "rope_parameters", None)
-    kind = parameters.get("rope_type", "default") if isinstance(parameters, Mapping) else "default"
-    return "none" if kind == "default" else str(kind)
-
-
-def _max_position(config: Any) -> int | None:
-    length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
-
-
 def _route(module: nn.Module, router: Router) -> None:
     """Have the attention of all of `module` served by `router`."""
     for child in module.modules():
         setattr(child, _ROUTER, router)
+        if isinstance(child, transformers.PreTrainedModel):
+            # It reads token ids on the host, to warn of masks that are missing; a ragged step has none.
+            setattr(child, _PADDING_WARNING, _nothing)
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    """Does nothing."""
 
 
 @contextlib.contextmanager

@@ -35,12 +35,11 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def save(name: str, folder: Path) -> Path:
     torch.manual_seed(5)
-    config = getattr(transformers, f"{request.param}Config")(**CASES[request.param])
-    getattr(transformers, f"{request.param}ForCausalLM")(config).float().save_pretrained(tmp_path)
-    return tmp_path
+    config = getattr(transformers, f"{name}Config")(**CASES[name])
+    getattr(transformers, f"{name}ForCausalLM")(config).float().save_pretrained(folder)
+    return folder
 
 
 def answers(model: Path, **settings: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -60,19 +59,20 @@ def answers(model: Path, **settings: Any) -> tuple[dict[str, list[int]], dict[st
     return found, built.info.kernels
 
 
-def test_tokens_are_those_of_the_cpu(checkpoint: Path) -> None:
-    tokens, kernels = answers(checkpoint, device="cuda", dtype="float32")
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_those_of_the_cpu(name: str, tmp_path: Path) -> None:
+    model = save(name, tmp_path)
+    tokens, kernels = answers(model, device="cuda", dtype="float32")
     assert kernels["attention"].startswith("triton paged")
     assert "transformers" in kernels["executor"]
-    assert tokens == answers(checkpoint, device="cpu", dtype="float32")[0]
+    assert tokens == answers(model, device="cpu", dtype="float32")[0]
 
 
-@pytest.mark.parametrize("cache", ["auto", "fp8"])
-def test_half_precision_passes_the_comparison_and_answers(checkpoint: Path, cache: str) -> None:
-    tokens, _ = answers(checkpoint, device="cuda", dtype="bfloat16", kv_cache_dtype=cache)
+def test_half_precision_passes_the_comparison_and_answers(tmp_path: Path) -> None:
+    tokens, _ = answers(save("Starcoder2", tmp_path), device="cuda", dtype="bfloat16", kv_cache_dtype="fp8")
     assert all(len(answer) == 24 for answer in tokens.values())
 
 
-def test_settings_of_built_in_models_are_refused(checkpoint: Path) -> None:
+def test_settings_of_built_in_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AphroditeError, match="left to transformers"):
-        answers(checkpoint, device="cuda", quantization="fp8")
+        answers(save("GPTNeoX", tmp_path), device="cuda", quantization="fp8")

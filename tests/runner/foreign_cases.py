@@ -19,7 +19,15 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT2 = {"vocab_size": 211, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "initializer_range": 0.15}
+_GPT2 = {
+    "vocab_size": 211,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+}
 
 
 class ForeignCase(NamedTuple):
@@ -51,7 +59,9 @@ class ForeignCase(NamedTuple):
 GPT_NEOX = ForeignCase("GPTNeoX", SIZES)
 CASES = {
     "gpt_neox": GPT_NEOX,  # parallel blocks, stacked qkv, partial rotary embedding
-    "gpt2": ForeignCase("GPT2", {**_GPT2, "bos_token_id": 1, "eos_token_id": 2}, "LMHeadModel"),  # learned positions
+    "gpt2": ForeignCase(
+        "GPT2", {**_GPT2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, "LMHeadModel"
+    ),  # learned positions
     "starcoder2": ForeignCase("Starcoder2", {**SIZES, "num_key_value_heads": 2, "sliding_window": 40}),
     "opt": ForeignCase("OPT", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.15}),
     "phimoe": ForeignCase(

@@ -198,8 +198,9 @@ def edit_config(folder: Path, **changes: Any) -> Path:
         (ForeignCase("Mamba", {"vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 2}), {}, "other state"),
         (ForeignCase("Bert", {**SIZES}, "LMHeadModel"), {"is_decoder": False}, "looks ahead"),
         (GPT_NEOX, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic rotary"),
+        (GPT_NEOX, {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "'chunked_attention'"),
     ],
-    ids=["alibi", "state", "encoder", "dynamic"],
+    ids=["alibi", "state", "encoder", "dynamic", "chunks"],
 )
 def test_what_does_not_fit_is_declined_with_the_reason(
     case: ForeignCase, options: dict[str, Any], reason: str, tmp_path: Path
