@@ -171,6 +171,7 @@ class _Header:
         if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment!r}, not a power of two up to {MAX_ALIGNMENT}")
         found = [self._tensor_info() for _ in range(self._num_tensors)]
+        self._check_types([(name, type_id) for name, _, type_id, _ in found])
         data_start = -(-self._position // alignment) * alignment
         data = np.frombuffer(self._buffer, np.uint8)
         tensors: dict[str, RawTensor] = {}
@@ -179,7 +180,7 @@ class _Header:
                 raise self._damaged(f"tensor {name!r} appears twice")
             if offset % alignment:
                 raise self._damaged(f"tensor {name!r} starts at {offset}, which is not a multiple of {alignment}")
-            tensors[name] = self._tensor(name, shape, self._quant_type(name, type_id), data, data_start + offset)
+            tensors[name] = self._tensor(name, shape, _QUANT_TYPES[type_id], data, data_start + offset)
         return tensors
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -191,16 +192,21 @@ class _Header:
         shape = struct.unpack(f"<{dims}Q", self._take(8 * dims, "a tensor shape"))[::-1]
         return name, shape, self._u32(), self._u64()
 
-    def _quant_type(self, name: str, type_id: int) -> QuantType:
-        qtype = _QUANT_TYPES.get(type_id)
-        if qtype is None:
-            known = _OTHER_TYPES.get(type_id)
-            supported = ", ".join(qtype.name for qtype in QuantType)
-            raise ModelFormatError(
-                f"{self._path}: tensor {name!r} is stored as {known or f'unknown type {type_id}'}, "
-                f"which is not supported; use a file with {supported}"
-            )
-        return qtype
+    def _check_types(self, found: Sequence[tuple[str, int]]) -> None:
+        """
+        Raises:
+            ModelFormatError: tensors are of types that are not supported; it names the first and counts the others.
+        """
+        others = [(name, type_id) for name, type_id in found if type_id not in _QUANT_TYPES]
+        if not others:
+            return
+        name, type_id = others[0]
+        known = _OTHER_TYPES.get(type_id)
+        more = f" ({len(others)} of {len(found)} tensors are of such types)" if len(others) > 1 else ""
+        raise ModelFormatError(
+            f"{self._path}: tensor {name!r} is stored as {known or f'unknown type {type_id}'}, which is not "
+            f"supported{more}; use a file with {', '.join(qtype.name for qtype in QuantType)}"
+        )
 
     def _tensor(self, name: str, shape: tuple[int, ...], qtype: QuantType, data: np.ndarray, start: int) -> RawTensor:
         if min(shape) < 1 or shape[-1] % qtype.block_size:

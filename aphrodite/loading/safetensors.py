@@ -8,6 +8,7 @@ checkpoints spread over several files that `model.safetensors.index.json` lists.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
@@ -63,6 +64,22 @@ class StoredTensor:
             )
         rows, columns = math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
         return RawTensor(self.name, self.shape, qtype, self.data.reshape(rows, qtype.row_bytes(columns)))
+
+
+def dense_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, RawTensor]:
+    """Tensors for parameters that are stored without quantization.
+
+    Raises:
+        ModelFormatError: some are of other types than F32, F16 and BF16.
+    """
+    others = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _DENSE]
+    if len(others) > 1:
+        source = next(iter(tensors.values())).source.parent
+        raise ModelFormatError(
+            f"{source}: {len(others)} tensors are stored in types that are not supported: "
+            f"{listed('of them', others)[0]}; use a checkpoint in {', '.join(_DENSE)}"
+        )
+    return {name: tensor.dense() for name, tensor in tensors.items()}
 
 
 class _Entry(NamedTuple):

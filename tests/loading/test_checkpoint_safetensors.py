@@ -343,7 +343,7 @@ def test_ambiguous_and_empty_folders(tmp_path: Path) -> None:
 def test_what_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="there is no file or folder"):
         open_checkpoint(tmp_path / "nothing")
-    with pytest.raises(ModelFormatError, match="hf download org/model-7b"):
+    with pytest.raises(ModelFormatError, match="aphrodite models pull org/model-7b"):
         open_checkpoint("org/model-7b")
 
 
@@ -381,3 +381,15 @@ def test_dummy_weights_want_a_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelFormatError, match="not valid JSON"):
         open_checkpoint(tmp_path, load_format="dummy")
+
+
+def test_all_types_that_are_not_supported_are_told(tmp_path: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    changed = {name: tensor.double() if "norm" in name else tensor for name, tensor in tensors.items()}
+    changed["model.embed_tokens.weight"] = changed["model.embed_tokens.weight"].to(torch.int8)
+    save_file(changed, file)
+    with pytest.raises(ModelFormatError, match=r"types that are not supported: of them: .*\(F64\).*\(I8\)") as caught:
+        open_checkpoint(tmp_path)
+    assert "use a checkpoint in F32, F16, BF16" in str(caught.value)

@@ -122,7 +122,10 @@ INDEXES: dict[str, tuple[object, str]] = {
     "pickle": ({"weight_map": {"a": "x.bin"}}, "not the name of a safetensors file beside it"),
     "number": ({"weight_map": {"a": 3}}, "not the name of a safetensors file beside it"),
     "list": ({"weight_map": {"a": ["x"]}}, "not the name of a safetensors file beside it"),
-    "absent file": ({"weight_map": {"a": "y.safetensors"}}, "No such file"),
+    "absent files": (
+        {"weight_map": {"a": "x.safetensors", "b": "y.safetensors", "c": "w.safetensors"}},
+        "3 files belong together; missing: y.safetensors, w.safetensors",
+    ),
     "absent tensor": ({"weight_map": {"b": "x.safetensors"}}, "1 listed tensors are not in their files, 'b'"),
     "twice": ({"weight_map": {"a": "x.safetensors", "b": "z.safetensors"}}, "in more than one file"),
 }

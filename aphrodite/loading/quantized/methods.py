@@ -12,7 +12,7 @@ from aphrodite.loading.quantized.compressed_tensors import unpack_compressed_ten
 from aphrodite.loading.quantized.eight_bit import unpack_fp8
 from aphrodite.loading.quantized.integer_words import unpack_awq, unpack_gptq
 from aphrodite.loading.quantized.mxfp4 import unpack_mxfp4
-from aphrodite.loading.safetensors import StoredTensor
+from aphrodite.loading.safetensors import StoredTensor, dense_tensors
 from aphrodite.quantization.types import RawTensor
 
 _GPTQ_FILE = "quantize_config.json"
@@ -45,7 +45,7 @@ def unpack_tensors(tensors: dict[str, StoredTensor], config: ConfigReader, direc
     if section is None and own_file.exists():
         section = ConfigReader.from_file(own_file).with_defaults({"quant_method": "gptq"})
     if section is None:
-        return {name: tensor.dense() for name, tensor in tensors.items()}
+        return dense_tensors(tensors)
     method = section.read("quant_method", str, "")
     if method not in _METHODS:
         raise ModelFormatError(
@@ -54,4 +54,4 @@ def unpack_tensors(tensors: dict[str, StoredTensor], config: ConfigReader, direc
         )
     rest = dict(tensors)
     packed = _METHODS[method](rest, section)
-    return {**{name: tensor.dense() for name, tensor in rest.items()}, **packed}
+    return {**dense_tensors(rest), **packed}
