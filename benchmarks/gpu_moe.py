@@ -166,8 +166,7 @@ class Layers:
         size = grouped_gemm.pairs_of_tile(count * self.model.top_k, self.model.experts)
         tiles = [group_tokens(router(x, self.moe)[0], self.model.experts, size) for router in self.routers]
         inner = x.new_zeros(count * self.model.top_k, self.model.inner)
-        packed = self.model.packed is not None
-        chunks = (128, 256) if packed else (64, 128, 256)
+        chunks = (64, 128, 256)
         for name, source, weights in (("gate_up", x, self.gate_up), ("down", inner, self.down)):
             found = []
             for rows, chunk, stages, warps in itertools.product((32, 64, 128), chunks, (2, 3, 4), (4, 8)):

@@ -3,6 +3,7 @@
 Packed weights stay so in memory and are widened in registers, a tile at a time (`packed.py`).
 """
 
+# ruff: noqa: RUF005  (Triton's tuples know no unpacking)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -187,7 +188,12 @@ def _plane_tile(
     high_words = low_words
     if HIGH_BITS > 0:
         high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
-    word = step * COUNT + tl.arange(0, COUNT)
+    k = step * CHUNK + tl.arange(0, CHUNK)
+    if columns % CHUNK == 0:
+        values = tl.load(from_x + k[:, None])
+    else:
+        values = tl.load(from_x + k[:, None], mask=k[:, None] < columns, other=0.0)
+    fields = ()  # type: Any
     for span in tl.static_range(SPANS):
         factor, shift = _load_affine(
             scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
@@ -197,14 +203,16 @@ def _plane_tile(
         shift = _spread(shift, ROWS, RUNS)
         for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
             code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-            column = (word // 4) * RUN + word % 4 + 4 * index
-            if columns % CHUNK == 0:
-                values = tl.load(from_x + column[:, None])
-            else:
-                values = tl.load(from_x + column[:, None], mask=(column < columns)[:, None], other=0.0)
-            tile = (code * factor - shift).to(values.dtype)
-            total = tl.dot(tile, values, total, input_precision="ieee")
-    return total
+            fields = fields + ((code * factor - shift).to(values.dtype),)
+    # Columns in their order, so that activations are fetched whole and one product takes them all.
+    if IN_WORD == 8:
+        even = tl.join(tl.join(fields[0], fields[4]), tl.join(fields[2], fields[6]))
+        odd = tl.join(tl.join(fields[1], fields[5]), tl.join(fields[3], fields[7]))
+        joined = tl.join(even, odd)
+    else:
+        joined = tl.join(tl.join(fields[0], fields[2]), tl.join(fields[1], fields[3]))
+    tile = tl.permute(tl.reshape(joined, (ROWS, RUNS, 4, IN_WORD)), (0, 1, 3, 2))
+    return tl.dot(tl.reshape(tile, (ROWS, CHUNK)), values, total, input_precision="ieee")
 
 
 @triton.jit

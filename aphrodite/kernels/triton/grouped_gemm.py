@@ -80,8 +80,10 @@ def tile_config(size: int, in_features: int, itemsize: int, packed: bool, hip: b
 
     AMD's processors have 64 KiB of shared memory; float32 operands take twice the room of others.
     """
-    if packed:  # chunks are decoded eight columns of a word at a time, each of which is a product of its own
-        return TileConfig(64, size, 128 if itemsize == 4 or hip else 256, 2 if hip else 3, 4 if size <= 64 else 8)
+    if packed and size <= 32:
+        return TileConfig(64, size, 128 if itemsize == 4 or hip else 256, 2 if hip else 3, 4)
+    if packed:
+        return TileConfig(64 if itemsize == 4 else 128, size, 64, 2 if hip else 3, 8)
     if itemsize == 4:
         return TileConfig(32, size, 32, 2, 4)
     if size <= 32:
