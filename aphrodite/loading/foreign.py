@@ -6,6 +6,7 @@ Only opened here: headers are read, nothing of transformers is imported and no w
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from aphrodite.errors import UnknownArchitectureError
 from aphrodite.loading.checkpoint import Checkpoint, LoadFormat, checkpoint_name, open_checkpoint, read_tensors
 from aphrodite.loading.config_reader import ConfigReader, load_json_object
 from aphrodite.loading.generation import GenerationDefaults, generation_from_config
+from aphrodite.loading.quantized.methods import unpack_tensors
 from aphrodite.loading.safetensors import StoredTensor
-from aphrodite.quantization.types import QuantType
+from aphrodite.quantization.types import QuantType, RawTensor
 
 if TYPE_CHECKING:
     from aphrodite.models.foreign import ForeignLoader
@@ -34,14 +36,15 @@ class ForeignCheckpoint:
         path: the directory that holds config.json.
         architecture: the first of its `architectures`.
         config: config.json as it was parsed.
-        tensors: views of the files, by the checkpoint's names.
+        tensors: by the checkpoint's names: as they lie in the files, or of a quantized checkpoint what the modules'
+            tensors stand for.
     """
 
     path: Path
     name: str
     architecture: str
     config: Mapping[str, object]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | RawTensor]
     generation_defaults: GenerationDefaults
 
     @property
@@ -51,21 +54,23 @@ class ForeignCheckpoint:
     @property
     def parameters(self) -> int:
         """Number of values of all tensors."""
-        return sum(tensor.count for tensor in self.tensors.values())
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors as they are stored."""
-        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def tensors_by_type(self) -> dict[QuantType, int]:
-        """Tensors of each dense type, the type with most bytes first."""
-        dense = [(tensor, _DENSE[tensor.dtype]) for tensor in self.tensors.values() if tensor.dtype in _DENSE]
-        count = Counter(qtype for _, qtype in dense)
+        """Tensors of each type, that with most bytes first; packed ones count as what they are expanded to."""
+        count: Counter[QuantType] = Counter()
         size: Counter[QuantType] = Counter()
-        for tensor, qtype in dense:
-            size[qtype] += tensor.data.nbytes
+        for tensor in self.tensors.values():
+            qtype = tensor.qtype if isinstance(tensor, RawTensor) else _DENSE.get(tensor.dtype)
+            if qtype is not None:
+                count[qtype] += 1
+                size[qtype] += tensor.nbytes
         return {qtype: count[qtype] for qtype, _ in size.most_common()}
 
 
@@ -103,10 +108,9 @@ def _open_foreign(path: Path, load_format: LoadFormat, error: UnknownArchitectur
         raise UnknownArchitectureError(f"{error}. Others run, slower, through transformers: {INSTALL}") from None
     config = load_json_object(directory / "config.json")
     reader = ConfigReader(directory / "config.json", config)
-    if reader.has("quantization_config"):
-        raise UnknownArchitectureError(
-            f"{error}. transformers serves others here, but not quantized ones: use a full-precision checkpoint"
-        ) from None
+    stored = read_tensors(path)
+    quantized = any(reader.has(key) for key in ("quantization_config", "compression_config"))
+    quantized = quantized or (directory / "quantize_config.json").exists()
     generation = directory / "generation_config.json"
     generation_reader = ConfigReader.from_file(generation) if generation.exists() else None
     architectures = reader.strings("architectures")
@@ -116,6 +120,6 @@ def _open_foreign(path: Path, load_format: LoadFormat, error: UnknownArchitectur
         name=checkpoint_name(directory),
         architecture=architectures[0] if architectures else "",
         config=config,
-        tensors=read_tensors(path),
+        tensors=unpack_tensors(stored, reader, directory) if quantized else stored,
         generation_defaults=generation_from_config(reader, generation_reader, vocab_size),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -92,9 +93,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 def inspect_foreign(loader: ForeignLoader) -> Inspection:
     """Describe a model that transformers computes; reads no weights."""
     checkpoint, spec = loader.checkpoint, loader.spec
-    types = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    types = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
     quantization = ", ".join(f"{name} ({count} tensors)" for name, count in types.most_common())
-    counts = [(tensor.dtype, tensor.count) for tensor in checkpoint.tensors.values()]
+    counts = [(tensor.type_name, math.prod(tensor.shape)) for tensor in checkpoint.tensors.values()]
     return _inspection(
         checkpoint, spec, counts, quantization, 2 * spec.num_kv_heads * spec.head_dim, spec.rotary_scaling
     )

@@ -46,9 +46,13 @@ class StoredTensor:
     data: np.ndarray
 
     @property
-    def count(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    @property
+    def type_name(self) -> str:
+        """How it is stored, for people."""
+        return self.dtype
 
     def dense(self) -> RawTensor:
         """The tensor for a parameter that is stored without quantization.

@@ -15,8 +15,8 @@ _INTRODUCTION = """\
 # Models
 
 A checkpoint's `config.json` (or a GGUF file's metadata) names its architecture, and the architecture decides which \
-family of this table reads it. A fine-tune of a model that is listed needs nothing more. What is not listed runs through \
-transformers where that is installed ([below](#anything-else)); nothing in a checkpoint is ever executed.
+family of this table reads it. A fine-tune of a model that is listed needs nothing more. What is not listed runs \
+through transformers where that is installed ([below](#anything-else)); nothing in a checkpoint is ever executed.
 
 Every family is held to [transformers](https://github.com/huggingface/transformers) by tests that make a tiny random \
 checkpoint with it: logits of three prompts within 1e-4 in float32, 32 greedy tokens equal, prompts cut into chunks \
@@ -37,16 +37,19 @@ plain torch operations there and not yet fused.
 ## Anything else
 
 A safetensors model of another architecture runs through transformers' own modelling code, with this engine's paged \
-attention, prefix cache, scheduler and samplers, on a CPU and on a GPU: `pip install 'aphrodite-engine[transformers]'`. \
-It is the slower way, which the log says: nothing is fused, nothing of a GPU's step is a captured graph, and the weights \
-stay in 16 bits or 32. It works where transformers routes a model's attention through its attention interface. The model \
-is tried without weights, which checks every tensor's name and shape, and before it serves, two short texts are compared \
-with transformers' own attention. GPT-NeoX (Pythia), GPT-2, StarCoder 2, OPT and Phi-3.5-MoE are held to transformers by \
-`tests/runner/test_foreign_models.py` as the families above are.
+attention, prefix cache, scheduler and samplers, on a CPU and on a GPU: `pip install \
+'aphrodite-engine[transformers]'`. It is the slower way, which the log says: nothing is fused, nothing of a GPU's \
+step is a captured graph, and the weights are held in 16 bits or 32 (quantized checkpoints are expanded). It works \
+where transformers routes a model's attention through its attention interface. The model is tried without weights, \
+which checks every tensor's name and shape, and before it serves, two short texts are compared with transformers' own \
+attention. GPT-NeoX (Pythia), GPT-2, StarCoder 2, OPT and Phi-3.5-MoE are held to transformers by \
+`tests/runner/test_foreign_models.py` as the families above are; among others that came out right when tried are \
+Apertus, Arcee, ERNIE 4.5, EXAONE 4, Gemma 1, Helium, Hunyuan, Ministral, MiniMax M2, Nemotron, OLMo 1, Phi 1 and 2, \
+Seed-OSS.
 
 Declined with the reason: code that a checkpoint brings (remote code), encoder-decoders, state-space and recurrent \
-layers (Mamba, RWKV and hybrids), ALiBi (Bloom, MPT), attention sinks, layers whose attention differs in shape, "dynamic" \
-and LongRoPE scaling, quantized checkpoints, GGUF.
+layers (Mamba, RWKV and hybrids), ALiBi (Bloom, MPT), attention sinks, chunked and index-picked sparse attention, \
+layers whose attention differs in shape, "dynamic" and LongRoPE scaling, GGUF.
 
 ## Notes
 

@@ -26,22 +26,24 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from aphrodite.attention.backend import StepAttention
 from aphrodite.errors import ModelFormatError, UnknownArchitectureError
+from aphrodite.layers.dense import to_dense
 from aphrodite.loading.foreign import ForeignCheckpoint
 from aphrodite.loading.generation import GenerationDefaults
 from aphrodite.loading.report import listed
 from aphrodite.loading.safetensors import StoredTensor
 from aphrodite.models.foreign_fit import AttentionCall, attention_misfit, class_misfit, module_misfit, spec_of
 from aphrodite.models.shape import ForeignSpec
-from aphrodite.quantization.types import QuantType
+from aphrodite.quantization.types import QuantType, RawTensor
 
 ATTENTION = "aphrodite"
 _ROUTER = "aphrodite_router"
 _PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 _PROBE_TOKENS = 4
+_MAJOR = 5  # version of transformers from which on its loading and its attention interface are as used here
 # What config.json must not choose: implementations that transformers would fetch, or hooks into its loading.
 _IGNORED_KEYS = frozenset(
     {"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "kernel_config", "use_kernels"}
-    | {"transformers_weights", "torch_dtype", "dtype"}
+    | {"transformers_weights", "torch_dtype", "dtype", "quantization_config", "compression_config"}
 )
 _TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -175,10 +177,10 @@ class ForeignLoader:
         """The model with its weights, in `dtype` on `device`.
 
         Tensors that already are of `dtype` stay in the file's memory map on a CPU, and go to a GPU from there one by
-        one; others are converted in host memory first.
+        one; others, and those of quantized checkpoints, are converted in host memory first.
         """
         model_class, config = _model_class(self.checkpoint)
-        tensors = {name: _tensor(stored) for name, stored in self.checkpoint.tensors.items()}
+        tensors = {name: _tensor(stored, dtype) for name, stored in self.checkpoint.tensors.items()}
         module = _assemble(self.checkpoint, model_class, config, tensors, dtype)
         return ForeignModel(module.to(device), self.layers)
 
@@ -197,12 +199,16 @@ def describe(checkpoint: ForeignCheckpoint) -> ForeignLoader:
 
 
 def _check_types(checkpoint: ForeignCheckpoint) -> None:
-    unsupported = [f"{name} ({t.dtype})" for name, t in checkpoint.tensors.items() if t.dtype not in _TORCH]
+    stored = {name: t.dtype for name, t in checkpoint.tensors.items() if isinstance(t, StoredTensor)}
+    unsupported = [f"{name} ({dtype})" for name, dtype in stored.items() if dtype not in _TORCH]
     if unsupported:
         raise ModelFormatError(f"{checkpoint.path}: {'; '.join(listed('tensors of unsupported types', unsupported))}")
 
 
-def _tensor(stored: StoredTensor) -> torch.Tensor:
+def _tensor(stored: StoredTensor | RawTensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values: a view of the file, or expanded to `dtype`."""
+    if isinstance(stored, RawTensor):
+        return to_dense(stored, dtype, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the map is read-only, and nothing writes weights
         data = torch.from_numpy(np.ascontiguousarray(stored.data))
@@ -211,6 +217,8 @@ def _tensor(stored: StoredTensor) -> torch.Tensor:
 
 def _model_class(checkpoint: ForeignCheckpoint) -> tuple[Any, Any]:
     """transformers' class for the architecture, and its configuration."""
+    if int(transformers.__version__.partition(".")[0]) < _MAJOR:
+        raise _declined(checkpoint, f"transformers {transformers.__version__} is too old: pip install -U transformers")
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise _declined(checkpoint, f"transformers {transformers.__version__} does not know it either")
@@ -282,7 +290,7 @@ def _probe(checkpoint: ForeignCheckpoint) -> tuple[ForeignSpec, list[str]]:
     _check_types(checkpoint)
     # All elements of such a tensor are one value in memory.
     hollow = {
-        name: torch.zeros((), dtype=_hollow_dtype(stored.dtype)).expand(stored.shape)
+        name: torch.zeros((), dtype=_hollow_dtype(stored)).expand(stored.shape)
         for name, stored in checkpoint.tensors.items()
     }
     module = _assemble(checkpoint, model_class, config, hollow, torch.bfloat16).to("meta")
@@ -314,8 +322,8 @@ def _decline(checkpoint: ForeignCheckpoint, reason: str | None) -> None:
         raise _declined(checkpoint, reason)
 
 
-def _hollow_dtype(stored: str) -> torch.dtype:
-    dtype = _TORCH[stored]
+def _hollow_dtype(stored: StoredTensor | RawTensor) -> torch.dtype:
+    dtype = _TORCH[stored.dtype] if isinstance(stored, StoredTensor) else torch.bfloat16
     return torch.bfloat16 if dtype.is_floating_point else dtype
 
 

@@ -152,6 +152,31 @@ def test_inspection_says_who_computes_it(gpt_neox: Path) -> None:
     assert facts.kv_bytes_per_token == 2 * 2 * 3 * 64
 
 
+def test_quantized_checkpoints_are_expanded(tmp_path: Path) -> None:
+    """FP8 with a scale for each matrix, as its definition says: the value times the scale."""
+    model = GPT_NEOX.model()
+    expected = model.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("gpt_neox.layers") and name.endswith("weight") and value.ndim == 2:
+            scale = value.abs().max() / 448
+            tensors[name] = (value / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale.reshape(1)
+            expected[name] = tensors[name].float() * scale
+        else:
+            tensors[name] = value
+    model.config.save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=["GPTNeoXForCausalLM"], quantization_config={"quant_method": "fp8"})
+    save_file(tensors, tmp_path / "model.safetensors")
+    executor = executor_at(tmp_path)
+    model.load_state_dict(expected)
+    driver = Driver(executor)  # type: ignore[arg-type]
+    (tokens,) = prompts(211, (40,))
+    (logits,) = driver.step([(driver.add(tokens), 40)])
+    torch.testing.assert_close(logits, reference(model, tokens), rtol=0, atol=1e-4)
+    assert "FP8" in inspect(tmp_path).quantization
+
+
 # --- what is wrong with a checkpoint -----------------------------------------------------------------------------
 
 
@@ -216,7 +241,7 @@ def test_what_does_not_fit_is_declined_with_the_reason(
         ({"model_type": "nobody_knows_it"}, "does not know it either"),
         ({"architectures": ["GPTNeoXForTokenClassification"]}, "no causal language model"),
         ({"model_type": "gpt2"}, "another model's"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "not quantized ones"),
+        ({"quantization_config": {"quant_method": "exotic"}}, "quantized with exotic"),
         ({"num_attention_heads": "many"}, "is refused by transformers"),
     ],
     ids=["unknown", "no_text", "mixed", "quantized", "mistyped"],
