@@ -1,9 +1,10 @@
 """Which experts compute which tokens: the router's product, its choice, and tokens put together by expert.
 
-The product is bound by latency: `experts * hidden` weights are read from the L2 cache by every tile of tokens. Operands
-keep their 16 bits and sums are float32, which is the float32 product where the weight fits the type; what it loses in
-that type is a second weight of its own. The choice is one warp a token. Grouping reads all choices once for each
-expert, one block an expert: `4 * experts * pairs` bytes of L2 traffic, and no order depends on who is first.
+The product is bound by latency: `experts * hidden` weights are read from the L2 cache by every tile of tokens; for a
+few tokens they are requested before the kernel waits for its predecessor. Operands keep their 16 bits and sums are
+float32, which is the float32 product where the weight fits the type; what it loses in that type is a second weight of
+its own. The choice is one warp a token. Grouping reads all choices once for each expert, one block an expert:
+`4 * experts * pairs` bytes of L2 traffic, and no order depends on who is first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from aphrodite.kernels.triton.launch import (
 )
 from aphrodite.models.spec import MoeSpec
 
+ROW_TOKENS = 8  # up to which the product is made on the vector units
 FEW_TOKENS = 64
 # Pairs that every block of the grouping counts by itself; more are counted by a kernel of their own.
 COUNTED_ALONE = 1024
@@ -46,6 +48,40 @@ class TokenTiles(NamedTuple):
     starts: torch.Tensor
     ends: torch.Tensor
     size: int
+
+
+@direct_launch
+@triton.jit
+def _router_row_kernel(
+    x,  # [T, hidden]
+    weight,  # [experts, hidden] of x's dtype
+    rest,  # what weight lost, alike; or anything when not HAS_REST
+    bias,  # [experts] float32, or anything when not HAS_BIAS
+    logits,  # [T, experts] float32
+    experts: tl.constexpr,
+    hidden: tl.constexpr,
+    HIDDEN: tl.constexpr,  # power of two >= hidden
+    EXPERTS: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    row = tl.program_id(1)
+    columns = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    k = tl.arange(0, HIDDEN)
+    inside = k < hidden
+    at = tl.minimum(columns, experts - 1)[:, None] * hidden + k[None, :]
+    tile = tl.load(weight + at, mask=inside[None, :], other=0.0)
+    wait_for_producer(PDL)
+    values = tl.load(x + row * hidden + k, mask=inside, other=0.0).to(tl.float32)
+    total = tl.sum(tile.to(tl.float32) * values[None, :], axis=1)
+    if HAS_REST:
+        tile = tl.load(rest + at, mask=inside[None, :], other=0.0)
+        total += tl.sum(tile.to(tl.float32) * values[None, :], axis=1)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < experts, other=0.0)
+    tl.store(logits + row * experts + columns, total, mask=columns < experts)
 
 
 @direct_launch
@@ -261,6 +297,9 @@ def router_logits(
     """
     tokens, (experts, hidden) = x.shape[0], weight.shape
     logits = torch.empty((tokens, experts), dtype=torch.float32, device=x.device)
+    if tokens <= ROW_TOKENS:
+        _router_rows(x, weight, rest, bias, logits)
+        return logits
     few = tokens <= FEW_TOKENS
     rows, columns = (16, 16) if few else (64, 64)
     pdl = pdl_supported(x.device)
@@ -283,6 +322,35 @@ def router_logits(
         **launch_options(pdl),
     )
     return logits
+
+
+def _router_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rest: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    logits: torch.Tensor,
+) -> None:
+    experts, hidden = weight.shape
+    padded = next_power_of_2(hidden)
+    columns = 4 if padded <= 2048 else 2
+    pdl = pdl_supported(x.device)
+    _router_row_kernel[(ceil_div(experts, columns), x.shape[0])](
+        x,
+        weight,
+        x if rest is None else rest,
+        x if bias is None else bias,
+        logits,
+        experts=experts,
+        hidden=hidden,
+        HIDDEN=padded,
+        EXPERTS=columns,
+        HAS_REST=rest is not None,
+        HAS_BIAS=bias is not None,
+        PDL=pdl,
+        num_warps=4 if padded <= 4096 else 8,
+        **launch_options(pdl),
+    )
 
 
 def choose_experts(

@@ -22,6 +22,7 @@ from aphrodite.kernels.triton.routing import (
     _group_kernel,
     _route_kernel,
     _router_kernel,
+    _router_row_kernel,
 )
 
 HOPPER = ("sm_90",)
@@ -175,7 +176,33 @@ def _route(experts: int, top_k: int, scoring: str, groups: int = 1, top_groups: 
     )
 
 
+def _router_row(hidden: int, rest: bool, pdl: bool) -> KernelCase:
+    return KernelCase(
+        name=f"router-row-{hidden}{'-rest' if rest else ''}{'-pdl' if pdl else ''}",
+        kernel=_router_row_kernel,
+        arguments={
+            "x": "*bf16",
+            "weight": "*bf16",
+            "rest": "*bf16",
+            "bias": "*fp32",
+            "logits": "*fp32",
+            "experts": 128,
+            "hidden": hidden,
+            "HIDDEN": 1 << (hidden - 1).bit_length(),
+            "EXPERTS": 4 if hidden <= 2048 else 2,
+            "HAS_REST": rest,
+            "HAS_BIAS": rest,
+            "PDL": pdl,
+        },
+        num_warps=4 if hidden <= 4096 else 8,
+        **_pdl(pdl),
+    )
+
+
 CASES = [
+    _router_row(2048, rest=False, pdl=True),
+    _router_row(2880, rest=True, pdl=False),
+    _router_row(7168, rest=True, pdl=True),
     _router(16, rest=True, pdl=True),
     _router(64, rest=False, pdl=False),
     _route(128, 8, "softmax"),
