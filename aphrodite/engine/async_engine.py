@@ -31,6 +31,7 @@ from aphrodite.engine.preparation import (
     answer_seeds,
     check_guidance,
     check_prompt,
+    model_root,
     resolve_model,
     tokenize_negative_prompt,
     tokenize_words,
@@ -53,6 +54,8 @@ class ModelInfo:
     aliases: tuple[str, ...]
     root: str
     max_model_len: int
+    max_num_seqs: int  # answers that can run at once
+    num_cache_tokens: int  # that the KV cache holds
     vocab_size: int
     max_logprobs: int
     created: int  # Unix seconds
@@ -99,8 +102,10 @@ class AsyncEngine:
         self.model = ModelInfo(
             name=names[0],
             aliases=tuple(names[1:]),
-            root=path.name,
+            root=model_root(path),
             max_model_len=info.max_model_len,
+            max_num_seqs=info.max_num_seqs,
+            num_cache_tokens=info.num_blocks * info.block_size,
             vocab_size=info.vocab_size,
             max_logprobs=config.max_logprobs,
             created=int(time.time()),

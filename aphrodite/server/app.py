@@ -7,12 +7,8 @@ have rules of their own here.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
-
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.routing import Route, Router
+from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aphrodite.server.auth import Authentication
@@ -23,6 +19,7 @@ from aphrodite.server.edge import Edge
 from aphrodite.server.engine import Engine
 from aphrodite.server.errors import ApiError
 from aphrodite.server.health import HealthEndpoint, version
+from aphrodite.server.kobold import kobold_error, kobold_routes
 from aphrodite.server.lifecycle import Gate, Lifecycle
 from aphrodite.server.limits import RequestLimits
 from aphrodite.server.metrics import MetricsPage, ServerMetrics
@@ -30,17 +27,18 @@ from aphrodite.server.openai.chat import ChatEndpoint
 from aphrodite.server.openai.completions import CompletionEndpoint
 from aphrodite.server.openai.models import ModelsEndpoint
 from aphrodite.server.presets import PresetsEndpoint
+from aphrodite.server.probes import ProbeEndpoints
+from aphrodite.server.routing import RouteGroup, get, post
 from aphrodite.server.supervise import Supervisor
 from aphrodite.server.tokenize import TokenizerEndpoints
-
-Endpoint = Callable[[Request], Awaitable[Any]]
 
 
 class Application:
     """The server as an ASGI application.
 
     Attributes:
-        routes: every route there is, for documentation and for tests.
+        groups: every route there is, by protocol.
+        routes: all of them, for documentation and for tests.
         lifecycle: what runs, and the switch that starts draining.
     """
 
@@ -48,12 +46,14 @@ class Application:
         self.lifecycle = Lifecycle()
         metrics = ServerMetrics()
         context = ServerContext(engine, config, metrics, self.lifecycle, Supervisor(self.lifecycle, config))
-        self.routes = _routes(context)
+        self.groups = route_groups(context)
+        self.routes = [route for group in self.groups for route in group.routes]
+        shapes = {route.path: group.error_shape for group in self.groups for route in group.routes}
         app: ASGIApp = Router(self.routes, redirect_slashes=False, default=_not_found)
         app = Gate(app, engine, self.lifecycle)
         app = Authentication(app, config.api_keys)
         app = RequestLimits(app, config)
-        app = Edge(app, metrics, log_requests=config.log_requests)
+        app = Edge(app, metrics, shapes, log_requests=config.log_requests)
         # Outside of everything, so that pages of allowed origins can read errors too.
         self._app = _cors(app, config.cors_origins) if config.cors_origins else app
 
@@ -67,38 +67,53 @@ def create_app(engine: Engine, config: ServerConfig) -> Application:
     return Application(engine, config)
 
 
-def _routes(context: ServerContext) -> list[Route]:
+def route_groups(context: ServerContext) -> list[RouteGroup]:
+    """All routes, by protocol. No path stands in two groups: where protocols share one, its endpoint speaks both."""
     models = ModelsEndpoint(context)
     tokenizer = TokenizerEndpoints(context)
     documentation = DocumentationEndpoints(context)
-    routes = [
-        _get("/v1/models", models.list),
-        _get("/v1/models/{model_id:path}", models.show),
-        _get("/v1/presets", PresetsEndpoint(context).list),
-        _post("/v1/completions", CompletionEndpoint(context).create),
-        _post("/v1/chat/completions", ChatEndpoint(context).create),
-        _get("/health", HealthEndpoint(context).health),
-        _get("/version", version),
-        _get("/metrics", MetricsPage(context.engine, context.metrics).show),
-        _get("/", documentation.home),
-        _get("/docs", documentation.page),
-        _get("/openapi.json", documentation.openapi),
+    probes = ProbeEndpoints(context)
+    openai = [
+        get("/v1/models", models.list),
+        get("/v1/models/{model_id:path}", models.show),
+        post("/v1/completions", CompletionEndpoint(context).create),
+        post("/v1/chat/completions", ChatEndpoint(context).create),
     ]
-    for prefix in ("", "/v1"):
-        routes += [
-            _post(f"{prefix}/tokenize", tokenizer.tokenize),
-            _post(f"{prefix}/detokenize", tokenizer.detokenize),
-            _get(f"{prefix}/tokenizer_info", tokenizer.info),
-        ]
-    return routes
-
-
-def _get(path: str, endpoint: Endpoint) -> Route:
-    return Route(path, endpoint, methods=["GET"])
-
-
-def _post(path: str, endpoint: Endpoint) -> Route:
-    return Route(path, endpoint, methods=["POST"])
+    own = [
+        get("/v1/presets", PresetsEndpoint(context).list),
+        get("/health", HealthEndpoint(context).health),
+        get("/version", version),
+        get("/metrics", MetricsPage(context.engine, context.metrics).show),
+        get("/", documentation.home),
+        get("/docs", documentation.page),
+        get("/openapi.json", documentation.openapi),
+    ]
+    vllm = [
+        route
+        for prefix in ("", "/v1")
+        for route in (
+            post(f"{prefix}/tokenize", tokenizer.tokenize),
+            post(f"{prefix}/detokenize", tokenizer.detokenize),
+            get(f"{prefix}/tokenizer_info", tokenizer.info),
+        )
+    ]
+    tabby = [
+        get("/v1/model", probes.model),
+        get("/v1/model/list", models.list),
+        post("/v1/token/encode", probes.encode),
+        post("/v1/token/decode", probes.decode),
+        get("/v1/auth/permission", probes.permission),
+        get("/.well-known/serviceinfo", probes.service_info),
+    ]
+    llama_cpp = [get("/props", probes.props), get("/slots", probes.slots)]
+    return [
+        RouteGroup("OpenAI", openai),
+        RouteGroup("Aphrodite", own),
+        RouteGroup("vLLM; llama.cpp", vllm),
+        RouteGroup("TabbyAPI", tabby),
+        RouteGroup("llama.cpp", llama_cpp),
+        RouteGroup("KoboldAI", kobold_routes(context), kobold_error),
+    ]
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aphrodite.server.errors import ApiError, ClientDisconnectedError, to_api_error
+from aphrodite.server.errors import ApiError, ClientDisconnectedError, ErrorShape, to_api_error
 from aphrodite.server.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
@@ -19,9 +20,13 @@ UNMATCHED = "unmatched"
 class Edge:
     """ASGI wrapper that counts, names and answers for every request; no exception leaves it."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics, *, log_requests: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: ServerMetrics, shapes: Mapping[str, ErrorShape], *, log_requests: bool
+    ) -> None:
+        """`shapes` says by path how errors are written there; elsewhere they have OpenAI's shape."""
         self._app = app
         self._metrics = metrics
+        self._shapes = shapes
         self._log_requests = log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +55,7 @@ class Edge:
             status = status or 499
         except Exception as error:
             if not status:
-                await send_error(send_named, to_api_error(error, request_id))
+                await send_error(send_named, to_api_error(error, request_id), self._shapes.get(scope["path"]))
             elif not isinstance(error, ApiError):
                 logger.error("request %s failed after its answer began", request_id, exc_info=error)
         route = getattr(scope.get("route"), "path", UNMATCHED)
@@ -60,8 +65,8 @@ class Edge:
             logger.info("%s %s %s %d %.3f s", request_id, scope["method"], scope["path"], status, seconds)
 
 
-async def send_error(send: Send, error: ApiError) -> None:
-    body = error.encode()
+async def send_error(send: Send, error: ApiError, shape: ErrorShape | None = None) -> None:
+    body = error.encode(shape)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

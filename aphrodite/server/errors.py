@@ -1,8 +1,9 @@
-"""One shape for every error: OpenAI's, with all four keys. 5xx texts are fixed; details go to the log."""
+"""One kind of error for all endpoints, in the shape of each protocol. 5xx texts are fixed; details go to the log."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -48,11 +49,18 @@ class ApiError(Exception):
             return "server_error"
         return _TYPES.get(self.status, "invalid_request_error")
 
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+    def encode(self, shape: ErrorShape | None = None) -> bytes:
+        """The body, in a protocol's shape."""
+        return msgspec.json.encode((shape or openai_error)(self))
 
-    def encode(self) -> bytes:
-        return msgspec.json.encode(self.body())
+
+ErrorShape = Callable[[ApiError], dict[str, Any]]
+"""How a protocol writes an error."""
+
+
+def openai_error(error: ApiError) -> dict[str, Any]:
+    """OpenAI's shape, with all four keys."""
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
 class ClientDisconnectedError(Exception):

@@ -13,7 +13,9 @@ from starlette.routing import Route
 import aphrodite
 from aphrodite.sampling.params import parameter_table
 from aphrodite.sampling.table import MAX_LOOP_COUNT, MAX_LOOP_PATTERN, ParamRow, bounds_text
+from aphrodite.server.kobold import KoboldFields, KoboldKeyFields, KoboldTextFields, KoboldTokensFields
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
+from aphrodite.server.probes import TabbyDecodeFields, TabbyEncodeFields
 from aphrodite.server.tokenize import DetokenizeFields, TokenizeFields
 
 _REF = "#/components/schemas/{model}"
@@ -26,9 +28,19 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/v1/tokenize": (TokenizeFields, False),
     "/detokenize": (DetokenizeFields, False),
     "/v1/detokenize": (DetokenizeFields, False),
+    "/v1/token/encode": (TabbyEncodeFields, False),
+    "/v1/token/decode": (TabbyDecodeFields, False),
+    "/api/v1/generate": (KoboldFields, True),
+    "/api/latest/generate": (KoboldFields, True),
+    "/api/extra/generate/stream": (KoboldFields, True),
+    "/api/extra/generate/check": (KoboldKeyFields, False),
+    "/api/extra/abort": (KoboldKeyFields, False),
+    "/api/extra/tokencount": (KoboldTextFields, False),
+    "/api/extra/tokenize": (KoboldTextFields, False),
+    "/api/extra/detokenize": (KoboldTokensFields, False),
 }
 _TEXT_TYPES = {"/": "text/html", "/docs": "text/html", "/metrics": "text/plain"}
-_STREAMING = ("/v1/completions", "/v1/chat/completions")
+_STREAMING = ("/v1/completions", "/v1/chat/completions", "/api/extra/generate/stream")
 
 _ERROR_SCHEMA = {
     "type": "object",
@@ -61,13 +73,20 @@ def openapi_document(routes: Iterable[Route], root_path: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Aphrodite Engine", "version": aphrodite.__version__},
         "servers": [{"url": root_path or "/"}],
-        "paths": {_openapi_path(route.path): _operation(route) for route in routes},
+        "paths": _paths(routes),
         "components": {
             "schemas": schemas,
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"bearer": []}],
     }
+
+
+def _paths(routes: Iterable[Route]) -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for route in routes:
+        paths.setdefault(_openapi_path(route.path), {}).update(_operation(route))
+    return paths
 
 
 def _openapi_path(path: str) -> str:
@@ -82,7 +101,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "operationId": re.sub(r"\W+", "_", f"{method.lower()} {route.path}").strip("_"),
         "responses": {"200": _success(route.path), "default": _ERROR},
     }
-    if route.path in _BODIES:
+    if method == "POST" and route.path in _BODIES:
         schema = {"$ref": _REF.format(model=_BODIES[route.path][0].__name__)}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if route.param_convertors:

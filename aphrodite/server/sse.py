@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -27,15 +28,35 @@ def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
+def named_event(name: str, data: bytes) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
+
+
+def _openai_failure(error: ApiError) -> bytes:
+    return event(error.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnding:
+    """How a protocol's streams end: the mark behind the last event, and the event of an error in mid-stream."""
+
+    mark: bytes = DONE
+    failure: Callable[[ApiError], bytes] = _openai_failure
+
+
+OPENAI_ENDING = StreamEnding()
+
+
 class EventStream:
     """One response's way out. The status line goes with the first write, so that early errors keep their status."""
 
-    def __init__(self, send: Send, headers: Headers = ()) -> None:
+    def __init__(self, send: Send, headers: Headers = (), ending: StreamEnding = OPENAI_ENDING) -> None:
         self.started = False
         self.last_write = time.monotonic()
         self.writing = False
         self._send = send
         self._headers = headers
+        self._ending = ending
 
     async def write(self, data: bytes) -> None:
         """Send whole events; waits while the client does not read."""
@@ -49,12 +70,12 @@ class EventStream:
 
     async def end(self) -> None:
         """The end mark and the response's end."""
-        await self.write(DONE)
+        await self.write(self._ending.mark)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: ApiError) -> None:
         """What went wrong in mid-stream, as the last event before the end mark."""
-        await self.write(event(error.encode()))
+        await self.write(self._ending.failure(error))
         await self.end()
 
 
@@ -68,14 +89,16 @@ class EventResponse:
         *,
         write_timeout: float,
         headers: Headers = (),
+        ending: StreamEnding = OPENAI_ENDING,
     ) -> None:
         self._produce = produce
         self._supervisor = supervisor
         self._write_timeout = write_timeout
         self._headers = headers
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stream = EventStream(send, self._headers)
+        stream = EventStream(send, self._headers, self._ending)
 
         async def work() -> None:
             await self._produce(stream)

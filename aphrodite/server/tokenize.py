@@ -28,6 +28,15 @@ class TokenizeFields(pydantic.BaseModel):
     add_special_tokens: bool = Field(default=True, description="Let the tokenizer add begin-of-sequence and the like.")
 
 
+class ContentFields(pydantic.BaseModel):
+    """`POST /tokenize` as llama.cpp's clients send it."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    content: str = Field(description="The text.")
+    add_special: bool = Field(default=False, description="Let the tokenizer add begin-of-sequence and the like.")
+
+
 class TokenStringsField(pydantic.BaseModel):
     """What `POST /tokenize` takes besides, for texts and messages."""
 
@@ -54,6 +63,8 @@ class TokenizerEndpoints:
         """Token ids of a text or of a conversation, as generation would see it."""
         context = self._context
         body = await read_object(request, max_depth=context.config.max_json_depth)
+        if body.get("prompt") is None and body.get("messages") is None and body.get("content") is not None:
+            return await self._tokenize_content(body)
         strings = parse(TokenStringsField, body).return_token_strs
         if body.get("messages") is not None:
             if body.get("prompt") is not None:
@@ -76,6 +87,12 @@ class TokenizerEndpoints:
             answer["token_strs"] = [context.engine.tokenizer.token_text(token_id) for token_id in token_ids]
         return _json(answer)
 
+    async def _tokenize_content(self, body: dict[str, Any]) -> Response:
+        """As llama.cpp's clients ask, who read nothing but the tokens."""
+        fields = parse(ContentFields, body)
+        ids = await encode(fields.content, self._context, field="content", special=fields.add_special, bounded=False)
+        return _json({"tokens": ids})
+
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         context = self._context
@@ -90,7 +107,7 @@ class TokenizerEndpoints:
             BYTES_PER_TOKEN * len(fields.tokens),
             lambda: tokenizer.decode(fields.tokens, skip_special_tokens=fields.skip_special_tokens),
         )
-        return _json({"prompt": text})
+        return _json({"prompt": text, "content": text})
 
     async def info(self, request: Request) -> Response:
         """What a client needs to prepare prompts itself: special tokens and the chat template."""

@@ -18,7 +18,7 @@ async def test_there_and_back(server: RunningServer, prefix: str) -> None:
     assert answer["max_model_len"] == 512
     assert answer["token_strs"][:3] == ["<s>", "h", "\ufffd"]
     back = await server.http.post(f"{prefix}/detokenize", json={"tokens": answer["tokens"][1:], "model": "story-alias"})
-    assert back.json() == {"prompt": text}
+    assert back.json() == {"prompt": text, "content": text}
     plain = (await server.http.post(f"{prefix}/tokenize", json={"prompt": "a", "add_special_tokens": False})).json()
     assert plain == {"count": 1, "max_model_len": 512, "tokens": [97]}
     info = (await server.http.get(f"{prefix}/tokenizer_info")).json()

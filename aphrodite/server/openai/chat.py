@@ -18,9 +18,9 @@ from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
+from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.chunks import ChunkWriter
 from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
-from aphrodite.server.openai.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from aphrodite.server.openai.prompts import truncation
 from aphrodite.server.openai.protocol import (
@@ -56,7 +56,9 @@ class ChatEndpoint:
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
         token_ids, params = await self._prompt(fields, params)
-        generation = Generation.of("chatcmpl", model, fields, [token_ids], params)
+        generation = Generation.of(
+            "chatcmpl", model, [token_ids], params, priority=fields.priority, cache_salt=fields.cache_salt
+        )
         answer = _Answer(context, generation, fields, field_warnings(body, ChatFields, preset))
         headers = ignored_header(body, ChatFields)
         try:

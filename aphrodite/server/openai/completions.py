@@ -17,9 +17,9 @@ from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
+from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.chunks import ChunkWriter
 from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
-from aphrodite.server.openai.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.logprobs import (
     TextOffsets,
     TokenNames,
@@ -75,7 +75,14 @@ class CompletionEndpoint:
             text = params.negative_prompt
             negative = await encode(text, context, field="negative_prompt", special=special, bounded=bounded)
             params = with_negative_prompt(params, negative if keep is None else negative[-keep:])
-        generation = Generation.of("cmpl", model, fields, [prompt.token_ids for prompt in prompts], params)
+        generation = Generation.of(
+            "cmpl",
+            model,
+            [prompt.token_ids for prompt in prompts],
+            params,
+            priority=fields.priority,
+            cache_salt=fields.cache_salt,
+        )
         warnings = field_warnings(body, CompletionFields, preset)
         answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs, warnings)
         headers = ignored_header(body, CompletionFields)

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import pydantic
+
 from aphrodite.sampling.params import canonical_names
 from aphrodite.sampling.presets import SamplerPreset
-from aphrodite.server.openai.protocol import GenerationFields, is_known_field
+from aphrodite.server.openai.protocol import is_known_field
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ _NOT_SAMPLERS = frozenset(
 
 
 def field_warnings(
-    fields: Mapping[str, Any], endpoint: type[GenerationFields], preset: SamplerPreset | None = None
+    fields: Mapping[str, Any], endpoint: type[pydantic.BaseModel], preset: SamplerPreset | None = None
 ) -> list[str]:
     """One sentence a doubtful field, in the request's order; each name goes to the log once."""
     found = _forced(fields, preset) if preset is not None else []

@@ -17,7 +17,6 @@ from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import BYTES_PER_TOKEN, BYTES_PER_TRACED_TOKEN
 from aphrodite.server.context import ServerContext
 from aphrodite.server.metrics import RequestTimer
-from aphrodite.server.openai.protocol import GenerationFields
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +33,17 @@ class Generation:
 
     @classmethod
     def of(
-        cls, prefix: str, model: str, fields: GenerationFields, prompts: list[list[int]], params: SamplingParams
+        cls,
+        prefix: str,
+        model: str,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Generation:
         """`prefix` opens the response's id, which is always the server's own."""
-        return cls(f"{prefix}-{uuid.uuid4().hex}", model, prompts, params, fields.priority, fields.cache_salt)
+        return cls(f"{prefix}-{uuid.uuid4().hex}", model, prompts, params, priority, cache_salt)
 
     def head(self, kind: str) -> dict[str, Any]:
         """The keys that the response and each of its chunks open with."""

@@ -1,0 +1,74 @@
+"""`docs/api.md`: which path speaks what, from the routes.
+
+python -m aphrodite.server.api_page > docs/api.md
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any, cast
+
+from starlette.routing import Route
+
+from aphrodite.server.app import route_groups
+from aphrodite.server.config import ServerConfig
+from aphrodite.server.context import ServerContext
+from aphrodite.server.lifecycle import Lifecycle
+from aphrodite.server.metrics import ServerMetrics
+from aphrodite.server.supervise import Supervisor
+
+_HEAD = """\
+# The API
+
+Several protocols share one server and one port; every one of them takes every sampling parameter of
+[samplers.md](samplers.md), and what it sends becomes the same internal request. Fields in full: `/docs` of a running
+server, offline.
+
+Errors have the shape that a path's own clients expect: OpenAI's everywhere but where a section says otherwise. Keys
+(`--api-key`) open every path alike, as `Authorization: Bearer KEY` or `X-API-Key: KEY`; `/health`, `/` and `/docs` need
+none.
+
+This page is made from the routes: `python -m aphrodite.server.api_page > docs/api.md`.
+"""
+
+_NOTES = {
+    "OpenAI": "`/v1/models` is also what clients of TabbyAPI, koboldcpp and llama.cpp read.",
+    "Aphrodite": "`/health` goes through the engine's loop: an engine that hangs is not healthy.",
+    "vLLM; llama.cpp": """\
+vLLM's clients send `prompt` and read `count` and `tokens`; llama.cpp's send `content`, and read `tokens` or, of
+`/detokenize`, `content`. Both are answered.""",
+    "TabbyAPI": "`/v1/token/encode` takes a text or a list of messages.",
+    "llama.cpp": "A slot stands for each answer that can run at once; requests are not bound to one.",
+    "KoboldAI": """\
+KoboldAI's API with koboldcpp's additions. `memory` stands before the prompt, which loses its beginning to make room;
+`genkey` names a run for `check` and `abort`. What a request leaves open is the model's recommendation, not koboldcpp's
+fixed values, and `max_length` is 512. Errors are `{"detail": {"msg", "type", "param"}}`; in a stream they come as
+`event: error`.""",
+}
+
+
+def api_page() -> str:
+    """The page as Markdown."""
+    lifecycle, config = Lifecycle(), ServerConfig()
+    engine = cast(Any, None)  # routes are made, and none is called
+    context = ServerContext(engine, config, ServerMetrics(), lifecycle, Supervisor(lifecycle, config))
+    parts = [_HEAD]
+    for group in route_groups(context):
+        rows = [f"| {_method(route)} | `{route.path}` | {_summary(route.endpoint)} |" for route in group.routes]
+        note = _NOTES.get(group.protocol)
+        heading = f"## {group.protocol}\n\n" + (f"{note}\n\n" if note else "")
+        parts.append(heading + "\n".join(["| | path | |", "| --- | --- | --- |", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _method(route: Route) -> str:
+    return ", ".join(sorted((route.methods or set()) - {"HEAD"}))
+
+
+def _summary(endpoint: object) -> str:
+    return (inspect.getdoc(endpoint) or "").partition("\n")[0].replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(api_page())
