@@ -31,6 +31,7 @@ _ATTEMPTS = 5  # in a row that bring nothing
 _WAIT = 0.5  # seconds before the second attempt; doubles
 _PARALLEL = 4  # files at a time
 _MARGIN = 1 << 26  # bytes of the disk to leave free
+_LARGEST = 50 * 10**9  # bytes that the hub sends by HTTP
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Report = Callable[[int], None]  # bytes that have come since the last call; negative where they were dropped
@@ -120,11 +121,11 @@ def _fetch(source: Source, file: str, report: Report, stop: threading.Event) -> 
     locks = source.cache / ".locks" / repository_folder(source.cache, source.repo).name
     locks.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(locks / f"{found.etag}.lock"):  # another process may be fetching it
-        if blob.exists():
+        if blob.exists() or found.size > _LARGEST:
             report(found.size)
         else:
             _Stream(url, file, blob, found.size, report, stop).run()
-    try:  # links the blob into the snapshot
+    try:  # links the blob into the snapshot, or brings what only the hub's own protocol can
         hf_hub_download(source.repo, file, revision=source.commit, cache_dir=source.cache, endpoint=source.endpoint)
     except Exception as error:  # as above
         raise DownloadError(f"{source.repo}: {file} cannot be put into the cache: {_line(error)}", error) from None

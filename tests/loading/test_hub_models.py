@@ -164,6 +164,12 @@ def test_a_server_that_sends_no_parts_is_asked_for_all_of_it(hub: Hub) -> None:
     assert get("writers/tiny-gguf:Q8_0").path.read_bytes() == large(3, 20_000)
 
 
+def test_what_http_does_not_bring_is_left_to_the_hubs_client(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_LARGEST", 100)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    assert get("writers/tiny-gguf:Q8_0").path.read_bytes() == large(3, 20_000)
+
+
 def test_bytes_with_another_hash_are_not_kept(hub: Hub) -> None:
     hub.damages = True
     with pytest.raises(ConfigError, match="came damaged"):
