@@ -26,10 +26,9 @@ import torch.nn.functional as F
 import triton
 from triton.backends.compiler import GPUTarget
 
-from aphrodite.kernels.triton import int4_linear, int4_mma, int4_plain, int4_wgmma
+from aphrodite.kernels.triton import int4_expand, int4_linear, int4_mma, int4_wgmma
 from aphrodite.kernels.triton.activation import Activation
 from aphrodite.kernels.triton.int4_mma import MmaConfig
-from aphrodite.kernels.triton.int4_plain import PlainConfig
 from aphrodite.kernels.triton.int4_wgmma import WgmmaConfig
 from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4
 from aphrodite.kernels.triton.linear import Epilogue
@@ -42,7 +41,7 @@ ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 2048)
 TUNED_ROWS = (1, 8, 16, 32, 64, 128, 256)
 CHAIN_BYTES = 512 << 20  # of weights that one replay reads
 
-Config = MmaConfig | WgmmaConfig | PlainConfig
+Config = MmaConfig | WgmmaConfig
 
 
 class Layer(NamedTuple):
@@ -84,7 +83,7 @@ class Bench:
         zero = torch.empty(shape, dtype=torch.int32, device=self.device).random_(6, 10)
         scales = scale.view(torch.int32) & ~0xFF | zero
         paired = self.layer.activation is not None
-        return Int4Words(words, scales, None, self.layer.out_features, self.layer.in_features, group, paired)
+        return Int4Words(words, scales, self.layer.out_features, self.layer.in_features, group, paired)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPE, device=self.device).normal_()
@@ -147,8 +146,6 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
             return int4_mma.int4_mma(normed, weight, epilogue, None, cut)
         if isinstance(cut, WgmmaConfig):
             return int4_wgmma.int4_wgmma(normed, weight, epilogue, cut)
-        if isinstance(cut, PlainConfig):
-            return int4_plain.int4_plain(normed, weight, epilogue, cut)
         return int4_linear.by_library(normed, weight, epilogue)
 
     return after_norm
@@ -162,8 +159,6 @@ def default_cuts(layer: Layer, rows: int) -> dict[str, Any]:
         cuts["mma"] = int4_mma.mma_config(n, k, rows)
     if rows > 1 and rows <= 2 * int4_linear.WGMMA_MAX_ROWS:
         cuts["wgmma"] = int4_wgmma.wgmma_config(n, k, rows)
-    if rows <= int4_plain.PLAIN_MAX_ROWS:
-        cuts["plain"] = int4_plain.plain_config(n, k, rows)
     if rows >= 64:
         cuts["library"] = "library"
     return cuts
@@ -233,7 +228,6 @@ KERNELS = (
     (int4_mma, "_int4_row_kernel"),
     (int4_mma, "_int4_rows_kernel"),
     (int4_wgmma, "_int4_wgmma_kernel"),
-    (int4_plain, "_int4_plain_kernel"),
 )
 
 
@@ -273,7 +267,7 @@ def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
     compile_ahead(
         [(layer, group, r, cut) for layer in layers for r in all_rows for cut in default_cuts(layer, r).values()]
     )
-    names = f"{'mma us':>9} {'wgmma us':>9} {'plain us':>9} {'library us':>11}"
+    names = f"{'mma us':>9} {'wgmma us':>9} {'library us':>11}"
     print(f"{'layer':8} {'rows':>4} {names} {'%':>6} {'TF/s':>6} errors")
     for layer in layers:
         bench = Bench(layer, group, "cuda")
@@ -284,7 +278,7 @@ def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
 def _compared(bench: Bench, rows: int) -> None:
     layer = bench.layer
     x, residual = bench.inputs(rows)
-    taken = int4_linear.choose_int4_kernel(x, bench.weights[0])
+    taken = int4_linear.choose_int4_kernel(rows, x.device)
     cuts = default_cuts(layer, rows)
     times: dict[str, float] = {}
     errors: dict[str, float] = {}
@@ -297,12 +291,12 @@ def _compared(bench: Bench, rows: int) -> None:
             print(f"  {layer.name} {rows} {name} {cut}: {type(failure).__name__}: {str(failure).strip()[:200]}")
     cells = [
         f"{times[name]:.2f}{'*' if name == taken else ' '}" if name in times else ""
-        for name in ("mma", "wgmma", "plain", "library")
+        for name in ("mma", "wgmma", "library")
     ]
     us = times.get(taken, float("nan"))
     rate = 2 * rows * layer.out_features * layer.in_features / us / 1e6
     found = " ".join(f"{error:.1e}" for error in errors.values())
-    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>9} {cells[3]:>11}"
+    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>11}"
     print(f"{line} {bench.share(us):6.1f} {rate:6.0f} {found}", flush=True)
 
 
@@ -341,7 +335,7 @@ def expansion(layers: list[Layer], group: int) -> None:
     for layer in layers:
         bench = Bench(layer, group, "cuda")
         dense = torch.empty(layer.out_features, layer.in_features, dtype=DTYPE, device="cuda")
-        us = bench.chain_us(functools.partial(int4_plain.expand_int4, out=dense))
+        us = bench.chain_us(functools.partial(int4_expand.expand_int4, out=dense))
         share = (bench.weights[0].nbytes + dense.nbytes) / (us * 1e-6) / CEILING * 100
         wrong = float((dense - unpack_int4(bench.weights[-1]).to(DTYPE)).abs().max())
         print(f"expand {layer.name:8} {us:8.2f} us {share:5.1f} %, wrong by {wrong:.1e}", flush=True)

@@ -32,8 +32,7 @@ LAYERS: list[tuple[tuple[int, int], int, dict[str, Any]]] = [
     ((1001, 576), 64, {}),  # strips and chunks that end early
     ((1026, 1024), 512, {"activation": "silu"}),  # pairs that end early
     ((512, 1024), 128, {"permuted": True, "norm": True}),
-    ((512, 1024), 128, {"fractional": True}),
-    ((512, 1024), 32, {"fractional": True, "residual": True}),
+    ((512, 1024), 32, {"residual": True}),
 ]
 
 
@@ -42,16 +41,15 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def random_groups(
-    out_features: int, in_features: int, group: int, device: torch.device, *, permuted: bool, fractional: bool
+    out_features: int, in_features: int, group: int, device: torch.device, *, permuted: bool = False
 ) -> Int4Groups:
     codes = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=device)
     shape = (out_features, in_features // group)
     scales = (torch.rand(shape, device=device) + 0.5).half() / 64
-    zeros = torch.randint(5, 12, shape, dtype=torch.uint8, device=device)
     return Int4Groups(
         codes,
         scales,
-        zeros + torch.rand(shape, device=device) if fractional else zeros,
+        torch.randint(5, 12, shape, dtype=torch.uint8, device=device),
         group,
         torch.randperm(in_features, device=device).int() if permuted else None,
     )
@@ -63,7 +61,7 @@ def test_layer(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int], group: int, parts: dict[str, Any]
 ) -> None:
     activation = parts.get("activation")
-    weight = random_groups(*shape, group, device, permuted="permuted" in parts, fractional="fractional" in parts)
+    weight = random_groups(*shape, group, device, permuted="permuted" in parts)
     bias = torch.randn(shape[0], device=device).to(dtype) if "bias" in parts else None
     norm = RmsNorm(torch.randn(shape[1], device=device).to(dtype), 1e-5) if "norm" in parts else None
     layer = Int4GpuLinear(weight, bias, CHOICE, gated=activation is not None)
@@ -94,7 +92,7 @@ def test_layer(
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64, 128, 256])
 def test_equal_inputs_give_equal_results(device: torch.device, rows: int) -> None:
-    groups = random_groups(4096, 4096, 128, device, permuted=False, fractional=False)
+    groups = random_groups(4096, 4096, 128, device)
     weight = pack_int4(groups.codes, groups.scales, groups.zeros, 128)
     x = torch.randn(rows, 4096, device=device).bfloat16()
     first = int4_linear.int4_linear(x, weight)
@@ -108,9 +106,7 @@ def test_a_captured_chain_gives_what_eager_calls_give(device: torch.device, rows
     norm = RmsNorm(torch.randn(hidden, device=device).bfloat16(), 1e-5)
 
     def layers(out_features: int, in_features: int, *, gated: bool) -> list[Int4GpuLinear]:
-        made = [
-            random_groups(out_features, in_features, 128, device, permuted=False, fractional=False) for _ in "12345678"
-        ]
+        made = [random_groups(out_features, in_features, 128, device) for _ in "12345678"]
         return [Int4GpuLinear(groups, None, CHOICE, gated=gated) for groups in made]
 
     wide, back = layers(4096, hidden, gated=True), layers(hidden, 2048, gated=False)
@@ -135,7 +131,7 @@ def test_a_captured_chain_gives_what_eager_calls_give(device: torch.device, rows
 
 def test_the_library_expands_piece_by_piece(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_linear, "SCRATCH_BYTES", 1 << 20)
-    groups = random_groups(2000, 1024, 128, device, permuted=False, fractional=False)
+    groups = random_groups(2000, 1024, 128, device)
     weight = pack_int4(groups.codes, groups.scales, groups.zeros, 128)
     x, residual = torch.randn(700, 1024, device=device).bfloat16(), torch.randn(700, 2000, device=device).bfloat16()
     expected = x.double() @ unpack_int4(weight).T + residual.double()

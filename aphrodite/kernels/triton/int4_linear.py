@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Literal
 
 import torch
 import triton
 
-from aphrodite.kernels.dispatch import log_once
 from aphrodite.kernels.triton.activation import gated_pairs
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
-from aphrodite.kernels.triton.int4_plain import PLAIN_MAX_ROWS, expand_int4, int4_plain
+from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import STRIP, Int4Words
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.platforms import platform_of
 
-Kernel = Literal["mma", "wgmma", "plain", "library"]
+Kernel = Literal["mma", "wgmma", "library"]
 # Gluon is marked experimental: its kernels run with the versions of Triton that they were checked with.
 GLUON_VERSIONS = ("3.6.",)
 MMA_MAX_ROWS = 8
@@ -30,17 +28,14 @@ SCRATCH_BYTES = 256 << 20  # for expanded rows, at most
 Norm = tuple[torch.Tensor, float]
 
 
-def choose_int4_kernel(x: torch.Tensor, weight: Int4Words) -> Kernel:
-    """The fastest kernel for `x` `[T, in]`, as measured on an H100."""
-    rows = x.shape[0]
-    if x.dtype == torch.float32 or not 0 < rows <= WGMMA_MAX_ROWS:
+def choose_int4_kernel(rows: int, device: torch.device) -> Kernel:
+    """The fastest kernel for 16-bit activations `[rows, in]`, as measured on an H100."""
+    if not 0 < rows <= WGMMA_MAX_ROWS or gluon_reason(device) is not None:
         return "library"
-    reason = _gluon_declines(x.device, weight.in_features, weight.offsets is not None)
-    if reason is None and x.stride(0) % 8 == 0:
-        return "mma" if rows <= MMA_MAX_ROWS else "wgmma"
-    return "plain" if rows <= PLAIN_MAX_ROWS else "library"
+    return "mma" if rows <= MMA_MAX_ROWS else "wgmma"
 
 
+@functools.cache
 def gluon_reason(device: torch.device) -> str | None:
     """Why Gluon kernels do not run on `device`; None if they do."""
     if not triton.__version__.startswith(GLUON_VERSIONS):
@@ -50,26 +45,13 @@ def gluon_reason(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
-def _gluon_declines(device: torch.device, in_features: int, has_offsets: bool) -> str | None:
-    """Why plain kernels are used, logged once."""
-    reason = gluon_reason(device)
-    if reason is None and in_features % 8:
-        reason = f"{in_features} inputs are no multiple of 8"
-    if reason is None and has_offsets:
-        reason = "zeros that are no integers"
-    if reason is not None and device.type != "cpu":
-        log_once(logging.INFO, f"4-bit weights are multiplied by plain Triton kernels instead of Gluon ones: {reason}")
-    return reason
-
-
 def int4_linear(
     x: torch.Tensor, weight: Int4Words, epilogue: Epilogue = Epilogue(), norm: Norm | None = None
 ) -> torch.Tensor:
     """act(norm(x) W^T + b) + residual.
 
     Args:
-        x: `[T, in]` bfloat16, float16 or float32, rows may be strided.
+        x: `[T, in]` bfloat16 or float16, rows may be strided; `in` is a multiple of 8.
         weight: (gate, up) pairs when there is an activation. It is read before the kernels of the same stream have
             ended, so none of them may write it (copies may).
         norm: RMSNorm of x: weight `[in]` and epsilon.
@@ -77,7 +59,9 @@ def int4_linear(
     Returns:
         `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
     """
-    kernel = choose_int4_kernel(x, weight)
+    kernel = choose_int4_kernel(x.shape[0], x.device)
+    if x.stride(0) % 8:
+        x = x.contiguous()  # copies move 16 bytes
     if kernel == "mma" and x.shape[0] == 1 and x.dtype == torch.bfloat16:
         return _gluon_mma(x, weight, epilogue, norm)
     x = x if norm is None else rms_norm(x, *norm)
@@ -85,8 +69,6 @@ def int4_linear(
         return _gluon_mma(x, weight, epilogue, None)
     if kernel == "wgmma":
         return _gluon_wgmma(x, weight, epilogue)
-    if kernel == "plain":
-        return int4_plain(x, weight, epilogue)
     return by_library(x, weight, epilogue)
 
 
@@ -140,6 +122,5 @@ def _strips_of(weight: Int4Words, start: int, end: int) -> Int4Words:
     return weight._replace(
         words=weight.words[start:end],
         scales=weight.scales[start:end],
-        offsets=None if weight.offsets is None else weight.offsets[start:end],
         out_features=min(left, (end - start) * STRIP),
     )

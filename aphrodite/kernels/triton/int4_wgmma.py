@@ -105,6 +105,16 @@ def _request(x, column, chunk, smem, bars, slot, pred):
 
 
 @gluon.jit
+def _next_product(x, column, weight, total, smem, bars, start, chunk, end, STAGES: gl.constexpr):
+    """Start adding the product of `chunk`, after the one before it has ended: its place in the ring is free."""
+    turn = chunk - start
+    gl.thread_barrier()
+    _request(x, column, chunk - 1 + STAGES, smem, bars, (turn - 1) % STAGES, chunk - 1 + STAGES < end)
+    mbarrier.wait(bars.index(turn % STAGES), turn // STAGES & 1)
+    return warpgroup_mma(weight, smem.index(turn % STAGES).permute((1, 0)), total, is_async=True)
+
+
+@gluon.jit
 def _sum_of_splits(partial, workspace, counters, tile, split, SPLITS: gl.constexpr):
     """Leave `partial`; the last block of a tile gets (True, the sum of all in the order of the splits)."""
     R: gl.constexpr = partial.shape[0]
@@ -170,23 +180,25 @@ def _int4_wgmma_kernel(
         _request(x, column, start + slot, smem, bars, slot, start + slot < end)
 
     total = gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma)
-    before = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
+    weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
     words_0, groups_0 = words_1, groups_1
     words_1, groups_1 = _load_chunk(words, scales, start + 2, strip, strips, chunks, GROUP, WARPS)
     mbarrier.wait(bars.index(0), 0)
-    token = warpgroup_mma(before, smem.index(0).permute((1, 0)), total, is_async=True)
-    for chunk in range(start + 1, end):
+    token = warpgroup_mma(weight, smem.index(0).permute((1, 0)), total, is_async=True)
+    # A product reads its registers while the next operand is unpacked, so that one must have others: two turns a loop.
+    for chunk in range(start + 1, end - 1, 2):
+        for turn in gl.static_range(2):
+            weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
+            words_0, groups_0 = words_1, groups_1
+            words_1, groups_1 = _load_chunk(words, scales, chunk + turn + 2, strip, strips, chunks, GROUP, WARPS)
+            # Unpacking stays before the wait, beside the product, because the wait takes its result.
+            total, weight = warpgroup_mma_wait(0, deps=[token, weight])
+            token = _next_product(x, column, weight, total, smem, bars, start, chunk + turn, end, STAGES)
+    total = warpgroup_mma_wait(0, deps=[token])
+    if (end - start) % 2 == 0:
         weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
-        words_0, groups_0 = words_1, groups_1
-        words_1, groups_1 = _load_chunk(words, scales, chunk + 2, strip, strips, chunks, GROUP, WARPS)
-        total, before = warpgroup_mma_wait(0, deps=[token, before])
-        turn = chunk - start
-        gl.thread_barrier()
-        _request(x, column, chunk - 1 + STAGES, smem, bars, (turn - 1) % STAGES, chunk - 1 + STAGES < end)
-        mbarrier.wait(bars.index(turn % STAGES), turn // STAGES & 1)
-        token = warpgroup_mma(weight, smem.index(turn % STAGES).permute((1, 0)), total, is_async=True)
-        before = weight
-    total, before = warpgroup_mma_wait(0, deps=[token, before])
+        last_product = _next_product(x, column, weight, total, smem, bars, start, end - 1, end, STAGES)
+        total = warpgroup_mma_wait(0, deps=[last_product])
 
     if SPLITS == 1:
         finish(total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
@@ -206,7 +218,7 @@ def int4_wgmma(
 
     Args:
         x: `[T, in]` bfloat16 or float16, 16-byte aligned; rows are multiples of 8 values apart, as is `in`.
-        weight: without offsets; (gate, up) pairs when there is an activation. It is read before the kernels of the
+        weight: (gate, up) pairs when there is an activation. It is read before the kernels of the
             same stream have ended, so none of them may write it (copies may).
         config: how to cut the work; chosen by shape when None.
 

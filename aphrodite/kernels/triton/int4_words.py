@@ -8,11 +8,10 @@ nibble e where b = 0, nibble e + 4 where b = 1. So `word >> 4 e & 0x000F000F` is
 another in memory.
 
 Scale and zero of a group are one word: a float32 whose low byte, below the 15 bits of fraction that are kept (so
-float16 and bfloat16 scales are exact), is the zero. A zero that is no integer leaves 8 there, and an `offset` for the
-group, (8 - zero) * scale, that is multiplied by the sum of the group's activations.
+float16 and bfloat16 scales are exact), is the zero, an integer.
 
 The rows of a gated weight are (gate, up) pairs: the first 8 rows of a strip are gates, the other 8 their ups, so one
-thread has both sums of a pair. It costs 0.5 bytes a value and 4 a group (8 with an offset): 0.53125 in groups of 128.
+thread has both sums of a pair. It costs 0.5 bytes a value and 4 a group: 0.53125 in groups of 128.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ class Int4Words(NamedTuple):
     Attributes:
         words: `[strips, chunks, 16, 16]` int32.
         scales: `[strips, groups, 16]` int32, scale and zero.
-        offsets: `[strips, groups, 16]` float32, or None where all zeros are integers.
         out_features, in_features: without padding.
         group_size: inputs that share a scale: 32, 64, or a multiple of 128.
         paired: the rows are (gate, up) pairs.
@@ -41,7 +39,6 @@ class Int4Words(NamedTuple):
 
     words: torch.Tensor
     scales: torch.Tensor
-    offsets: torch.Tensor | None
     out_features: int
     in_features: int
     group_size: int
@@ -49,7 +46,7 @@ class Int4Words(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.words, self.scales) if self.offsets is None else (self.words, self.scales, self.offsets)
+        return (self.words, self.scales)
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +75,7 @@ def pack_int4(
     Args:
         codes: `[out, in / 2]` uint8; the low nibble is the even column's.
         scales: `[out, groups]` of a floating type.
-        zeros: `[out, groups]`, integers 0..127 or of a floating type.
+        zeros: `[out, groups]` uint8, 0..127.
         group_size: inputs of a group; `unsupported_group` has been asked.
         paired: the rows are all gates, then all ups.
     """
@@ -93,14 +90,9 @@ def pack_int4(
         words[start : start + piece] = _pack_words(codes, order[start : start + piece], chunks)
     groups = -(-chunks * CHUNK // group_size)
     scale = _by_strip(scales.float(), order, groups)
-    zero = _by_strip(zeros.float(), order, groups)
-    whole = (zero == zero.round()) & (zero >= 0) & (zero < 128)
-    offsets = None
-    if not bool(whole.all()):
-        offsets = (8.0 - zero) * scale
-        zero = torch.full_like(zero, 8.0)
     rounded = (scale.view(torch.int32) + 0x80) & ~0xFF
-    return Int4Words(words, rounded | zero.to(torch.int32), offsets, out_features, in_features, group_size, paired)
+    zero = _by_strip(zeros.to(torch.int32), order, groups)
+    return Int4Words(words, rounded | zero, out_features, in_features, group_size, paired)
 
 
 def _strip_rows(out_features: int, paired: bool, device: torch.device) -> torch.Tensor:
@@ -129,7 +121,7 @@ def _pack_words(codes: torch.Tensor, order: torch.Tensor, chunks: int) -> torch.
 def _by_strip(values: torch.Tensor, order: torch.Tensor, groups: int) -> torch.Tensor:
     """`[strips, groups, 16]` of `values` `[out, groups or fewer]`, zeros for padding."""
     taken = values[order.clamp(min=0)]
-    taken.masked_fill_((order < 0)[..., None], 0.0)
+    taken.masked_fill_((order < 0)[..., None], 0)
     return torch.nn.functional.pad(taken, (0, groups - values.shape[1])).transpose(1, 2).contiguous()
 
 
@@ -144,8 +136,6 @@ def unpack_int4(weight: Int4Words) -> torch.Tensor:
     scale = (weight.scales & ~0xFF).view(torch.float32).transpose(1, 2)[..., group].double()
     zero = (weight.scales & 0xFF).transpose(1, 2)[..., group]
     values = (codes - zero).double() * scale
-    if weight.offsets is not None:
-        values += weight.offsets.transpose(1, 2)[..., group].double()
     if weight.paired:
         values = values.view(strips, 2, 8, -1).transpose(1, 2)
     return values.reshape(strips * STRIP, -1)[: weight.out_features, : weight.in_features]

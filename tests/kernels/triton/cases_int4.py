@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import triton
-from compiling import NVIDIA, Constant, KernelCase
+from compiling import Constant, KernelCase
 
+from aphrodite.kernels.triton.int4_expand import STRIPS, _expand_kernel
 from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS
-from aphrodite.kernels.triton.int4_plain import _expand_kernel, _int4_plain_kernel, plain_config
 
 HOPPER = ("sm_90",)
 
@@ -33,40 +33,6 @@ def _options(pdl: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if pdl else {}
 
 
-def _plain(
-    shape: tuple[int, int],
-    rows: int,
-    group: int,
-    *,
-    activation: str | None = None,
-    hip: bool = False,
-    offsets: bool = False,
-) -> KernelCase:
-    cut = plain_config(*shape, rows, hip)
-    return KernelCase(
-        name=f"int4_plain-{shape[0]}x{shape[1]}-{rows}-{group}",
-        kernel=_int4_plain_kernel,
-        arguments={
-            "x": "*bf16",
-            "x_stride": "i32:16",
-            "offsets": "*fp32",
-            "workspace": "*fp32",
-            "counters": "*i32",
-            "in_features": shape[1],
-            "GROUP": group,
-            "STRIPS": cut.strips,
-            "COLUMNS": max(16, rows),
-            "SPLITS": cut.splits,
-            "STAGES": cut.stages,
-            "HAS_OFFSETS": offsets,
-            "PDL": False,
-        }
-        | _common("bf16", activation),
-        num_warps=cut.warps,
-        targets=("gfx942",) if hip else NVIDIA,
-    )
-
-
 def _expand(group: int, *, paired: bool) -> KernelCase:
     return KernelCase(
         name=f"int4_expand-{group}",
@@ -74,7 +40,6 @@ def _expand(group: int, *, paired: bool) -> KernelCase:
         arguments={
             "words": "*i32",
             "scales": "*i32",
-            "offsets": "*fp32",
             "out": "*bf16",
             "out_features": "i32:16",
             "in_features": "i32:16",
@@ -82,8 +47,7 @@ def _expand(group: int, *, paired: bool) -> KernelCase:
             "chunks": "i32:16",
             "groups": "i32:16",
             "GROUP": group,
-            "STRIPS": 4,
-            "HAS_OFFSETS": False,
+            "STRIPS": STRIPS,
             "PAIRED": paired,
             "PDL": False,
         },
@@ -182,11 +146,6 @@ def _gluon_cases() -> list[KernelCase]:
 
 
 CASES = [
-    _plain((28672, 4096), 1, 128, activation="silu"),
-    _plain((4096, 4096), 64, 32),
-    _plain((4096, 4096), 16, 64, offsets=True),
-    _plain((28672, 4096), 64, 128, activation="silu", hip=True),
-    _plain((4096, 14336), 16, 32, hip=True),
     _expand(128, paired=True),
     _expand(32, paired=False),
     *(_gluon_cases() if triton.__version__.startswith(GLUON_VERSIONS) else []),
