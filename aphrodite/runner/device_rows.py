@@ -7,6 +7,7 @@ It never knows the newest token: that is read on the device, where the sampler o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ from aphrodite.core.plan import RowStart, RowStep, StepPlan
 from aphrodite.kernels.triton.step_inputs import gather_tokens, scatter
 from aphrodite.runner.inputs import DeviceInputs, HostLengths
 from aphrodite.runner.transfers import Transfers
+
+DECODE_SECTIONS = 8  # int32 values of a row in the inputs of a decode step
+_NOTHING = np.zeros(0, dtype=np.int32)
 
 
 class StagedStep(NamedTuple):
@@ -52,8 +56,12 @@ class DeviceRows:
         self.block_tables = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int32, device=device)
         self._mirror = np.zeros((num_rows + 1, max_blocks), dtype=np.int32)
         self._block_counts = [0] * (num_rows + 1)
-        # A decode step's sections: slots (int64), rows, positions, context lengths.
-        self._decode = torch.zeros(5 * _aligned(num_rows), dtype=torch.int32, device=device)
+        # Changes of block tables that the device has not been told: (row, entries it had, blocks) each.
+        self._changes: list[tuple[int, int, list[int]]] = []
+        # A decode step's sections: slots (int64), rows, positions, context lengths, and as many changes of block tables
+        # (row, column, block).
+        self._decode = torch.zeros(DECODE_SECTIONS * _aligned(num_rows), dtype=torch.int32, device=device)
+        self._decode_inputs: dict[int, StagedStep] = {}
         self._counting = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
         self._nothing = torch.zeros(0, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(num_rows, dtype=torch.int32, device=device)
@@ -62,56 +70,68 @@ class DeviceRows:
         """Take over what the plan changes: new prompts and block tables."""
         for start in plan.starts:
             self._start(start)
-        changes: list[tuple[int, int, list[int]]] = []
-        for step in plan.steps:
-            if step.reset_blocks:
-                self._block_counts[step.row] = 0
-            if step.blocks:
-                used = self._block_counts[step.row]
-                self._mirror[step.row, used : used + len(step.blocks)] = step.blocks
-                self._block_counts[step.row] = used + len(step.blocks)
-                changes.append((step.row, used, step.blocks))
-        if changes:
-            self._change_tables(changes)
+        if self._changes:  # a step failed before it told the device
+            self._take_changes(most=-1)
+        for row, _, _, blocks, reset, *_ in plan.steps:
+            if reset:
+                self._block_counts[row] = 0
+            if blocks:
+                used = self._block_counts[row]
+                self._mirror[row, used : used + len(blocks)] = blocks
+                self._block_counts[row] = used + len(blocks)
+                self._changes.append((row, used, blocks))
 
-    def _change_tables(self, changes: Sequence[tuple[int, int, list[int]]]) -> None:
-        """Append blocks to tables on the device: (row, entries it had, blocks) each."""
+    def _take_changes(self, most: int) -> tuple[np.ndarray, ...]:
+        """Row, column and block `[n]` of the changes that the device has not been told.
+
+        Where there are more than `most`, it is told now, and n is 0.
+        """
+        changes, self._changes = self._changes, []
+        if not changes:
+            return (_NOTHING,) * 3
         lengths = [len(blocks) for _, _, blocks in changes]
-        count = sum(lengths)
-        packed = np.zeros((3, _aligned(count)), dtype=np.int32)
-        packed[0, :count] = np.repeat([row for row, _, _ in changes], lengths)
-        packed[0, count:] = self.num_rows
-        packed[1, :count] = np.concatenate([np.arange(used, used + len(blocks)) for _, used, blocks in changes])
-        packed[2, :count] = np.concatenate([blocks for _, _, blocks in changes])
-        rows, columns, values = self._transfers.to_device(packed)
-        scatter(self.block_tables, rows, columns, values)
+        rows = np.repeat(np.array([row for row, _, _ in changes], dtype=np.int32), lengths)
+        firsts = np.array([used for _, used, _ in changes], dtype=np.int32)
+        ends = np.cumsum(lengths, dtype=np.int32)
+        columns = np.arange(ends[-1], dtype=np.int32) + np.repeat(firsts - (ends - lengths), lengths)
+        blocks = np.fromiter(chain.from_iterable(blocks for _, _, blocks in changes), np.int32, ends[-1])
+        if len(rows) <= most:
+            return rows, columns, blocks
+        scatter(self.block_tables, *self._copy_sections([rows, columns, blocks]))
+        return (_NOTHING,) * 3
 
     def stage_decode(self, steps: Sequence[RowStep], bucket: int) -> StagedStep:
         """Copy the inputs of `steps`, one token each, to where `decode_inputs(bucket)` finds them."""
-        count = len(steps)
-        rows = np.array([step.row for step in steps], dtype=np.int32)
-        positions = np.array([step.start for step in steps], dtype=np.int32)
-        width = _aligned(bucket)
-        packed = np.zeros(5 * width, dtype=np.int32)
+        count, width = len(steps), _aligned(bucket)
+        packed = np.zeros(DECODE_SECTIONS * width, dtype=np.int32)
         slots = packed[: 2 * width].view(np.int64)
-        slots[count:] = -1
+        sections = packed[2 * width :].reshape(-1, width)
+        rows, positions = sections[0, :count], sections[1, :count]
+        rows[:] = [step[0] for step in steps]
+        positions[:] = [step[1] for step in steps]
+        sections[0, count:] = self.num_rows
+        np.add(positions, 1, out=sections[2, :count])
         slots[:count] = self._slots(rows, positions)
-        sections = packed[2 * width :].reshape(3, width)
-        sections[0, :count], sections[0, count:] = rows, self.num_rows
-        sections[1, :count] = positions
-        sections[2, :count] = positions + 1
-        self._transfers.to_device(packed, self._decode[: 5 * width])
+        slots[count:] = -1
+        changed = self._take_changes(most=bucket)
+        sections[3] = self.num_rows
+        for section, values in zip(sections[3:], changed, strict=True):
+            section[: len(values)] = values
+        self._transfers.to_device(packed, self._decode[: len(packed)])
         return self.decode_inputs(bucket)
 
     def decode_inputs(self, bucket: int) -> StagedStep:
-        """Views at fixed addresses of a decode step's inputs; `load_tokens` has to come before they are read."""
-        width = _aligned(bucket)
-        packed = self._decode[: 5 * width]
-        rows, positions, context_lens = packed[2 * width :].view(3, width)[:, :bucket]
+        """Views at fixed addresses of a decode step's inputs; `load_decode_step` has to come before they are read."""
+        if bucket not in self._decode_inputs:
+            self._decode_inputs[bucket] = self._decode_views(bucket)
+        return self._decode_inputs[bucket]
+
+    def _decode_views(self, bucket: int) -> StagedStep:
+        rows, positions, context_lens, *_ = self._decode_sections(bucket)
         inputs = DeviceInputs(
             token_ids=self._tokens[:bucket],
             positions=positions,
-            slot_mapping=packed[: 2 * bucket].view(torch.int64),
+            slot_mapping=self._decode[: 2 * bucket].view(torch.int64),
             query_start=self._counting[: bucket + 1],
             context_lens=context_lens,
             rows=rows,
@@ -122,9 +142,16 @@ class DeviceRows:
         )
         return StagedStep(inputs, rows, context_lens)
 
-    def load_decode_tokens(self, staged: StagedStep) -> None:
-        """Read the newest token of every row of a decode step: a kernel, so that a graph may hold it."""
-        inputs = staged.inputs
+    def _decode_sections(self, bucket: int) -> list[torch.Tensor]:
+        """`[bucket]` int32 each: what comes behind the slots."""
+        width = _aligned(bucket)
+        sections = self._decode[2 * width : DECODE_SECTIONS * width].view(-1, width)
+        return list(sections[:, :bucket])
+
+    def load_decode_step(self, bucket: int) -> None:
+        """Update block tables and read the newest token of every row: kernels, so that a graph may hold it."""
+        inputs = self.decode_inputs(bucket).inputs
+        scatter(self.block_tables, *self._decode_sections(bucket)[3:])
         gather_tokens(inputs.token_ids, self.token_ids, inputs.rows, inputs.positions)
 
     def stage_ragged(
@@ -156,8 +183,11 @@ class DeviceRows:
             rows[sampling],
             lengths.context[sampling],
             attention_table,
+            *self._take_changes(most=self.block_tables.numel()),
         ]
         device = self._copy_sections(sections)
+        if len(sections[-1]):
+            scatter(self.block_tables, *device[-3:])
         tokens = torch.empty(total, dtype=torch.int32, device=self.token_ids.device)
         gather_tokens(tokens, self.token_ids, device[1], device[2])
         inputs = DeviceInputs(
@@ -175,7 +205,7 @@ class DeviceRows:
         return StagedStep(inputs, device[7], device[8])
 
     def append(self, staged: StagedStep, token_ids: torch.Tensor) -> None:
-        """Write the sampled `token_ids` `[S]` int32 behind their rows' tokens: a kernel, as `load_decode_tokens`."""
+        """Write the sampled `token_ids` `[S]` int32 behind their rows' tokens: a kernel, as `load_decode_step`."""
         self.write(staged.sample_rows, staged.sample_positions, token_ids)
 
     def write(self, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:

@@ -113,22 +113,35 @@ class DeviceRunner:
         """
         if step.error is not None:
             raise step.error
-        rows = [RowResult(row.row, prompt_logprobs=step.prompt_logprobs.get(at)) for at, row in enumerate(plan.steps)]
         waited = 0.0
-        if step.choices is not None:
+        if step.choices is None:
+            rows = [RowResult(row.row) for row in plan.steps]
+        else:
             began = time.perf_counter()
-            token_ids, ok, exhausted = (tensor.tolist() for tensor in step.choices.wait())
+            tensors = step.choices.wait()
             waited = time.perf_counter() - began
-            for entry, number in enumerate(step.sampling):
-                if ok[entry]:
-                    logprobs = step.sampled.logprobs_of(entry) if step.sampled is not None else None
-                    trace = step.sampled.trace_of(entry) if step.sampled is not None else None
-                    rows[number] = rows[number]._replace(token_id=token_ids[entry], logprobs=logprobs, trace=trace)
-                else:
-                    rows[number] = rows[number]._replace(error=error_of(exhausted[entry]))
+            rows = self._results(plan.steps, step, *(tensor.tolist() for tensor in tensors))
+        for number, logprobs in step.prompt_logprobs.items():
+            rows[number] = rows[number]._replace(prompt_logprobs=logprobs)
         self._requests.fail_unservable(rows)
         seconds = step.clock.seconds() if step.clock is not None and step.choices is not None else 0.0
         return Outcome(StepResult(plan.step_id, rows), seconds, waited)
+
+    def _results(
+        self, steps: Sequence[RowStep], step: LaunchedStep, token_ids: list[int], ok: list[bool], exhausted: list[bool]
+    ) -> list[RowResult]:
+        """What became of each row; the lists are of those that sampled."""
+        if len(step.sampling) == len(steps) and step.sampled is None and all(ok):
+            return [RowResult(row.row, token_id) for row, token_id in zip(steps, token_ids, strict=True)]
+        rows = [RowResult(row.row) for row in steps]
+        for entry, number in enumerate(step.sampling):
+            if not ok[entry]:
+                rows[number] = RowResult(steps[number].row, error=error_of(exhausted[entry]))
+                continue
+            logprobs = step.sampled.logprobs_of(entry) if step.sampled is not None else None
+            trace = step.sampled.trace_of(entry) if step.sampled is not None else None
+            rows[number] = RowResult(steps[number].row, token_ids[entry], logprobs, trace=trace)
+        return rows
 
     def warm_up(self, max_tokens: int, progress: Callable[[int, int], None]) -> None:
         """Compile the kernels of usual steps, capture graphs, and try the largest step.
@@ -224,9 +237,8 @@ class DeviceRunner:
 
     def _decode(self, bucket: int) -> torch.Tensor:
         """The kernels of a decode step over tensors at fixed addresses, up to its logits: what a graph holds."""
-        staged = self.rows.decode_inputs(bucket)
-        self.rows.load_decode_tokens(staged)
-        return self.executor.forward(staged.inputs)
+        self.rows.load_decode_step(bucket)
+        return self.executor.forward(self.rows.decode_inputs(bucket).inputs)
 
     def _choose(self, launches: Hashable, bucket: int, logits: torch.Tensor) -> None:
         """End a decode step by choosing tokens."""

@@ -91,6 +91,8 @@ class Sampler:
     ) -> None:
         info = SamplerInfo(num_rows, vocab_size, device, token_ids, num_prompt)
         self._fused: FastPath | None = open_fast_path(info) if native else None
+        # The same where an accelerator runs it alone: whether it does is too slow a question for every step.
+        self._device_sampler = self._fused if isinstance(self._fused, DeviceSampler) else None
         self._info = info._replace(native=self._fused is not None and self._fused.native is not None)
         self._vocabulary = vocabulary
         # A tokenizer may name tokens that the model has no logits for.
@@ -203,12 +205,12 @@ class Sampler:
     @property
     def launch_levels(self) -> Sequence[Hashable]:
         """All that `stage` can say of steps that `run` serves, the last of which does everything; empty if none."""
-        return self._fused.launch_levels if isinstance(self._fused, DeviceSampler) else ()
+        return self._device_sampler.launch_levels if self._device_sampler is not None else ()
 
     def stage(self, rows: Sequence[int], positions: Sequence[int]) -> Hashable | None:
         """Prepare a call of `run` for these rows and positions: what it has to launch, None if some need `sample`."""
-        device = self._fused
-        if not isinstance(device, DeviceSampler) or not device.rows.issuperset(rows):
+        device = self._device_sampler
+        if device is None or not device.rows.issuperset(rows):
             return None
         if device.wanted and not device.wanted.keys().isdisjoint(rows):
             return None
@@ -235,9 +237,9 @@ class Sampler:
         Raises:
             TypeError: there is no such sampler for this device.
         """
-        if not isinstance(self._fused, DeviceSampler):
+        if self._device_sampler is None:
             raise TypeError(f"rows are not sampled by {self._info.device} alone")
-        self._fused.run(logits, rows, positions, token_ids, ok, exhausted, launches)
+        self._device_sampler.run(logits, rows, positions, token_ids, ok, exhausted, launches)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> list[TokenLogprobs]:
@@ -253,9 +255,9 @@ class Sampler:
         if not bool(logits.amax(-1).isfinite().all()):
             raise RequestFailedError("the model's logits for this prompt are not finite numbers")
         targets = target_ids.to(device=logits.device, dtype=torch.int64)
-        if isinstance(self._fused, DeviceSampler):
+        if self._device_sampler is not None:
             entries = torch.arange(len(logits), device=logits.device)
-            tensors = self._fused.logprobs(logits, entries, targets, k)
+            tensors = self._device_sampler.logprobs(logits, entries, targets, k)
         else:
             tensors = gather_logprobs(logits, targets, k, None if self._fused is None else self._fused.native)
         return [tensors.entry(entry, k) for entry in range(len(logits))]
