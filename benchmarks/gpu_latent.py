@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/gpu_latent.py            # the tables
     PYTHONPATH=. python benchmarks/gpu_latent.py --tune     # launch parameters instead
+    PYTHONPATH=. python benchmarks/gpu_latent.py --profile  # single kernels
 
 Decode steps are timed as a CUDA graph over several layers, each with a cache of its own so that none finds its latents
 in L2; "layer" is everything between the projections, "kernel" the attention kernel alone. Prompts are timed both ways
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from aphrodite.attention import latent_triton
-from aphrodite.attention.backend import KVCache
+from aphrodite.attention.backend import KVCache, StepAttention
 from aphrodite.attention.latent import LatentShape, LatentTransform
 from aphrodite.attention.latent_triton import TritonLatentAttention, expands
 from aphrodite.kernels.triton.decode_attention import DecodeConfig, plan_decode
@@ -150,7 +151,8 @@ def kernel_seconds(step: Step, config: LatentDecodeConfig) -> float:
     inputs = step.inputs
     plan = plan_decode(
         query_start=inputs.query_start, context_lens=inputs.context_lens, rows=inputs.rows,
-        num_kv_heads=config.head_blocks(HEADS), window=None, config=config.decode,
+        num_kv_heads=1, window=None, config=config.decode,
+        target=config.target(HEADS, len(inputs.rows), step.backend.programs),
     )  # fmt: skip
     tokens = step.qkv.shape[0]
     absorbed, out = torch.randn(2, tokens, HEADS, MLA.kv_lora_rank, device="cuda", dtype=BF16)
@@ -174,8 +176,8 @@ def decode_row(name: str, contexts: list[int]) -> None:
     print(f"{name:14} kernel {kernel * 1e6:8.1f} us  {speed}  layer {layer * 1e6:8.1f} us")
 
 
-def prompt_seconds(step: Step, expanded: bool) -> float:
-    """Of a layer of a step with prompts, all kernels between the projections."""
+def prompt_step(step: Step, expanded: bool) -> StepAttention:
+    """A step with prompts, served in one of the two ways."""
     choice = latent_triton.expands
     latent_triton.expands = lambda query, context, mla: (query > 1) & expanded
     try:
@@ -183,7 +185,12 @@ def prompt_seconds(step: Step, expanded: bool) -> float:
     finally:
         latent_triton.expands = choice
     inputs = step.inputs._replace(lengths=step.lengths, attention_table=torch.from_numpy(table).cuda())
-    serve = step.backend.begin_step(inputs, step.cache)
+    return step.backend.begin_step(inputs, step.cache)
+
+
+def prompt_seconds(step: Step, expanded: bool) -> float:
+    """Of a layer of a step with prompts, all kernels between the projections."""
+    serve = prompt_step(step, expanded)
 
     def run() -> None:
         for layer in range(8):
@@ -207,17 +214,43 @@ def prompt_row(name: str, pairs: list[tuple[int, int]]) -> None:
     print(f"{name:14} " + "  ".join(shares))
 
 
+def profile() -> None:
+    """Kernels of a step's layer, us each, for decode steps and for prompts both ways."""
+    for name, contexts in DECODES.items():
+        step = make_step([(1, context) for context in contexts])
+        serve = step.backend.begin_step(step.inputs, step.cache)
+        _print_kernels(name, step, serve)
+    for name, pairs in PROMPTS.items():
+        step = make_step(pairs)
+        for expanded in (False, True):
+            _print_kernels(f"{name} {'expanded' if expanded else 'absorbed'}", step, prompt_step(step, expanded))
+
+
+def _print_kernels(name: str, step: Step, serve: StepAttention) -> None:
+    serve(0, step.qkv)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for layer in range(4):
+            serve(layer % step.layers, step.qkv)
+        torch.cuda.synchronize()
+    found = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
+    parts = [f"{event.key[:28]} {event.device_time_total / 4:.1f}" for event in found[:7]]
+    print(f"{name:24} {sum(event.device_time_total for event in found) / 4:7.1f} us: " + ", ".join(parts))
+
+
 def tune() -> None:
     """Decode and prompt kernels over grids of launch parameters, best first."""
     for name in ("1 x 8k", "32 x 1k", "32 x 4k"):
         step = make_step([(1, context) for context in DECODES[name]])
         found = []
-        for tile, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3, 4)):
-            config = LatentDecodeConfig(16, DecodeConfig(tile, warps, stages))
+        for tile, warps, (stages, at_once), first in itertools.product(
+            (32, 64), (4, 8), ((2, 1), (2, 2), (3, 1), (3, 2)), (False, True)
+        ):
+            config = LatentDecodeConfig(16, DecodeConfig(tile, warps, stages), first, at_once)
             try:
-                found.append((kernel_seconds(step, config), config.decode))
+                found.append((kernel_seconds(step, config), (*config.decode, first, at_once)))
             except Exception as error:
-                print(f"  {name} {tuple(config.decode)}: {str(error)[:80]}")
+                print(f"  {name} {tuple(config)}: {str(error)[:80]}")
         print(name, *(f"{seconds * 1e6:.1f} us {tuple(config)}" for seconds, config in sorted(found)[:5]), sep="\n  ")
     for name, expanded in (("4 x 2k", True), ("64 after 8k", False)):
         step = make_step(PROMPTS[name])
@@ -240,8 +273,10 @@ def tune() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="time launch parameters instead")
-    if parser.parse_args().tune:
-        tune()
+    parser.add_argument("--profile", action="store_true", help="time single kernels instead")
+    options = parser.parse_args()
+    if options.tune or options.profile:
+        (tune if options.tune else profile)()
         return
     rows: list[Callable[[], None]] = [lambda n=n, c=c: decode_row(n, c) for n, c in DECODES.items()]  # type: ignore[misc]
     rows += [lambda n=n, p=p: prompt_row(n, p) for n, p in PROMPTS.items()]  # type: ignore[misc]

@@ -98,7 +98,7 @@ class TritonLatentAttention:
         self.expanded_config = expanded_config(shape.dtype, card, widest)
         rows = self.absorbed_config.rows
         self.absorbed_heads = next(n for n in range(min(rows, shape.num_heads), 0, -1) if shape.num_heads % n == 0)
-        self._programs = multiprocessors(shape.device)
+        self.programs = multiprocessors(shape.device)
         self._staged: LatentWork | None = None
 
     @staticmethod
@@ -161,7 +161,7 @@ class TritonLatentAttention:
             self.absorbed_config,
             group=self.absorbed_heads,
             kv_heads=shape.num_heads // self.absorbed_heads,
-            programs=self._programs,
+            programs=self.programs,
             first_rows=np.where(expanded, query, 0),
         )
         key_start = np.zeros(len(query), np.int32)
@@ -238,9 +238,10 @@ class _LatentStep:
                 query_start=inputs.query_start,
                 context_lens=inputs.context_lens,
                 rows=inputs.rows,
-                num_kv_heads=config.head_blocks(backend.shape.num_heads),
+                num_kv_heads=1,
                 window=None,
                 config=config.decode,
+                target=config.target(backend.shape.num_heads, inputs.context_lens.shape[0], backend.programs),
             )
         parts: list[torch.Tensor] = []
         used = 0
@@ -344,11 +345,12 @@ class _LatentStep:
         at_once = max(1, EXPANDED_BYTES // each)
         for first in range(0, shape.num_heads, at_once):
             heads = slice(first, min(first + at_once, shape.num_heads))
+            count = heads.stop - first
             expanded_attention(
                 qkv,
-                torch.matmul(latents, transform.key_up[layer][heads]),
+                torch.bmm(latents.expand(count, -1, -1), transform.key_up[layer][heads]),
                 gathered[:, mla.kv_lora_rank :],
-                torch.matmul(latents, transform.value_up[layer][heads].transpose(1, 2)),
+                torch.bmm(latents.expand(count, -1, -1), transform.value_up[layer][heads].transpose(1, 2)),
                 out,
                 first_head=first,
                 tiles=tiles,

@@ -37,7 +37,7 @@ STEPS = {
     "prompts": [(300, 300), (1000, 1000)],
     "mixed": [(1, 900), (40, 2000), (700, 1500), (1, 17), (3, 3)],
 }
-ATOL = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
+ATOL = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 5e-2}  # of values up to 5
 
 
 @pytest.mark.parametrize("heads", [16, 20, 128])
@@ -81,6 +81,7 @@ def check(
     for _ in range(2):  # as two layers of a step do: the plan is left as it was found
         out = backend.begin_step(case.inputs(lengths, table), cache)(1, case.qkv.clone())
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=ATOL[dtype])
+        assert (out.double() - expected).norm() < ATOL[dtype] / 4 * expected.norm()
 
 
 DEEPSEEK_V3: dict[str, Any] = {

@@ -1,8 +1,10 @@
 """Absorbed latent attention of sequences with one query row each, split along the context.
 
 Queries that were taken to the latent meet the cached vectors as one key that all heads share; the same tile, but for
-its turning part, is the value. So a tile is read once for all heads of a program, which are the rows of its products.
-How contexts are divided and put together is that of `decode_attention.py`.
+its turning part, is the value. So a tile is read once for all heads of a program, which are the rows of its products,
+or their columns where tensor cores read both operands from shared memory (Hopper): 16 heads are few rows. Contexts are
+divided as by `decode_attention.py`; a second kernel puts the chunks of a context together, for with so many values a
+head that is too much for the last program to do alone.
 
 Cost: context * (rank + turning) elements read a sequence and block of heads, 2 * heads * (2 * rank + turning)
 operations a position: bound by memory traffic up to some 64 heads, by the matrix units above.
@@ -20,10 +22,9 @@ from aphrodite.kernels.triton.decode_attention import (
     RECORD,
     DecodeConfig,
     DecodePlan,
-    _combine,
-    combined_at_once,
 )
 from aphrodite.kernels.triton.launch import (
+    ceil_div,
     direct_launch,
     launch_dependents,
     launch_options,
@@ -44,6 +45,9 @@ from aphrodite.kernels.triton.paged import (
 )
 
 MIN_PRODUCT = 16  # rows and depth of tl.dot
+CHUNKS_OF_ONE = 64  # that a single context is divided into: more take longer to put together than they save
+MERGED_CHUNKS = 16  # whose partial results are loaded at once
+MERGED_DIMS = 128  # of a program
 
 
 class LatentDecodeConfig(NamedTuple):
@@ -52,27 +56,40 @@ class LatentDecodeConfig(NamedTuple):
     Attributes:
         heads: of a program.
         decode: tile of positions, warps and stages.
+        positions_first: positions are the rows of the products, heads the columns.
+        programs: that a multiprocessor runs at the same time.
     """
 
     heads: int
     decode: DecodeConfig
+    positions_first: bool
+    programs: int
 
     def head_blocks(self, num_heads: int) -> int:
         """Programs that share a chunk's heads."""
         return -(-num_heads // self.heads)
 
+    def target(self, num_heads: int, sequences: int, multiprocessors: int) -> int:
+        """Chunks to aim at: what runs at once, less one a sequence, by which rounding may exceed it."""
+        if sequences == 1:
+            return CHUNKS_OF_ONE
+        return max(CHUNKS_OF_ONE // 2, self.programs * multiprocessors // self.head_blocks(num_heads) - sequences)
+
 
 def latent_decode_config(num_heads: int, dtype: torch.dtype, card: Card, *, fp8_cache: bool) -> LatentDecodeConfig:
     """Launch parameters for a number of heads, compute dtype and card.
 
-    Each warp holds the queries of all its program's heads in registers, so more of either would not fit.
+    Where heads are rows, each warp holds the queries of all its program's heads in registers: more would not fit.
     """
     heads = min(num_heads, MIN_PRODUCT)
     if dtype == torch.float32 or card == "hip":
-        return LatentDecodeConfig(heads, DecodeConfig(tile=16, num_warps=4, num_stages=1))
+        return LatentDecodeConfig(heads, DecodeConfig(tile=16, num_warps=4, num_stages=1), False, 1)
     if fp8_cache:
-        return LatentDecodeConfig(heads, DecodeConfig(tile=16, num_warps=4, num_stages=2))
-    return LatentDecodeConfig(heads, DecodeConfig(tile=32, num_warps=4, num_stages=3 if card == "hopper" else 2))
+        return LatentDecodeConfig(heads, DecodeConfig(tile=16, num_warps=4, num_stages=2), False, 2)
+    if card == "hopper":
+        return LatentDecodeConfig(heads, DecodeConfig(tile=64, num_warps=8, num_stages=2), True, 1)
+    tile = 32 if num_heads % heads == 0 else 16  # masks take registers
+    return LatentDecodeConfig(heads, DecodeConfig(tile=tile, num_warps=4, num_stages=2), False, 2)
 
 
 def latent_decode(
@@ -97,7 +114,7 @@ def latent_decode(
         cache: a layer's `[num_blocks, block_size, rank + turning]`, this step's tokens included; of the query's dtype
             or float8_e4m3fn.
         out: `[T, heads, rank]` contiguous, of the query's dtype: attended latents.
-        plan: of this step, made for `config.head_blocks` KV heads and `config.decode`.
+        plan: of this step, made for one KV head, `config.decode` and `config.target`.
         block_tables: `[>= rows, max_blocks]` int32, rows contiguous.
         head_dim: of the query.
         scale: factor on scores, positive.
@@ -106,7 +123,7 @@ def latent_decode(
     _, heads, rank = absorbed.shape
     turning = cache.shape[2] - rank
     slots, blocks = plan.records.shape[0], config.head_blocks(heads)
-    group_pad, rank_pad = next_power_of_2(config.heads), max(MIN_PRODUCT, next_power_of_2(rank))
+    rank_pad = max(MIN_PRODUCT, next_power_of_2(rank))
     partials = torch.empty((slots, blocks, config.heads, rank), dtype=torch.float32, device=out.device)
     statistics = torch.empty((slots, blocks, 2, config.heads), dtype=torch.float32, device=out.device)
     pdl = pdl_supported(out.device)
@@ -116,7 +133,6 @@ def latent_decode(
         kernel_view(cache),
         out,
         plan.records,
-        plan.counters,
         block_tables,
         partials,
         statistics,
@@ -127,20 +143,36 @@ def latent_decode(
         HEAD_DIM=head_dim,
         HEAD_BLOCKS=blocks,
         GROUP=config.heads,
-        GROUP_PAD=group_pad,
-        ROWS=max(MIN_PRODUCT, group_pad),
+        ROWS=max(MIN_PRODUCT, next_power_of_2(config.heads)),
         RANK=rank,
         RANK_PAD=rank_pad,
         TURNING=turning,
         TURNING_PAD=max(MIN_PRODUCT, next_power_of_2(turning)),
         BLOCK_SIZE=cache.shape[1],
         TILE=config.decode.tile,
-        COMBINE=combined_at_once(group_pad, rank_pad, config.decode.num_warps * 32),
+        POSITIONS_FIRST=config.positions_first,
         FORMAT=int(kv_format(cache)),
         RECORD=RECORD,
         PDL=pdl,
         num_warps=config.decode.num_warps,
         num_stages=config.decode.num_stages,
+        **launch_options(pdl),
+    )
+    dims = min(MERGED_DIMS, rank_pad)
+    _latent_merge_kernel[(slots, heads, ceil_div(rank, dims))](
+        out,
+        plan.records,
+        partials,
+        statistics,
+        HEADS=heads,
+        HEAD_BLOCKS=blocks,
+        GROUP=config.heads,
+        RANK=rank,
+        DIMS=dims,
+        CHUNKS=MERGED_CHUNKS,
+        RECORD=RECORD,
+        PDL=pdl,
+        num_warps=2,
         **launch_options(pdl),
     )
 
@@ -153,7 +185,6 @@ def _latent_decode_kernel(
     cache,
     out,
     records,
-    counters,
     block_tables,
     partials,
     statistics,
@@ -164,7 +195,6 @@ def _latent_decode_kernel(
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PAD: tl.constexpr,
@@ -172,11 +202,12 @@ def _latent_decode_kernel(
     TURNING_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    COMBINE: tl.constexpr,
+    POSITIONS_FIRST: tl.constexpr,
     FORMAT: tl.constexpr,
     RECORD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    launch_dependents(PDL)
     head_block = tl.program_id(0)
     slot = tl.program_id(1)
     record = records + slot * RECORD
@@ -187,7 +218,6 @@ def _latent_decode_kernel(
     table = block_tables + tl.load(record + 1).to(tl.int64) * table_stride
     start = tl.load(record + 2)
     end = tl.load(record + 3)
-    first_slot = tl.load(record + 5)
     blocks = tile_blocks(table, start, end, TILE, BLOCK_SIZE)
     factor = score_factor(scale, 0.0, FORMAT)
 
@@ -205,7 +235,12 @@ def _latent_decode_kernel(
     if FORMAT != 0:
         q = q.to(tl.float16)
         q_turned = q_turned.to(tl.float16)
-    acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
+    if POSITIONS_FIRST:
+        acc = tl.zeros([RANK_PAD, ROWS], tl.float32)
+        q = tl.trans(q)
+        q_turned = tl.trans(q_turned)
+    else:
+        acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for base in range(start, end, TILE):
@@ -214,14 +249,26 @@ def _latent_decode_kernel(
         blocks = tile_blocks(table, base + TILE, end, TILE, BLOCK_SIZE)
         latents = load_part(cache, row, seen, RANK + TURNING, 0, RANK, RANK_PAD, FORMAT)
         keys = load_part(cache, row, seen, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)
-        scores = tl.dot(q_turned, tl.trans(keys), input_precision="ieee")
-        scores = tl.dot(q, tl.trans(latents), scores, input_precision="ieee")
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        acc, peak, total = accumulate(acc, peak, total, scores, latents, factor, False)
+        if POSITIONS_FIRST:
+            scores = tl.dot(keys, q_turned, input_precision="ieee")
+            scores = tl.dot(latents, q, scores, input_precision="ieee")
+            scores = tl.where(seen[:, None], scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 0))
+            weights = tl.exp2(scores * factor - (new_peak * factor)[None, :])
+            keep = tl.exp2((peak - new_peak) * factor)
+            total = total * keep + tl.sum(weights, 0)
+            acc = tl.dot(tl.trans(latents), weights.to(latents.dtype), acc * keep[None, :], input_precision="ieee")
+            peak = new_peak
+        else:
+            scores = tl.dot(q_turned, tl.trans(keys), input_precision="ieee")
+            scores = tl.dot(q, tl.trans(latents), scores, input_precision="ieee")
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            acc, peak, total = accumulate(acc, peak, total, scores, latents, factor, False)
+    if POSITIONS_FIRST:
+        acc = tl.trans(acc)
     acc *= decoded_scale(FORMAT)
 
     if chunks == 1:
-        launch_dependents(PDL)
         result = tl.where(total[:, None] > 0.0, acc / total[:, None], 0.0)  # a padding row has seen nothing
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
     else:
@@ -230,18 +277,59 @@ def _latent_decode_kernel(
         tl.store(partials + (index + member)[:, None] * RANK + dims[None, :], acc, mask=own)
         tl.store(statistics + 2 * index + member, peak * factor, mask=member < GROUP)
         tl.store(statistics + 2 * index + GROUP + member, total, mask=member < GROUP)
-        tl.debug_barrier()  # all threads' stores before the one that counts
-        counter = counters + first_slot * HEAD_BLOCKS + head_block
-        finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-        launch_dependents(PDL)
-        if finished == chunks - 1:
-            tl.store(counter, 0)  # for the next layer
-            result = _combine(
-                partials, statistics, absorbed, first_slot, chunks, head_block, HEAD_BLOCKS, GROUP, GROUP_PAD, RANK,
-                RANK_PAD, COMBINE, False,
-            )  # fmt: skip
-            few = tl.arange(0, GROUP_PAD)
-            head = head_block * GROUP + few
-            target = out + (token * HEADS + head)[:, None] * RANK + dims[None, :]
-            own = ((few < GROUP) & (head < HEADS))[:, None] & (dims < RANK)[None, :]
-            tl.store(target, result.to(out.dtype.element_ty), mask=own)
+
+
+@direct_launch
+@triton.jit
+def _latent_merge_kernel(
+    out,
+    records,
+    partials,
+    statistics,
+    HEADS: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    DIMS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    RECORD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The program of a context's first slot, a head and some dimensions adds up its chunks; others have nothing to do.
+
+    Weights of the softmax come first, so that no load of partial results waits for another.
+    """
+    launch_dependents(PDL)
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
+    token = tl.load(records + slot * RECORD).to(tl.int64)
+    chunks = tl.load(records + slot * RECORD + 6)
+    first_slot = tl.load(records + slot * RECORD + 5)
+    wait_for_producer(PDL)
+    if (chunks > 1) & (first_slot == slot):
+        each = tl.arange(0, CHUNKS)
+        of_head = (slot * HEAD_BLOCKS + head // GROUP).to(tl.int64) * GROUP
+        member = head % GROUP
+        peak = float("-inf")
+        for base in range(0, chunks, CHUNKS):
+            index = of_head + (base + each) * (HEAD_BLOCKS * GROUP)
+            peaks = tl.load(statistics + 2 * index + member, mask=base + each < chunks, other=float("-inf"))
+            peak = tl.maximum(peak, tl.max(peaks, 0))
+        acc = tl.zeros([DIMS], tl.float32)
+        total = 0.0
+        for base in range(0, chunks, CHUNKS):
+            index = of_head + (base + each) * (HEAD_BLOCKS * GROUP)
+            there = base + each < chunks
+            peaks = tl.load(statistics + 2 * index + member, mask=there, other=float("-inf"))
+            totals = tl.load(statistics + 2 * index + GROUP + member, mask=there, other=0.0)
+            weights = tl.exp2(peaks - peak)
+            parts = tl.load(
+                partials + (index + member)[:, None] * RANK + dims[None, :],
+                mask=there[:, None] & (dims < RANK)[None, :],
+                other=0.0,
+            )
+            acc += tl.sum(parts * weights[:, None], 0)
+            total += tl.sum(totals * weights, 0)
+        target = out + (token * HEADS + head) * RANK + dims
+        tl.store(target, (acc / total).to(out.dtype.element_ty), mask=dims < RANK)

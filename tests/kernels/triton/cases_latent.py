@@ -6,9 +6,15 @@ import torch
 import triton
 from compiling import KernelCase
 
-from aphrodite.kernels.triton.decode_attention import RECORD, combined_at_once
+from aphrodite.kernels.triton.decode_attention import RECORD
 from aphrodite.kernels.triton.latent_cache import GATHER_FIELDS, GATHER_TILE, _cache_kernel, _gather_kernel
-from aphrodite.kernels.triton.latent_decode import _latent_decode_kernel, latent_decode_config
+from aphrodite.kernels.triton.latent_decode import (
+    MERGED_CHUNKS,
+    MERGED_DIMS,
+    _latent_decode_kernel,
+    _latent_merge_kernel,
+    latent_decode_config,
+)
 from aphrodite.kernels.triton.latent_prefill import (
     _absorbed_kernel,
     _expanded_kernel,
@@ -70,22 +76,32 @@ def _gather(target: str, kv: KVFormat) -> KernelCase:
 def _decode(target: str, heads: int, dtype: torch.dtype, kv: KVFormat, *, pdl: bool = False) -> KernelCase:
     element = f"*{NAMES[dtype]}"
     config = latent_decode_config(heads, dtype, CARDS[target], fp8_cache=kv is not KVFormat.PLAIN)
-    group_pad = triton.next_power_of_2(config.heads)
     decode = config.decode
     return KernelCase(
         name=f"latent decode {heads} heads {NAMES[dtype]} {kv.name}{' pdl' * pdl}",
         kernel=_latent_decode_kernel,
         arguments={"absorbed": element, "query": element, "cache": element if kv is KVFormat.PLAIN else "*u8"}
-        | {"out": element, "records": "*i32", "counters": "*i32", "block_tables": "*i32"}
+        | {"out": element, "records": "*i32", "block_tables": "*i32"}
         | {"partials": "*fp32", "statistics": "*fp32"}
         | {"query_stride": "i32:16", "table_stride": "i32:16", "scale": "fp32"}
         | {"HEADS": heads, "HEAD_DIM": NOPE + TURNING, "HEAD_BLOCKS": config.head_blocks(heads)}
-        | {"GROUP": config.heads, "GROUP_PAD": group_pad, "ROWS": max(16, group_pad), "TILE": decode.tile}
-        | {"COMBINE": combined_at_once(group_pad, RANK, decode.num_warps * 32), "FORMAT": int(kv), "RECORD": RECORD}
-        | {"PDL": pdl}
+        | {"GROUP": config.heads, "ROWS": max(16, triton.next_power_of_2(config.heads)), "TILE": decode.tile}
+        | {"POSITIONS_FIRST": config.positions_first, "FORMAT": int(kv), "RECORD": RECORD, "PDL": pdl}
         | LATENT,
         num_warps=decode.num_warps,
         num_stages=decode.num_stages,
+        targets=(target,),
+    )
+
+
+def _merge(target: str, *, pdl: bool = False) -> KernelCase:
+    return KernelCase(
+        name=f"latent merge{' pdl' * pdl}",
+        kernel=_latent_merge_kernel,
+        arguments={"out": "*bf16", "records": "*i32", "partials": "*fp32", "statistics": "*fp32"}
+        | {"HEADS": 16, "HEAD_BLOCKS": 1, "GROUP": 16, "RANK": RANK, "DIMS": MERGED_DIMS, "CHUNKS": MERGED_CHUNKS}
+        | {"RECORD": RECORD, "PDL": pdl},
+        num_warps=2,
         targets=(target,),
     )
 
@@ -140,7 +156,13 @@ def _expanded(
 def _cases(target: str) -> list[KernelCase]:
     half, single = torch.bfloat16, torch.float32
     fp8 = KVFormat.E4M3 if target == "sm_90" else KVFormat.E4M3_BITS
-    cases = [_cache(target), _cache(target, fp8=True), _gather(target, KVFormat.PLAIN), _gather(target, fp8)]
+    cases = [
+        _merge(target),
+        _cache(target),
+        _cache(target, fp8=True),
+        _gather(target, KVFormat.PLAIN),
+        _gather(target, fp8),
+    ]
     for dtype in (half, single) if target != "gfx942" else (half,):
         cases.append(_decode(target, 16, dtype, KVFormat.PLAIN))
         cases.append(_absorbed(target, dtype, KVFormat.PLAIN))
@@ -150,7 +172,11 @@ def _cases(target: str) -> list[KernelCase]:
         ]  # DeepSeek, GLM 4.7 Flash
     cases += [_decode(target, 20, half, KVFormat.PLAIN), _decode(target, 16, half, fp8), _absorbed(target, half, fp8)]
     if target == "sm_90":
-        cases += [_cache(target, pdl=True), _decode(target, 16, half, KVFormat.PLAIN, pdl=True)]
+        cases += [
+            _merge(target, pdl=True),
+            _cache(target, pdl=True),
+            _decode(target, 16, half, KVFormat.PLAIN, pdl=True),
+        ]
         cases += [_absorbed(target, half, KVFormat.PLAIN, pdl=True), _expanded(target, half, pdl=True)]
     return cases
 

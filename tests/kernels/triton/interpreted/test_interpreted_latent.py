@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from latent_case import FP8, LatentCase, lengths_of, make_latent_case
 
 from aphrodite.attention import latent_triton
 from aphrodite.attention.latent_triton import TritonLatentAttention, expands
+from aphrodite.kernels.triton.latent_decode import LatentDecodeConfig, latent_decode_config
 from aphrodite.models.spec import MlaSpec
 
 SMALL = MlaSpec(q_lora_rank=None, kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
@@ -39,9 +41,15 @@ def serve(case: LatentCase, pairs: list[tuple[int, int]], *, decode_only: bool =
     return backend
 
 
-@pytest.mark.parametrize("heads", [3, 20])
-def test_decode_step_with_padding(heads: int) -> None:
+@pytest.mark.parametrize(("heads", "positions_first"), [(3, False), (20, False), (20, True)])
+def test_decode_step_with_padding(heads: int, positions_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper positions are the rows of the products."""
     pairs = [(1, 40), (1, 0), (1, 9), (1, 130)]
+
+    def config(*args: Any, **options: Any) -> LatentDecodeConfig:
+        return latent_decode_config(*args, **options)._replace(positions_first=positions_first)
+
+    monkeypatch.setattr(latent_triton, "latent_decode_config", config)
     serve(make_latent_case(pairs, SMALL, heads=heads), pairs, decode_only=True)
 
 
