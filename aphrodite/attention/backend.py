@@ -80,6 +80,7 @@ class QueryKeyTransform(NamedTuple):
         layer_tables: one a layer where layers turn by different angles; layers that turn alike share theirs.
         sinks: `[heads]` float32 a layer, scores that take part in the softmax of each head and add no value, or empty
             where the model has none.
+        query_scales: `[max_model_len]` float32, factor of a query by its position, None for none; not beside norms.
     """
 
     cos: torch.Tensor
@@ -89,10 +90,15 @@ class QueryKeyTransform(NamedTuple):
     norm_eps: float = 0.0
     layer_tables: tuple[RotaryTable, ...] = ()
     sinks: tuple[torch.Tensor, ...] = ()
+    query_scales: torch.Tensor | None = None
 
     def table(self, layer: int) -> RotaryTable:
         """The table of a layer."""
         return self.layer_tables[layer] if self.layer_tables else RotaryTable(self.cos, self.sin)
+
+    def scales_at(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """`[T, 1]` float32, the queries' factors at `positions` `[T]`, None for none."""
+        return None if self.query_scales is None else self.query_scales.index_select(0, positions)[:, None]
 
 
 class StepAttention(Protocol):

@@ -221,12 +221,15 @@ class _PagedStep:
         self._slots = inputs.slot_mapping
         self._positions = inputs.positions
         self._angles: dict[int, RotaryTable] = {}  # by the identity of the table that they are from
+        self._query_scales = transform.scales_at(inputs.positions)
         self._cache = cache
         self._planner = planner
         self._attend = attend
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         shape = self._shape
+        if self._query_scales is not None:
+            qkv[:, : shape.num_heads * shape.head_dim].mul_(self._query_scales)
         heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
         rotated = shape.num_heads + shape.num_kv_heads
         query, key, value = heads[:, : shape.num_heads], heads[:, shape.num_heads : rotated], heads[:, rotated:]

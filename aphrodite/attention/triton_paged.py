@@ -265,6 +265,7 @@ class _TritonStep:
         self._backend = backend
         self._inputs = inputs
         self._cache = cache
+        self._query_scales = backend.transform.scales_at(inputs.positions)
         self._plans: dict[int | None, DecodePlan] = {}
         if inputs.lengths is None or (inputs.lengths.query == 1).any():
             for window in backend.windows:
@@ -295,6 +296,8 @@ class _TritonStep:
         window = shape.windows[layer]
         sinks = transform.sinks[layer] if transform.sinks else None
         dense = self._dense.get(window, ())
+        if self._query_scales is not None:
+            qkv[: self._query_scales.shape[0], : shape.num_heads * shape.head_dim].mul_(self._query_scales)
         rotary_to_cache(
             qkv,
             keys,

@@ -106,9 +106,17 @@ def attention_transform(
         query_norms=tuple(layer.q_norm for layer in weights.layers if layer.q_norm is not None),
         key_norms=tuple(layer.k_norm for layer in weights.layers if layer.k_norm is not None),
         norm_eps=spec.norm_eps,
+        query_scales=_query_scales(spec, max_model_len, device),
         layer_tables=tuple(tables[rotary] for rotary in spec.layer_rotaries),
         sinks=tuple(layer.sinks for layer in weights.layers if layer.sinks is not None),
     )
+
+
+def _query_scales(spec: ModelSpec, max_model_len: int, device: torch.device) -> torch.Tensor | None:
+    if not spec.temperature_scale:
+        return None
+    lengths = torch.arange(max_model_len, dtype=torch.float64) // spec.temperature_length
+    return (1.0 + spec.temperature_scale * torch.log1p(lengths)).float().to(device)
 
 
 def _table(rotary: RotarySpec | None, dim: int, max_model_len: int, device: torch.device) -> RotaryTable:

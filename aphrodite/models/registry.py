@@ -18,7 +18,7 @@ from aphrodite.models.families.gpt_oss import GPT_OSS
 from aphrodite.models.families.granite import GRANITE, GRANITE_MOE
 from aphrodite.models.families.internlm2 import INTERNLM2
 from aphrodite.models.families.llama import LLAMA
-from aphrodite.models.families.mistral import MISTRAL
+from aphrodite.models.families.mistral import MINISTRAL3, MISTRAL
 from aphrodite.models.families.mixtral import MIXTRAL
 from aphrodite.models.families.olmo2 import OLMO2, OLMO3
 from aphrodite.models.families.olmoe import OLMOE
@@ -33,6 +33,7 @@ from aphrodite.models.families.stablelm import STABLELM
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
+    MINISTRAL3,
     MIXTRAL,
     QWEN2,
     QWEN2_MOE,

@@ -126,6 +126,8 @@ class ModelSpec:
             each head by one weight for all heads ("head"); LayerNorm of each head by weights of its own ("each_head");
             RMS of all heads together ("width").
         attention_scale: of the scores; None means 1 / sqrt(head_dim).
+        temperature_scale, temperature_length: a query at position p is multiplied by
+            1 + temperature_scale * ln(1 + floor(p / temperature_length)), as Llama 4 does; 0 for none.
         attention_sinks: every head has a score of its own that takes part in the softmax and adds no value.
         attention_softcap, logit_softcap: c where scores, or logits, become c * tanh(x / c); 0 for none.
         embedding_scale: of embeddings before the first layer.
@@ -160,6 +162,8 @@ class ModelSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     attention_scale: float | None = None
+    temperature_scale: float = 0.0
+    temperature_length: int = 0
     attention_sinks: bool = False
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0

@@ -421,6 +421,7 @@ def _unknown_parts(spec: ModelSpec) -> list[str]:
             ("latent attention", spec.mla is not None),
             ("mixtures of experts", spec.moe is not None),
             ("attention sinks", spec.attention_sinks),
+            ("queries that grow with their position", spec.temperature_scale != 0.0),
         )
         if present
     ]

@@ -147,6 +147,28 @@ def granite_moe_keys(writer: Writer) -> None:
     writer.add_expert_used_count(3)
 
 
+def ministral_keys(writer: Writer) -> None:
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(MINISTRAL_ROPE["factor"])
+    writer.add_rope_scaling_orig_ctx_len(MINISTRAL_ROPE["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_log_mul(1.0)
+    writer.add_attn_temperature_scale(MINISTRAL_ROPE["llama_4_scaling_beta"])
+
+
+MINISTRAL_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 32,
+    "max_position_embeddings": CONTEXT,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.4,
+}
+
+
 def gpt_oss_keys(writer: Writer) -> None:
     writer.add_key_length(HEAD_DIM)
     writer.add_value_length(HEAD_DIM)
@@ -323,6 +345,14 @@ CASES: dict[str, Case] = {
     ),
     "glm 4 (2024)": Case("Glm", {}, ARCH.CHATGLM, turning=HEAD_DIM // 2),
     "glm 4": Case("Glm4", {}, ARCH.GLM4, turning=HEAD_DIM // 2),
+    "ministral 3": Case(
+        "Ministral3",
+        {"rope_parameters": MINISTRAL_ROPE, "sliding_window": None},
+        ARCH.MISTRAL3,
+        ministral_keys,
+        permutes=True,
+        native=False,
+    ),
     "mistral nemo": Case("Mistral", {"head_dim": 32, "sliding_window": None}, ARCH.LLAMA, nemo_keys, True, turning=32),
     "mixtral": Case("Mixtral", {"num_local_experts": 4}, ARCH.LLAMA, mixtral_keys, True, native=False),
     "qwen 2 moe": Case(
