@@ -98,6 +98,23 @@ def test_a_step_of_layers_with_different_windows(pairs: list[tuple[int, int]], d
         torch.testing.assert_close(out[:tokens].double(), PagedStep(**fields).expected(window), rtol=0, atol=1e-5)
 
 
+def test_queries_grow_by_their_position() -> None:
+    """As if they had come so: the factor is applied before anything else."""
+    pairs = [(1, 40), (33, 33)]
+    step = make_step(pairs, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
+    plain = QueryKeyTransform(torch.ones(64, DIM // 2), torch.zeros(64, DIM // 2))
+    grown = step.qkv.clone()
+    grown[:, : HEADS * DIM] *= 1.0 + step.positions[:, None] / 10
+    results = []
+    scaled = plain._replace(query_scales=1.0 + torch.arange(64.0) / 10)
+    for transform, qkv in ((plain, grown), (scaled, step.qkv.clone())):
+        backend = TritonAttention(shape_of(), transform)
+        table = backend.stage_step(lengths_of(pairs))
+        cache = KVCache(step.keys[None].clone(), step.values[None].clone())
+        results.append(backend.begin_step(inputs_of(step, lengths_of(pairs), table), cache)(0, qkv))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+
+
 def test_cache_is_what_bytes_per_block_says() -> None:
     shape = shape_of((None, None), cache_dtype=torch.float8_e4m3fn, dtype=torch.float16)
     transform = QueryKeyTransform(torch.ones(8, DIM // 2), torch.zeros(8, DIM // 2))
