@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -13,9 +14,11 @@ from family_cases import CASES, LATENTS
 from safetensors.torch import load_file, save_file
 from torch_executor_cases import BLOCK_SIZE, Driver, prompts
 
+from aphrodite.attention.latent import EXPANDED_BYTES
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.loading.inspect import inspect_checkpoint
+from aphrodite.runner.memory import device_workspace
 from aphrodite.runner.torch_executor import TorchExecutor
 
 BLOCK = 128
@@ -109,6 +112,16 @@ def test_the_cache_is_counted_as_latents(folder: Path) -> None:
     layers = CASES["deepseek v3"].model().config.num_hidden_layers
     width = LATENTS["kv_lora_rank"] + LATENTS["qk_rope_head_dim"]
     assert inspect_checkpoint(open_checkpoint(folder)).kv_bytes_per_token == 2 * layers * width
+
+
+def test_a_gpu_keeps_room_for_expanded_prompts(folder: Path) -> None:
+    spec = open_checkpoint(folder).spec
+    sizes = {"total": 0, "max_num_seqs": 1, "max_num_batched_tokens": 512, "itemsize": 2}
+    short, long = (device_workspace(spec, max_model_len=length, **sizes) for length in (4096, 1 << 21))
+    plain = device_workspace(dataclasses.replace(spec, mla=None), max_model_len=4096, **sizes)
+    assert short - plain > EXPANDED_BYTES
+    each = LATENTS["kv_lora_rank"] + LATENTS["qk_rope_head_dim"] + LATENTS["qk_nope_head_dim"] + LATENTS["v_head_dim"]
+    assert long - short > ((1 << 21) * each * 2) - 2 * EXPANDED_BYTES  # one head of a context that long
 
 
 @pytest.mark.parametrize(
