@@ -122,17 +122,22 @@ def cuts(layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinnyCut]:
     """Candidates: of GEMVs with one or two runs of columns a thread."""
     if rows > packed.PACKED_GEMV_MAX_ROWS:
         return [
-            PackedSkinnyCut(tile, chunk, stages, warps)
-            for tile, chunk, stages, warps in itertools.product((16, 32, 64, 128), (128, 256, 512), (2, 3, 4), (4, 8))
-            if tile * chunk <= 64 * 256 and tile >= 4 * warps and layer.in_features % chunk == 0
+            PackedSkinnyCut(tile, chunk, splits, stages, warps)
+            for tile, chunk, splits, stages, warps in itertools.product(
+                (16, 32, 64), (128, 256), (1, 2, 4, 8), (2, 3), (4, 8)
+            )
+            if tile * chunk <= 64 * 128
+            and tile >= 4 * warps
+            and 256 <= splits * layer.out_features // tile <= 2048
+            and layer.in_features % (chunk * splits) == 0
         ]
     return [
-        PackedGemvCut(tile, 1024 * warps * runs, depth, warps)
-        for tile, warps, runs, depth in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2))
-        if layer.in_features % (1024 * warps * runs) == 0
-        and layer.in_features // (1024 * warps * runs) in (range(1, 8) if depth == 1 else range(2, 8))
-        and tile * runs * rows <= 8
-        and (tile > 1 or layer.activation is None)
+        PackedGemvCut(tile, 1024 * warps * runs, warps, blocks)
+        for tile, warps, runs, blocks in itertools.product((2, 4, 8), (2, 4, 8, 16), (1, 2), (2, 3, 4, 6, 8, 12, 16))
+        if layer.in_features <= 1024 * warps * runs * 2
+        and layer.in_features * 2 > 1024 * warps * runs
+        and tile * runs <= 8
+        and 16 <= warps * blocks <= 48
     ]
 
 

@@ -2,10 +2,11 @@
 
 All three kernels read a weight's planes once: 4.5 bits a value of Q4_K, 4.2 of 4 bits in groups of 128.
 
-GEMV, 1..4 rows, on the vector units. A field of B bits is put into the mantissa of a float between 1 and 2, which is
-1 + code / 2^B for a shift and one logical operation, without a conversion; what the 1 and the zero add is taken back
-once a group, with the sum of the group's activations. That is about 3 operations a weight for 4 bits and 5 for more,
-where the card has 4.8 at its full bandwidth. RMSNorm is applied as in `linear.py`.
+GEMV, 1 or 2 rows, on the vector units. A code is put into the mantissa of a float between 1 and 2, for half a rotation
+and one logical operation, without a conversion; what the 1 and the zero add is taken back once a group, with sums of
+the group's activations. That is 2.5 operations a weight of 4 bits and 1 a weight beside, where the card has 6 at its
+full bandwidth. A block keeps its activations, normalised, in registers, and walks over
+tiles of a few rows; the next tile is on its way while one is multiplied. RMSNorm is applied as in `linear.py`.
 
 Skinny GEMM, up to 64 rows: a tile is decoded and multiplied by the matrix units, with activations of bfloat16 as tf32:
 to round weights to bfloat16, too, would cost as much as rounding the result does (1.6e-3 of it).
@@ -36,44 +37,48 @@ from aphrodite.kernels.triton.launch import (
     pdl_supported,
     wait_for_producer,
 )
-from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.linear import Epilogue, _sum_of_splits, _workspace
+from aphrodite.platforms import platform_of
 from aphrodite.quantization.planes import RUN_WORDS, Planes
 
-PACKED_GEMV_MAX_ROWS = 4
+PACKED_GEMV_MAX_ROWS = 2
 PACKED_SKINNY_MAX_ROWS = 64
+_BITS_OF_ONE = 0x3F800000
 
 
 class PackedGemvCut(NamedTuple):
-    """How a GEMV is cut: weight rows a block, columns a chunk, chunks in flight, warps."""
+    """How a GEMV is cut: weight rows a tile, columns a chunk, warps, blocks for each multiprocessor."""
 
     rows: int
     chunk: int
-    depth: int
     warps: int
+    blocks: int
 
 
 class PackedSkinnyCut(NamedTuple):
-    """How a skinny GEMM is cut: tile of the weight (rows, columns), pipeline stages, warps."""
+    """How a skinny GEMM is cut: tile of the weight (rows, columns), splits of `in`, pipeline stages, warps."""
 
     rows: int
     chunk: int
+    splits: int
     stages: int
     warps: int
 
 
 @functools.cache
 def packed_gemv_cut(out_features: int, in_features: int, rows: int) -> PackedGemvCut:
-    """The cut for a weight `[out, in]` and 1..4 activation rows."""
-    warps = 4 if in_features >= 4096 else 2 if in_features >= 2048 else 1
+    """The cut for a weight `[out, in]` and 1 or 2 activation rows: a thread has a run or two of columns."""
+    warps = min(8, max(1, next_power_of_2(in_features) // 1024))
     chunk = min(1024 * warps, max(128, next_power_of_2(in_features)))
-    return PackedGemvCut(2 if rows > 1 or out_features < 8192 else 4, chunk, 1, warps)
+    return PackedGemvCut(2 if rows > 1 or out_features * in_features < 1 << 25 else 4, chunk, warps, 32 // warps)
 
 
 @functools.cache
-def packed_skinny_cut(out_features: int, rows: int, hip: bool = False) -> PackedSkinnyCut:
-    """The cut for a weight of `out` rows and up to 64 activation rows; on AMD's processors for 64 KiB."""
-    tile = 64 if out_features >= 16384 else 32
-    return PackedSkinnyCut(tile, 128, 2, 4) if hip else PackedSkinnyCut(tile, 256, 3, 4)
+def packed_skinny_cut(out_features: int, in_features: int, rows: int, hip: bool = False) -> PackedSkinnyCut:
+    """The cut for a weight `[out, in]` and up to 64 activation rows; on AMD's processors for 64 KiB."""
+    tile, chunk = 32, 256 if rows <= 16 and not hip else 128
+    splits = max(1, min(512 // ceil_div(out_features, tile), in_features // (2 * chunk)))
+    return PackedSkinnyCut(tile, chunk, splits, 2 if hip else 3, 4)
 
 
 @triton.jit
@@ -147,9 +152,10 @@ def _load_affine(
     OFFSET: tl.constexpr,
     ZERO: tl.constexpr,
     KIND: tl.constexpr,
+    PLAIN: tl.constexpr = False,
 ):
-    """(factor, shift) `[rows, RUNS]` of span `span` of each run: a weight is factor * code - shift, for `_code`'s code.
-    Both are zero behind the last column."""
+    """(factor, shift) `[rows, RUNS]` of span `span` of each run: a weight is factor * code - shift, for `_code`'s code
+    or, with PLAIN, for the number that it is. Both are zero behind the last column."""
     run = first_run + tl.arange(0, RUNS)
     column = run * RUN + span * SPAN
     inside = column < columns
@@ -174,7 +180,7 @@ def _load_affine(
             shift = _load_scales(offsets, super_offsets, rows, group, block, inside, groups, blocks) + scale * ZERO
         else:
             shift = scale * ZERO
-    if KIND == "integer":
+    if KIND == "integer" and not PLAIN:
         scale = scale * (1 << BITS)
         shift = shift + scale
     return scale, shift
@@ -224,8 +230,54 @@ def _store_gemv(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
-@direct_launch
 @triton.jit
+def _load_tile(
+    low, high, scales, super_scales, offsets, super_offsets, rows,
+    columns: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr,
+    OFFSET: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, SPANS: tl.constexpr,
+):  # fmt: skip
+    """All that a product needs of whole rows, chunk after chunk: words, words of high bits if there are any, and
+    (factor, shift) of each span."""
+    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
+    RUN: tl.constexpr = 4 * IN_WORD
+    words: tl.constexpr = columns // IN_WORD
+    tile = ()  # type: Any
+    for chunk in tl.static_range((columns + CHUNK - 1) // CHUNK):
+        tile = tile + (_load_plane(low, rows, chunk * CHUNK // IN_WORD, words, CHUNK // IN_WORD),)
+        if HIGH_BITS > 0:
+            tile = tile + (_load_plane(high, rows, chunk * CHUNK // IN_WORD, words, CHUNK // IN_WORD),)
+        for span in tl.static_range(SPANS):
+            tile = tile + _load_affine(
+                scales, super_scales, offsets, super_offsets, rows, chunk * CHUNK // RUN, span, columns, RUN,
+                RUN // SPANS, CHUNK // RUN, LOW_BITS + HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, PLAIN=True,
+            )  # fmt: skip
+    return tile
+
+
+@triton.constexpr_function
+def _place(index, LOW_BITS, HIGH_BITS):
+    """Where a mantissa holds field `index`: at its top, or of 4 bits every other field below that, so that one rotation
+    of a word brings two fields to their places."""
+    return 23 - LOW_BITS - HIGH_BITS - (4 if LOW_BITS == 4 and index % 2 else 0)
+
+
+@triton.jit
+def _mantissa(low, high, one, index: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr):
+    """Code `index` of each word in a float's mantissa: 1 + code * 2^(place - 23)."""
+    PLACE: tl.constexpr = _place(index, LOW_BITS, HIGH_BITS)
+    TURN: tl.constexpr = (PLACE - LOW_BITS * index + 32) % 32
+    words = low.to(tl.uint32, bitcast=True)
+    if TURN != 0:
+        words = (words << TURN) | (words >> (32 - TURN))
+    # `one` is an argument, for an instruction takes one constant and two registers.
+    bits = (words & (((1 << LOW_BITS) - 1) << PLACE)) | one
+    if HIGH_BITS > 0:
+        bits |= _field(high, index, HIGH_BITS, PLACE + LOW_BITS).to(tl.uint32, bitcast=True)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@direct_launch
+@triton.jit(do_not_specialize=["passes"])
 def _packed_gemv_kernel(
     x,  # [M, in]
     x_stride,
@@ -243,6 +295,8 @@ def _packed_gemv_kernel(
     out,  # [M, width]
     out_stride,
     out_features,
+    passes,  # tiles of rows a block
+    one,  # the bits of 1.0
     columns: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -254,7 +308,6 @@ def _packed_gemv_kernel(
     M: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,  # columns
-    DEPTH: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -265,93 +318,170 @@ def _packed_gemv_kernel(
     IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
     RUN: tl.constexpr = 4 * IN_WORD
     SPANS: tl.constexpr = 2 if GROUP < RUN else 1
-    SPAN: tl.constexpr = RUN // SPANS
-    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
-    words: tl.constexpr = columns // IN_WORD
     COUNT: tl.constexpr = CHUNK // IN_WORD
     RUNS: tl.constexpr = CHUNK // RUN
-    steps: tl.constexpr = (columns + CHUNK - 1) // CHUNK
-    first = tl.program_id(0) * ROWS
-    # Rows beyond the last read the last again instead of being masked.
-    rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
-    queue = ()  # type: Any
-    for ahead in tl.static_range(DEPTH):
-        queue = queue + (_load_plane(low, rows, ahead * COUNT, words, COUNT),)
-        if HIGH_BITS > 0:
-            queue = queue + (_load_plane(high, rows, ahead * COUNT, words, COUNT),)
-        for span in tl.static_range(SPANS):
-            queue = queue + _load_affine(
-                scales, super_scales, offsets, super_offsets, rows, ahead * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
-                GROUP, SUPER, OFFSET, ZERO, KIND,
-            )  # fmt: skip
-    wait_for_producer(PDL)
-    sums = ()  # type: Any
-    squares = ()  # type: Any
-    for _ in tl.static_range(M):
-        sums = sums + (tl.zeros((ROWS, RUNS), tl.float32),)
-        squares = squares + (tl.zeros((COUNT,), tl.float32),)
+    CHUNKS: tl.constexpr = (columns + CHUNK - 1) // CHUNK
     PLANES: tl.constexpr = 2 if HIGH_BITS > 0 else 1
-    ENTRY: tl.constexpr = PLANES + 2 * SPANS
-    for step in tl.static_range(steps):
-        tile = queue[:ENTRY]
-        queue = queue[ENTRY:]
-        if step + DEPTH < steps:
-            ahead = step + DEPTH
-            queue = queue + (_load_plane(low, rows, ahead * COUNT, words, COUNT),)
-            if HIGH_BITS > 0:
-                queue = queue + (_load_plane(high, rows, ahead * COUNT, words, COUNT),)
+    ENTRY: tl.constexpr = PLANES + 2 * SPANS  # of a tile, for each chunk
+    SHIFTS: tl.constexpr = ZERO != 0 or OFFSET != "none"
+    # Rows beyond the last read the last again instead of being masked.
+    first = tl.program_id(0) * ROWS
+    rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
+    tile = _load_tile(
+        low, high, scales, super_scales, offsets, super_offsets, rows, columns, LOW_BITS, HIGH_BITS, GROUP, SUPER,
+        OFFSET, ZERO, KIND, CHUNK, SPANS,
+    )  # fmt: skip
+    factors = ()  # type: Any
+    if HAS_NORM:
+        for field in tl.static_range(CHUNKS * IN_WORD):
+            factors = factors + (
+                _load_values(norm_weight, field // IN_WORD * COUNT, field % IN_WORD, columns, RUN, COUNT),
+            )
+    wait_for_producer(PDL)
+    # Activations stay in registers for all rows of the block, [m][chunk][field], times what makes their product with a
+    # mantissa that with the code plus themselves; and their sums, so multiplied and not, [m][chunk][span].
+    values = ()  # type: Any
+    raised_sums = ()  # type: Any
+    sums = ()  # type: Any
+    norms = ()  # type: Any
+    for m in tl.static_range(M):
+        squares = tl.zeros((COUNT,), tl.float32)
+        for chunk in tl.static_range(CHUNKS):
             for span in tl.static_range(SPANS):
-                queue = queue + _load_affine(
-                    scales, super_scales, offsets, super_offsets, rows, ahead * RUNS, span, columns, RUN, SPAN, RUNS,
-                    BITS, GROUP, SUPER, OFFSET, ZERO, KIND,
-                )  # fmt: skip
-        for span in tl.static_range(SPANS):
+                summed = tl.zeros((COUNT,), tl.float32)
+                raised_sum = tl.zeros((COUNT,), tl.float32)
+                for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+                    prepared = _load_values(x + m * x_stride, chunk * COUNT, index, columns, RUN, COUNT)
+                    if HAS_NORM:
+                        squares += prepared * prepared
+                        prepared = prepared * factors[chunk * IN_WORD + index]
+                    summed += prepared
+                    if KIND == "integer":
+                        prepared = prepared * (1 << (23 - _place(index, LOW_BITS, HIGH_BITS)))
+                        raised_sum += prepared
+                    values = values + (prepared,)
+                sums = sums + (tl.sum(tl.reshape(summed, (RUNS, 4)), axis=1),)
+                raised_sums = raised_sums + (tl.sum(tl.reshape(raised_sum, (RUNS, 4)), axis=1),)
+        if HAS_NORM:
+            norms = norms + (1.0 / tl.sqrt(tl.sum(squares, axis=0) / columns + eps),)
+    for _ in tl.range(passes):
+        current = tile
+        first_of_tile = first
+        first += tl.num_programs(0) * ROWS
+        rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
+        tile = _load_tile(
+            low, high, scales, super_scales, offsets, super_offsets, rows, columns, LOW_BITS, HIGH_BITS, GROUP, SUPER,
+            OFFSET, ZERO, KIND, CHUNK, SPANS,
+        )  # fmt: skip
+        totals = ()  # type: Any
+        for _ in tl.static_range(M):
+            totals = totals + (tl.zeros((ROWS, RUNS), tl.float32),)
+        for part in tl.static_range(CHUNKS * SPANS):
             products = ()  # type: Any
-            values_sums = ()  # type: Any
             for _ in tl.static_range(M):
                 products = products + (tl.zeros((ROWS, COUNT), tl.float32),)
-                values_sums = values_sums + (tl.zeros((COUNT,), tl.float32),)
-            for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
-                code = _code(tile[0], tile[PLANES - 1], table, index, LOW_BITS, HIGH_BITS, KIND)
-                if HAS_NORM:
-                    factor = _load_values(norm_weight, step * COUNT, index, columns, RUN, COUNT)
+            for within in tl.static_range(IN_WORD // SPANS):
+                if KIND == "integer":
+                    code = _mantissa(
+                        current[part // SPANS * ENTRY],
+                        current[part // SPANS * ENTRY + PLANES - 1],
+                        one,
+                        part % SPANS * (IN_WORD // SPANS) + within,
+                        LOW_BITS,
+                        HIGH_BITS,
+                    )
+                else:
+                    code = _code(
+                        current[part // SPANS * ENTRY],
+                        current[part // SPANS * ENTRY + PLANES - 1],
+                        table,
+                        part % SPANS * (IN_WORD // SPANS) + within,
+                        LOW_BITS,
+                        HIGH_BITS,
+                        KIND,
+                    )
                 new_products = ()  # type: Any
-                new_values_sums = ()  # type: Any
-                new_squares = ()  # type: Any
                 for m in tl.static_range(M):
-                    values = _load_values(x + m * x_stride, step * COUNT, index, columns, RUN, COUNT)
-                    if HAS_NORM:
-                        new_squares = new_squares + (squares[m] + values * values,)
-                        values = values * factor
-                    else:
-                        new_squares = new_squares + (squares[m],)
-                    new_products = new_products + (products[m] + code * values[None, :],)
-                    new_values_sums = new_values_sums + (values_sums[m] + values,)
+                    value = values[m * CHUNKS * IN_WORD + part * (IN_WORD // SPANS) + within]
+                    new_products = new_products + (products[m] + code * value[None, :],)
                 products = new_products
-                values_sums = new_values_sums
-                squares = new_squares
-            new_sums = ()  # type: Any
+            new_totals = ()  # type: Any
             for m in tl.static_range(M):
                 product = tl.sum(tl.reshape(products[m], (ROWS, RUNS, 4)), axis=2)
-                new_sum = sums[m] + tile[PLANES + 2 * span] * product
-                if KIND == "integer" or OFFSET != "none":
-                    of_values = tl.sum(tl.reshape(values_sums[m], (RUNS, 4)), axis=1)
-                    new_sum -= tile[PLANES + 2 * span + 1] * of_values[None, :]
-                new_sums = new_sums + (new_sum,)
-            sums = new_sums
-    for m in tl.static_range(M):
-        total = tl.sum(sums[m], axis=1)
-        if HAS_NORM:
-            total = total * (1.0 / tl.sqrt(tl.sum(squares[m], axis=0) / columns + eps))
-        _store_gemv(
-            total, bias, residual, out, m, out_stride, out_features, first, ROWS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
-        )
+                if KIND == "integer":
+                    product -= raised_sums[m * CHUNKS * SPANS + part][None, :]
+                total = totals[m] + current[part // SPANS * ENTRY + PLANES + 2 * (part % SPANS)] * product
+                if SHIFTS:
+                    shift = current[part // SPANS * ENTRY + PLANES + 2 * (part % SPANS) + 1]
+                    total -= shift * sums[m * CHUNKS * SPANS + part][None, :]
+                new_totals = new_totals + (total,)
+            totals = new_totals
+        for m in tl.static_range(M):
+            total = tl.sum(totals[m], axis=1)
+            if HAS_NORM:
+                total = total * norms[m]
+            _store_gemv(
+                total, bias, residual, out, m, out_stride, out_features, first_of_tile, ROWS, ACTIVATION, HAS_BIAS,
+                HAS_RESIDUAL,
+            )  # fmt: skip
 
 
 @triton.jit
 def _spread(of_runs, ROWS: tl.constexpr, RUNS: tl.constexpr):
     """A number of each run `[ROWS, RUNS]` for each of its words: `[ROWS, 4 * RUNS]`."""
     return tl.reshape(tl.broadcast_to(of_runs[:, :, None], (ROWS, RUNS, 4)), (ROWS, RUNS * 4))
+
+
+@triton.jit
+def _in_order(fields, ROWS: tl.constexpr, RUNS: tl.constexpr, IN_WORD: tl.constexpr):
+    """The columns of decoded words in their order, `[ROWS, RUNS * run]`: field i of word v of a run is column 4 i + v.
+    Threads keep what they have."""
+    half: tl.constexpr = IN_WORD // 2
+    if IN_WORD == 8:
+        first = tl.join(tl.join(fields[0], fields[4]), tl.join(fields[2], fields[6]))
+        second = tl.join(tl.join(fields[1], fields[5]), tl.join(fields[3], fields[7]))
+    else:
+        first = tl.join(fields[0], fields[half])
+        second = tl.join(fields[1], fields[half + 1])
+    by_word = tl.reshape(tl.join(first, second), (ROWS, RUNS, 4, IN_WORD))
+    return tl.reshape(tl.permute(by_word, (0, 1, 3, 2)), (ROWS, RUNS * 4 * IN_WORD))
+
+
+@triton.jit
+def _store_skinny(
+    total,
+    bias,
+    residual,
+    out,
+    out_stride,
+    M,
+    out_features,
+    first,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Bias, activation and residual of `total` `[ROWS, COLUMNS]` (weight rows x activation rows), and the store."""
+    index = first + tl.arange(0, ROWS)
+    if HAS_BIAS:
+        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION is None:
+        width = out_features
+        result = total
+    else:
+        width = out_features // 2
+        index = first // 2 + tl.arange(0, ROWS // 2)
+        pairs = tl.permute(tl.reshape(total, (ROWS // 2, 2, COLUMNS)), (0, 2, 1))
+        gate, up = tl.split(pairs)
+        result = gated(gate, up, ACTIVATION)
+    token = tl.arange(0, COLUMNS)
+    inside = (index < width)[:, None] & (token < M)[None, :]
+    at = token[None, :] * out_stride + index[:, None]
+    if HAS_RESIDUAL:
+        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 @direct_launch
@@ -370,6 +500,8 @@ def _packed_skinny_kernel(
     residual,
     out,  # [M, width]
     out_stride,
+    workspace,  # [tiles, SPLITS, ROWS, COLUMNS] float32
+    counters,  # [tiles] int32, zero between launches
     M,
     out_features,
     columns: tl.constexpr,
@@ -383,6 +515,7 @@ def _packed_skinny_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,  # M padded
+    SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -398,17 +531,21 @@ def _packed_skinny_kernel(
     words: tl.constexpr = columns // IN_WORD
     COUNT: tl.constexpr = CHUNK // IN_WORD
     RUNS: tl.constexpr = CHUNK // RUN
+    TYPE: tl.constexpr = tl.float16 if x.dtype.element_ty == tl.float16 else tl.float32
     first = tl.program_id(0) * ROWS
     rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
     tokens = tl.minimum(tl.arange(0, COLUMNS), M - 1)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     wait_for_producer(PDL)
-    for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
+    steps: tl.constexpr = (columns + CHUNK - 1) // CHUNK
+    share: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    start = tl.program_id(1) * share
+    for step in tl.range(start, tl.minimum(start + share, steps), num_stages=STAGES):
         low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
         high_words = low_words
         if HIGH_BITS > 0:
             high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
-        word = step * COUNT + tl.arange(0, COUNT)
+        fields = ()  # type: Any
         for span in tl.static_range(SPANS):
             factor, shift = _load_affine(
                 scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
@@ -418,35 +555,27 @@ def _packed_skinny_kernel(
             shift = _spread(shift, ROWS, RUNS)
             for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
                 code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-                weight = code * factor - shift
-                column = (word // 4) * RUN + word % 4 + 4 * index
-                pointers = x + tokens[None, :] * x_stride + column[:, None]
-                if columns % CHUNK == 0:
-                    values = tl.load(pointers)
-                else:
-                    values = tl.load(pointers, mask=(column < columns)[:, None], other=0.0)
-                if x.dtype.element_ty == tl.float16:
-                    total = tl.dot(weight.to(tl.float16), values, total)
-                else:
-                    total = tl.dot(weight, values.to(tl.float32), total, input_precision="tf32")
-    index_out = first + tl.arange(0, ROWS)
-    if HAS_BIAS:
-        total += tl.load(bias + index_out, mask=index_out < out_features, other=0.0).to(tl.float32)[:, None]
-    if ACTIVATION is None:
-        width = out_features
-        result = total
+                fields = fields + ((code * factor - shift).to(TYPE),)
+        weight = _in_order(fields, ROWS, RUNS, IN_WORD)
+        column = step * CHUNK + tl.arange(0, CHUNK)
+        pointers = x + tokens[None, :] * x_stride + column[:, None]
+        if columns % CHUNK == 0:
+            values = tl.load(pointers)
+        else:
+            values = tl.load(pointers, mask=(column < columns)[:, None], other=0.0)
+        total = tl.dot(weight, values.to(TYPE), total, input_precision="tf32")
+    if SPLITS == 1:
+        _store_skinny(
+            total, bias, residual, out, out_stride, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS,
+            HAS_RESIDUAL,
+        )  # fmt: skip
     else:
-        width = out_features // 2
-        index_out = first // 2 + tl.arange(0, ROWS // 2)
-        pairs = tl.permute(tl.reshape(total, (ROWS // 2, 2, COLUMNS)), (0, 2, 1))
-        gate, up = tl.split(pairs)
-        result = gated(gate, up, ACTIVATION)
-    token = tl.arange(0, COLUMNS)
-    inside = (index_out < width)[:, None] & (token < M)[None, :]
-    at = token[None, :] * out_stride + index_out[:, None]
-    if HAS_RESIDUAL:
-        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+        last, total = _sum_of_splits(total, workspace, counters, ROWS, COLUMNS, SPLITS)
+        if last:
+            _store_skinny(
+                total, bias, residual, out, out_stride, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS,
+                HAS_RESIDUAL,
+            )  # fmt: skip
 
 
 @direct_launch
@@ -516,6 +645,11 @@ def _expand_kernel(
             tl.store(pointers, (code * factor - shift).to(out.dtype.element_ty), mask=inside)
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return platform_of(device).multiprocessors if device.type == "cuda" else 1
+
+
 def _plane_arguments(weight: Planes) -> tuple[torch.Tensor, ...]:
     """The kernels' pointers; of planes that are not there, to anything."""
     low = weight.low
@@ -549,10 +683,10 @@ def packed_gemv(
     norm: tuple[torch.Tensor, float] | None = None,
     cut: PackedGemvCut | None = None,
 ) -> None:
-    """Writes act(norm(x) W^T + b) + residual for 1..4 rows.
+    """Writes act(norm(x) W^T + b) + residual for 1 or 2 rows.
 
     Args:
-        x: `[T, in]`, in the order of the weight's columns, rows may be strided, 1 <= T <= 4.
+        x: `[T, in]`, in the order of the weight's columns, rows may be strided.
         weight: (gate, up) rows interleaved when there is an activation. Read before the kernels of the same step have
             ended, so none of them may write it.
         out: `[T, width]`, rows may be strided; where there is a residual it is this tensor.
@@ -560,9 +694,11 @@ def packed_gemv(
         cut: chosen by shape when None.
     """
     cut = cut or packed_gemv_cut(weight.rows, weight.form.columns, x.shape[0])
+    tiles = ceil_div(weight.rows, cut.rows)
+    passes = ceil_div(tiles, cut.blocks * _multiprocessors(x.device))
     norm_weight, eps = norm if norm is not None else (x, 0.0)
     pdl = pdl_supported(x.device)
-    _packed_gemv_kernel[(ceil_div(weight.rows, cut.rows),)](
+    _packed_gemv_kernel[(ceil_div(tiles, passes),)](
         x,
         x.stride(0),
         norm_weight,
@@ -573,11 +709,12 @@ def packed_gemv(
         out,
         out.stride(0),
         weight.rows,
+        passes,
+        _BITS_OF_ONE,
         **_form_arguments(weight),
         M=x.shape[0],
         ROWS=cut.rows,
         CHUNK=cut.chunk,
-        DEPTH=min(cut.depth, ceil_div(weight.form.columns, cut.chunk)),
         HAS_NORM=norm is not None,
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
@@ -596,9 +733,10 @@ def packed_skinny(
     cut: PackedSkinnyCut | None = None,
 ) -> None:
     """Writes act(x W^T + b) + residual for up to 64 rows of a 16-bit type; arguments as `packed_gemv`'s."""
-    cut = cut or packed_skinny_cut(weight.rows, x.shape[0], torch.version.hip is not None)
+    cut = cut or packed_skinny_cut(weight.rows, weight.form.columns, x.shape[0], torch.version.hip is not None)
+    workspace, counters = _workspace(x.device) if cut.splits > 1 else (x, x)
     pdl = pdl_supported(x.device)
-    _packed_skinny_kernel[(ceil_div(weight.rows, cut.rows),)](
+    _packed_skinny_kernel[(ceil_div(weight.rows, cut.rows), cut.splits)](
         x,
         x.stride(0),
         *_plane_arguments(weight),
@@ -606,12 +744,15 @@ def packed_skinny(
         out,
         out,
         out.stride(0),
+        workspace,
+        counters,
         x.shape[0],
         weight.rows,
         **_form_arguments(weight),
         ROWS=cut.rows,
         CHUNK=cut.chunk,
         COLUMNS=max(16, next_power_of_2(x.shape[0])),
+        SPLITS=cut.splits,
         STAGES=cut.stages,
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,

@@ -76,12 +76,15 @@ def _product(
     options = {"launch_pdl": True} if pdl else {}
     title = f"packed-{name}-{dtype}-{shape[0]}x{shape[1]}-{rows}{'-pdl' if pdl else ''}"
     if rows > PACKED_GEMV_MAX_ROWS:
-        skinny = packed_skinny_cut(shape[0], rows, hip)
+        skinny = packed_skinny_cut(*shape, rows, hip)
         own = {
+            "workspace": "*fp32",
+            "counters": "*i32",
             "M": "i32",
             "ROWS": skinny.rows,
             "CHUNK": skinny.chunk,
             "COLUMNS": max(16, rows),
+            "SPLITS": skinny.splits,
             "STAGES": skinny.stages,
         }
         return KernelCase(
@@ -89,7 +92,7 @@ def _product(
         )
     cut = packed_gemv_cut(*shape, rows)
     own = {"norm_weight": f"*{dtype}", "eps": "fp32", "HAS_NORM": gated, "M": rows}
-    own |= {"ROWS": cut.rows, "CHUNK": cut.chunk, "DEPTH": cut.depth}
+    own |= {"passes": "i32", "one": "i32:16", "ROWS": cut.rows, "CHUNK": cut.chunk}
     return KernelCase(title, _packed_gemv_kernel, {**epilogue, **own}, cut.warps, targets=targets, options=options)
 
 
@@ -103,7 +106,7 @@ def _expansion(name: str) -> KernelCase:
 
 CASES = [
     _product("Q4_K", (28672, 4096), 1, gated=True, pdl=True),
-    _product("Q4_K", (28672, 4096), 4, gated=True),
+    _product("Q4_K", (28672, 4096), 2, gated=True),
     _product("Q4_K", (4096, 14336), 1),
     _product("Q4_K", (28672, 4096), 64, gated=True),
     _product("Q4_K", (4096, 14336), 8, pdl=True),
