@@ -91,6 +91,8 @@ class Request:
     # Set by the scheduler when the request is added.
     tokens: array[int] = field(init=False)  # int32, known ones: prompt and output
     max_total: int = field(init=False, default=0)  # prompt and output tokens at which it ends with "length"
+    ending_tokens: frozenset[int] = field(init=False, default=frozenset())  # that may end it; see `core/finish.py`
+    plain: bool = field(init=False, default=False)  # its tokens need nothing beyond being appended
     key: tuple[int, int] = field(init=False, default=(0, 0))  # order of service: (priority, arrival)
     group: ForkGroup | None = field(init=False, default=None)
     shadow: Request | None = field(init=False, default=None)  # the sequence that guides it
@@ -174,6 +176,14 @@ class Request:
         fresh = entries[self.num_prompt_logprobs - step.start :]
         self.num_prompt_logprobs += len(fresh)
         return fresh or None
+
+
+def is_plain(request: Request) -> bool:
+    """Whether a token of the request that does not end it has only to be appended and told."""
+    params = request.params
+    asked = (params.logprobs, params.prompt_logprobs, params.repetition_detection)
+    alone = request.guard is None and request.shadow is None
+    return alone and not params.sampler_trace and all(value is None for value in asked)
 
 
 @dataclass(slots=True, eq=False)
