@@ -169,7 +169,7 @@ def build_linear(
 
     types = "/".join(sorted({part.type_name for part in parts}))
     candidates: list[tuple[str, Callable[[], torch.Tensor | Int4Weight | list[PackedLayout] | Declined]]]
-    candidates = [("packed 4-bit", int4), ("packed", packed), (f"dense {short_name(dtype)}", dense)]
+    candidates = [("packed 4-bit", int4), (f"packed {types}", packed), (f"dense {short_name(dtype)}", dense)]
     chosen: tuple[torch.Tensor | Int4Weight | list[PackedLayout], Choice]
     chosen = choose(f"linear layers of {types}", candidates)
     weight, choice = chosen

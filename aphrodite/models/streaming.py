@@ -1,13 +1,14 @@
 """Layers whose projections stay in host memory and visit the device in turn, for models larger than it.
 
-Two sets of device tensors, the slots, take the layers alternately: while one layer computes, the next is copied.
+Two sets of device tensors of each kind of layer, the slots, take the layers alternately: while one layer computes, the
+next is copied.
 A forward pass therefore lasts as long as the copies do: bytes offloaded over the bus's bandwidth, some 25 GB/s for
 PCIe 4.0 x16. Only copies and events are used, so a pass can be captured in a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,13 +17,28 @@ T = TypeVar("T")
 SLOTS = 2
 
 
+def slots_of(kinds: Sequence[Hashable]) -> list[int]:
+    """Of each streamed layer the layer in whose tensors it is computed: of its own kind, and not its neighbour.
+
+    Layers of a kind have tensors of the same shapes (a Q4_K_M file has two kinds), and take turns in the first two.
+    """
+    places: dict[Hashable, list[int]] = {}
+    slots = []
+    for number, kind in enumerate(kinds):
+        alike = places.setdefault(kind, [])
+        slots.append(alike[len(alike) % SLOTS] if len(alike) >= SLOTS else number)
+        alike.append(number)
+    return slots
+
+
 class LayerStream:
     """Brings the last layers of a model to the device, one after the other.
 
     Args:
         first: index of the first layer that is streamed.
         host: of each streamed layer its tensors, pinned.
-        slots: device tensors of the same shapes; layer `first + i` is computed from those of slot i mod 2.
+        slots: of each streamed layer the device tensors from which it is computed, of the same shapes; those of two
+            neighbours differ.
     """
 
     def __init__(
@@ -54,7 +70,7 @@ class LayerStream:
     def _fetch(self, number: int) -> torch.cuda.Event:
         """Start copying a streamed layer into its slot."""
         with torch.cuda.stream(self._copies):
-            for slot, host in zip(self._slots[number % SLOTS], self._host[number], strict=True):
+            for slot, host in zip(self._slots[number], self._host[number], strict=True):
                 slot.copy_(host, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(self._copies)

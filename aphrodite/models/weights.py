@@ -5,7 +5,7 @@ Canonical names and shapes are those of `loading/parameters.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,7 @@ from aphrodite.layers.mlp import FeedForward, GatedMlp, Weighted
 from aphrodite.layers.moe import MixtureOfExperts, SharedExperts
 from aphrodite.layers.norm import LayerNorm, Norm, QueryKeyNorm, RmsNorm, norm_tensors
 from aphrodite.models.spec import MlaSpec, ModelSpec, MoeSpec
-from aphrodite.models.streaming import SLOTS, LayerStream
+from aphrodite.models.streaming import SLOTS, LayerStream, slots_of
 from aphrodite.quantization.types import QuantType, RawTensor
 
 EXACT_TYPES = {torch.bfloat16: QuantType.BF16, torch.float16: QuantType.F16}  # stored types that a compute type holds
@@ -133,29 +133,29 @@ class _Loader:
         return DecoderWeights(embed=embed, layers=layers, norm=norm, head=head, stream=stream)
 
     def _layers(self, offload_bytes: int) -> tuple[tuple[LayerWeights, ...], LayerStream | None]:
-        """All layers; the last ones share two layers' projections on the device where some are offloaded."""
+        """All layers; where some are offloaded, the last ones share the projections of two of their kind."""
         spec = self._spec
-        kinds = [spec.moe_of(layer) for layer in reversed(range(spec.num_layers))]
-        # Layers are streamed from the last on, and only those that are alike can take turns in a slot.
-        alike = next((number for number, kind in enumerate(kinds) if kind != kinds[0]), spec.num_layers)
         last = self._layer(spec.num_layers - 1)
         layer_bytes = sum(tensor.nbytes for tensor in _projections(last))
-        num_streamed = min(-(-offload_bytes // layer_bytes), alike)
+        num_streamed = min(-(-offload_bytes // layer_bytes), spec.num_layers)
         if num_streamed <= SLOTS:  # nothing would be saved
             return (*(self._layer(index) for index in range(spec.num_layers - 1)), last), None
         resident = spec.num_layers - num_streamed
         layers: list[LayerWeights] = []
         host: list[tuple[torch.Tensor, ...]] = []
+        kinds: list[Hashable] = []
+        slots: list[int] = []
         for index in range(spec.num_layers):
             layer = last if index == spec.num_layers - 1 else self._layer(index)
             if index >= resident:
                 host.append(tuple(tensor.cpu().pin_memory() for tensor in _projections(layer)))
-            if index >= resident + SLOTS:
-                slot = layers[resident + (index - resident) % SLOTS]
+                kinds.append(_kind(layer))
+                slots = slots_of(kinds)
+                slot = layers[resident + slots[-1]] if slots[-1] < len(kinds) - 1 else layer
                 layer = replace(layer, qkv=slot.qkv, o=slot.o, mlp=slot.mlp)
             layers.append(layer)
-        slots = [_projections(layer) for layer in layers[resident : resident + SLOTS]]
-        return tuple(layers), LayerStream(resident, host, slots)
+        on_device = [_projections(layers[resident + slot]) for slot in slots]
+        return tuple(layers), LayerStream(resident, host, on_device)
 
     def _layer(self, index: int) -> LayerWeights:
         spec = self._spec
@@ -338,3 +338,9 @@ class _Loader:
 
 def _projections(layer: LayerWeights) -> tuple[torch.Tensor, ...]:
     return tuple(tensor for product in layer.products for tensor in product.tensors)
+
+
+def _kind(layer: LayerWeights) -> Hashable:
+    """What layers have in common that can be computed in each other's tensors."""
+    tensors = tuple((tensor.shape, tensor.dtype) for tensor in _projections(layer))
+    return tensors, tuple(product.choice.name for product in layer.products)
