@@ -186,14 +186,14 @@ def _mma_cuts(layer: Layer, rows: int) -> Iterator[MmaConfig]:
 
 def _wgmma_cuts(layer: Layer, rows: int) -> Iterator[WgmmaConfig]:
     padded = max(16, 1 << (rows - 1).bit_length())
-    widths = {padded} if rows <= 64 else {padded, padded // 2}
+    widths = {padded} if rows <= 64 else {64, 128}
     for warps, columns, splits, stages in itertools.product((4, 8), widths, (1, 2, 3, 4, 6), (2, 3, 4, 6)):
         tiles = layer.out_features // (16 * warps) * -(-rows // columns)
-        if columns > 256 or columns * 256 * stages > 200 << 10 or (columns <= 32 and stages != 4):
+        if columns > 128 or columns * 256 * stages > 200 << 10 or (columns <= 32 and stages != 4):
             continue
         if tiles * splits < 60 or (splits > 1 and tiles * splits > 560) or (columns >= 128 and stages > 3):
             continue
-        if splits > 1 and (columns == 256 or tiles * splits * columns * 16 * warps > 1 << 22):
+        if splits > 1 and tiles * splits * columns * 16 * warps > 1 << 22:
             continue
         yield WgmmaConfig(warps, columns, splits, stages)
 

@@ -16,7 +16,8 @@ from aphrodite.layers.int4_gpu_linear import Int4GpuLinear
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.quantization.layouts import Int4Groups
 
-# Relative to float64 on the dequantized weights; between separate kernels activations are rounded once more.
+# Relative to float64 on the dequantized weights. What makes it more: a norm's or gate's result is rounded on its way,
+# and so is a weight that is expanded for the library or scaled in groups of less than 128.
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4}
 CHOICE = Choice("packed 4-bit", ())
 ACTIVATIONS = {"silu": reference.silu_mul, "gelu_tanh": reference.gelu_tanh_mul}
@@ -70,7 +71,6 @@ def test_layer(
     for rows in ROWS:
         x = torch.randn(rows, shape[1], device=device).to(dtype)
         residual = torch.randn(rows, shape[0], device=device).to(dtype) if "residual" in parts else None
-        # The norm's own kernel rounds what the product reads, so that is where the comparison starts.
         values = x.double()
         if norm is not None:
             values = reference.rms_norm(values, norm.weight.double(), norm.eps)
@@ -84,8 +84,9 @@ def test_layer(
         out = layer(x, norm=norm, activation=activation, residual=residual)
         error = distance(out, expected)
         assert out.dtype == dtype
-        rounded_twice = norm is not None or activation is not None
-        if not error < TOLERANCE[dtype] * (1.5 if rounded_twice else 1):
+        alone = norm is None and activation is None
+        exact = rows <= (8 if group < 128 else int4_linear.WGMMA_MAX_ROWS)
+        if not error < TOLERANCE[dtype] * (1 if alone else 2) * (1 if exact else 1.6):
             wrong.append((rows, error))
     assert not wrong
 

@@ -2,9 +2,10 @@
 
 Up to some 64 rows bound by reading the weight, 0.53 bytes a value in groups of 128; above by arithmetic,
 `2 * rows * out * in` operations. The weight is the M operand: its words (`int4_words`) come straight into registers,
-are unpacked and scaled there while the product before runs, and are the A operand as they lie. The activations, B, come
-through a ring of shared memory that the copy engine fills. Where tiles would not fill the card blocks share a tile
-along the inputs: each leaves a float32 partial sum and the last to arrive adds them up in a fixed order.
+are unpacked there while the product before runs, and are the A operand as they lie. Groups of 128 and more are scaled
+in the float32 sums, exactly; smaller ones in the operand, which is rounded once more. The activations, B, come through
+a ring of shared memory that the copy engine fills. Where tiles would not fill the card blocks share a tile along the
+inputs: each leaves a float32 partial sum and the last to arrive adds them up in a fixed order.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from aphrodite.kernels.triton.int4_gluon import (
     launch_dependents,
     pair_of_scales,
     pair_of_zeros,
+    scale_of,
+    unpack,
     unpack_scaled,
     wait_for_producer,
     word_layout,
@@ -45,7 +48,7 @@ class WgmmaConfig(NamedTuple):
 
     Attributes:
         warps: of a block, 4 or 8; each has a strip of 16 weight rows.
-        columns: activation rows of a tile, 8..256.
+        columns: activation rows of a tile, a power of two from 16 to 128.
         splits: of the inputs among blocks.
         stages: chunks of activations in flight.
     """
@@ -82,18 +85,30 @@ def _load_chunk(words, scales, chunk, strip, strips, chunks: gl.constexpr, GROUP
 def _weight_operand(
     loaded, group_words, dtype: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr
 ):
-    """The weight in `dtype`, `[R, 128]`."""
+    """The codes less their zeros, `[R, 128]`, times the scales where these are not left to `_add_product`."""
     S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
     R: gl.constexpr = 16 * WARPS
     shape: gl.constexpr = (1, R, 4, S, 4 // S, 8)
     wide = loaded[:, :, :, :, :, None].broadcast_to(shape)
     zeros = pair_of_zeros(group_words, dtype)[:, :, None, :][:, :, :, :, None][:, :, :, :, :, None].broadcast_to(shape)
-    factors = pair_of_scales(group_words, dtype)[:, :, None, :][:, :, :, :, None][:, :, :, :, :, None].broadcast_to(
-        shape
-    )
-    values = unpack_scaled(wide, zeros, factors, dtype)
+    if S == 1:
+        values = unpack(wide, zeros, dtype)
+    else:
+        pairs = pair_of_scales(group_words, dtype)[:, :, None, :][:, :, :, :, None][:, :, :, :, :, None]
+        values = unpack_scaled(wide, zeros, pairs.broadcast_to(shape), dtype)
     values = values.reshape(R, 4, 4, 4, 2).permute(0, 2, 3, 1, 4).reshape(R, 128)  # j e t b
     return gl.convert_layout(values, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _add_product(total, product, group_words, GROUP: gl.constexpr, mma: gl.constexpr):
+    """`total` with a finished product, which gets its scale here, or which is the sum already."""
+    if GROUP >= 128:
+        scale = scale_of(group_words).reshape(total.shape[0])
+        total += product * gl.convert_layout(scale, gl.SliceLayout(1, mma), assert_trivial=True)[:, None]
+    else:
+        total = product
+    return total
 
 
 @gluon.jit
@@ -105,13 +120,16 @@ def _request(x, column, chunk, smem, bars, slot, pred):
 
 
 @gluon.jit
-def _next_product(x, column, weight, total, smem, bars, start, chunk, end, STAGES: gl.constexpr):
-    """Start adding the product of `chunk`, after the one before it has ended: its place in the ring is free."""
+def _start_product(x, column, weight, total, smem, bars, start, chunk, end, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    """Start the product of `chunk` after the one before it has ended, whose place in the ring is free."""
     turn = chunk - start
     gl.thread_barrier()
     _request(x, column, chunk - 1 + STAGES, smem, bars, (turn - 1) % STAGES, chunk - 1 + STAGES < end)
     mbarrier.wait(bars.index(turn % STAGES), turn // STAGES & 1)
-    return warpgroup_mma(weight, smem.index(turn % STAGES).permute((1, 0)), total, is_async=True)
+    into = total
+    if GROUP >= 128:
+        into = gl.zeros_like(total)
+    return warpgroup_mma(weight, smem.index(turn % STAGES).permute((1, 0)), into, is_async=True)
 
 
 @gluon.jit
@@ -181,24 +199,36 @@ def _int4_wgmma_kernel(
 
     total = gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma)
     weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
+    pending = groups_0
     words_0, groups_0 = words_1, groups_1
     words_1, groups_1 = _load_chunk(words, scales, start + 2, strip, strips, chunks, GROUP, WARPS)
     mbarrier.wait(bars.index(0), 0)
     token = warpgroup_mma(weight, smem.index(0).permute((1, 0)), total, is_async=True)
     # A product reads its registers while the next operand is unpacked, so that one must have others: two turns a loop.
-    for chunk in range(start + 1, end - 1, 2):
-        for turn in gl.static_range(2):
-            weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
+    # Wide tiles have no registers left for that; other blocks work beside their products.
+    TURNS: gl.constexpr = 1 if COLUMNS > 64 else 2
+    for chunk in range(start + 1, end + 1 - TURNS, TURNS):
+        for turn in gl.static_range(TURNS):
+            if TURNS == 1:
+                product = warpgroup_mma_wait(0, deps=[token])
+                total = _add_product(total, product, pending, GROUP, mma)
+                weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
+            else:
+                weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
+                # Unpacking stays before the wait, beside the product, because the wait takes its result.
+                product, weight = warpgroup_mma_wait(0, deps=[token, weight])
+                total = _add_product(total, product, pending, GROUP, mma)
+            pending = groups_0
             words_0, groups_0 = words_1, groups_1
             words_1, groups_1 = _load_chunk(words, scales, chunk + turn + 2, strip, strips, chunks, GROUP, WARPS)
-            # Unpacking stays before the wait, beside the product, because the wait takes its result.
-            total, weight = warpgroup_mma_wait(0, deps=[token, weight])
-            token = _next_product(x, column, weight, total, smem, bars, start, chunk + turn, end, STAGES)
-    total = warpgroup_mma_wait(0, deps=[token])
-    if (end - start) % 2 == 0:
+            token = _start_product(x, column, weight, total, smem, bars, start, chunk + turn, end, GROUP, STAGES)
+    product = warpgroup_mma_wait(0, deps=[token])
+    total = _add_product(total, product, pending, GROUP, mma)
+    if TURNS == 2 and (end - start) % 2 == 0:
         weight = _weight_operand(words_0, groups_0, dtype, GROUP, WARPS, mma)
-        last_product = _next_product(x, column, weight, total, smem, bars, start, end - 1, end, STAGES)
-        total = warpgroup_mma_wait(0, deps=[last_product])
+        left = _start_product(x, column, weight, total, smem, bars, start, end - 1, end, GROUP, STAGES)
+        product = warpgroup_mma_wait(0, deps=[left])
+        total = _add_product(total, product, groups_0, GROUP, mma)
 
     if SPLITS == 1:
         finish(total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
