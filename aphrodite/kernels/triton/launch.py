@@ -181,8 +181,8 @@ def _describe(args: Sequence[Any], is_constant: Sequence[bool]) -> tuple[list[ob
             kinds.append(1 if arg == 1 else 0 if arg & 15 else 16)
         elif kind is float or arg is None:
             kinds.append(kind)
-        elif isinstance(arg, TensorDescriptor):
-            kinds.append((arg.base.dtype, *arg.block_shape))
+        elif hasattr(arg, "block_shape"):  # a descriptor, Gluon's with a layout
+            kinds.append((arg.base.dtype, *arg.block_shape, getattr(arg, "layout", None)))
         else:
             return None
     return kinds, values
