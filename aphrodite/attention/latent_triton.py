@@ -17,6 +17,7 @@ from aphrodite.attention.backend import KVCache
 from aphrodite.attention.latent import EXPANDED_BYTES, GROUP_POSITIONS, LatentShape, LatentTransform
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.kernels.triton.decode_attention import DecodePlan, plan_decode
+from aphrodite.kernels.triton.heads_product import MOST_ROWS, heads_product
 from aphrodite.kernels.triton.latent_cache import gather_latents, latent_to_cache
 from aphrodite.kernels.triton.latent_decode import latent_decode, latent_decode_config
 from aphrodite.kernels.triton.latent_prefill import (
@@ -366,4 +367,7 @@ class _LatentStep:
 def _heads_product(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
     """`out` `[n, heads, o]` = each head of `x` `[n, heads, i]` times the transpose of its own of `weights`
     `[heads, o, i]`, without copies of any."""
+    if x.shape[0] <= MOST_ROWS:
+        heads_product(x, weights, out)
+        return
     torch.bmm(x.transpose(0, 1), weights.transpose(1, 2), out=out.transpose(0, 1))

@@ -7,6 +7,8 @@ import triton
 from compiling import KernelCase
 
 from aphrodite.kernels.triton.decode_attention import RECORD
+from aphrodite.kernels.triton.heads_product import PROGRAM_VALUES, _heads_product_kernel
+from aphrodite.kernels.triton.heads_product import ROWS as PRODUCT_ROWS
 from aphrodite.kernels.triton.latent_cache import GATHER_FIELDS, GATHER_TILE, _cache_kernel, _gather_kernel
 from aphrodite.kernels.triton.latent_decode import (
     MERGED_CHUNKS,
@@ -94,6 +96,20 @@ def _decode(target: str, heads: int, dtype: torch.dtype, kv: KVFormat, *, pdl: b
     )
 
 
+def _heads_product(target: str, into: int, out: int, dtype: torch.dtype, *, pdl: bool = False) -> KernelCase:
+    element = f"*{NAMES[dtype]}"
+    return KernelCase(
+        name=f"heads product {into} to {out} {NAMES[dtype]}{' pdl' * pdl}",
+        kernel=_heads_product_kernel,
+        arguments={"x": element, "weights": element, "out": element, "rows": "i32"}
+        | {"x_stride": "i32:16", "x_head_stride": "i32:16", "out_stride": "i32:16", "out_head_stride": "i32:16"}
+        | {"IN": into, "DEPTH": triton.next_power_of_2(into), "OUT": out}
+        | {"COLUMNS": max(16, PROGRAM_VALUES // triton.next_power_of_2(into)), "ROWS": PRODUCT_ROWS, "PDL": pdl},
+        num_warps=4,
+        targets=(target,),
+    )
+
+
 def _merge(target: str, *, pdl: bool = False) -> KernelCase:
     return KernelCase(
         name=f"latent merge{' pdl' * pdl}",
@@ -157,6 +173,8 @@ def _cases(target: str) -> list[KernelCase]:
     half, single = torch.bfloat16, torch.float32
     fp8 = KVFormat.E4M3 if target == "sm_90" else KVFormat.E4M3_BITS
     cases = [
+        *(_heads_product(target, *sizes, half) for sizes in ((128, 512), (192, 512), (512, 128))),
+        _heads_product(target, 512, 128, single),
         _merge(target),
         _cache(target),
         _cache(target, fp8=True),
@@ -173,6 +191,7 @@ def _cases(target: str) -> list[KernelCase]:
     cases += [_decode(target, 20, half, KVFormat.PLAIN), _decode(target, 16, half, fp8), _absorbed(target, half, fp8)]
     if target == "sm_90":
         cases += [
+            _heads_product(target, 128, 512, half, pdl=True),
             _merge(target, pdl=True),
             _cache(target, pdl=True),
             _decode(target, 16, half, KVFormat.PLAIN, pdl=True),

@@ -12,6 +12,7 @@ from latent_case import FP8, LatentCase, lengths_of, make_latent_case
 
 from aphrodite.attention import latent_triton
 from aphrodite.attention.latent_triton import TritonLatentAttention, expands
+from aphrodite.kernels.triton.heads_product import heads_product
 from aphrodite.kernels.triton.latent_decode import LatentDecodeConfig, latent_decode_config
 from aphrodite.models.spec import MlaSpec
 
@@ -51,6 +52,16 @@ def test_decode_step_with_padding(heads: int, positions_first: bool, monkeypatch
 
     monkeypatch.setattr(latent_triton, "latent_decode_config", config)
     serve(make_latent_case(pairs, SMALL, heads=heads), pairs, decode_only=True)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_product_of_each_head_with_its_own_matrix(rows: int) -> None:
+    queries, weights = torch.randn(rows, 3, 30), torch.randn(3, 40, 20)
+    out = torch.full((rows, 3, 50), 7.0)
+    heads_product(queries[..., 5:25], weights, out[..., :40])
+    expected = torch.einsum("thi,hoi->tho", queries[..., 5:25].double(), weights.double())
+    torch.testing.assert_close(out[..., :40].double(), expected, rtol=0, atol=1e-5)
+    assert (out[..., 40:] == 7.0).all()
 
 
 def test_mixed_step_absorbed() -> None:
