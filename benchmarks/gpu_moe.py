@@ -65,7 +65,7 @@ def make_weights(model: Model, rows: int, columns: int) -> ExpertWeights:
     if model.packed == "mxfp4":
         data = torch.randint(0, 256, (count, columns // 32, 17), dtype=torch.uint8, device=DEVICE)
         data[..., 0] = 118
-        return ExpertWeights(planes_of(GgufBlocks(data.flatten(1), QuantType.MXFP4)), model.experts)
+        return ExpertWeights(planes_of(GgufBlocks(data.flatten(1), QuantType.MXFP4)), model.experts, is_e2m1=True)
     codes = torch.randint(0, 256, (count, columns // 2), dtype=torch.uint8, device=DEVICE)
     scales = torch.full((count, columns // 128), 0.2 * columns**-0.5, dtype=DTYPE, device=DEVICE)
     zeros = torch.full((count, columns // 128), 8, dtype=torch.uint8, device=DEVICE)
@@ -150,7 +150,9 @@ class Layers:
         packed = self.model.packed is not None
         chunks = (1024, 2048) if packed else (256, 512, 1024)
         found = []
-        for config in itertools.starmap(PairConfig, itertools.product((2, 4, 8, 16), chunks, (1, 2, 4, 8))):
+        stages = (1, 2, 3) if packed else (1,)
+        cuts = itertools.product((4, 8) if packed else (2, 4, 8, 16), chunks, (1, 2, 4, 8), stages)
+        for config in itertools.starmap(PairConfig, cuts):
 
             def one(layer: int, config: PairConfig = config) -> object:
                 return grouped_gemm.experts_of_pairs(

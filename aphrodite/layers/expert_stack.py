@@ -20,7 +20,7 @@ from aphrodite.quantization.fp8 import quantize_fp8
 from aphrodite.quantization.layouts import Int8Groups, stack_layouts
 from aphrodite.quantization.planes import Planes, decline_planes, planes_of
 from aphrodite.quantization.repack import decline_layout, layout_of
-from aphrodite.quantization.types import NoiseTensor, RawTensor
+from aphrodite.quantization.types import NoiseTensor, QuantType, RawTensor
 
 
 def stack_experts(
@@ -60,7 +60,8 @@ def stack_experts(
     chosen: tuple[Planes | torch.Tensor, Choice] = choose(f"experts of {types}", candidates)
     weight, choice = chosen
     bias = _alternating([to_dense(bias, torch.float32, device) for bias in biases]) if biases else None
-    return TritonExperts(ExpertWeights(weight, parts[0].shape[0], bias), choice)
+    is_e2m1 = isinstance(weight, Planes) and all(part.qtype is QuantType.MXFP4 for part in parts)
+    return TritonExperts(ExpertWeights(weight, parts[0].shape[0], bias, is_e2m1), choice)
 
 
 def _alternating(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.packed import _code, _load_affine, _load_plane, _load_values, _spread
+from aphrodite.kernels.triton.packed import _code, _field, _load_affine, _load_plane, _load_values, _spread
 from aphrodite.quantization.planes import Planes
 
 
@@ -25,11 +25,13 @@ class ExpertWeights:
         weight: `[experts, out, in]` of the compute dtype, or planes of `experts * out` rows.
         experts: how many.
         bias: `[experts, out]` float32.
+        is_e2m1: the planes are MXFP4's, whose codes are floats that arithmetic widens faster than their table.
     """
 
     weight: torch.Tensor | Planes
     experts: int
     bias: torch.Tensor | None = None
+    is_e2m1: bool = False
 
     @property
     def packed(self) -> bool:
@@ -66,8 +68,24 @@ class ExpertWeights:
         else:
             of = self.weight.form
             form = (of.low_bits, of.high_bits, of.group_size, of.super_size, of.offset, of.zero, of.kind)
+            form = (*form[:-1], "e2m1") if self.is_e2m1 else form
         names = ("LOW_BITS", "HIGH_BITS", "GROUP", "SUPER", "OFFSET", "ZERO", "KIND")
         return {**dict(zip(names, form, strict=True)), "HAS_BIAS": self.bias is not None}
+
+
+@triton.jit
+def _expert_code(
+    low, high, table, index: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, KIND: tl.constexpr
+):
+    """`packed._code`, and of "e2m1" twice the number, as the table of MXFP4 has it: exponent and mantissa are put where
+    float32 has them, whose bias is 127 above, denormals included."""
+    if KIND == "e2m1":
+        field = _field(low, index, 4, 22)
+        bits = (field & 0x01C00000) | ((field & 0x02000000) << 6)
+        value = bits.to(tl.float32, bitcast=True) * 1.7014118346046923e38
+    else:
+        value = _code(low, high, table, index, LOW_BITS, HIGH_BITS, KIND)
+    return value
 
 
 @triton.jit
@@ -99,6 +117,60 @@ def _dense_tile(total, from_x, weight, rows, step, columns: tl.constexpr, ROWS: 
 
 
 @triton.jit
+def _plane_chunk(
+    of_runs,  # [ROWS, RUNS] float32, what is added to
+    x,
+    low,
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    rows,
+    step,
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
+    RUN: tl.constexpr = 4 * IN_WORD
+    SPANS: tl.constexpr = 2 if GROUP < RUN else 1
+    SPAN: tl.constexpr = RUN // SPANS
+    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
+    words: tl.constexpr = columns // IN_WORD
+    COUNT: tl.constexpr = CHUNK // IN_WORD
+    RUNS: tl.constexpr = CHUNK // RUN
+    low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
+    high_words = low_words
+    if HIGH_BITS > 0:
+        high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
+    for span in tl.static_range(SPANS):
+        factor, shift = _load_affine(
+            scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
+            GROUP, SUPER, OFFSET, ZERO, KIND,
+        )  # fmt: skip
+        products = tl.zeros((ROWS, COUNT), tl.float32)
+        total = tl.zeros((COUNT,), tl.float32)
+        for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+            code = _expert_code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+            values = _load_values(x, step * COUNT, index, columns, RUN, COUNT)
+            products += code * values[None, :]
+            total += values
+        of_runs += factor * tl.sum(tl.reshape(products, (ROWS, RUNS, 4)), axis=2)
+        if KIND == "integer" or OFFSET != "none":
+            of_runs -= shift * tl.sum(tl.reshape(total, (RUNS, 4)), axis=1)[None, :]
+    return of_runs
+
+
+@triton.jit
 def _plane_rows(
     x,
     low,
@@ -119,36 +191,15 @@ def _plane_rows(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
-    RUN: tl.constexpr = 4 * IN_WORD
-    SPANS: tl.constexpr = 2 if GROUP < RUN else 1
-    SPAN: tl.constexpr = RUN // SPANS
-    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
-    words: tl.constexpr = columns // IN_WORD
-    COUNT: tl.constexpr = CHUNK // IN_WORD
-    RUNS: tl.constexpr = CHUNK // RUN
+    RUNS: tl.constexpr = CHUNK // (16 if LOW_BITS == 8 else 32)
     of_runs = tl.zeros((ROWS, RUNS), tl.float32)
-    for step in tl.static_range((columns + CHUNK - 1) // CHUNK):
-        low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
-        high_words = low_words
-        if HIGH_BITS > 0:
-            high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
-        for span in tl.static_range(SPANS):
-            factor, shift = _load_affine(
-                scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
-                GROUP, SUPER, OFFSET, ZERO, KIND,
-            )  # fmt: skip
-            products = tl.zeros((ROWS, COUNT), tl.float32)
-            total = tl.zeros((COUNT,), tl.float32)
-            for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
-                code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-                values = _load_values(x, step * COUNT, index, columns, RUN, COUNT)
-                products += code * values[None, :]
-                total += values
-            of_runs += factor * tl.sum(tl.reshape(products, (ROWS, RUNS, 4)), axis=2)
-            if KIND == "integer" or OFFSET != "none":
-                of_runs -= shift * tl.sum(tl.reshape(total, (RUNS, 4)), axis=1)[None, :]
+    for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
+        of_runs = _plane_chunk(
+            of_runs, x, low, high, scales, super_scales, offsets, super_offsets, table, rows, step, columns,
+            LOW_BITS, HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
+        )  # fmt: skip
     return tl.sum(of_runs, axis=1)
 
 
@@ -202,7 +253,7 @@ def _plane_tile(
         factor = _spread(factor, ROWS, RUNS)
         shift = _spread(shift, ROWS, RUNS)
         for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
-            code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+            code = _expert_code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
             fields = fields + ((code * factor - shift).to(values.dtype),)
     # Columns in their order, so that activations are fetched whole and one product takes them all.
     if IN_WORD == 8:
@@ -236,6 +287,7 @@ def dot_expert_rows(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,  # chunks of packed weights in flight; dense ones are requested as registers allow
 ):
     """`[ROWS]` float32: rows of experts times one of x, on the vector units."""
     if KIND == "dense":
@@ -243,7 +295,7 @@ def dot_expert_rows(
     else:
         result = _plane_rows(
             x, low, high, scales, super_scales, offsets, super_offsets, table, rows, columns, LOW_BITS, HIGH_BITS,
-            GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
+            GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK, STAGES,
         )  # fmt: skip
     return result
 

@@ -40,11 +40,13 @@ COMBINE_BLOCK = 1024
 
 
 class PairConfig(NamedTuple):
-    """How the products of single pairs are cut: weight rows a block, values of `in` a chunk, warps."""
+    """How the products of single pairs are cut: weight rows a block, values of `in` a chunk, warps, and chunks of
+    packed weights in flight."""
 
     rows: int
     chunk: int
     warps: int
+    stages: int = 3
 
 
 class TileConfig(NamedTuple):
@@ -120,6 +122,7 @@ def _pair_gate_up_kernel(
     CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     launch_dependents(PDL)
@@ -131,7 +134,7 @@ def _pair_gate_up_kernel(
     from_x = x + (pair // TOP_K).to(tl.int64) * in_features
     total = dot_expert_rows(
         from_x, low, high, scales, super_scales, offsets, super_offsets, table, rows, in_features, LOW_BITS, HIGH_BITS,
-        GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
+        GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK, STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         total += tl.load(bias + rows)
@@ -171,6 +174,7 @@ def _pair_down_kernel(
     CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     launch_dependents(PDL)
@@ -184,7 +188,7 @@ def _pair_down_kernel(
         rows = tl.load(chosen + pair).to(tl.int64) * out_features + clamped
         total = dot_expert_rows(
             x + pair * in_features, low, high, scales, super_scales, offsets, super_offsets, table, rows, in_features,
-            LOW_BITS, HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
+            LOW_BITS, HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK, STAGES,
         )  # fmt: skip
         if HAS_BIAS:
             total += tl.load(bias + rows)
@@ -355,6 +359,7 @@ def experts_of_pairs(
         ROWS=cut.rows,
         CHUNK=cut.chunk,
         ACTIVATION=activation,
+        STAGES=cut.stages,
         PDL=pdl,
         num_warps=cut.warps,
         **launch_options(pdl),
@@ -375,6 +380,7 @@ def experts_of_pairs(
         ROWS=cut.rows,
         CHUNK=cut.chunk,
         HAS_RESIDUAL=residual is not None,
+        STAGES=cut.stages,
         PDL=pdl,
         num_warps=cut.warps,
         **launch_options(pdl),

@@ -28,7 +28,7 @@ from aphrodite.kernels.triton.routing import (
 HOPPER = ("sm_90",)
 DENSE = ("bf16", 16, 0, 32, 0, "none", 0, "dense")
 INT4 = ("i32", 4, 0, 128, 0, "zeros", 0, "integer")
-MXFP4 = ("i32", 4, 0, 32, 0, "none", 0, "table")
+MXFP4 = ("i32", 4, 0, 32, 0, "none", 0, "e2m1")
 Q4_K = ("i32", 4, 0, 32, 256, "offsets", 0, "integer")
 NAMES = ("LOW_BITS", "HIGH_BITS", "GROUP", "SUPER", "OFFSET", "ZERO", "KIND")
 
@@ -75,7 +75,7 @@ def _pairs(
             kernel=_pair_gate_up_kernel,
             arguments=common
             | _weights(kind, bias)
-            | {"in_features": hidden, "ROWS": first.rows, "CHUNK": first.chunk}
+            | {"in_features": hidden, "ROWS": first.rows, "CHUNK": first.chunk, "STAGES": first.stages}
             | {"ACTIVATION": Constant("swiglu_oai" if bias else "silu")},
             num_warps=first.warps,
             **_pdl(pdl),
@@ -85,7 +85,7 @@ def _pairs(
             kernel=_pair_down_kernel,
             arguments=common
             | _weights(kind, bias)
-            | {"in_features": inner, "ROWS": second.rows, "CHUNK": second.chunk}
+            | {"in_features": inner, "ROWS": second.rows, "CHUNK": second.chunk, "STAGES": second.stages}
             | {"weights": "*fp32", "residual": "*bf16", "HAS_RESIDUAL": True},
             num_warps=second.warps,
             **_pdl(pdl),

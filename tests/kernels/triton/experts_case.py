@@ -106,7 +106,8 @@ def _weights(kind: str, dtype: torch.dtype, values: torch.Tensor, device: str) -
         dense = values.to(dtype)
         return ExpertWeights(dense.to(device), len(values)), dense.double()
     layout = _packed(kind, values.flatten(0, 1))
-    return ExpertWeights(planes_of(layout.to(torch.device(device))), len(values)), (
+    planes = planes_of(layout.to(torch.device(device)))
+    return ExpertWeights(planes, len(values), is_e2m1=kind == "mxfp4"), (
         layout.dequantize().double().view(values.shape)
     )
 
