@@ -29,15 +29,20 @@ from aphrodite.kernels.triton.decode_attention import (
 )
 from aphrodite.kernels.triton.paged import card_of, multiprocessors
 from aphrodite.kernels.triton.ragged_attention import (
+    MERGE_FIELDS,
+    TILE_FIELDS,
     RaggedConfig,
+    TableCapacity,
     TileTable,
+    pad_table,
     ragged_attention,
     ragged_config,
+    table_capacity,
     tile_table,
 )
 from aphrodite.kernels.triton.rotary import rotary_to_cache
 from aphrodite.platforms import platform_of
-from aphrodite.runner.inputs import DeviceInputs, HostLengths
+from aphrodite.runner.inputs import DeviceInputs, HostLengths, StepSize
 
 MAX_HEAD_DIM = 256
 DENSE_TOKENS = (
@@ -165,8 +170,45 @@ class TritonAttention:
         """
         works = tuple(self._divide(lengths, window) for window in self.windows)
         self._staged = StagedStep(lengths, works)
-        parts = [part.ravel() for work in works for part in work.table]
-        return np.concatenate([np.pad(part, (0, -len(part) % TABLE_ALIGNMENT)) for part in parts])
+        return _joined([part for work in works for part in work.table])
+
+    def stage_padded(self, lengths: HostLengths, size: StepSize) -> np.ndarray | None:
+        """The same for a step that is captured with room for `size`: always as long, see `padded_table_length`.
+
+        None where the step needs more room than that.
+        """
+        capacity = self._capacity(size)
+        parts: list[np.ndarray] = []
+        for window in self.windows:
+            table = pad_table(self._divided(lengths, window, ()).table, capacity)
+            if table is None:
+                return None
+            parts += table
+        return _joined(parts)
+
+    def padded_table_length(self, size: StepSize) -> int:
+        """int32 values that `stage_padded` returns."""
+        return len(self.windows) * sum(_padded(rows * fields) for rows, fields in self.table_shapes(size))
+
+    def padded_slots(self, size: StepSize) -> int:
+        """Partial results of a step that is captured with room for `size`."""
+        return self._capacity(size).slots
+
+    def table_shapes(self, size: StepSize) -> list[tuple[int, int]]:
+        """Of tiles and merges in such a step."""
+        capacity = self._capacity(size)
+        return [(capacity.tiles, TILE_FIELDS), (capacity.merges, MERGE_FIELDS)]
+
+    def _capacity(self, size: StepSize) -> TableCapacity:
+        shape = self.shape
+        return table_capacity(
+            size.tokens,
+            size.sequences,
+            self.ragged_config,
+            group=shape.group,
+            kv_heads=shape.num_kv_heads,
+            programs=self._programs,
+        )
 
     def begin_step(self, inputs: DeviceInputs, cache: KVCache) -> _TritonStep:
         """Prepare a step; without `lengths` nothing here or in the step waits for the device or reads the host.
@@ -187,20 +229,32 @@ class TritonAttention:
         return decode_config(self.shape.head_dim, self.shape.dtype, self._card, sequences)
 
     def _divide(self, lengths: HostLengths, window: int | None) -> Work:
-        shape, config = self.shape, self.ragged_config
         runs = dense_runs(lengths, window) if self._dense_shapes is not None else []
         if self._dense_shapes is not None and runs:
             admitted = self._dense_shapes.admit(runs)
             runs = [run for run, served in zip(runs, admitted, strict=True) if served]
+        return self._divided(lengths, window, runs)
+
+    def _divided(self, lengths: HostLengths, window: int | None, runs: Sequence[DenseRun]) -> Work:
+        shape = self.shape
         return divide_rows(
             lengths,
             window,
             runs,
-            config,
+            self.ragged_config,
             group=shape.group,
             kv_heads=shape.num_kv_heads,
             programs=self._programs,
         )
+
+
+def _padded(count: int) -> int:
+    return count + -count % TABLE_ALIGNMENT
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One after the other, each from a multiple of 16 bytes on."""
+    return np.concatenate([np.pad(part.ravel(), (0, -part.size % TABLE_ALIGNMENT)) for part in parts])
 
 
 def dense_runs(lengths: HostLengths, window: int | None) -> list[DenseRun]:
@@ -277,16 +331,20 @@ class _TritonStep:
                     window=window,
                     config=backend.decode_config(inputs.context_lens.shape[0]),
                 )
-        self._dense: dict[int | None, tuple[DenseRun, ...]] = {}
+        self._dense = {window: work.dense for window, work in zip(backend.windows, works, strict=bool(works))}
+        self._slots: int | None = None
+        shapes: list[list[tuple[int, ...]]] = [[part.shape for part in work.table] for work in works]
+        if inputs.padded is not None:
+            self._slots = backend.padded_slots(inputs.padded)
+            shapes = [list(backend.table_shapes(inputs.padded))] * len(backend.windows)
         self._tables: dict[int | None, TileTable] = {}
         used = 0
-        for window, work in zip(backend.windows, works, strict=bool(works)):
-            self._dense[window] = work.dense
-            parts = []
-            for part in work.table:
-                parts.append(inputs.attention_table[used : used + part.size].view(part.shape))
-                used += part.size + -part.size % TABLE_ALIGNMENT
-            self._tables[window] = TileTable(*parts)
+        for window, parts in zip(backend.windows, shapes, strict=bool(shapes)):
+            table = []
+            for rows, fields in parts:
+                table.append(inputs.attention_table[used : used + rows * fields].view(rows, fields))
+                used += _padded(rows * fields)
+            self._tables[window] = TileTable(*table)
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         backend, inputs = self._backend, self._inputs
@@ -314,7 +372,8 @@ class _TritonStep:
         )
         if len(dense) == 1 and dense[0].prompts * dense[0].rows == qkv.shape[0]:
             return attend_dense(qkv, dense[0], shape).reshape(qkv.shape[0], -1)
-        out = torch.empty((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
+        make = torch.empty if inputs.padded is None else torch.zeros  # nothing writes the rows of padding
+        out = make((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
         tokens = inputs.slot_mapping.shape[0]
         if tokens < qkv.shape[0]:
             out[tokens:].zero_()
@@ -341,6 +400,7 @@ class _TritonStep:
                 window=window,
                 softcap=backend.shape.softcap,
                 sinks=sinks,
+                slots=self._slots,
             )
         plan = self._plans.get(window)
         if plan is not None:

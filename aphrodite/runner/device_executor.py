@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import triton
 
 from aphrodite.attention.backend import KVCache
 from aphrodite.attention.device_choice import decline_device_attention, device_attention
+from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.errors import ConfigError
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
@@ -20,8 +22,26 @@ from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
 from aphrodite.platforms import platform_of
 from aphrodite.quantization.types import RawTensor
-from aphrodite.runner.inputs import DeviceInputs, HostLengths
+from aphrodite.runner.inputs import DeviceInputs, HostLengths, StepSize
 from aphrodite.runner.memory import format_bytes
+
+# Operations of a step below which the host launches its kernels more slowly than an H100 runs them, some 10 ms. For a
+# token each weight of 16 bits takes part in two, so there are about as many operations as bytes.
+CAPTURED_OPERATIONS = 6 * 10**12
+MOST_PADDED_TOKENS = 2048
+
+
+class PaddedAttention(NamedTuple):
+    """See `PaddedSteps`."""
+
+    attention: TritonAttention
+    most_tokens: int
+
+    def stage(self, lengths: HostLengths, size: StepSize) -> np.ndarray | None:
+        return self.attention.stage_padded(lengths, size)
+
+    def table_length(self, size: StepSize) -> int:
+        return self.attention.padded_table_length(size)
 
 
 class DeviceExecutor:
@@ -90,6 +110,13 @@ class DeviceExecutor:
         """Not where every step copies weights from the host."""
         return self._decoder.weights.stream is None
 
+    @property
+    def padded_steps(self) -> PaddedAttention | None:
+        """None with experts, with another attention, and where every step copies weights from the host."""
+        if not isinstance(self._attention, TritonAttention) or self.spec.moe is not None or not self.can_rehearse:
+            return None
+        return PaddedAttention(self._attention, min(MOST_PADDED_TOKENS, CAPTURED_OPERATIONS // self.weight_bytes))
+
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate the cache; called once, before the first forward."""
         self._cache = self._attention.allocate(num_blocks)
@@ -103,7 +130,8 @@ class DeviceExecutor:
         if self._cache is None:
             raise RuntimeError("allocate_kv_cache must be called before forward")
         step = self._attention.begin_step(inputs, self._cache)
-        keep = None if inputs.lengths is None else inputs.logits_index
+        decodes = inputs.lengths is None and inputs.padded is None
+        keep = None if decodes else inputs.logits_index
         return self._decoder.logits(self._decoder.forward(inputs.token_ids, step, keep))
 
     def describe(self) -> dict[str, str]:

@@ -15,11 +15,11 @@ import torch
 
 from aphrodite.core.plan import RowStart, RowStep, StepPlan
 from aphrodite.kernels.triton.step_inputs import gather_tokens, scatter
-from aphrodite.runner.inputs import DeviceInputs, HostLengths
+from aphrodite.runner.inputs import DeviceInputs, HostLengths, StepSize
 from aphrodite.runner.transfers import Transfers
 
 DECODE_SECTIONS = 8  # int32 values of a row in the inputs of a decode step
-_NOTHING = np.zeros(0, dtype=np.int32)
+_UNCHANGED = (np.zeros(0, dtype=np.int32),) * 3
 
 
 class StagedStep(NamedTuple):
@@ -31,6 +31,22 @@ class StagedStep(NamedTuple):
     inputs: DeviceInputs
     sample_rows: torch.Tensor
     sample_positions: torch.Tensor
+
+
+class PaddedStep(NamedTuple):
+    """The inputs of a padded step that is not only decoding, at fixed addresses.
+
+    Attributes:
+        packed: `[n]` int32, all sections as they come from the host.
+        staged: views of them.
+        token_rows: `[tokens]` int32, each token's row.
+        changes: of block tables: row, column, block, as many as `_take_changes` may bring.
+    """
+
+    packed: torch.Tensor
+    staged: StagedStep
+    token_rows: torch.Tensor
+    changes: Sequence[torch.Tensor]
 
 
 class DeviceRows:
@@ -62,6 +78,7 @@ class DeviceRows:
         # (row, column, block).
         self._decode = torch.zeros(DECODE_SECTIONS * _aligned(num_rows), dtype=torch.int32, device=device)
         self._decode_inputs: dict[int, StagedStep] = {}
+        self._padded: dict[StepSize, PaddedStep] = {}
         self._counting = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
         self._nothing = torch.zeros(0, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(num_rows, dtype=torch.int32, device=device)
@@ -88,7 +105,7 @@ class DeviceRows:
         """
         changes, self._changes = self._changes, []
         if not changes:
-            return (_NOTHING,) * 3
+            return _UNCHANGED
         lengths = [len(blocks) for _, _, blocks in changes]
         rows = np.repeat(np.array([row for row, _, _ in changes], dtype=np.int32), lengths)
         firsts = np.array([used for _, used, _ in changes], dtype=np.int32)
@@ -98,7 +115,7 @@ class DeviceRows:
         if len(rows) <= most:
             return rows, columns, blocks
         scatter(self.block_tables, *self._copy_sections([rows, columns, blocks]))
-        return (_NOTHING,) * 3
+        return _UNCHANGED
 
     def stage_decode(self, steps: Sequence[RowStep], bucket: int) -> StagedStep:
         """Copy the inputs of `steps`, one token each, to where `decode_inputs(bucket)` finds them."""
@@ -113,7 +130,7 @@ class DeviceRows:
         np.add(positions, 1, out=sections[2, :count])
         slots[:count] = self._slots(rows, positions)
         slots[count:] = -1
-        changed = self._take_changes(most=bucket)
+        changed = self._take_changes(most=bucket) if steps else _UNCHANGED
         sections[3] = self.num_rows
         for section, values in zip(sections[3:], changed, strict=True):
             section[: len(values)] = values
@@ -164,21 +181,15 @@ class DeviceRows:
             sampling: numbers of the steps that sample.
             attention_table: `[n]` int32, what the attention back end staged for the step.
         """
-        rows = np.array([step.row for step in steps], dtype=np.int32)
-        starts = np.array([step.start for step in steps], dtype=np.int32)
-        lengths = ragged_lengths(steps)
-        query_start = np.zeros(len(steps) + 1, dtype=np.int32)
-        np.cumsum(lengths.query, out=query_start[1:])
-        total = int(query_start[-1])
-        token_rows = np.repeat(rows, lengths.query)
-        positions = np.arange(total, dtype=np.int32) + np.repeat(starts - query_start[:-1], lengths.query)
+        ragged = self._ragged_sections(steps)
+        rows, lengths = ragged.rows, ragged.lengths
         sections = [
-            self._slots(token_rows, positions).view(np.int32),
-            token_rows,
-            positions,
+            ragged.slots,
+            ragged.token_rows,
+            ragged.positions,
             rows,
             lengths.context,
-            query_start,
+            ragged.query_start,
             logits_index,
             rows[sampling],
             lengths.context[sampling],
@@ -188,7 +199,7 @@ class DeviceRows:
         device = self._copy_sections(sections)
         if len(sections[-1]):
             scatter(self.block_tables, *device[-3:])
-        tokens = torch.empty(total, dtype=torch.int32, device=self.token_ids.device)
+        tokens = torch.empty(len(ragged.positions), dtype=torch.int32, device=self.token_ids.device)
         gather_tokens(tokens, self.token_ids, device[1], device[2])
         inputs = DeviceInputs(
             token_ids=tokens,
@@ -203,6 +214,72 @@ class DeviceRows:
             attention_table=device[9],
         )
         return StagedStep(inputs, device[7], device[8])
+
+    def stage_padded(
+        self,
+        steps: Sequence[RowStep],
+        size: StepSize,
+        logits_index: np.ndarray,
+        sampling: Sequence[int],
+        attention_table: np.ndarray,
+    ) -> None:
+        """Copy a step's inputs to where `padded_step` finds them; arguments as for `stage_ragged`."""
+        ragged = self._ragged_sections(steps)
+        rows, contexts = ragged.rows, ragged.lengths.context
+        total = len(ragged.positions)
+        spare = self.num_rows
+        changed = self._take_changes(most=_table_changes(size)) if steps else _UNCHANGED
+        sections = [
+            (ragged.slots, -1),
+            (ragged.token_rows, spare),
+            (ragged.positions, 0),
+            (rows, spare),
+            (contexts, 0),
+            (ragged.query_start, total),
+            (logits_index, 0),
+            (rows[sampling], spare),
+            (contexts[sampling], 0),
+            *zip(changed, (spare, 0, 0), strict=True),
+            (attention_table, 0),
+        ]
+        widths = _padded_widths(size, len(attention_table))
+        packed = np.empty(sum(widths), dtype=np.int32)
+        used = 0
+        for (values, filler), width in zip(sections, widths, strict=True):
+            packed[used : used + len(values)] = values
+            packed[used + len(values) : used + width] = filler
+            used += width
+        self._transfers.to_device(packed, self.padded_step(size, len(attention_table)).packed)
+
+    def padded_step(self, size: StepSize, table_length: int) -> PaddedStep:
+        """The inputs of padded steps of a size, made when it is first asked for."""
+        if size not in self._padded:
+            widths = _padded_widths(size, table_length)
+            packed = torch.zeros(sum(widths), dtype=torch.int32, device=self._decode.device)
+            slots, token_rows, positions, rows, contexts, query_start, logits_index, *rest = packed.split(widths)
+            sample_rows, sample_positions, *changes, attention_table = rest
+            tokens, sequences, _ = size
+            inputs = DeviceInputs(
+                token_ids=torch.zeros(tokens, dtype=torch.int32, device=packed.device),
+                positions=positions[:tokens],
+                slot_mapping=slots.view(torch.int64)[:tokens],
+                query_start=query_start[: sequences + 1],
+                context_lens=contexts[:sequences],
+                rows=rows[:sequences],
+                block_tables=self.block_tables,
+                logits_index=logits_index[:sequences],
+                lengths=None,
+                attention_table=attention_table,
+                padded=size,
+            )
+            staged = StagedStep(inputs, sample_rows[:sequences], sample_positions[:sequences])
+            self._padded[size] = PaddedStep(packed, staged, token_rows[:tokens], changes)
+        return self._padded[size]
+
+    def load_padded_step(self, step: PaddedStep) -> None:
+        """What `load_decode_step` does, for a padded step."""
+        scatter(self.block_tables, *step.changes)
+        gather_tokens(step.staged.inputs.token_ids, self.token_ids, step.token_rows, step.staged.inputs.positions)
 
     def append(self, staged: StagedStep, token_ids: torch.Tensor) -> None:
         """Write the sampled `token_ids` `[S]` int32 behind their rows' tokens: a kernel, as `load_decode_step`."""
@@ -227,11 +304,45 @@ class DeviceRows:
         self.num_prompt[start.row].fill_(len(prompt))  # an assignment would wait for the device
         self._block_counts[start.row] = 0
 
+    def _ragged_sections(self, steps: Sequence[RowStep]) -> _RaggedSections:
+        rows = np.array([step.row for step in steps], dtype=np.int32)
+        starts = np.array([step.start for step in steps], dtype=np.int32)
+        lengths = ragged_lengths(steps)
+        query_start = np.zeros(len(steps) + 1, dtype=np.int32)
+        np.cumsum(lengths.query, out=query_start[1:])
+        token_rows = np.repeat(rows, lengths.query)
+        positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(starts - query_start[:-1], lengths.query)
+        slots = self._slots(token_rows, positions).view(np.int32)
+        return _RaggedSections(lengths, rows, query_start, token_rows, positions, slots)
+
     def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """`[N]` int64: where K and V of the tokens go."""
         blocks: np.ndarray = self._mirror[rows, positions // self.block_size].astype(np.int64)
         slots: np.ndarray = blocks * self.block_size + positions % self.block_size
         return slots
+
+
+class _RaggedSections(NamedTuple):
+    """What a step of any kind reads, on the host; int32."""
+
+    lengths: HostLengths
+    rows: np.ndarray  # [R]
+    query_start: np.ndarray  # [R + 1]
+    token_rows: np.ndarray  # [T]
+    positions: np.ndarray  # [T]
+    slots: np.ndarray  # [2 * T], pairs that are int64
+
+
+def _table_changes(size: StepSize) -> int:
+    """Entries of block tables that come with a padded step: about a block for every sequence, and those of prompts."""
+    return _aligned(size.sequences + size.tokens // 16)
+
+
+def _padded_widths(size: StepSize, table_length: int) -> list[int]:
+    """Room for each section of a padded step, in the order of `stage_padded`."""
+    tokens, sequences, changes = _aligned(size.tokens), _aligned(size.sequences), _table_changes(size)
+    starts = _aligned(size.sequences + 1)
+    return [2 * tokens, tokens, tokens, sequences, sequences, starts, *[sequences] * 3, *[changes] * 3, table_length]
 
 
 def _aligned(count: int) -> int:

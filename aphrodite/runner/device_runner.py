@@ -7,6 +7,7 @@ plans the next step, whose newest tokens are read on the device, where the sampl
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,17 @@ from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenL
 from aphrodite.errors import ConfigError
 from aphrodite.kernels.triton.compile_ahead import compile_ahead
 from aphrodite.kernels.triton.launch import recording
-from aphrodite.runner.decode_graphs import DecodeGraphs, Ending
-from aphrodite.runner.device_rows import DeviceRows, StagedStep, ragged_lengths
+from aphrodite.runner.device_rows import DeviceRows, PaddedStep, StagedStep, ragged_lengths
 from aphrodite.runner.executor import DeviceModelExecutor
+from aphrodite.runner.inputs import HostLengths, StepSize
 from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, error_of, logits_layout
+from aphrodite.runner.step_graphs import Ending, StepGraphs, decode_sizes, ragged_sizes, smallest
 from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
 from aphrodite.sampling.guidance import guide
 from aphrodite.sampling.pipeline import Sampled, Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
+
+logger = logging.getLogger(__name__)
 
 # Tokens of a step whose attention is split along the keys and merged, for its kernels.
 LONG_CHAT, SHORT_MESSAGE = 4096, 32
@@ -91,9 +95,14 @@ class DeviceRunner:
             level: partial(self._choose, level) for level in self.sampler.launch_levels
         }
         self._endings[None] = self._hand_out
+        self._decode_sizes = decode_sizes(num_rows)
+        self._ragged_sizes: list[StepSize] = []
+        self._padded_steps = executor.padded_steps
         self._graphs = None
         if use_graphs and stream is not None:
-            self._graphs = DecodeGraphs(num_rows, stream, self._decode, self._endings, self._pad)
+            self._graphs = StepGraphs(stream, self._model, self._endings, self._pad)
+            if self._padded_steps is not None and self.sampler.launch_levels:
+                self._ragged_sizes = ragged_sizes(self._padded_steps.most_tokens, num_rows)
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))  # the model was loaded there
 
@@ -157,14 +166,17 @@ class DeviceRunner:
         """
         largest = min(max_tokens, self.rows.max_model_len)
         prompts = sorted({min(16, largest), min(2048, largest), largest})
-        buckets = [self.rows.num_rows, 1] if self._graphs is None else list(reversed(self._graphs.buckets))
+        sizes = list(reversed(self._decode_sizes))
+        if self._graphs is None:
+            sizes = [sizes[0], sizes[-1]]
         tasks: list[Callable[[], object]] = [partial(self._try_prompt, tokens) for tokens in prompts]
         prepare = self._try_decode if self._graphs is None else self._graphs.prepare
-        tasks += [partial(prepare, bucket) for bucket in buckets]
+        tasks += [partial(self._prepare_ragged, size) for size in reversed(self._ragged_sizes)]
+        tasks += [partial(prepare, size) for size in sizes]
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
                 if self._transfers.stream is not None and self.executor.can_rehearse:
-                    self._compile_ahead(prompts[:-1], buckets, progress)
+                    self._compile_ahead(prompts[:-1], sizes, progress)
                 for number, task in enumerate(tasks):
                     progress(number, len(tasks))
                     task()
@@ -196,24 +208,28 @@ class DeviceRunner:
         count = len(steps)
         rows, positions = [step.row for step in steps], [step.start + 1 for step in steps]
         launches = self.sampler.stage(rows, positions)  # None: not in the graph
+        size = StepSize(count, count, True)
         if self._graphs is None:
             staged = self.rows.stage_decode(steps, count)
-            self._endings[launches](count, self._decode(count))
+            self._endings[launches](size, self._model(size))
         else:
-            bucket = self._graphs.bucket(count)
-            graphs = self._graphs.prepare(bucket)
-            staged = self.rows.stage_decode(steps, bucket)
-            graphs.model.replay()
-            graphs.endings[launches].replay()
+            size = smallest(self._decode_sizes, count, count) or size
+            captured = self._graphs.prepare(size)
+            staged = self.rows.stage_decode(steps, size.sequences)
+            captured.model.replay()
+            captured.endings[launches].replay()
         if launches is not None:
-            copy = self._transfers.to_host([self._chosen])
-            return LaunchedStep(list(range(count)), copy._replace(tensors=_unpack(copy.tensors[0], count)))
+            return LaunchedStep(list(range(count)), self._copy_chosen(count))
         return self._launched(self._sample(staged, self._logits[:count], rows, positions), list(range(count)), {})
 
     def _launch_ragged(self, steps: Sequence[RowStep]) -> LaunchedStep:
         """A step in which some rows compute more than one token, or do not sample."""
         layout = logits_layout(steps, self._requests.scored)
         sampling = [number for number, step in enumerate(steps) if step.samples]
+        if not layout.prompt and not layout.guides:
+            launched = self._launch_padded(steps, layout.entries, sampling)
+            if launched is not None:
+                return launched
         table = self.executor.stage_step(ragged_lengths(steps))
         staged = self.rows.stage_ragged(steps, layout.entries, sampling, table)
         logits = self.executor.forward(staged.inputs)
@@ -235,24 +251,60 @@ class DeviceRunner:
             self._append_to_shadows(steps, layout, sampling, sampled.token_ids)
         return self._launched(sampled, sampling, scores)
 
-    def _decode(self, bucket: int) -> torch.Tensor:
-        """The kernels of a decode step over tensors at fixed addresses, up to its logits: what a graph holds."""
-        self.rows.load_decode_step(bucket)
-        return self.executor.forward(self.rows.decode_inputs(bucket).inputs)
+    def _launch_padded(
+        self, steps: Sequence[RowStep], entries: np.ndarray, sampling: Sequence[int]
+    ) -> LaunchedStep | None:
+        """The same by a captured step, for tokens that the device samples alone; None if there is no such step."""
+        size = smallest(self._ragged_sizes, sum(step.count for step in steps), len(steps))
+        if size is None or self._graphs is None or self._padded_steps is None:
+            return None
+        sampled = [steps[number] for number in sampling]
+        launches = self.sampler.stage([step.row for step in sampled], [step.start + step.count for step in sampled])
+        table = self._padded_steps.stage(ragged_lengths(steps), size)
+        if launches is None or table is None:
+            return None
+        captured = self._graphs.prepare(size)
+        self.rows.stage_padded(steps, size, entries, sampling, table)
+        captured.model.replay()
+        if not sampling:
+            return LaunchedStep()
+        captured.endings[launches].replay()
+        return LaunchedStep(list(sampling), self._copy_chosen(len(sampling)))
 
-    def _choose(self, launches: Hashable, bucket: int, logits: torch.Tensor) -> None:
-        """End a decode step by choosing tokens."""
-        staged = self.rows.decode_inputs(bucket)
-        token_ids, ok, exhausted = _unpack(self._chosen, bucket)
+    def _copy_chosen(self, count: int) -> HostCopy:
+        """What the graphs chose for the first `count` entries, on its way to the host."""
+        copy = self._transfers.to_host([self._chosen])
+        return copy._replace(tensors=_unpack(copy.tensors[0], count))
+
+    def _model(self, size: StepSize) -> torch.Tensor:
+        """The kernels of a step over tensors at fixed addresses, up to its logits: what a graph holds."""
+        if size.decode:
+            self.rows.load_decode_step(size.sequences)
+        else:
+            self.rows.load_padded_step(self._padded_step(size))
+        return self.executor.forward(self._staged(size).inputs)
+
+    def _padded_step(self, size: StepSize) -> PaddedStep:
+        if self._padded_steps is None:
+            raise RuntimeError("this executor's steps cannot be padded")
+        return self.rows.padded_step(size, self._padded_steps.table_length(size))
+
+    def _staged(self, size: StepSize) -> StagedStep:
+        return self.rows.decode_inputs(size.sequences) if size.decode else self._padded_step(size).staged
+
+    def _choose(self, launches: Hashable, size: StepSize, logits: torch.Tensor) -> None:
+        """End a step by choosing tokens."""
+        staged = self._staged(size)
+        token_ids, ok, exhausted = _unpack(self._chosen, size.sequences)
         self.sampler.run(logits, staged.sample_rows, staged.sample_positions, token_ids, ok, exhausted, launches)
         self.rows.append(staged, token_ids)
 
-    def _hand_out(self, bucket: int, logits: torch.Tensor) -> None:
-        """End a decode step by leaving its logits to samplers of torch operations."""
-        self._logits[:bucket].copy_(logits)
+    def _hand_out(self, size: StepSize, logits: torch.Tensor) -> None:
+        """End a step by leaving its logits to samplers of torch operations."""
+        self._logits[: size.sequences].copy_(logits)
 
     def _compile_ahead(
-        self, prompts: Sequence[int], buckets: Sequence[int], progress: Callable[[int, int], None]
+        self, prompts: Sequence[int], sizes: Sequence[StepSize], progress: Callable[[int, int], None]
     ) -> None:
         """Compile in parallel what usual steps launch: those of `warm_up`, and what else they sample with."""
         with recording() as launches:
@@ -260,12 +312,12 @@ class DeviceRunner:
                 self._try_prompt(tokens)
             if self.rows.max_model_len > LONG_CHAT + SHORT_MESSAGE:
                 self._try_prompt(SHORT_MESSAGE, behind=LONG_CHAT)
-            for bucket in buckets:
-                self._try_decode(bucket)
+            for size in sizes:
+                self._try_decode(size)
             logits = self._logits[:1].float()  # of steps that are no graphs
             for level, end in self._endings.items():
                 if level is not None:
-                    end(1, logits)
+                    end(StepSize(1, 1, True), logits)
         compile_ahead(launches, progress)
 
     def _try_prompt(self, tokens: int, behind: int = 0) -> None:
@@ -274,14 +326,31 @@ class DeviceRunner:
         staged = self.rows.stage_ragged([step], np.array([tokens - 1], np.int32), [0], table)
         self.executor.forward(staged.inputs)
 
-    def _try_decode(self, bucket: int) -> None:
-        self._pad(bucket)
-        logits = self._decode(bucket)
-        for end in self._endings.values():
-            end(bucket, logits)
+    def _prepare_ragged(self, size: StepSize) -> None:
+        """Capture a step that is not only decoding; where that fails, all such steps are launched kernel by kernel."""
+        if self._graphs is None or size not in self._ragged_sizes:
+            return
+        try:
+            self._graphs.prepare(size)
+        except RuntimeError as error:
+            logger.warning("steps with prompts are not captured, which makes short ones slower: %s", error)
+            self._ragged_sizes = []
 
-    def _pad(self, bucket: int) -> None:
-        self.rows.stage_decode([], bucket)
+    def _try_decode(self, size: StepSize) -> None:
+        self._pad(size)
+        logits = self._model(size)
+        for end in self._endings.values():
+            end(size, logits)
+
+    def _pad(self, size: StepSize) -> None:
+        if size.decode:
+            self.rows.stage_decode([], size.sequences)
+        elif self._padded_steps is not None:
+            nothing = np.zeros(0, dtype=np.int32)
+            table = self._padded_steps.stage(HostLengths(nothing, nothing), size)
+            if table is None:
+                raise RuntimeError(f"a step of nothing does not fit {size}")
+            self.rows.stage_padded([], size, nothing, [], table)
 
     def _sample(self, staged: StagedStep, logits: torch.Tensor, rows: list[int], positions: list[int]) -> Sampled:
         """Choose tokens outside of a graph, for `logits` `[S, vocab]`, and write them behind their rows' tokens."""

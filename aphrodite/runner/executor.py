@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from aphrodite.models.shape import ModelShape
-from aphrodite.runner.inputs import DeviceInputs, ForwardInputs, HostLengths
+from aphrodite.runner.inputs import DeviceInputs, ForwardInputs, HostLengths, StepSize
 
 
 class ModelExecutor(Protocol):
@@ -42,6 +42,20 @@ class ModelExecutor(Protocol):
         """Kernels chosen and why, for logs and `doctor`."""
 
 
+class PaddedSteps(Protocol):
+    """Steps that are not only decoding, in a size that does not follow from their sequences' lengths."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Of such a step, beyond which the device takes longer than the host without a graph."""
+
+    def stage(self, lengths: HostLengths, size: StepSize) -> np.ndarray | None:
+        """`[table_length(size)]` int32 for `attention_table`; None if the step does not fit after all."""
+
+    def table_length(self, size: StepSize) -> int:
+        """int32 values that attention needs of a step of this size."""
+
+
 class DeviceModelExecutor(Protocol):
     """A loaded model on a GPU; nothing in it waits for the device.
 
@@ -68,6 +82,10 @@ class DeviceModelExecutor(Protocol):
     @property
     def kv_bytes_per_block(self) -> int:
         """Bytes of KV cache for one block over all layers."""
+
+    @property
+    def padded_steps(self) -> PaddedSteps | None:
+        """How steps that are not only decoding can be captured; None if they cannot."""
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate the cache; called once, before the first forward."""

@@ -32,6 +32,14 @@ class HostLengths(NamedTuple):
     context: np.ndarray  # [R] int32, positions in the cache after the step
 
 
+class StepSize(NamedTuple):
+    """What a captured step has room for; the rest of it is padding."""
+
+    tokens: int
+    sequences: int
+    decode: bool  # one token a sequence, and logits of each
+
+
 class DeviceInputs(NamedTuple):
     """`ForwardInputs` of an accelerator: block tables stay where they are, and decode steps may be padded.
 
@@ -46,5 +54,8 @@ class DeviceInputs(NamedTuple):
     rows: torch.Tensor  # [R] int32: the blocks of sequence r are those of block_tables[rows[r]]
     block_tables: torch.Tensor  # [num_rows + 1, max_blocks] int32
     logits_index: torch.Tensor  # [L] int32, token rows whose logits are wanted
-    lengths: HostLengths | None  # None: one token a sequence and logits of each, as in a captured graph
+    lengths: HostLengths | None  # None in a step that may be captured: it depends on nothing that the host knows
     attention_table: torch.Tensor  # [n] int32: what the attention back end's `stage_step` made of `lengths`
+    # Of a step without lengths that is not one token a sequence and logits of each: `attention_table` is that of
+    # `stage_padded`, and padding at the end belongs to no sequence.
+    padded: StepSize | None = None

@@ -82,6 +82,10 @@ class TransformersExecutor:
         return False
 
     @property
+    def padded_steps(self) -> None:
+        """Steps with prompts are not captured: their shapes lead transformers' code different ways."""
+
+    @property
     def weight_bytes(self) -> int:
         return self._model.nbytes
 

@@ -23,7 +23,8 @@ from aphrodite.loading.dummy import dummy_weights
 from aphrodite.loading.parameters import HF_NAMES
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.types import QuantType
-from aphrodite.runner.decode_graphs import DecodeGraphs
+from aphrodite.runner.inputs import StepSize
+from aphrodite.runner.step_graphs import StepGraphs
 from aphrodite.sampling.params import SamplingParams
 
 TINY = {
@@ -216,10 +217,10 @@ def test_a_decode_step_does_not_wait_for_the_device(make_core: Any) -> None:
 def test_nothing_is_captured_while_requests_are_served(make_core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core()
 
-    def fails(graphs: DecodeGraphs, bucket: int) -> None:
-        raise AssertionError(f"a graph of {bucket} sequences was captured")
+    def fails(graphs: StepGraphs, size: StepSize) -> None:
+        raise AssertionError(f"a graph of {size} was captured")
 
-    monkeypatch.setattr(DecodeGraphs, "_capture", fails)
+    monkeypatch.setattr(StepGraphs, "_capture", fails)
     for number, params in enumerate([GREEDY, SEEDED, SamplingParams(max_tokens=8, temperature=0.8), *OTHERS]):
         answers(core, params, PROMPTS[: 1 + number % len(PROMPTS)])
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton.launch import (
+    ceil_div,
     direct_launch,
     launch_dependents,
     launch_options,
@@ -42,6 +43,7 @@ from aphrodite.kernels.triton.paged import (
 TILE_FIELDS = 5  # int32 of a row of `TileTable.tiles`
 MERGE_FIELDS = 4  # and of `TileTable.merges`
 MERGED_ROWS = 16  # product rows that one program of the merging kernel takes
+BEHIND = 1 << 28  # a query row that no sequence has
 MIN_SHARE = 8  # tiles of keys below which splitting is not worth the merge
 
 
@@ -150,6 +152,42 @@ def tile_table(
     return TileTable(tiles[order].astype(np.int32), merges.astype(np.int32))
 
 
+class TableCapacity(NamedTuple):
+    """Rows of a padded `TileTable`, and slots for partial results."""
+
+    tiles: int
+    merges: int
+    slots: int
+
+
+def table_capacity(
+    tokens: int, sequences: int, config: RaggedConfig, *, group: int, kv_heads: int, programs: int
+) -> TableCapacity:
+    """What `tile_table` makes at most of `tokens` query rows of `sequences`; other arguments as there.
+
+    Every sequence may end in the midst of a tile, and splitting makes no more parts than shares of the keys were dealt.
+    """
+    shares = ceil_div(programs, kv_heads)
+    whole = ceil_div(tokens, config.query_rows(group)) + min(sequences, tokens // 2)
+    return TableCapacity(whole + shares, shares // 2 + 1, shares)
+
+
+def pad_table(table: TileTable, capacity: TableCapacity) -> TileTable | None:
+    """The table with rows that name nothing at its end, so that its size tells nothing; None if there is no room.
+
+    A tile's first row lies behind all queries then, and a merge is one of no parts.
+    """
+    tiles, merges = table
+    if len(tiles) > capacity.tiles or len(merges) > capacity.merges or tiles[:, 4].max(initial=-1) >= capacity.slots:
+        return None
+    padded = TileTable(
+        np.full((capacity.tiles, TILE_FIELDS), (0, BEHIND, 0, 0, -1), dtype=np.int32),
+        np.full((capacity.merges, MERGE_FIELDS), (0, BEHIND, 0, 0), dtype=np.int32),
+    )
+    padded.tiles[: len(tiles)], padded.merges[: len(merges)] = tiles, merges
+    return padded
+
+
 def ragged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -167,6 +205,7 @@ def ragged_attention(
     window: int | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    slots: int | None = None,
 ) -> None:
     """Causal attention of the query rows in `table`; other rows of `out` stay as they are.
 
@@ -186,6 +225,7 @@ def ragged_attention(
         window: latest positions that a query sees, itself included; None for all.
         softcap: bound of the scores, 0 for none.
         sinks: `[heads]` float32, a score of each head that takes part in its softmax and adds no value.
+        slots: for partial results; by default as many as there could be for tiles of this number.
     """
     tiles, merges = table
     if tiles.shape[0] == 0:
@@ -194,7 +234,8 @@ def ragged_attention(
     group = num_heads // kv_heads
     product_rows = max(config.rows, next_power_of_2(group))
     dim = next_power_of_2(head_dim)
-    slots = tiles.shape[0] if merges.shape[0] else 0
+    if slots is None:
+        slots = tiles.shape[0] if merges.shape[0] else 0
     partials = torch.empty((slots, kv_heads, product_rows, head_dim), dtype=torch.float32, device=query.device)
     statistics = torch.empty((slots, kv_heads, 2, product_rows), dtype=torch.float32, device=query.device)
     pdl = pdl_supported(query.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -23,9 +24,13 @@ from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import QuantType
 from aphrodite.runner.device_executor import DeviceExecutor
 from aphrodite.runner.device_runner import DeviceRunner
+from aphrodite.runner.inputs import StepSize
 from aphrodite.runner.runner import Runner
+from aphrodite.runner.step_graphs import CapturedStep, ragged_sizes
 from aphrodite.runner.torch_executor import TorchExecutor
+from aphrodite.sampling import pipeline
 from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.triton_fused import TritonSampler
 
 SPEC = ModelSpec(
     family="llama",
@@ -207,3 +212,47 @@ def test_other_decoders_give_the_same_tokens(fields: dict[str, Any], monkeypatch
 
     monkeypatch.setattr("aphrodite.layers.linear.dense_linear", on_a_gpu)
     assert tokens(updates(device_runner(64, 1, spec), 64, params, 64)) == expected
+
+
+class _Again:
+    """A graph that is not captured but run anew."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.replay = run
+
+
+class _Graphs:
+    """Stands for `StepGraphs`: the same steps over the same memory, and a note of their sizes."""
+
+    def __init__(self, runner: DeviceRunner) -> None:
+        self.runner = runner
+        self.sizes: list[StepSize] = []
+        self.logits: torch.Tensor
+
+    def prepare(self, size: StepSize) -> Any:
+        self.sizes.append(size)
+        self.runner._pad(size)
+
+        def model() -> None:
+            self.logits = self.runner._model(size)
+
+        def ending(end: Any) -> Any:
+            return _Again(lambda: end(size, self.logits))
+
+        return CapturedStep(_Again(model), {name: ending(end) for name, end in self.runner._endings.items()})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("params", "budget"), [(GREEDY, 64), (SEEDED, 24)], ids=["greedy", "seeded in chunks"])
+def test_padded_steps_give_the_same_tokens(
+    params: SamplingParams, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tokens(updates(host_runner(), 64, params, budget))
+    monkeypatch.setattr(pipeline, "open_fast_path", TritonSampler)
+    runner = device_runner(64, 1)
+    graphs = _Graphs(runner)
+    monkeypatch.setattr(runner, "_graphs", graphs)
+    monkeypatch.setattr(runner, "_ragged_sizes", ragged_sizes(64, 4))
+    assert tokens(updates(runner, 64, params, budget)) == expected
+    padded = [size for size in graphs.sizes if not size.decode]
+    assert padded
+    assert len(padded) < len(graphs.sizes)

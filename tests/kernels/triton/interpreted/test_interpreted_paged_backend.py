@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from paged_case import PagedStep, make_step
 
 from aphrodite.attention.backend import AttentionShape, KVCache, QueryKeyTransform
@@ -23,7 +24,7 @@ from aphrodite.attention.triton_paged import (
 )
 from aphrodite.kernels import reference
 from aphrodite.kernels.triton.ragged_attention import RaggedConfig
-from aphrodite.runner.inputs import DeviceInputs, HostLengths
+from aphrodite.runner.inputs import DeviceInputs, HostLengths, StepSize
 
 DIM, HEADS, KV_HEADS = 64, 4, 2
 
@@ -96,6 +97,42 @@ def test_a_step_of_layers_with_different_windows(pairs: list[tuple[int, int]], d
         torch.testing.assert_close(written[live], key[live], rtol=0, atol=1e-5)
         fields = vars(step) | {"keys": keys, "values": values, "qkv": query.flatten(1)}
         torch.testing.assert_close(out[:tokens].double(), PagedStep(**fields).expected(window), rtol=0, atol=1e-5)
+
+
+def test_padded_steps_attend_as_others() -> None:
+    """Over a longer context than a program gets, so that keys are split; rows of padding become zeros."""
+    pairs = [(1, 40), (20, 300), (1, 0), (5, 5)]
+    step = make_step(pairs, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
+    transform = QueryKeyTransform(torch.ones(512, DIM // 2), torch.zeros(512, DIM // 2))
+    backend = TritonAttention(shape_of((None, 12)), transform)
+    size = StepSize(tokens=40, sequences=6, decode=False)
+    table = backend.stage_padded(lengths_of(pairs), size)
+    assert table is not None
+    assert len(table) == backend.padded_table_length(size)
+    exact = inputs_of(step, lengths_of(pairs), backend.stage_step(lengths_of(pairs)))
+    tokens = len(step.positions)
+    padded = inputs_of(step, None, table)._replace(
+        padded=size,
+        positions=F.pad(step.positions, (0, size.tokens - tokens)),
+        slot_mapping=F.pad(step.slot_mapping, (0, size.tokens - tokens), value=-1),
+        query_start=F.pad(step.query_start, (0, 2), value=tokens),
+        context_lens=F.pad(step.context_lens, (0, 2)),
+        rows=F.pad(step.rows, (0, 2)),
+    )
+    results = []
+    for inputs in (exact, padded):
+        cache = KVCache(*(torch.stack([c] * 2) for c in (step.keys, step.values)))
+        serve = backend.begin_step(inputs, cache)
+        rows = len(inputs.positions)
+        qkv = F.pad(step.qkv, (0, 0, 0, rows - tokens))
+        results.append(torch.stack([serve(layer, qkv.clone()) for layer in range(2)]))
+    torch.testing.assert_close(results[1][:, :tokens], results[0][:, :tokens], rtol=0, atol=1e-6)
+    assert not results[1][:, tokens:].any()
+
+
+def test_a_step_that_does_not_fit_is_not_padded() -> None:
+    backend = TritonAttention(shape_of(), QueryKeyTransform(torch.ones(8, 4), torch.zeros(8, 4)))
+    assert backend.stage_padded(lengths_of([(2, 2)] * 200), StepSize(tokens=400, sequences=2, decode=False)) is None
 
 
 def test_queries_grow_by_their_position() -> None:
