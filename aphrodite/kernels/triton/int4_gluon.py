@@ -153,6 +153,16 @@ def group_offsets(
 
 
 @gluon.jit
+def residual_tile(residual, M, out_features, strip, N_WARPS: gl.constexpr, layout: gl.constexpr):
+    """What `finish` would add to `[R, 8]` sums in `layout` without an activation, to be requested early."""
+    index = strip * 16 + gl.arange(0, 16 * N_WARPS)[:, None]
+    column = gl.arange(0, 8)[None, :]
+    inside = gl.set_auto_layout((index < out_features) & (column < M), layout)
+    at = gl.set_auto_layout(column * out_features + index, layout)
+    return gl.load(residual + at, mask=inside, other=0.0)
+
+
+@gluon.jit
 def finish(
     total,
     bias,

@@ -26,6 +26,7 @@ from aphrodite.kernels.triton.int4_gluon import (
     group_offsets,
     launch_dependents,
     pair_of_zeros,
+    residual_tile,
     scale_of,
     unpack,
     wait_for_producer,
@@ -36,8 +37,8 @@ from aphrodite.kernels.triton.int4_words import CHUNK, Int4Words
 from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
 from aphrodite.kernels.triton.linear import Epilogue, _output
 
-MMA_MAX_ROWS = 8
-COLUMNS = 8  # of the matrix instruction
+# Steps of a warp are unrolled, some 150 instructions each; the instruction cache holds little more than these.
+MAX_STEPS = 32
 
 
 class MmaConfig(NamedTuple):
@@ -74,9 +75,11 @@ def mma_config(out_features: int, in_features: int, rows: int, group_size: int =
     splits = cut.splits
     while chunks < 2 * splits and splits > 1:
         splits //= 2
-    warps = cut.strips * cut.splits
+    while chunks > MAX_STEPS * splits and splits < 8:
+        splits *= 2
+    strips = max(cut.strips, 4 // splits)
     depth = cut.depth if group_size >= CHUNK else 2
-    return MmaConfig(max(cut.strips, min(warps // splits, 4)), splits, depth)
+    return MmaConfig(strips, splits, depth)
 
 
 @gluon.jit
@@ -167,22 +170,29 @@ def single_layout(k_warps, n_warps, subgroups):
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [k_warps, subgroups, 128 // subgroups, 8])
 
 
+@gluon.constexpr_function
+def staging_layout(warps):
+    """Threads that stage one row of activations, 16 bytes each."""
+    return gl.BlockedLayout([8], [32], [warps], [0])
+
+
 @gluon.jit
-def _stage_row(
-    x, norm_weight, smem, in_features: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr, HAS_NORM: gl.constexpr
-):
+def _load_part(row, part, in_features: gl.constexpr, PART: gl.constexpr):
+    """Values of a part of a row `[in]`, zeros beyond it."""
+    k = part * PART + gl.arange(0, PART, staging_layout(gl.num_warps()))
+    return gl.load(row + k, mask=k < in_features, other=0.0)
+
+
+@gluon.jit
+def _stage_row(x, gammas, smem, in_features: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr):
     """One row of activations, times the norm's weight, into shared memory in the order of the words; sum of squares."""
-    warps: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [warps], [0])
-    squares = gl.zeros([PART], gl.float32, layout)
+    squares = gl.zeros([PART], gl.float32, staging_layout(gl.num_warps()))
     for part in gl.static_range(PARTS):
-        k = part * PART + gl.arange(0, PART, layout)
-        inside = k < in_features
-        values = gl.load(x + k, mask=inside, other=0.0)
-        if HAS_NORM:
+        values = _load_part(x, part, in_features, PART)
+        if len(gammas) > 0:
             wide = values.to(gl.float32)
             squares += wide * wide
-            values = (wide * gl.load(norm_weight + k, mask=inside, other=0.0).to(gl.float32)).to(values.dtype)
+            values = (wide * gammas[part].to(gl.float32)).to(values.dtype)
         ordered = values.reshape(PART // 32, 4, 4, 2).permute(0, 2, 1, 3).reshape(PART)
         smem.index(part).store(ordered)
     return squares
@@ -227,10 +237,17 @@ def _int4_row_kernel(
         queue = queue + (
             _load_words(words, scales, ahead * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma),
         )
+    gammas = ()  # type: Any
+    if HAS_NORM:
+        for part in gl.static_range(PARTS):
+            gammas = gammas + (_load_part(norm_weight, part, in_features, PART),)
     wait_for_producer(PDL)
+    EARLY: gl.constexpr = HAS_RESIDUAL and ACTIVATION is None
+    if EARLY:
+        addend = residual_tile(residual, M, out_features, strip, N_WARPS, gl.SliceLayout(0, mma))
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     smem = gl.allocate_shared_memory(dtype, [PARTS, PART], flat)
-    squares = _stage_row(x, norm_weight, smem, in_features, PARTS, PART, HAS_NORM)
+    squares = _stage_row(x, gammas, smem, in_features, PARTS, PART)
     if HAS_NORM:
         rstd = 1.0 / gl.sqrt(gl.sum(squares, 0) / in_features + eps)
     tiles = smem._reinterpret(
@@ -262,7 +279,10 @@ def _int4_row_kernel(
     done = gl.sum(total, 0)
     if HAS_NORM:
         done *= rstd
-    finish(done, bias, residual, out, M, out_features, strip, 0, N_WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+    if EARLY:
+        done += addend.to(gl.float32)
+    LATE: gl.constexpr = HAS_RESIDUAL and not EARLY
+    finish(done, bias, residual, out, M, out_features, strip, 0, N_WARPS, HAS_BIAS, LATE, ACTIVATION)
 
 
 @gluon.constexpr_function
@@ -337,9 +357,12 @@ def _int4_rows_kernel(
     for _ in gl.static_range(STAGES):
         ring = ring + (gl.allocate_shared_memory(dtype, [S * K_WARPS, 128 // S, 8], activation_layout(128 // S)),)
     wait_for_producer(PDL)
+    EARLY: gl.constexpr = HAS_RESIDUAL and ACTIVATION is None
     for ahead in gl.static_range(STAGES - 1):
         _copy_rows(x, x_stride, M, ring[ahead], ahead * K_WARPS, in_features, S, K_WARPS)
         async_copy.commit_group()
+    if EARLY:
+        addend = residual_tile(residual, M, out_features, strip, N_WARPS, gl.SliceLayout(0, mma))
     total = gl.zeros([S * K_WARPS, 16 * N_WARPS, 8], gl.float32, mma)
     for step in gl.static_range(steps):
         loaded, zeros, factors = queue[0]
@@ -368,9 +391,11 @@ def _int4_rows_kernel(
         b = ring[step % STAGES].load(gl.DotOperandLayout(1, mma, 2))
         product = mma_v2(a, b, gl.zeros([S * K_WARPS, 16 * N_WARPS, 8], gl.float32, mma))
         total += product * scale_of(factors)[:, :, None]
-    finish(
-        gl.sum(total, 0), bias, residual, out, M, out_features, strip, 0, N_WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
-    )
+    done = gl.sum(total, 0)
+    if EARLY:
+        done += addend.to(gl.float32)
+    LATE: gl.constexpr = HAS_RESIDUAL and not EARLY
+    finish(done, bias, residual, out, M, out_features, strip, 0, N_WARPS, HAS_BIAS, LATE, ACTIVATION)
 
 
 def staging(in_features: int, cut: MmaConfig) -> dict[str, int]:
