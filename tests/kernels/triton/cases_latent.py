@@ -169,35 +169,37 @@ def _expanded(
     )
 
 
-def _cases(target: str) -> list[KernelCase]:
-    half, single = torch.bfloat16, torch.float32
-    fp8 = KVFormat.E4M3 if target == "sm_90" else KVFormat.E4M3_BITS
-    cases = [
-        *(_heads_product(target, *sizes, half) for sizes in ((128, 512), (192, 512), (512, 128))),
-        _heads_product(target, 512, 128, single),
-        _merge(target),
-        _cache(target),
+def _on_hopper() -> list[KernelCase]:
+    """All kernels, with dependent launch, in every type."""
+    target, half, single, plain, fp8 = "sm_90", torch.bfloat16, torch.float32, KVFormat.PLAIN, KVFormat.E4M3
+    return [
+        _heads_product(target, 128, 512, half, pdl=True),
+        _heads_product(target, 512, 128, single, pdl=True),
+        _merge(target, pdl=True),
+        _cache(target, pdl=True),
         _cache(target, fp8=True),
-        _gather(target, KVFormat.PLAIN),
         _gather(target, fp8),
+        *(_decode(target, 16, dtype, plain, pdl=True) for dtype in (half, single)),
+        _decode(target, 16, half, fp8),
+        *(_absorbed(target, dtype, plain, pdl=True) for dtype in (half, single)),
+        _absorbed(target, half, fp8),
+        *(_expanded(target, dtype, pdl=True) for dtype in (half, single)),
+        _expanded(target, half, nope=192, value_dim=256),  # GLM 4.7 Flash
     ]
-    for dtype in (half, single) if target != "gfx942" else (half,):
-        cases.append(_decode(target, 16, dtype, KVFormat.PLAIN))
-        cases.append(_absorbed(target, dtype, KVFormat.PLAIN))
-        cases += [
-            _expanded(target, dtype),
-            _expanded(target, dtype, nope=192, value_dim=256),
-        ]  # DeepSeek, GLM 4.7 Flash
-    cases += [_decode(target, 20, half, KVFormat.PLAIN), _decode(target, 16, half, fp8), _absorbed(target, half, fp8)]
-    if target == "sm_90":
-        cases += [
-            _heads_product(target, 128, 512, half, pdl=True),
-            _merge(target, pdl=True),
-            _cache(target, pdl=True),
-            _decode(target, 16, half, KVFormat.PLAIN, pdl=True),
-        ]
-        cases += [_absorbed(target, half, KVFormat.PLAIN, pdl=True), _expanded(target, half, pdl=True)]
-    return cases
 
 
-CASES = [case for target in CARDS for case in _cases(target)]
+def _elsewhere(target: str) -> list[KernelCase]:
+    """What has launch parameters of its own, or another way of reading float8."""
+    half, plain, fp8 = torch.bfloat16, KVFormat.PLAIN, KVFormat.E4M3_BITS
+    return [
+        _heads_product(target, 512, 128, half),
+        _decode(target, 20, half, plain),
+        _decode(target, 16, half, fp8),
+        _absorbed(target, half, plain),
+        _absorbed(target, half, fp8),
+        _expanded(target, half),
+        _expanded(target, half, nope=192, value_dim=256),
+    ]
+
+
+CASES = [*_on_hopper(), *_elsewhere("sm_80"), *_elsewhere("gfx942")]
