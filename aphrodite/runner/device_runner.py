@@ -18,7 +18,7 @@ import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.errors import ConfigError
-from aphrodite.kernels.triton.compile_ahead import compile_ahead
+from aphrodite.kernels.triton.compile_ahead import Jobs, compile_ahead
 from aphrodite.kernels.triton.launch import recording
 from aphrodite.runner.device_rows import DeviceRows, PaddedStep, StagedStep, ragged_lengths
 from aphrodite.runner.executor import DeviceModelExecutor
@@ -307,18 +307,24 @@ class DeviceRunner:
         self, prompts: Sequence[int], sizes: Sequence[StepSize], progress: Callable[[int, int], None]
     ) -> None:
         """Compile in parallel what usual steps launch: those of `warm_up`, and what else they sample with."""
-        with recording() as launches:
-            for tokens in prompts:
-                self._try_prompt(tokens)
-            if self.rows.max_model_len > LONG_CHAT + SHORT_MESSAGE:
-                self._try_prompt(SHORT_MESSAGE, behind=LONG_CHAT)
-            for size in sizes:
-                self._try_decode(size)
-            logits = self._logits[:1].float()  # of steps that are no graphs
-            for level, end in self._endings.items():
-                if level is not None:
-                    end(StepSize(1, 1, True), logits)
-        compile_ahead(launches, progress)
+        jobs = Jobs()
+        try:
+            with recording(jobs):
+                for tokens in prompts:
+                    self._try_prompt(tokens)
+                if self.rows.max_model_len > LONG_CHAT + SHORT_MESSAGE:
+                    self._try_prompt(SHORT_MESSAGE, behind=LONG_CHAT)
+                for size in sizes:
+                    self._try_decode(size)
+                logits = self._logits[:1].float()  # of steps that are no graphs
+                for level, end in self._endings.items():
+                    if level is not None:
+                        end(StepSize(1, 1, True), logits)
+        except RuntimeError as error:
+            logger.warning("kernels are compiled one by one, for steps could not be rehearsed: %s", error)
+            torch.cuda.empty_cache()
+            return
+        compile_ahead(jobs, progress)
 
     def _try_prompt(self, tokens: int, behind: int = 0) -> None:
         step = RowStep(self.rows.num_rows, behind, tokens, [], False, True)

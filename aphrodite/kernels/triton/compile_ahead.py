@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
@@ -28,7 +28,7 @@ import triton
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from aphrodite.kernels.triton.launch import RecordedLaunch
+from aphrodite.kernels.triton.launch import DirectKernel
 
 logger = logging.getLogger(__name__)
 
@@ -39,43 +39,52 @@ SECONDS = 300  # after which what is left is compiled where it is launched
 Progress = Callable[[int, int], None]
 
 
-def compile_ahead(launches: Iterable[RecordedLaunch], progress: Progress) -> None:
-    """Compile all that `launches` would, unless that has been done on this machine before.
+class Jobs:
+    """Different launches, each as what a worker has to know of it; a `Recorder`."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, DirectKernel] = {}
+
+    def __call__(self, kernel: DirectKernel, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+        job = encode(kernel, arguments, options)
+        if job is not None:
+            self.kernels[job] = kernel
+
+
+def compile_ahead(jobs: Jobs, progress: Progress) -> None:
+    """Compile all that was recorded, unless that has been done on this machine before.
 
     What goes wrong here goes wrong again at the launch, where it is reported, so nothing is raised.
 
     Args:
         progress: told of kernels done and of all.
     """
-    described = {encode(launch): launch for launch in launches}
-    described.pop(None, None)
-    jobs = [job for job in described if job is not None]
-    workers = min(len(jobs), MOST_WORKERS, _cores(), psutil.virtual_memory().available // WORKER_BYTES)
-    if len(jobs) < FEWEST_JOBS or workers < 2:
+    count = len(jobs.kernels)
+    workers = min(count, MOST_WORKERS, _cores(), psutil.virtual_memory().available // WORKER_BYTES)
+    if count < FEWEST_JOBS or workers < 2:
         return
-    marker = _marker(jobs, described.values())
+    marker = _marker(jobs)
     if marker.exists():
         return
     began = time.perf_counter()
-    failures = _Pool(jobs, workers).run(progress)
+    failures = _Pool(list(jobs.kernels), workers).run(progress)
     for failure in failures:
         logger.debug("not compiled ahead: %s", failure)
-    logger.info("compiled %d kernels by %d processes in %.1f s", len(jobs), workers, time.perf_counter() - began)
+    logger.info("compiled %d kernels by %d processes in %.1f s", count, workers, time.perf_counter() - began)
     if not failures:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
 
 
-def encode(launch: RecordedLaunch) -> str | None:
+def encode(kernel: DirectKernel, arguments: Sequence[Any], options: Mapping[str, Any]) -> str | None:
     """What the worker has to know of a launch, as JSON on one line; None where that cannot be said."""
-    function = launch.kernel.jitted.fn
+    function = kernel.jitted.fn
     try:
-        arguments = [
+        encoded = [
             _encode_argument(argument, parameter)
-            for argument, parameter in zip(launch.arguments, launch.kernel.jitted.params, strict=False)
+            for argument, parameter in zip(arguments, kernel.jitted.params, strict=False)
         ]
-        content = [function.__module__, function.__name__, arguments, dict(launch.options)]
-        return json.dumps(content, sort_keys=True)
+        return json.dumps([function.__module__, function.__name__, encoded, dict(options)], sort_keys=True)
     except TypeError as error:
         logger.debug("%s is compiled where it is launched: %s", function.__name__, error)
         return None
@@ -107,11 +116,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _marker(jobs: list[str], launches: Iterable[RecordedLaunch]) -> Path:
+def _marker(jobs: Jobs) -> Path:
     """The file that says that `jobs` are in the cache, for these sources, this card and these versions."""
-    sources = sorted({launch.kernel.jitted.cache_key for launch in launches})
+    sources = sorted({kernel.jitted.cache_key for kernel in jobs.kernels.values()})
     parts = [triton.__version__, platform.python_version(), str(driver.active.get_current_target())]
-    digest = hashlib.sha256("\n".join([*parts, *sources, *sorted(jobs)]).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join([*parts, *sources, *sorted(jobs.kernels)]).encode()).hexdigest()
     return Path(triton.knobs.cache.dir) / f"aphrodite-{digest[:32]}.compiled"
 
 

@@ -55,15 +55,9 @@ class _Variant(NamedTuple):
     constants: tuple[object, ...]
 
 
-class RecordedLaunch(NamedTuple):
-    """A launch that was not made."""
-
-    kernel: DirectKernel
-    arguments: tuple[Any, ...]
-    options: Mapping[str, Any]
-
-
-_recorded: list[RecordedLaunch] | None = None  # while `recording`
+# What to do with a launch instead of making it, while `recording`: kernel, arguments by position, all others.
+Recorder = Callable[["DirectKernel", Sequence[Any], Mapping[str, Any]], None]
+_recorder: Recorder | None = None
 
 
 class _Zeroed(TorchFunctionMode):
@@ -80,16 +74,18 @@ class _Zeroed(TorchFunctionMode):
 
 
 @contextmanager
-def recording() -> Iterator[list[RecordedLaunch]]:
-    """Collect the launches of kernels under `direct_launch` instead of making them; all else runs, on zeros."""
-    global _recorded
-    launches: list[RecordedLaunch] = []
-    _recorded = launches
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Tell `recorder` of launches of kernels under `direct_launch` instead of making them; all else runs, on zeros.
+
+    It had better keep no tensor: a step's memory is used again and again, and all of a model's would not fit.
+    """
+    global _recorder
+    _recorder = recorder
     try:
         with _Zeroed():
-            yield launches
+            yield
     finally:
-        _recorded = None
+        _recorder = None
 
 
 class DirectKernel:
@@ -116,8 +112,8 @@ class DirectKernel:
         return self.jitted.warmup(*args, grid=grid, **options)
 
     def _launch(self, grid: tuple[int, ...], *args: object, **options: Any) -> None:
-        if _recorded is not None:
-            _recorded.append(RecordedLaunch(self, args, options))
+        if _recorder is not None:
+            _recorder(self, args, options)
             return
         active = driver.active
         device = active.get_current_device()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from aphrodite.kernels.triton import compile_ahead, compile_worker, gated_gemm, step_inputs
-from aphrodite.kernels.triton.compile_ahead import encode
-from aphrodite.kernels.triton.launch import RecordedLaunch, recording
+from aphrodite.kernels.triton.compile_ahead import Jobs
+from aphrodite.kernels.triton.launch import DirectKernel, recording
 from aphrodite.kernels.triton.linear import gemv
 from aphrodite.kernels.triton.norm import rms_norm
 
@@ -47,23 +50,23 @@ def steps() -> None:
 
 def forget() -> None:
     """What this process has compiled, so that it looks into the cache again."""
-    for kernel in {launch.kernel for launch in recorded()}:
+    for kernel in recorded().kernels.values():
         kernel.jitted.device_caches.clear()
         kernel._variants.clear()
 
 
-def recorded() -> list[RecordedLaunch]:
-    with recording() as launches:
+def recorded() -> Jobs:
+    jobs = Jobs()
+    with recording(jobs):
         steps()
-    return launches
+    return jobs
 
 
 def test_launches_find_what_was_compiled_from_their_records(tmp_path: Path) -> None:
-    jobs = dict.fromkeys(encode(launch) for launch in recorded())
+    jobs = list(recorded().kernels)
     assert len(jobs) == 5  # the last two differ in a number that nothing depends on
     forget()
     for job in jobs:
-        assert job is not None
         compile_worker.compile_job(job, GPUTarget("cuda", 90, 32))
     assert compiled(tmp_path) == 5
     forget()
@@ -73,7 +76,7 @@ def test_launches_find_what_was_compiled_from_their_records(tmp_path: Path) -> N
 
 
 def test_workers_share_the_jobs_and_report_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = [job for job in map(encode, recorded()) if job is not None][:3]
+    good = list(recorded().kernels)[:3]
     bad = json.dumps(["aphrodite.kernels.triton.norm", "no_such_kernel", [], {}])
     told: list[tuple[int, int]] = []
     failures = compile_ahead._Pool([*good, bad], workers=2).run(lambda done, total: told.append((done, total)))
@@ -103,10 +106,30 @@ def test_later_starts_do_without_workers(monkeypatch: pytest.MonkeyPatch, caplog
 
 def test_few_kernels_are_not_worth_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_ahead, "_Pool", None)
-    compile_ahead.compile_ahead(recorded()[:2], lambda done, total: None)
+    jobs = Jobs()
+    with recording(jobs):
+        rms_norm(X, NORM, 1e-5)
+    compile_ahead.compile_ahead(jobs, lambda done, total: None)
+
+
+def test_recorded_launches_keep_no_memory() -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def record(kernel: DirectKernel, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+        kept.extend(weakref.ref(argument) for argument in arguments if isinstance(argument, torch.Tensor))
+        jobs(kernel, arguments, options)
+
+    jobs = Jobs()
+    with recording(record):
+        rms_norm(torch.zeros(3, 64), torch.zeros(64), 1e-5)
+    assert len(kept) > 2
+    assert all(reference() is None for reference in kept)
 
 
 def test_what_cannot_be_said_is_left_to_the_launch() -> None:
-    launch = recorded()[0]
-    assert encode(launch._replace(options={**launch.options, "TYPE": triton.language.float32})) is None
-    assert encode(launch._replace(arguments=(1 << 40, *launch.arguments[1:]))) is None
+    jobs = Jobs()
+    kernel = step_inputs._gather_tokens_kernel
+    for stride in (1 << 40, triton.language.float32):
+        jobs(kernel, (X, X, X, X, 3, stride), {"BLOCK": 256})
+    jobs(kernel, (X, X, X, X, 3, 5), {"BLOCK": triton.language.float32})
+    assert not jobs.kernels
