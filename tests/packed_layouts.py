@@ -6,7 +6,14 @@ import numpy as np
 import torch
 
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
-from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
+from aphrodite.quantization.layouts import (
+    CodebookGroups,
+    GgufBlocks,
+    Int4Groups,
+    Int8Groups,
+    NarrowGroups,
+    PackedLayout,
+)
 from aphrodite.quantization.types import QuantType
 
 NF4 = torch.tensor([-1.0, -0.7, -0.52, -0.4, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0])
@@ -44,6 +51,8 @@ def random_layouts(rows: int, columns: int, seed: int = 0) -> dict[str, PackedLa
         "int4 a row": Int4Groups(four, scales(columns), zeros(columns, 16), columns),
         "int4 fractional": Int4Groups(four, scales(96), scales(96) * 300, 96),
         "int4 act-order": Int4Groups(four, scales(32), zeros(32, 16), 32, order),
+        "2 bits": NarrowGroups(2, codes(rows, columns // 4), scales(32), zeros(32, 4), 32),
+        "3 bits": NarrowGroups(3, codes(rows, columns * 3 // 8), scales(96), zeros(96, 8), 96, order),
         "int8": Int8Groups(eight.view(torch.int8), scales(48), None, 48),
         "uint8": Int8Groups(eight, scales(96).float(), zeros(96, 256), 96),
         "uint8 act-order": Int8Groups(eight, scales(32), zeros(32, 256), 32, order),

@@ -129,6 +129,70 @@ class Int8Groups:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class NarrowGroups:
+    """Codes of 2 or 3 bits with a scale and a zero for each group of inputs: (code - zero) * scale.
+
+    GPTQ and W2A16. In groups of 64 or more it costs at most 1.06 times the checkpoint's memory, whose zeros are packed.
+    """
+
+    bits: int  # 2 or 3
+    codes: torch.Tensor  # [out, in * bits / 8] uint8, a stream of bits, low ones first; `in` is a multiple of 8
+    scales: torch.Tensor  # [out, groups] float16, bfloat16 or float32
+    zeros: torch.Tensor  # [out, groups] uint8
+    group_size: int  # inputs, divides `in`
+    permutation: torch.Tensor | None = None  # [in] int32, as for Int4Groups
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return _present(self.codes, self.scales, self.zeros, self.permutation)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def take_rows(self, rows: Rows) -> NarrowGroups:
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows])
+
+    def to(self, device: torch.device) -> NarrowGroups:
+        codes, scales, zeros = (tensor.to(device) for tensor in (self.codes, self.scales, self.zeros))
+        return replace(self, codes=codes, scales=scales, zeros=zeros, permutation=_moved(self.permutation, device))
+
+    def stacks_with(self, other: PackedLayout) -> bool:
+        """Whether the two can be one matrix, row upon row."""
+        return (
+            isinstance(other, NarrowGroups)
+            and (self.bits, self.group_size) == (other.bits, other.group_size)
+            and self.scales.dtype == other.scales.dtype
+            and same_permutation(self.permutation, other.permutation)
+        )
+
+    def numbers(self, rows: slice) -> torch.Tensor:
+        """Codes one a byte, uint8 `[rows, in]`."""
+        return unpack_bits(self.codes[rows], self.bits)
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 `[out, in]`, columns in the order of the inputs."""
+        return _ungrouped(self.numbers(slice(None)).float(), self.scales, self.zeros, self.permutation)
+
+
+def unpack_bits(stream: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers of 2, 3, 4 or 8 bits in a stream of bits, low ones first: uint8 `[rows, bytes]` -> `[rows, numbers]`.
+
+    Numbers of 3 bits are eight in three bytes.
+    """
+    if bits == 8:
+        return stream
+    words = stream.unflatten(1, (-1, 3)).int() if bits == 3 else stream[..., None].int()
+    joined = words[..., 0] | words[..., 1] << 8 | words[..., 2] << 16 if bits == 3 else words[..., 0]
+    shifts = torch.arange(0, 24 if bits == 3 else 8, bits, dtype=torch.int32, device=stream.device)
+    return (joined[..., None] >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class CodebookGroups:
     """4-bit codes that stand for the 16 numbers of a table, with a scale for each group: table[code] * scale.
 
@@ -210,7 +274,7 @@ class GgufBlocks:
         return torch.from_numpy(values).to(self.data.device)
 
 
-PackedLayout: TypeAlias = Int4Groups | Int8Groups | CodebookGroups | GgufBlocks
+PackedLayout: TypeAlias = Int4Groups | Int8Groups | NarrowGroups | CodebookGroups | GgufBlocks
 
 
 def stack_layouts(parts: Sequence[PackedLayout]) -> list[PackedLayout]:

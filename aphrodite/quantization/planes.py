@@ -13,17 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
-from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
+from aphrodite.quantization.layouts import (
+    CodebookGroups,
+    GgufBlocks,
+    Int4Groups,
+    Int8Groups,
+    NarrowGroups,
+    PackedLayout,
+)
 
 RUN_WORDS = 4
 _PIECE_VALUES = 4 * 1024 * 1024  # repacked at a time, which bounds what lies beside the result
 _FLOAT8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+_Grouped: TypeAlias = Int4Groups | Int8Groups | NarrowGroups | CodebookGroups
 CodeKind = Literal["integer", "table", "e4m3", "e5m2"]
 OffsetKind = Literal["none", "zeros", "offsets", "paired"]
 
@@ -115,10 +123,12 @@ def planes_of(layout: PackedLayout) -> Planes:
     return Planes(form, low, high, layout.scales.contiguous(), None, zeros, None, table, permutation)
 
 
-def _form_of(layout: Int4Groups | Int8Groups | CodebookGroups) -> PlaneForm:
+def _form_of(layout: _Grouped) -> PlaneForm:
     columns, group_size = layout.shape[1], layout.group_size
     if isinstance(layout, CodebookGroups):
         return PlaneForm(columns, 4, 0, group_size, 0, "none", 0, "table")
+    if isinstance(layout, NarrowGroups):
+        return PlaneForm(columns, 2, layout.bits - 2, group_size, 0, "zeros", 0, "integer")
     offset: OffsetKind = "none" if layout.zeros is None else "zeros"
     if isinstance(layout, Int4Groups):
         return PlaneForm(columns, 4, 0, group_size, 0, offset, 0, "integer")
@@ -128,8 +138,10 @@ def _form_of(layout: Int4Groups | Int8Groups | CodebookGroups) -> PlaneForm:
     return PlaneForm(columns, 8, 0, group_size, 0, offset, 128 if layout.codes.dtype == torch.int8 else 0, "integer")
 
 
-def _codes_of(layout: Int4Groups | Int8Groups | CodebookGroups, rows: slice) -> torch.Tensor:
+def _codes_of(layout: _Grouped, rows: slice) -> torch.Tensor:
     """uint8 `[rows, columns]`; signed integers are shifted by 128, which the form's zero takes back."""
+    if isinstance(layout, NarrowGroups):
+        return layout.numbers(rows)
     codes = layout.codes[rows]
     if not isinstance(layout, Int8Groups):
         return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)

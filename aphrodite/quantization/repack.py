@@ -19,9 +19,11 @@ from aphrodite.quantization.layouts import (
     GgufBlocks,
     Int4Groups,
     Int8Groups,
+    NarrowGroups,
     PackedLayout,
     consecutive_permutation,
     stack_layouts,
+    unpack_bits,
 )
 from aphrodite.quantization.noise import noise_blocks
 from aphrodite.quantization.packed import (
@@ -50,8 +52,8 @@ def decline_layout(raw: RawTensor) -> Declined | None:
         return None if raw.qtype in BLOCK_FORMS else Declined(f"{raw.qtype.name} has no packed kernel")
     matrix = raw.matrix
     if isinstance(matrix, GptqMatrix | PackQuantizedMatrix):
-        if matrix.bits not in (4, 8):
-            return Declined(f"no kernel for {matrix.bits} bits")
+        if matrix.shape[1] % 8:
+            return Declined(f"{matrix.shape[1]} inputs are no multiple of 8")
         if matrix.group_of is not None and _permutation(matrix, matrix.scale_groups) is None:
             return Declined("the groups of the act-order have unequal sizes")
     if isinstance(matrix, ScaledMatrix) and matrix.shape[1] % matrix.tile[1]:
@@ -118,7 +120,7 @@ def _awq_nibbles(words: torch.Tensor) -> torch.Tensor:
 
 def _gptq(matrix: GptqMatrix, device: torch.device) -> PackedLayout:
     codes = upload(matrix.codes, device).t().contiguous().view(torch.uint8)
-    zeros = _low_first(upload(matrix.zeros, device).view(torch.uint8), matrix.bits)
+    zeros = unpack_bits(upload(matrix.zeros, device).view(torch.uint8), matrix.bits)
     zeros = (zeros + matrix.zero_offset & (1 << matrix.bits) - 1).t().contiguous()
     scales = _dense(matrix.scales, device).t().contiguous()
     return _grouped(matrix, codes, scales, zeros, device)
@@ -131,7 +133,7 @@ def _pack_quantized(matrix: PackQuantizedMatrix, device: torch.device) -> Packed
     scales = scales.expand(rows, -1).contiguous()
     if matrix.zeros is not None:
         words = upload(matrix.zeros, device).t().contiguous().view(torch.uint8)
-        zeros = _low_first(words, matrix.bits)[:, :rows].t().contiguous()
+        zeros = unpack_bits(words, matrix.bits)[:, :rows].t().contiguous()
     else:
         zeros = torch.full(scales.shape, 1 << matrix.bits - 1, dtype=torch.uint8, device=device)
     return _grouped(matrix, codes, scales, zeros, device)
@@ -144,7 +146,7 @@ def _grouped(
     zeros: torch.Tensor,
     device: torch.device,
 ) -> PackedLayout:
-    """Codes of 4 or 8 bits in the order of the inputs, uint8, which an act-order reorders."""
+    """Codes in the order of the inputs, a stream of bits a row, which an act-order reorders."""
     permutation = None
     if matrix.group_of is not None:
         order = _permutation(matrix, scales.shape[1])
@@ -153,6 +155,8 @@ def _grouped(
         permutation = torch.from_numpy(order).to(device)
         codes = _reordered(codes, permutation, matrix.bits)
     group_size = matrix.shape[1] // scales.shape[1]
+    if matrix.bits < 4:
+        return NarrowGroups(matrix.bits, codes, scales, zeros, group_size, permutation)
     make = Int4Groups if matrix.bits == 4 else Int8Groups
     return make(codes, scales, zeros, group_size, permutation)
 
@@ -167,14 +171,23 @@ def _reordered(codes: torch.Tensor, permutation: torch.Tensor, bits: int) -> tor
     """Columns in the order of `permutation`."""
     step = max(1, _PIECE_VALUES // len(permutation))
     for first in range(0, len(codes), step):
-        piece = _low_first(codes[first : first + step], bits).index_select(1, permutation)
-        codes[first : first + step] = piece if bits == 8 else piece[:, 0::2] | piece[:, 1::2] << 4
+        numbers = unpack_bits(codes[first : first + step], bits).index_select(1, permutation)
+        codes[first : first + step] = _pack_bits(numbers, bits)
     return codes
 
 
-def _low_first(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Numbers of 4 or 8 bits, one a byte."""
-    return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+def _pack_bits(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `unpack_bits`."""
+    if bits == 8:
+        return numbers
+    together = 8 if bits == 3 else 8 // bits
+    parts = numbers.unflatten(1, (-1, together)).int()
+    joined: torch.Tensor = parts[..., 0]
+    for place in range(1, together):
+        joined = joined | parts[..., place] << bits * place
+    if bits == 3:
+        return torch.stack((joined & 255, joined >> 8 & 255, joined >> 16), dim=-1).to(torch.uint8).flatten(1)
+    return joined.to(torch.uint8)
 
 
 def _scaled(matrix: ScaledMatrix, device: torch.device) -> PackedLayout:

@@ -66,11 +66,16 @@ class PackedSkinnyCut(NamedTuple):
 
 
 @functools.cache
-def packed_gemv_cut(out_features: int, in_features: int, rows: int) -> PackedGemvCut:
-    """The cut for a weight `[out, in]` and 1 or 2 activation rows: a thread has a run or two of columns."""
-    warps = min(8, max(1, next_power_of_2(in_features) // 1024))
+def packed_gemv_cut(out_features: int, in_features: int, rows: int, bits: int) -> PackedGemvCut:
+    """The cut for a weight `[out, in]` of codes of `bits` bits and 1 or 2 activation rows.
+
+    A thread has a run of columns, or two where there are more than 16,384; tiles are as high and blocks as many as
+    registers hold.
+    """
+    warps = min(16, max(1, next_power_of_2(in_features) // 1024))
     chunk = min(1024 * warps, max(128, next_power_of_2(in_features)))
-    return PackedGemvCut(2 if rows > 1 or out_features * in_features < 1 << 25 else 4, chunk, warps, 32 // warps)
+    few = rows > 1 or bits > 4 or out_features * in_features < 1 << 25
+    return PackedGemvCut(2 if few else 4, chunk, warps, max(1, 16 // warps))
 
 
 @functools.cache
@@ -629,7 +634,7 @@ def _expand_kernel(
     if not HAS_NUMBERS:
         # The result's memory may still be read by an earlier kernel's product.
         wait_for_producer(PDL)
-    word = step * COUNT + tl.arange(0, COUNT)
+    fields = ()  # type: Any
     for span in tl.static_range(SPANS):
         factor, shift = _load_affine(
             scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
@@ -639,10 +644,11 @@ def _expand_kernel(
         shift = _spread(shift, ROWS, RUNS)
         for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
             code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-            column = (word // 4) * RUN + word % 4 + 4 * index
-            inside = (first_row + row < end_row)[:, None] & (column < columns)[None, :]
-            pointers = out + row.to(tl.int64)[:, None] * columns + column[None, :]
-            tl.store(pointers, (code * factor - shift).to(out.dtype.element_ty), mask=inside)
+            fields = fields + ((code * factor - shift).to(out.dtype.element_ty),)
+    weight = _in_order(fields, ROWS, RUNS, IN_WORD)
+    column = step * CHUNK + tl.arange(0, CHUNK)
+    inside = (first_row + row < end_row)[:, None] & (column < columns)[None, :]
+    tl.store(out + row.to(tl.int64)[:, None] * columns + column[None, :], weight, mask=inside)
 
 
 @functools.cache
@@ -693,7 +699,8 @@ def packed_gemv(
         norm: RMSNorm of x: weight `[in]` and epsilon.
         cut: chosen by shape when None.
     """
-    cut = cut or packed_gemv_cut(weight.rows, weight.form.columns, x.shape[0])
+    form = weight.form
+    cut = cut or packed_gemv_cut(weight.rows, form.columns, x.shape[0], form.low_bits + form.high_bits)
     tiles = ceil_div(weight.rows, cut.rows)
     passes = ceil_div(tiles, cut.blocks * _multiprocessors(x.device))
     norm_weight, eps = norm if norm is not None else (x, 0.0)
