@@ -150,8 +150,8 @@ class Layers:
         packed = self.model.packed is not None
         chunks = (1024, 2048) if packed else (256, 512, 1024)
         found = []
-        stages = (1, 2, 3) if packed else (1,)
-        cuts = itertools.product((4, 8) if packed else (2, 4, 8, 16), chunks, (1, 2, 4, 8), stages)
+        stages = (1, 3) if packed else (1,)
+        cuts = itertools.product((4, 8) if packed else (2, 4, 8, 16), chunks, (1, 2, 4), stages)
         for config in itertools.starmap(PairConfig, cuts):
 
             def one(layer: int, config: PairConfig = config) -> object:
@@ -168,10 +168,10 @@ class Layers:
         size = grouped_gemm.pairs_of_tile(count * self.model.top_k, self.model.experts)
         tiles = [group_tokens(router(x, self.moe)[0], self.model.experts, size) for router in self.routers]
         inner = x.new_zeros(count * self.model.top_k, self.model.inner)
-        chunks = (64, 128, 256)
+        rows_of, chunks = ((64, 128), (64, 128)) if size > 32 else ((32, 64), (128, 256))
         for name, source, weights in (("gate_up", x, self.gate_up), ("down", inner, self.down)):
             found = []
-            for rows, chunk, stages, warps in itertools.product((32, 64, 128), chunks, (2, 3, 4), (4, 8)):
+            for rows, chunk, stages, warps in itertools.product(rows_of, chunks, (3, 4), (4, 8)):
                 config = TileConfig(rows, size, chunk, stages, warps)
 
                 def one(

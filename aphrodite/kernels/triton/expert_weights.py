@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.packed import _code, _field, _load_affine, _load_plane, _load_values, _spread
+from aphrodite.kernels.triton.packed import _code, _field, _load_plane, _load_values, _spread
 from aphrodite.quantization.planes import Planes
 
 
@@ -89,6 +89,78 @@ def _expert_code(
 
 
 @triton.jit
+def _load_raw(
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    rows,
+    first_run,
+    span: tl.constexpr,
+    columns: tl.constexpr,
+    RUN: tl.constexpr,
+    SPAN: tl.constexpr,
+    RUNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """What `_affine` makes factors and shifts of, `[ROWS, RUNS]` each: scales, super-scales, offsets, their scales. They
+    are loaded a chunk ahead, for the compiler does not pipeline such short loads."""
+    column = (first_run + tl.arange(0, RUNS)) * RUN + span * SPAN
+    inside = (column < columns)[None, :]
+    at = rows[:, None] * (columns // GROUP) + (column // GROUP)[None, :]
+    scale = tl.load(scales + at, mask=inside, other=0)
+    above = scale
+    offset = scale
+    below = scale
+    if SUPER > 0:
+        block = rows[:, None] * (columns // SUPER) + (column // SUPER)[None, :]
+        above = tl.load(super_scales + block, mask=inside, other=0.0)
+        if OFFSET != "none":
+            below = tl.load(super_offsets + block, mask=inside, other=0.0)
+    if OFFSET == "zeros" or OFFSET == "offsets":
+        offset = tl.load(offsets + at, mask=inside, other=0)
+    return scale, above, offset, below
+
+
+@triton.jit
+def _affine(
+    scale,
+    above,
+    offset,
+    below,
+    BITS: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """(factor, shift) of `_load_raw`'s: a weight is factor * code - shift, for the code that `_expert_code` gives."""
+    if OFFSET == "paired":
+        pair = scale.to(tl.int32)
+        factor = (pair & 15).to(tl.float32) * above.to(tl.float32)
+        shift = ((pair >> 4) & 15).to(tl.float32) * below.to(tl.float32)
+    else:
+        factor = scale.to(tl.float32)
+        if SUPER > 0:
+            factor *= above.to(tl.float32)
+        if OFFSET == "zeros":
+            shift = factor * (offset.to(tl.float32) + ZERO)
+        elif OFFSET == "offsets":
+            shift = offset.to(tl.float32)
+            if SUPER > 0:
+                shift *= below.to(tl.float32)
+            shift += factor * ZERO
+        else:
+            shift = factor * ZERO
+    if KIND == "integer":
+        factor = factor * (1 << BITS)
+        shift = shift + factor
+    return factor, shift
+
+
+@triton.jit
 def _dense_rows(x, weight, rows, columns: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     sums = tl.zeros((ROWS, CHUNK), tl.float32)
     for step in tl.static_range((columns + CHUNK - 1) // CHUNK):
@@ -122,11 +194,9 @@ def _plane_chunk(
     x,
     low,
     high,
-    scales,
-    super_scales,
-    offsets,
-    super_offsets,
     table,
+    first_raw,  # of `_load_raw`, for the first span
+    second_raw,  # for the second, where groups are shorter than runs
     rows,
     step,
     columns: tl.constexpr,
@@ -143,8 +213,6 @@ def _plane_chunk(
     IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
     RUN: tl.constexpr = 4 * IN_WORD
     SPANS: tl.constexpr = 2 if GROUP < RUN else 1
-    SPAN: tl.constexpr = RUN // SPANS
-    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
     words: tl.constexpr = columns // IN_WORD
     COUNT: tl.constexpr = CHUNK // IN_WORD
     RUNS: tl.constexpr = CHUNK // RUN
@@ -153,10 +221,8 @@ def _plane_chunk(
     if HIGH_BITS > 0:
         high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
     for span in tl.static_range(SPANS):
-        factor, shift = _load_affine(
-            scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
-            GROUP, SUPER, OFFSET, ZERO, KIND,
-        )  # fmt: skip
+        raw = first_raw if span == 0 else second_raw
+        factor, shift = _affine(raw[0], raw[1], raw[2], raw[3], LOW_BITS + HIGH_BITS, SUPER, OFFSET, ZERO, KIND)
         products = tl.zeros((ROWS, COUNT), tl.float32)
         total = tl.zeros((COUNT,), tl.float32)
         for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
@@ -193,13 +259,32 @@ def _plane_rows(
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    RUNS: tl.constexpr = CHUNK // (16 if LOW_BITS == 8 else 32)
+    RUN: tl.constexpr = 16 if LOW_BITS == 8 else 32
+    RUNS: tl.constexpr = CHUNK // RUN
+    LAST: tl.constexpr = 1 if GROUP < RUN else 0  # span
+    SPAN: tl.constexpr = RUN // (LAST + 1)
     of_runs = tl.zeros((ROWS, RUNS), tl.float32)
+    first = _load_raw(
+        scales, super_scales, offsets, super_offsets, rows, 0, 0, columns, RUN, SPAN, RUNS, GROUP, SUPER, OFFSET
+    )
+    second = _load_raw(
+        scales, super_scales, offsets, super_offsets, rows, 0, LAST, columns, RUN, SPAN, RUNS, GROUP, SUPER, OFFSET
+    )
     for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
-        of_runs = _plane_chunk(
-            of_runs, x, low, high, scales, super_scales, offsets, super_offsets, table, rows, step, columns,
-            LOW_BITS, HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
+        next_first = _load_raw(
+            scales, super_scales, offsets, super_offsets, rows, (step + 1) * RUNS, 0, columns, RUN, SPAN, RUNS, GROUP,
+            SUPER, OFFSET,
         )  # fmt: skip
+        next_second = _load_raw(
+            scales, super_scales, offsets, super_offsets, rows, (step + 1) * RUNS, LAST, columns, RUN, SPAN, RUNS,
+            GROUP, SUPER, OFFSET,
+        )  # fmt: skip
+        of_runs = _plane_chunk(
+            of_runs, x, low, high, table, first, second, rows, step, columns, LOW_BITS, HIGH_BITS, GROUP, SUPER,
+            OFFSET, ZERO, KIND, ROWS, CHUNK,
+        )  # fmt: skip
+        first = next_first
+        second = next_second
     return tl.sum(of_runs, axis=1)
 
 
@@ -209,11 +294,9 @@ def _plane_tile(
     from_x,
     low,
     high,
-    scales,
-    super_scales,
-    offsets,
-    super_offsets,
     table,
+    first_raw,
+    second_raw,
     rows,
     step,
     columns: tl.constexpr,
@@ -230,8 +313,6 @@ def _plane_tile(
     IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
     RUN: tl.constexpr = 4 * IN_WORD
     SPANS: tl.constexpr = 2 if GROUP < RUN else 1
-    SPAN: tl.constexpr = RUN // SPANS
-    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
     words: tl.constexpr = columns // IN_WORD
     COUNT: tl.constexpr = CHUNK // IN_WORD
     RUNS: tl.constexpr = CHUNK // RUN
@@ -246,10 +327,8 @@ def _plane_tile(
         values = tl.load(from_x + k[:, None], mask=k[:, None] < columns, other=0.0)
     fields = ()  # type: Any
     for span in tl.static_range(SPANS):
-        factor, shift = _load_affine(
-            scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
-            GROUP, SUPER, OFFSET, ZERO, KIND,
-        )  # fmt: skip
+        raw = first_raw if span == 0 else second_raw
+        factor, shift = _affine(raw[0], raw[1], raw[2], raw[3], LOW_BITS + HIGH_BITS, SUPER, OFFSET, ZERO, KIND)
         factor = _spread(factor, ROWS, RUNS)
         shift = _spread(shift, ROWS, RUNS)
         for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
@@ -264,6 +343,59 @@ def _plane_tile(
         joined = tl.join(tl.join(fields[0], fields[2]), tl.join(fields[1], fields[3]))
     tile = tl.permute(tl.reshape(joined, (ROWS, RUNS, 4, IN_WORD)), (0, 1, 3, 2))
     return tl.dot(tl.reshape(tile, (ROWS, CHUNK)), values, total, input_precision="ieee")
+
+
+@triton.jit
+def _plane_tiles(
+    from_x,
+    low,
+    high,
+    scales,
+    super_scales,
+    offsets,
+    super_offsets,
+    table,
+    rows,
+    columns: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    RUN: tl.constexpr = 16 if LOW_BITS == 8 else 32
+    RUNS: tl.constexpr = CHUNK // RUN
+    LAST: tl.constexpr = 1 if GROUP < RUN else 0  # span
+    SPAN: tl.constexpr = RUN // (LAST + 1)
+    total = tl.zeros((ROWS, PAIRS), tl.float32)
+    first = _load_raw(
+        scales, super_scales, offsets, super_offsets, rows, 0, 0, columns, RUN, SPAN, RUNS, GROUP, SUPER, OFFSET
+    )
+    second = _load_raw(
+        scales, super_scales, offsets, super_offsets, rows, 0, LAST, columns, RUN, SPAN, RUNS, GROUP, SUPER, OFFSET
+    )
+    for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
+        next_first = _load_raw(
+            scales, super_scales, offsets, super_offsets, rows, (step + 1) * RUNS, 0, columns, RUN, SPAN, RUNS, GROUP,
+            SUPER, OFFSET,
+        )  # fmt: skip
+        next_second = _load_raw(
+            scales, super_scales, offsets, super_offsets, rows, (step + 1) * RUNS, LAST, columns, RUN, SPAN, RUNS,
+            GROUP, SUPER, OFFSET,
+        )  # fmt: skip
+        total = _plane_tile(
+            total, from_x, low, high, table, first, second, rows, step, columns, LOW_BITS, HIGH_BITS, GROUP, SUPER,
+            OFFSET, ZERO, KIND, ROWS, CHUNK,
+        )  # fmt: skip
+        first = next_first
+        second = next_second
+    return total
 
 
 @triton.jit
@@ -301,8 +433,7 @@ def dot_expert_rows(
 
 
 @triton.jit
-def dot_expert_tile(
-    total,  # [ROWS, PAIRS] float32, what is added to
+def dot_expert_tiles(
     from_x,  # [1, PAIRS] pointers to rows of activations
     low,  # of "dense" weights these themselves
     high,
@@ -312,7 +443,6 @@ def dot_expert_tile(
     super_offsets,
     table,
     rows,  # [ROWS] int64, numbers into [experts * out]
-    step,
     columns: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -323,13 +453,17 @@ def dot_expert_tile(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """`total` plus the product of chunk `step`: rows of experts times transposed rows of x, on the matrix units."""
+    """`[ROWS, PAIRS]` float32: rows of experts times transposed rows of x, on the matrix units."""
     if KIND == "dense":
-        result = _dense_tile(total, from_x, low, rows, step, columns, ROWS, CHUNK)
+        result = tl.zeros((ROWS, PAIRS), tl.float32)
+        for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
+            result = _dense_tile(result, from_x, low, rows, step, columns, ROWS, CHUNK)
     else:
-        result = _plane_tile(
-            total, from_x, low, high, scales, super_scales, offsets, super_offsets, table, rows, step, columns,
-            LOW_BITS, HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
+        result = _plane_tiles(
+            from_x, low, high, scales, super_scales, offsets, super_offsets, table, rows, columns, LOW_BITS, HIGH_BITS,
+            GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK, PAIRS, STAGES,
         )  # fmt: skip
     return result

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton.activation import Activation, gated
-from aphrodite.kernels.triton.expert_weights import ExpertWeights, dot_expert_rows, dot_expert_tile
+from aphrodite.kernels.triton.expert_weights import ExpertWeights, dot_expert_rows, dot_expert_tiles
 from aphrodite.kernels.triton.launch import (
     ceil_div,
     direct_launch,
@@ -83,7 +83,7 @@ def tile_config(size: int, in_features: int, itemsize: int, packed: bool, hip: b
     AMD's processors have 64 KiB of shared memory; float32 operands take twice the room of others.
     """
     if packed and size <= 32:
-        return TileConfig(64, size, 128 if itemsize == 4 or hip else 256, 2 if hip else 3, 4)
+        return TileConfig(64, size, 128, 2 if hip else 4, 4)
     if packed:
         return TileConfig(64 if itemsize == 4 else 128, size, 64, 2 if hip else 3, 8)
     if itemsize == 4:
@@ -247,12 +247,10 @@ def _grouped_kernel(
         pairs = tl.load(order + tl.minimum(at, end - 1)).to(tl.int64)
         rows = expert * out_features + tl.minimum(first + tl.arange(0, ROWS), out_features - 1)
         from_x = x + (pairs // SPREAD)[None, :] * in_features
-        total = tl.zeros((ROWS, PAIRS), tl.float32)
-        for step in tl.range((in_features + CHUNK - 1) // CHUNK, num_stages=STAGES):
-            total = dot_expert_tile(
-                total, from_x, low, high, scales, super_scales, offsets, super_offsets, table, rows, step, in_features,
-                LOW_BITS, HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK,
-            )  # fmt: skip
+        total = dot_expert_tiles(
+            from_x, low, high, scales, super_scales, offsets, super_offsets, table, rows, in_features, LOW_BITS,
+            HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK, PAIRS, STAGES,
+        )  # fmt: skip
         if HAS_BIAS:
             total += tl.load(bias + rows)[:, None]
         if ACTIVATION is None:
