@@ -105,8 +105,8 @@ def _load_raw(
     SUPER: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """What `_affine` makes factors and shifts of, `[ROWS, RUNS]` each: scales, super-scales, offsets, their scales. They
-    are loaded a chunk ahead, for the compiler does not pipeline such short loads."""
+    """What `_affine` makes factors and shifts of, `[ROWS, RUNS]` each: scales, super-scales, offsets, their scales.
+    They are loaded a chunk ahead, for the compiler does not pipeline such short loads."""
     column = (first_run + tl.arange(0, RUNS)) * RUN + span * SPAN
     inside = (column < columns)[None, :]
     at = rows[:, None] * (columns // GROUP) + (column // GROUP)[None, :]
