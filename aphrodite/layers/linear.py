@@ -116,8 +116,8 @@ class Int4Linear:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        packed = (self.weight.packed, self.weight.scales_and_zeros)
-        return packed if self.bias is None else (*packed, self.bias)
+        others = tuple(tensor for tensor in (self.weight.permutation, self.bias) if tensor is not None)
+        return (self.weight.packed, self.weight.scales_and_zeros, *others)
 
     def __call__(
         self,

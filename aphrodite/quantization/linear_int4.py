@@ -1,8 +1,8 @@
-"""Q4_0 and Q4_1 weights in the layout of torch's packed 4-bit matmul for the CPU.
+"""4-bit weights in the layout of torch's packed matmul for the CPU: Q4_0, Q4_1, and groups of AWQ, GPTQ and W4A16.
 
-That kernel computes (q - 8) * scale + zero per group of 32 in bfloat16. Both file formats map onto it
-exactly but for the rounding of scale and zero to bfloat16 (the files have float16), which is why the
-path is lossy: mean |logit difference| about 0.1 on SmolLM2-135M.
+That kernel computes (q - 8) * scale + zero per group in bfloat16. The formats map onto it exactly but for the rounding
+of scale and zero to bfloat16 (the files have float16), which is why the path is lossy: mean |logit difference| about
+0.1 on SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import numpy as np
 import torch
 
 from aphrodite.kernels.dispatch import Declined
+from aphrodite.quantization.layouts import Int4Groups, stack_layouts
+from aphrodite.quantization.packed import PackedTensor
+from aphrodite.quantization.repack import decline_layout, layout_of
 from aphrodite.quantization.types import QuantType, RawTensor
 
-GROUP = 32
+GROUP = 32  # of Q4_0 and Q4_1
+_GROUPS = (32, 64, 128, 256)  # that the kernel takes
 _ROW_TILE = 16  # the kernel wants the number of output rows divisible by this
 _INNER_TILES = 1  # an argument for the GPU's packing that the CPU's one ignores
 
@@ -26,15 +30,18 @@ class Int4Weight:
     """A packed 4-bit matrix `[out, in]`."""
 
     packed: torch.Tensor  # [out, in / 2] uint8, in the kernel's own order
-    scales_and_zeros: torch.Tensor  # [in / 32, out, 2] bfloat16
+    scales_and_zeros: torch.Tensor  # [groups, out, 2] bfloat16
+    group_size: int = GROUP
+    permutation: torch.Tensor | None = None  # [in] int32: inputs in the order of the columns
 
 
 def decline_int4(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.device) -> Declined | None:
     """Why `parts`, stacked along their rows, cannot be packed; None if they can."""
-    if any(part.qtype not in (QuantType.Q4_0, QuantType.Q4_1) for part in parts):
-        return Declined(f"needs Q4_0 or Q4_1, not {'/'.join(sorted({part.qtype.name for part in parts}))}")
     if device.type != "cpu":
         return Declined(f"only for the CPU, not {device.type}")
+    in_groups = all(isinstance(part, PackedTensor) for part in parts)
+    if not in_groups and any(part.qtype not in (QuantType.Q4_0, QuantType.Q4_1) for part in parts):
+        return Declined(f"needs 4 bits, not {'/'.join(sorted({part.type_name for part in parts}))}")
     if dtype != torch.bfloat16:
         return Declined(f"vectorised for bfloat16 only, not {dtype}")
     rows = sum(part.shape[0] for part in parts)
@@ -43,8 +50,10 @@ def decline_int4(parts: Sequence[RawTensor], dtype: torch.dtype, device: torch.d
     return None
 
 
-def pack_int4(parts: Sequence[RawTensor]) -> Int4Weight:
-    """Stack 4-bit matrices along their rows and pack them; `decline_int4` has been asked."""
+def pack_int4(parts: Sequence[RawTensor]) -> Int4Weight | Declined:
+    """Stack 4-bit matrices along their rows and pack them, if they are of one kind; `decline_int4` has been asked."""
+    if all(isinstance(part, PackedTensor) for part in parts):
+        return _pack_groups(parts)
     codes, scales, minima = zip(*(_unpack(part) for part in parts), strict=True)
     scale = np.concatenate(scales)
     # The kernel's zero is the value of code 8.
@@ -57,7 +66,28 @@ def pack_int4(parts: Sequence[RawTensor]) -> Int4Weight:
 
 def matmul_int4(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     """`x` `[T, in]` bfloat16 times the transposed weight: `[T, out]` bfloat16."""
-    return torch._weight_int4pack_mm_for_cpu(x, weight.packed, GROUP, weight.scales_and_zeros)
+    if weight.permutation is not None:
+        x = x.index_select(1, weight.permutation)
+    return torch._weight_int4pack_mm_for_cpu(x, weight.packed, weight.group_size, weight.scales_and_zeros)
+
+
+def _pack_groups(parts: Sequence[RawTensor]) -> Int4Weight | Declined:
+    for part in parts:
+        declined = decline_layout(part)
+        if declined is not None:
+            return declined
+    layouts = stack_layouts([layout_of(part, torch.device("cpu")) for part in parts])
+    layout = layouts[0]
+    if len(layouts) > 1 or not isinstance(layout, Int4Groups):
+        return Declined(f"needs 4 bits in groups, not {'/'.join(sorted({part.type_name for part in parts}))}")
+    if layout.group_size not in _GROUPS:
+        return Declined(f"takes groups of {', '.join(map(str, _GROUPS))}, not {layout.group_size}")
+    codes = torch.stack((layout.codes & 15, layout.codes >> 4), dim=-1).flatten(1).int()
+    scale = layout.scales.float()
+    zero = (8.0 - layout.zeros.float()) * scale
+    scales_and_zeros = torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous().bfloat16()
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, _INNER_TILES)
+    return Int4Weight(packed, scales_and_zeros, layout.group_size, layout.permutation)
 
 
 def _unpack(raw: RawTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

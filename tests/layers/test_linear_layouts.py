@@ -12,6 +12,8 @@ from aphrodite.errors import ModelFormatError
 from aphrodite.kernels import reference
 from aphrodite.layers.activation import gated_activation
 from aphrodite.layers.linear import DenseLinear, Int4Linear, build_linear
+from aphrodite.quantization.dequantize import dequantize
+from aphrodite.quantization.packed import GptqMatrix, PackedTensor
 from aphrodite.quantization.types import QuantType, RawTensor
 
 CPU = torch.device("cpu")
@@ -47,6 +49,42 @@ def test_packed_4_bit_equals_dequantized(rows_in: int, with_bias: bool) -> None:
         expected[:, 32:] += torch.from_numpy(bias.data.view("<f4")[0].astype(np.float64))
     error = (linear(x).double() - expected).abs().mean() / expected.abs().mean()
     assert error < 0.01  # bfloat16 scales and outputs: 8 bits each
+
+
+def gptq(
+    rows: int, columns: int, seed: int, *, bits: int = 4, group: int = 32, act_order: bool = False
+) -> PackedTensor:
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, 1 << 32, (columns * bits // 32, rows), np.uint32)
+    zeros = rng.integers(0, 1 << 32, (columns // group, rows * bits // 32), np.uint32)
+    values = rng.uniform(0.001, 0.01, (columns // group, rows)).astype("<f2")
+    scales = RawTensor("scales", values.shape, QuantType.F16, values.view(np.uint8))
+    order = np.random.default_rng(7).permutation(columns) // group if act_order else None
+    return PackedTensor(f"w{seed}", QuantType.F16, GptqMatrix(bits, words, zeros, 1, scales, order))
+
+
+@pytest.mark.parametrize(("group", "act_order"), [(32, False), (64, True)])
+def test_groups_of_4_bits_stay_packed(group: int, act_order: bool) -> None:
+    parts = [gptq(32, 128, seed, group=group, act_order=act_order) for seed in range(2)]
+    linear = build_linear(parts, [None, None], torch.bfloat16, CPU)
+    assert isinstance(linear, Int4Linear)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = x.double() @ torch.from_numpy(np.concatenate([dequantize(part) for part in parts])).double().T
+    assert (linear(x).double() - expected).norm() / expected.norm() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ([gptq(16, 64, 1, bits=8)], "needs 4 bits in groups"),
+        ([gptq(16, 96, 1, group=48)], "takes groups of 32, 64, 128, 256"),
+        ([gptq(16, 64, 1), gptq(16, 64, 2, act_order=True)], "needs 4 bits in groups"),
+    ],
+)
+def test_groups_that_the_kernel_does_not_take_become_dense(parts: list[PackedTensor], reason: str) -> None:
+    linear = build_linear(parts, [None] * len(parts), torch.bfloat16, CPU)
+    assert isinstance(linear, DenseLinear)
+    assert any(reason in why for why in linear.choice.reasons)
 
 
 @pytest.mark.parametrize("qtype", [QuantType.Q4_0, QuantType.Q4_1, QuantType.Q8_0, QuantType.F16, QuantType.F32])
