@@ -30,14 +30,14 @@ from aphrodite.kernels.triton import int4_expand, int4_linear, int4_mma, int4_wg
 from aphrodite.kernels.triton.activation import Activation
 from aphrodite.kernels.triton.int4_mma import MmaConfig
 from aphrodite.kernels.triton.int4_wgmma import WgmmaConfig
-from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4
+from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4, whole_splits
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 
 CEILING = 3.17e12  # bytes a second that an H100 reads
 DTYPE = torch.bfloat16
 EPS = 1e-5
-ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 2048)
+ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TUNED_ROWS = (1, 8, 16, 32, 64, 128, 256)
 CHAIN_BYTES = 512 << 20  # of weights that one replay reads
 
@@ -185,17 +185,22 @@ def _mma_cuts(layer: Layer, rows: int) -> Iterator[MmaConfig]:
 
 
 def _wgmma_cuts(layer: Layer, rows: int) -> Iterator[WgmmaConfig]:
-    padded = max(16, 1 << (rows - 1).bit_length())
-    widths = {padded} if rows <= 64 else {64, 128}
-    for warps, columns, splits, stages in itertools.product((4, 8), widths, (1, 2, 3, 4, 6), (2, 3, 4, 6)):
-        tiles = layer.out_features // (16 * warps) * -(-rows // columns)
-        if columns > 128 or columns * 256 * stages > 200 << 10 or (columns <= 32 and stages != 4):
+    """Rings of two to four stages, and for few rows splits whose activations are requested at once."""
+    columns = min(max(16, 1 << (rows - 1).bit_length()), 128)
+    chunks = layer.in_features // 128
+    for warps, splits in itertools.product((4, 8), (1, 2, 3, 4, 6, 8, 10, 14)):
+        blocks = layer.out_features // (16 * warps) * -(-rows // columns) * splits
+        share = -(-chunks // splits)
+        if blocks < 64 or (splits > 1 and (blocks > 1100 or blocks * columns * 16 * warps > 1 << 22)):
             continue
-        if tiles * splits < 60 or (splits > 1 and tiles * splits > 560) or (columns >= 128 and stages > 3):
+        if splits != whole_splits(chunks, splits) or (columns <= 32 and warps == 8):
             continue
-        if splits > 1 and tiles * splits * columns * 16 * warps > 1 << 22:
-            continue
-        yield WgmmaConfig(warps, columns, splits, stages)
+        if columns <= 32 and share <= 16 and share * columns * 256 <= 114 << 10:
+            yield WgmmaConfig(warps, columns, splits, share)
+        if splits <= 4:
+            yield from (
+                WgmmaConfig(warps, columns, splits, stages) for stages in ((2, 3) if columns == 128 else (3, 4))
+            )
 
 
 class _WithoutDevice:

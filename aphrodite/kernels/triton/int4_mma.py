@@ -307,13 +307,15 @@ def _copy_rows(x, x_stride, M, smem, chunk, in_features: gl.constexpr, S: gl.con
     layout: gl.constexpr = copy_layout(S * K_WARPS, inner, gl.num_warps())
     batch = gl.arange(0, S * K_WARPS)[:, None, None]
     k = (chunk + batch % K_WARPS) * 128 + batch // K_WARPS * inner + gl.arange(0, inner)[None, :, None]
-    column = gl.minimum(gl.arange(0, 8), M - 1)[None, None, :]
-    offsets = gl.set_auto_layout(column * x_stride + k, layout)
+    column = gl.arange(0, 8)[None, None, :]
+    # Columns without a row are zeros and read nothing: the same addresses again would queue up in the cache.
+    inside = column < M
     if in_features % (128 * K_WARPS) == 0:
-        async_copy.async_copy_global_to_shared(smem, x + offsets)
+        inside = inside & (k >= 0)
     else:
-        inside = gl.set_auto_layout((k < in_features) & (column >= 0), layout)
-        async_copy.async_copy_global_to_shared(smem, x + offsets, mask=inside)
+        inside = inside & (k < in_features)
+    offsets = gl.set_auto_layout(column * x_stride + k, layout)
+    async_copy.async_copy_global_to_shared(smem, x + offsets, mask=gl.set_auto_layout(inside, layout))
 
 
 @direct_launch

@@ -8,11 +8,12 @@ a ring of shared memory that the copy engine fills. Where tiles would not fill t
 inputs: each leaves a float32 partial sum and the last to arrive adds them up in a fixed order.
 """
 
+# ruff: noqa: RUF005  (Triton's tuples know no unpacking)
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple  # noqa: F401 (Any: the type comments of kernels)
 
 import torch
 from triton.experimental import gluon
@@ -50,7 +51,7 @@ class WgmmaConfig(NamedTuple):
         warps: of a block, 4 or 8; each has a strip of 16 weight rows.
         columns: activation rows of a tile, a power of two from 16 to 128.
         splits: of the inputs among blocks.
-        stages: chunks of activations in flight.
+        stages: chunks of activations in flight; all of a split's are requested at once where there is room for them.
     """
 
     warps: int
@@ -61,10 +62,16 @@ class WgmmaConfig(NamedTuple):
 
 @functools.cache
 def wgmma_config(out_features: int, in_features: int, rows: int) -> WgmmaConfig:
-    """The cut for a weight `[out, in]`: inputs are split where tiles would not fill 132 multiprocessors twice."""
+    """The cut for a weight `[out, in]`: inputs are split where tiles would not fill 132 multiprocessors."""
     columns = min(max(16, 1 << (rows - 1).bit_length()), 128)
     chunks = -(-in_features // CHUNK)
     tiles = -(-out_features // (4 * STRIP)) * -(-rows // columns)
+    if columns <= 32 and tiles <= 192:
+        # Blocks short enough to request all their activations at once.
+        splits = whole_splits(chunks, max(-(-chunks // 8) if chunks <= 64 else 8, 1))
+        share = -(-chunks // splits)
+        if share * columns * 256 <= 64 << 10:
+            return WgmmaConfig(4, columns, splits, share)
     splits = max(min(256 // tiles, 4, chunks // 8), 1)
     return WgmmaConfig(4, columns, whole_splits(chunks, splits), 3 if columns == 128 else 4)
 
@@ -152,41 +159,26 @@ def _sum_of_splits(partial, workspace, counters, tile, split, SPLITS: gl.constex
     return last, total
 
 
-@direct_launch
-@gluon.jit(do_not_specialize=["M"])
-def _int4_wgmma_kernel(
-    x,  # descriptor of [M, in], blocks [COLUMNS, 128]
-    words,  # [strips, chunks, 16, 16] int32
-    scales,  # [strips, groups, 16] int32
-    bias,  # [out], or anything when not HAS_BIAS
-    residual,  # [M, width], or anything when not HAS_RESIDUAL
-    out,  # [M, width]
-    workspace,  # [tiles, SPLITS, columns, rows] float32
-    counters,  # [tiles] int32, zero between launches
-    M,
-    out_features,
+@gluon.jit
+def _sum_in_turns(
+    x,
+    words,
+    scales,
+    column,
+    strip,
     strips,
-    in_features: gl.constexpr,
+    start,
+    end,
+    chunks: gl.constexpr,
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    SPLITS: gl.constexpr,
     STAGES: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    mma: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    launch_dependents(PDL)
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
-    chunks: gl.constexpr = (in_features + 127) // 128
-    share: gl.constexpr = (chunks + SPLITS - 1) // SPLITS
+    """The sum over the chunks `start` to `end`, whose activations go through a ring."""
     dtype: gl.constexpr = x.dtype
-    column = gl.program_id(0) * COLUMNS
-    strip = gl.program_id(1) * WARPS
-    start = gl.program_id(2) * share
-    end = gl.minimum(start + share, chunks)
-
+    COLUMNS: gl.constexpr = x.block_shape[0]
     words_0, groups_0 = _load_chunk(words, scales, start, strip, strips, chunks, GROUP, WARPS)
     words_1, groups_1 = _load_chunk(words, scales, start + 1, strip, strips, chunks, GROUP, WARPS)
     smem = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, 128], x.layout)
@@ -229,6 +221,104 @@ def _int4_wgmma_kernel(
         left = _start_product(x, column, weight, total, smem, bars, start, end - 1, end, GROUP, STAGES)
         product = warpgroup_mma_wait(0, deps=[left])
         total = _add_product(total, product, groups_0, GROUP, mma)
+    return total
+
+
+@gluon.jit
+def _sum_at_once(
+    x,
+    words,
+    scales,
+    column,
+    strip,
+    strips,
+    start,
+    chunks: gl.constexpr,
+    GROUP: gl.constexpr,
+    WARPS: gl.constexpr,
+    SHARE: gl.constexpr,
+    mma: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """The sum over `SHARE` chunks from `start` on, whose activations are all requested in the beginning.
+
+    Chunks beyond the last bring activations of zero.
+    """
+    dtype: gl.constexpr = x.dtype
+    COLUMNS: gl.constexpr = x.block_shape[0]
+    DEPTH: gl.constexpr = min(SHARE, 4)
+    queue = ()  # type: Any
+    for ahead in gl.static_range(DEPTH):
+        queue = queue + (_load_chunk(words, scales, start + ahead, strip, strips, chunks, GROUP, WARPS),)
+    smem = gl.allocate_shared_memory(dtype, [SHARE, COLUMNS, 128], x.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    wait_for_producer(PDL)
+    mbarrier.expect(bar, SHARE * x.block_type.nbytes)
+    for chunk in gl.static_range(SHARE):
+        tma.async_copy_global_to_shared(x, [column, (start + chunk) * 128], bar, smem.index(chunk))
+    total = gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma)
+    loaded, pending = queue[0]
+    weight = _weight_operand(loaded, pending, dtype, GROUP, WARPS, mma)
+    mbarrier.wait(bar, 0)
+    token = warpgroup_mma(weight, smem.index(0).permute((1, 0)), total, is_async=True)
+    for chunk in gl.static_range(1, SHARE):
+        queue = queue[1:]
+        if chunk + DEPTH <= SHARE:
+            ahead = start + chunk + DEPTH - 1
+            queue = queue + (_load_chunk(words, scales, ahead, strip, strips, chunks, GROUP, WARPS),)
+        loaded, following = queue[0]
+        weight = _weight_operand(loaded, following, dtype, GROUP, WARPS, mma)
+        product, weight = warpgroup_mma_wait(0, deps=[token, weight])
+        total = _add_product(total, product, pending, GROUP, mma)
+        pending = following
+        into = total
+        if GROUP >= 128:
+            into = gl.zeros_like(total)
+        token = warpgroup_mma(weight, smem.index(chunk).permute((1, 0)), into, is_async=True)
+    product = warpgroup_mma_wait(0, deps=[token])
+    return _add_product(total, product, pending, GROUP, mma)
+
+
+@direct_launch
+@gluon.jit(do_not_specialize=["M"])
+def _int4_wgmma_kernel(
+    x,  # descriptor of [M, in], blocks [COLUMNS, 128]
+    words,  # [strips, chunks, 16, 16] int32
+    scales,  # [strips, groups, 16] int32
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # [M, width], or anything when not HAS_RESIDUAL
+    out,  # [M, width]
+    workspace,  # [tiles, SPLITS, columns, rows] float32
+    counters,  # [tiles] int32, zero between launches
+    M,
+    out_features,
+    strips,
+    in_features: gl.constexpr,
+    GROUP: gl.constexpr,
+    WARPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SPLITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    launch_dependents(PDL)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
+    chunks: gl.constexpr = (in_features + 127) // 128
+    share: gl.constexpr = (chunks + SPLITS - 1) // SPLITS
+    column = gl.program_id(0) * COLUMNS
+    strip = gl.program_id(1) * WARPS
+    start = gl.program_id(2) * share
+    if share <= STAGES:
+        total = _sum_at_once(x, words, scales, column, strip, strips, start, chunks, GROUP, WARPS, share, mma, PDL)
+    else:
+        end = gl.minimum(start + share, chunks)
+        total = _sum_in_turns(
+            x, words, scales, column, strip, strips, start, end, chunks, GROUP, WARPS, STAGES, mma, PDL
+        )
 
     if SPLITS == 1:
         finish(total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
