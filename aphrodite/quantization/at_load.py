@@ -1,8 +1,9 @@
 """Quantizing a full-precision checkpoint while it is loaded (`--quantization`): the projections of its layers.
 
-- int4: codes of 4 bits with a float16 scale and a zero for each group of 128 inputs (a float16 minimum for each 32 on
-  the CPU, as Q4_1), to nearest; the range of a group is shrunk where that makes its squared error smaller.
-- int8: codes of 8 bits with a float16 scale for each group of 128 inputs (32 on the CPU, as Q8_0).
+- int4: codes of 4 bits with a float16 scale and a zero for each group of 128 inputs (64 or 32 where 128 do not divide
+  them; on the CPU a float16 minimum for each 32, as Q4_1), to nearest; the range of a group is shrunk where that makes
+  its squared error smaller.
+- int8: codes of 8 bits with a float16 scale for each group, of the same sizes (on the CPU 32 inputs, as Q8_0).
 - bitsandbytes: NF4 in blocks of 64 with float32 scales (arXiv 2305.14314), the codes that the bitsandbytes library
   finds.
 
@@ -119,7 +120,7 @@ def quantize(values: torch.Tensor, kind: AtLoad) -> Int4Groups | Int8Groups | Co
     if kind == "bitsandbytes":
         return _nf4(values)
     rows, columns = values.shape
-    group = GROUP if columns % GROUP == 0 else _BLOCK
+    group = next(size for size in (GROUP, 64, _BLOCK) if columns % size == 0)
     groups = values.view(rows, -1, group)
     if kind == "int8":
         codes, scales = _symmetric(groups)
