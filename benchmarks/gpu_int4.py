@@ -73,6 +73,7 @@ class Bench:
         if device != "meta":
             self.weights += [self._weight(group) for _ in range(CHAIN_BYTES // self.weights[0].nbytes)]
         self.norm = (self._random(layer.in_features), EPS) if layer.norm else None
+        self.scratch = torch.empty(layer.out_features * layer.in_features, dtype=DTYPE, device=device)
         self._dense: torch.Tensor | None = None
 
     def _weight(self, group: int) -> Int4Words:
@@ -146,7 +147,7 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
             return int4_mma.int4_mma(normed, weight, epilogue, None, cut)
         if isinstance(cut, WgmmaConfig):
             return int4_wgmma.int4_wgmma(normed, weight, epilogue, cut)
-        return int4_linear.by_library(normed, weight, epilogue)
+        return int4_linear.by_library(normed, weight, bench.scratch, epilogue)
 
     return after_norm
 

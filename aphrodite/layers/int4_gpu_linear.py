@@ -12,6 +12,7 @@ from aphrodite.kernels.triton.int4_linear import gluon_reason, int4_linear
 from aphrodite.kernels.triton.int4_words import pack_int4, unsupported_group
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
+from aphrodite.layers.packed_linear import shared_scratch
 from aphrodite.layers.triton_linear import interleave_gate_up
 from aphrodite.quantization.layouts import Int4Groups
 
@@ -34,11 +35,20 @@ def decline_int4_gpu(weight: Int4Groups, dtype: torch.dtype) -> Declined | None:
 class Int4GpuLinear:
     """A weight of 4-bit codes, multiplied with 16-bit activations."""
 
-    def __init__(self, weight: Int4Groups, bias: torch.Tensor | None, choice: Choice, *, gated: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Int4Groups,
+        bias: torch.Tensor | None,
+        choice: Choice,
+        *,
+        dtype: torch.dtype,
+        gated: bool = False,
+    ) -> None:
         """
         Args:
             weight: on the GPU; `decline_int4_gpu` has been asked. It is not kept.
             bias: `[out]`.
+            dtype: of inputs and outputs.
             gated: the rows of weight and bias are gate, then up.
         """
         self.weight = pack_int4(weight.codes, weight.scales, weight.zeros, weight.group_size, paired=gated)
@@ -46,6 +56,8 @@ class Int4GpuLinear:
         self.permutation = weight.permutation
         self.gated = gated
         self.choice = choice
+        # Made now, for graphs keep its address and the memory plan has to see it.
+        self.scratch = shared_scratch(weight.codes.device, dtype)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -67,4 +79,4 @@ class Int4GpuLinear:
         if self.permutation is not None:
             x = x if before is None else rms_norm(x, *before)
             x, before = x.index_select(1, self.permutation), None
-        return int4_linear(x, self.weight, Epilogue(self.bias, activation, residual), before)
+        return int4_linear(x, self.weight, self.scratch, Epilogue(self.bias, activation, residual), before)

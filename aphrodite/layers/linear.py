@@ -209,7 +209,7 @@ def packed_linear(
         return PackedLinear(layouts, bias, choice, dtype=dtype, gated=gated)
     declined = decline_int4_gpu(layouts[0], dtype)
     if declined is None:
-        return Int4GpuLinear(layouts[0], bias, Choice("packed 4-bit", choice.reasons), gated=gated)
+        return Int4GpuLinear(layouts[0], bias, Choice("packed 4-bit", choice.reasons), dtype=dtype, gated=gated)
     log_once(logging.INFO, f"4-bit weights are multiplied by the general kernels of packed layouts: {declined.reason}")
     choice = Choice(choice.name, (*choice.reasons, f"packed 4-bit: {declined.reason}"))
     return PackedLinear(layouts, bias, choice, dtype=dtype, gated=gated)

@@ -65,7 +65,7 @@ def test_layer(
     weight = random_groups(*shape, group, device, permuted="permuted" in parts)
     bias = torch.randn(shape[0], device=device).to(dtype) if "bias" in parts else None
     norm = RmsNorm(torch.randn(shape[1], device=device).to(dtype), 1e-5) if "norm" in parts else None
-    layer = Int4GpuLinear(weight, bias, CHOICE, gated=activation is not None)
+    layer = Int4GpuLinear(weight, bias, CHOICE, dtype=dtype, gated=activation is not None)
     dense = weight.dequantize().double()
     wrong = []
     for rows in ROWS:
@@ -96,8 +96,9 @@ def test_equal_inputs_give_equal_results(device: torch.device, rows: int) -> Non
     groups = random_groups(4096, 4096, 128, device)
     weight = pack_int4(groups.codes, groups.scales, groups.zeros, 128)
     x = torch.randn(rows, 4096, device=device).bfloat16()
-    first = int4_linear.int4_linear(x, weight)
-    assert all(torch.equal(first, int4_linear.int4_linear(x, weight)) for _ in range(50))
+    scratch = torch.empty(0, dtype=x.dtype, device=device)
+    first = int4_linear.int4_linear(x, weight, scratch)
+    assert all(torch.equal(first, int4_linear.int4_linear(x, weight, scratch)) for _ in range(50))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 16, 64, 128])
@@ -108,7 +109,7 @@ def test_a_captured_chain_gives_what_eager_calls_give(device: torch.device, rows
 
     def layers(out_features: int, in_features: int, *, gated: bool) -> list[Int4GpuLinear]:
         made = [random_groups(out_features, in_features, 128, device) for _ in "12345678"]
-        return [Int4GpuLinear(groups, None, CHOICE, gated=gated) for groups in made]
+        return [Int4GpuLinear(groups, None, CHOICE, dtype=torch.bfloat16, gated=gated) for groups in made]
 
     wide, back = layers(4096, hidden, gated=True), layers(hidden, 2048, gated=False)
     start = torch.randn(rows, hidden, device=device).bfloat16()
@@ -130,10 +131,10 @@ def test_a_captured_chain_gives_what_eager_calls_give(device: torch.device, rows
         assert torch.equal(out, expected)
 
 
-def test_the_library_expands_piece_by_piece(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4_linear, "SCRATCH_BYTES", 1 << 20)
+def test_the_library_expands_piece_by_piece(device: torch.device) -> None:
+    scratch = torch.empty(1 << 19, dtype=torch.bfloat16, device=device)
     groups = random_groups(2000, 1024, 128, device)
     weight = pack_int4(groups.codes, groups.scales, groups.zeros, 128)
     x, residual = torch.randn(700, 1024, device=device).bfloat16(), torch.randn(700, 2000, device=device).bfloat16()
     expected = x.double() @ unpack_int4(weight).T + residual.double()
-    assert distance(int4_linear.by_library(x, weight, Epilogue(None, None, residual)), expected) < 2e-3
+    assert distance(int4_linear.by_library(x, weight, scratch, Epilogue(None, None, residual)), expected) < 3e-3

@@ -23,7 +23,6 @@ MMA_MAX_ROWS = 8
 WGMMA_MAX_ROWS = 512
 # Rows from which the fused gated product is faster than the library's and the activation's own kernel.
 GATED_GEMM_ROWS = 1024
-SCRATCH_BYTES = 256 << 20  # for expanded rows, at most
 
 Norm = tuple[torch.Tensor, float]
 
@@ -46,7 +45,7 @@ def gluon_reason(device: torch.device) -> str | None:
 
 
 def int4_linear(
-    x: torch.Tensor, weight: Int4Words, epilogue: Epilogue = Epilogue(), norm: Norm | None = None
+    x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue = Epilogue(), norm: Norm | None = None
 ) -> torch.Tensor:
     """act(norm(x) W^T + b) + residual.
 
@@ -54,6 +53,7 @@ def int4_linear(
         x: `[T, in]` bfloat16 or float16, rows may be strided; `in` is a multiple of 8.
         weight: (gate, up) pairs when there is an activation. It is read before the kernels of the same stream have
             ended, so none of them may write it (copies may).
+        scratch: `[n]` of x's dtype, 16 rows of the weight or more, for what the library multiplies.
         norm: RMSNorm of x: weight `[in]` and epsilon.
 
     Returns:
@@ -69,7 +69,7 @@ def int4_linear(
         return _gluon_mma(x, weight, epilogue, None)
     if kernel == "wgmma":
         return _gluon_wgmma(x, weight, epilogue)
-    return by_library(x, weight, epilogue)
+    return by_library(x, weight, scratch, epilogue)
 
 
 def _gluon_mma(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue, norm: Norm | None) -> torch.Tensor:
@@ -84,15 +84,16 @@ def _gluon_wgmma(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue) -> torc
     return int4_wgmma(x, weight, epilogue)
 
 
-def by_library(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue = Epilogue()) -> torch.Tensor:
-    """act(x W^T + b) + residual by the vendor's library, over rows expanded to x's dtype piece by piece."""
+def by_library(
+    x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue = Epilogue()
+) -> torch.Tensor:
+    """act(x W^T + b) + residual by the vendor's library, over rows expanded into `scratch` piece by piece."""
     bias, activation, residual = epilogue
     strips = weight.words.shape[0]
-    taken = max(SCRATCH_BYTES // (STRIP * weight.in_features * x.itemsize), 1)
-    whole = taken >= strips
-    taken = min(taken, strips)
-    scratch = torch.empty((taken * STRIP, weight.in_features), dtype=x.dtype, device=x.device)
-    if whole and activation is not None and bias is None and residual is None and x.shape[0] >= GATED_GEMM_ROWS:
+    taken = min(scratch.numel() // (STRIP * weight.in_features), strips)
+    scratch = scratch[: taken * STRIP * weight.in_features].view(taken * STRIP, weight.in_features)
+    whole = taken == strips and bias is None and residual is None
+    if whole and activation is not None and x.shape[0] >= GATED_GEMM_ROWS:
         dense = scratch[: weight.out_features]
         if gated_gemm_supports(x, dense):
             return gated_gemm(x, expand_int4(weight, dense), activation)

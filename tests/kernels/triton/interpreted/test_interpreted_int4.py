@@ -7,7 +7,6 @@ import torch
 
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton import int4_linear
 from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import Int4Words, pack_int4, unpack_int4, unsupported_group, whole_splits
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear, decline_int4_gpu
@@ -71,13 +70,13 @@ def test_scales_of_16_bits_are_kept_exactly(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("gated", [False, True])
-def test_layer(rows: int, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer(rows: int, gated: bool) -> None:
     """With act-order, norm and bias; many rows go to the library, a few strips at a time."""
-    monkeypatch.setattr(int4_linear, "SCRATCH_BYTES", 2 * 16 * 256 * 2)
     groups = random_groups(72, 256, 64, permuted=True)
     bias = torch.randn(72).half()
     norm = RmsNorm(torch.rand(256).half() + 0.5, 1e-5)
-    layer = Int4GpuLinear(groups, bias, CHOICE, gated=gated)
+    layer = Int4GpuLinear(groups, bias, CHOICE, dtype=torch.float16, gated=gated)
+    layer.scratch = torch.empty(2 * 16 * 256, dtype=torch.float16)
     x = torch.randn(rows, 256).half()
     residual = None if gated else torch.randn(rows, 72).half()
     values = reference.rms_norm(x.double(), norm.weight.double(), norm.eps)
