@@ -170,6 +170,7 @@ class DeviceRunner:
         if self._graphs is None:
             sizes = [sizes[0], sizes[-1]]
         tasks: list[Callable[[], object]] = [partial(self._try_prompt, tokens) for tokens in prompts]
+        tasks.append(self._try_mixed)
         prepare = self._try_decode if self._graphs is None else self._graphs.prepare
         tasks += [partial(self._prepare_ragged, size) for size in reversed(self._ragged_sizes)]
         tasks += [partial(prepare, size) for size in sizes]
@@ -312,25 +313,36 @@ class DeviceRunner:
             with recording(jobs):
                 for tokens in prompts:
                     self._try_prompt(tokens)
-                if self.rows.max_model_len > LONG_CHAT + SHORT_MESSAGE:
-                    self._try_prompt(SHORT_MESSAGE, behind=LONG_CHAT)
+                self._try_mixed()
                 for size in sizes:
                     self._try_decode(size)
-                logits = self._logits[:1].float()  # of steps that are no graphs
-                for level, end in self._endings.items():
-                    if level is not None:
-                        end(StepSize(1, 1, True), logits)
         except RuntimeError as error:
             logger.warning("kernels are compiled one by one, for steps could not be rehearsed: %s", error)
             torch.cuda.empty_cache()
             return
         compile_ahead(jobs, progress)
 
-    def _try_prompt(self, tokens: int, behind: int = 0) -> None:
-        step = RowStep(self.rows.num_rows, behind, tokens, [], False, True)
-        table = self.executor.stage_step(ragged_lengths([step]))
-        staged = self.rows.stage_ragged([step], np.array([tokens - 1], np.int32), [0], table)
-        self.executor.forward(staged.inputs)
+    def _try_prompt(self, tokens: int) -> None:
+        self._try_ragged([RowStep(self.rows.num_rows, 0, tokens, [], False, True)])
+
+    def _try_mixed(self) -> None:
+        """A step of decoding and prompting sequences, one behind a context whose keys are split, and its sampling."""
+        spare, most = self.rows.num_rows, self.rows.max_model_len
+        shares = [(0, 1), (20, 1), (0, SHORT_MESSAGE // 2 + 1), (min(LONG_CHAT, most - SHORT_MESSAGE), SHORT_MESSAGE)]
+        fitting = [(start, count) for start, count in shares if start >= 0 and start + count <= most]
+        steps = [RowStep(spare, start, count, [], False, True) for start, count in fitting]
+        logits = self._try_ragged(steps)[:1].float()
+        alone = StepSize(1, 1, True)
+        self._pad(alone)
+        for launches, end in self._endings.items():
+            if launches is not None:
+                end(alone, logits)
+
+    def _try_ragged(self, steps: Sequence[RowStep]) -> torch.Tensor:
+        entries = np.cumsum([step.count for step in steps], dtype=np.int32) - 1
+        table = self.executor.stage_step(ragged_lengths(steps))
+        staged = self.rows.stage_ragged(steps, entries, list(range(len(steps))), table)
+        return self.executor.forward(staged.inputs)
 
     def _prepare_ragged(self, size: StepSize) -> None:
         """Capture a step that is not only decoding; where that fails, all such steps are launched kernel by kernel."""

@@ -68,8 +68,10 @@ def compile_job(job: str, target: GPUTarget) -> None:
     if not isinstance(kernel, DirectKernel):
         raise TypeError(f"{module}.{name} is no kernel that is launched directly")
     compiled: Any = kernel.warmup(*map(_decode_argument, arguments), grid=(1,), **options)
-    module, launcher = LAUNCHERS[target.backend]
-    getattr(importlib.import_module(module), launcher)(compiled.src, compiled.metadata)
+    backend, launcher = LAUNCHERS[target.backend]
+    driver_module = importlib.import_module(backend)
+    if hasattr(driver_module, "make_launcher"):  # until Triton 3.6; later launchers are no programs of their own
+        getattr(driver_module, launcher)(compiled.src, compiled.metadata)
 
 
 def _decode_argument(encoded: list[Any]) -> object:

@@ -42,7 +42,7 @@ from aphrodite.platforms import platform_of
 
 # Versions whose compiled kernels' `run` was read: it takes grid, stream, function, metadata, three hooks, then all
 # parameters in order, constants included.
-DIRECT_VERSIONS = ("3.6.",)
+DIRECT_VERSIONS = ("3.6.", "3.7.")
 INT32 = 1 << 31
 
 
@@ -210,7 +210,8 @@ def _declines_direct_launches() -> Declined | None:
     if torch.version.hip is not None:
         return Declined("on HIP variants depend on more than is known here")
     if not triton.__version__.startswith(DIRECT_VERSIONS):
-        return Declined(f"Triton {triton.__version__} is not one of those that were checked, {DIRECT_VERSIONS[0]}x")
+        checked = " and ".join(f"{version}x" for version in DIRECT_VERSIONS)
+        return Declined(f"Triton {triton.__version__} is not one of those that were checked, {checked}")
     return None
 
 
