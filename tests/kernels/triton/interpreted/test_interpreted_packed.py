@@ -18,6 +18,7 @@ from aphrodite.kernels.triton.packed import (
     packed_skinny,
 )
 from aphrodite.layers import packed_linear
+from aphrodite.layers.embedding import PackedEmbedding
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.layers.packed_linear import PackedLinear
 from aphrodite.quantization.planes import planes_of
@@ -89,3 +90,14 @@ def test_layers(monkeypatch: pytest.MonkeyPatch, rows: int, names: list[str], ga
     assert found.shape == expected.shape
     assert rows == 0 or distance(found, expected) < 2e-3
     packed_linear.shared_scratch.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "Q8_0", "nf4"])
+def test_embeddings_and_tied_heads(name: str) -> None:
+    planes, weight = planes_of(LAYOUTS[name]), LAYOUTS[name].dequantize()
+    embedding = PackedEmbedding(planes, torch.float32)
+    ids = torch.tensor([4, 0, 4, 5], dtype=torch.int32)
+    assert distance(embedding(ids), weight[ids.long()]) < 1e-6
+    hidden = torch.randn(2, weight.shape[1])
+    assert distance(embedding.tied_head()(hidden), hidden.double() @ weight.double().T) < 1e-5
+    assert [tensor.data_ptr() for tensor in embedding.tied_head().tensors] == [t.data_ptr() for t in embedding.tensors]

@@ -1,0 +1,54 @@
+"""Models whose layers are packed on the GPU, from a checkpoint to tokens, against the CPU's expanded float32 ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_gpu_models import QWEN3, model, run  # noqa: F401 (a fixture)
+
+from aphrodite.engine import builder
+from aphrodite.loading.checkpoint import open_checkpoint
+from aphrodite.quantization.at_load import QuantizedWeights
+from aphrodite.sampling.params import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_blocks"),
+    [("int4", True), ("int4", False), ("int8", True), ("int8", False)],
+)
+def test_tokens_are_those_of_the_expanded_weights(
+    monkeypatch: pytest.MonkeyPatch,
+    model: Path,  # noqa: F811
+    kind: str,
+    in_blocks: bool,
+) -> None:
+    monkeypatch.setattr(
+        builder, "QuantizedWeights", lambda weights, kind, on_host: QuantizedWeights(weights, kind, on_host=in_blocks)
+    )
+
+    def tokens(**settings: str) -> dict[str, list[int]]:
+        answers: dict[str, list[int]] = {}
+        built, updates = run(model, GREEDY, dtype="float32", quantization=kind, **settings)
+        for update in updates:
+            answers.setdefault(update.request_id, []).extend(update.token_ids)
+        sizes.append(built.info.weight_bytes)
+        return answers
+
+    sizes: list[int] = []
+    found = tokens()
+    assert found == tokens(device="cpu", executor="torch")
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+@pytest.mark.parametrize("file_type", ["Q4_K_M", "Q5_K", "Q3_K"])
+def test_a_model_in_k_blocks_answers_with_its_embedding_packed(tmp_path: Path, file_type: str) -> None:
+    quantization = {"quant_method": "gguf", "file_type": file_type}
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN3, "quantization_config": quantization}))
+    stored = open_checkpoint(tmp_path, load_format="dummy").weight_bytes
+    built, updates = run(tmp_path, GREEDY, load_format="dummy")
+    assert sum(len(update.token_ids) for update in updates) == 8 * 16
+    assert built.info.weight_bytes <= 1.07 * stored  # norms of a small model count
