@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import int4_linear
 from aphrodite.kernels.triton.int4_words import pack_int4, unpack_int4
 from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.layers.activation import gated_activation
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.quantization.layouts import Int4Groups
@@ -20,7 +22,11 @@ from aphrodite.quantization.layouts import Int4Groups
 # and so is a weight that is expanded for the library or scaled in groups of less than 128.
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4}
 CHOICE = Choice("packed 4-bit", ())
-ACTIVATIONS = {"silu": reference.silu_mul, "gelu_tanh": reference.gelu_tanh_mul}
+ACTIVATIONS = {
+    "silu": reference.silu_mul,
+    "gelu_tanh": reference.gelu_tanh_mul,
+    "swiglu_oai": functools.partial(gated_activation, kind="swiglu_oai"),
+}
 ROWS = (1, 2, 7, 8, 9, 16, 33, 64, 100, 128, 200, 256, 600, 1100)
 LAYERS: list[tuple[tuple[int, int], int, dict[str, Any]]] = [
     ((6144, 4096), 128, {"norm": True}),
@@ -29,6 +35,7 @@ LAYERS: list[tuple[tuple[int, int], int, dict[str, Any]]] = [
     ((4096, 14336), 128, {"residual": True}),
     ((2048, 2048), 32, {"norm": True, "bias": True, "residual": True}),
     ((2048, 2048), 64, {"norm": True, "bias": True, "activation": "gelu_tanh"}),
+    ((2880, 1024), 64, {"bias": True, "activation": "swiglu_oai"}),
     ((1152, 896), 896, {"norm": True, "bias": True}),  # a scale a row; 7 chunks
     ((1001, 576), 64, {}),  # strips and chunks that end early
     ((1026, 1024), 512, {"activation": "silu"}),  # pairs that end early

@@ -153,6 +153,20 @@ def group_offsets(
 
 
 @gluon.jit
+def gated(gate, up, ACTIVATION: gl.constexpr):
+    """activation.gated for Gluon."""
+    if ACTIVATION == "silu":
+        slope = gate
+    elif ACTIVATION == "swiglu_oai":
+        gate = gl.minimum(gate, 7.0)
+        up = gl.minimum(gl.maximum(up, -7.0), 7.0) + 1.0
+        slope = 1.702 * gate
+    else:
+        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + gl.exp(-slope)) * up
+
+
+@gluon.jit
 def residual_tile(residual, M, out_features, strip, N_WARPS: gl.constexpr, layout: gl.constexpr):
     """What `finish` would add to `[R, 8]` sums in `layout` without an activation, to be requested early."""
     index = strip * 16 + gl.arange(0, 16 * N_WARPS)[:, None]
@@ -193,11 +207,7 @@ def finish(
             pair = strip * 16 + row // 16 * 16 + row % 8 * 2 + row // 8 % 2
             total += gl.load(bias + pair, mask=pair < out_features, other=0.0).to(gl.float32)[:, None]
         gate, up = total.reshape(N_WARPS, 2, 8, C).permute(0, 2, 3, 1).split()
-        if ACTIVATION == "silu":
-            slope = gate
-        else:
-            slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-        result = (gate / (1.0 + gl.exp(-slope)) * up).reshape(N_WARPS * 8, C)
+        result = gated(gate, up, ACTIVATION).reshape(N_WARPS * 8, C)
         index = strip * 8 + gl.arange(0, 8 * N_WARPS)
     column = first_column + gl.arange(0, C)
     layout: gl.constexpr = result.type.layout

@@ -138,6 +138,7 @@ def _gluon_cases() -> list[KernelCase]:
         row((6144, 4096), 128, norm=True),
         row((28672, 4096), 128, norm=True, activation="silu"),
         row((4096, 2048), 32, residual=True, bias=True, dtype="fp16"),
+        row((5760, 1024), 64, bias=True, activation="swiglu_oai"),
         rows((4096, 4096), 128, residual=True),
         rows((4096, 14336), 64, residual=True, bias=True),
         rows((28672, 2048), 32, activation="gelu_tanh", dtype="fp16"),
