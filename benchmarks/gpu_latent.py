@@ -12,7 +12,6 @@ of serving them, the one that the back end would take marked. A case that fails 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import traceback
 from collections.abc import Callable
@@ -45,6 +44,15 @@ PROMPTS = {
     "1 x 2k": [(2048, 2048)], "4 x 2k": [(2048, 2048)] * 4, "1 x 8k": [(8192, 8192)], "64 after 8k": [(64, 8256)],
     "256 after 8k": [(256, 8448)], "2k after 8k": [(2048, 10_240)], "16 x 128": [(128, 128)] * 16,
 }  # fmt: skip
+
+
+# (tile, warps, stages, positions first, programs of a multiprocessor)
+DECODE_CANDIDATES = ((64, 8, 3, True, 1), (64, 8, 2, True, 1), (64, 4, 3, True, 1), (32, 4, 3, False, 2),
+                     (32, 4, 2, False, 2), (16, 4, 3, False, 2), (64, 8, 3, True, 2))  # fmt: skip
+# (rows, tile, warps, stages)
+ABSORBED_CANDIDATES = ((64, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 3), (16, 32, 4, 3))
+EXPANDED_CANDIDATES = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 4), (128, 128, 8, 2), (128, 32, 8, 3),
+                       (64, 64, 4, 3), (64, 64, 4, 2))  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -243,26 +251,22 @@ def tune() -> None:
     for name in ("1 x 8k", "32 x 1k", "32 x 4k"):
         step = make_step([(1, context) for context in DECODES[name]])
         found = []
-        for tile, warps, (stages, at_once), first in itertools.product(
-            (32, 64), (4, 8), ((2, 1), (2, 2), (3, 1), (3, 2)), (False, True)
-        ):
+        for tile, warps, stages, first, at_once in DECODE_CANDIDATES:
             config = LatentDecodeConfig(16, DecodeConfig(tile, warps, stages), first, at_once)
             try:
                 found.append((kernel_seconds(step, config), (*config.decode, first, at_once)))
             except Exception as error:
                 print(f"  {name} {tuple(config)}: {str(error)[:80]}")
         print(name, *(f"{seconds * 1e6:.1f} us {tuple(config)}" for seconds, config in sorted(found)[:5]), sep="\n  ")
-    for name, expanded in (("4 x 2k", True), ("64 after 8k", False)):
+    for name, expanded in (("4 x 2k", True), ("1 x 2k", False)):
         step = make_step(PROMPTS[name])
         found_prompts = []
-        for rows, tile, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
-            config_of = RaggedConfig(rows, tile, warps, stages)
+        for candidate in EXPANDED_CANDIDATES if expanded else ABSORBED_CANDIDATES:
+            config_of = RaggedConfig(*candidate)
             if expanded:
                 step.backend.expanded_config = config_of
-            elif rows == 64 and tile < 128 and warps == 8:
-                step.backend.absorbed_config = config_of
             else:
-                continue
+                step.backend.absorbed_config = config_of
             try:
                 found_prompts.append((prompt_seconds(step, expanded), config_of))
             except Exception as error:

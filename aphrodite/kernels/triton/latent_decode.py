@@ -24,7 +24,6 @@ from aphrodite.kernels.triton.decode_attention import (
     DecodePlan,
 )
 from aphrodite.kernels.triton.launch import (
-    ceil_div,
     direct_launch,
     launch_dependents,
     launch_options,
@@ -47,7 +46,6 @@ from aphrodite.kernels.triton.paged import (
 MIN_PRODUCT = 16  # rows and depth of tl.dot
 CHUNKS_OF_ONE = 64  # that a single context is divided into: more take longer to put together than they save
 MERGED_CHUNKS = 16  # whose partial results are loaded at once
-MERGED_DIMS = 128  # of a program
 
 
 class LatentDecodeConfig(NamedTuple):
@@ -87,7 +85,7 @@ def latent_decode_config(num_heads: int, dtype: torch.dtype, card: Card, *, fp8_
     if fp8_cache:
         return LatentDecodeConfig(heads, DecodeConfig(tile=16, num_warps=4, num_stages=2), False, 2)
     if card == "hopper":
-        return LatentDecodeConfig(heads, DecodeConfig(tile=64, num_warps=8, num_stages=2), True, 1)
+        return LatentDecodeConfig(heads, DecodeConfig(tile=64, num_warps=8, num_stages=3), True, 1)
     tile = 32 if num_heads % heads == 0 else 16  # masks take registers
     return LatentDecodeConfig(heads, DecodeConfig(tile=tile, num_warps=4, num_stages=2), False, 2)
 
@@ -158,8 +156,7 @@ def latent_decode(
         num_stages=config.decode.num_stages,
         **launch_options(pdl),
     )
-    dims = min(MERGED_DIMS, rank_pad)
-    _latent_merge_kernel[(slots, heads, ceil_div(rank, dims))](
+    _latent_merge_kernel[(slots, heads)](
         out,
         plan.records,
         partials,
@@ -168,11 +165,11 @@ def latent_decode(
         HEAD_BLOCKS=blocks,
         GROUP=config.heads,
         RANK=rank,
-        DIMS=dims,
+        RANK_PAD=rank_pad,
         CHUNKS=MERGED_CHUNKS,
         RECORD=RECORD,
         PDL=pdl,
-        num_warps=2,
+        num_warps=4,
         **launch_options(pdl),
     )
 
@@ -218,7 +215,13 @@ def _latent_decode_kernel(
     table = block_tables + tl.load(record + 1).to(tl.int64) * table_stride
     start = tl.load(record + 2)
     end = tl.load(record + 3)
+    # Few programs run at once, so nothing may wait: Triton starts the loads of latents two tiles ahead, those of the
+    # table that give their addresses are started three ahead, and the turning keys, for which three tiles would leave
+    # no room in shared memory, one ahead into registers. Values that pass through two iterations do so by an operation
+    # that the compiler does not see through (`tl.where`): it does not pipeline loops otherwise.
     blocks = tile_blocks(table, start, end, TILE, BLOCK_SIZE)
+    second = tile_blocks(table, start + TILE, end, TILE, BLOCK_SIZE)
+    third = tile_blocks(table, start + 2 * TILE, end, TILE, BLOCK_SIZE)
     factor = score_factor(scale, 0.0, FORMAT)
 
     wait_for_producer(PDL)
@@ -243,12 +246,19 @@ def _latent_decode_kernel(
         acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    within = tl.arange(0, TILE)
+    row = tile_rows(blocks, start, 0, TILE, 1, BLOCK_SIZE)
+    keys = load_part(cache, row, start + within < end, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)
     for base in range(start, end, TILE):
-        seen = base + tl.arange(0, TILE) < end
+        seen = base + within < end
         row = tile_rows(blocks, base, 0, TILE, 1, BLOCK_SIZE)
-        blocks = tile_blocks(table, base + TILE, end, TILE, BLOCK_SIZE)
         latents = load_part(cache, row, seen, RANK + TURNING, 0, RANK, RANK_PAD, FORMAT)
-        keys = load_part(cache, row, seen, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)
+        row = tile_rows(second, base + TILE, 0, TILE, 1, BLOCK_SIZE)
+        there = base + TILE + within < end
+        next_keys = load_part(cache, row, there, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)
+        blocks = tl.where(base < end, second, 0)
+        second = tl.where(base < end, third, 0)
+        third = tile_blocks(table, base + 3 * TILE, end, TILE, BLOCK_SIZE)
         if POSITIONS_FIRST:
             scores = tl.dot(keys, q_turned, input_precision="ieee")
             scores = tl.dot(latents, q, scores, input_precision="ieee")
@@ -264,6 +274,7 @@ def _latent_decode_kernel(
             scores = tl.dot(q, tl.trans(latents), scores, input_precision="ieee")
             scores = tl.where(seen[None, :], scores, float("-inf"))
             acc, peak, total = accumulate(acc, peak, total, scores, latents, factor, False)
+        keys = next_keys
     if POSITIONS_FIRST:
         acc = tl.trans(acc)
     acc *= decoded_scale(FORMAT)
@@ -290,19 +301,19 @@ def _latent_merge_kernel(
     HEAD_BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
     RANK: tl.constexpr,
-    DIMS: tl.constexpr,
+    RANK_PAD: tl.constexpr,
     CHUNKS: tl.constexpr,
     RECORD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The program of a context's first slot, a head and some dimensions adds up its chunks; others have nothing to do.
+    """The program of a context's first slot and a head adds up its chunks; others have nothing to do.
 
     Weights of the softmax come first, so that no load of partial results waits for another.
     """
     launch_dependents(PDL)
     slot = tl.program_id(0)
     head = tl.program_id(1)
-    dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
+    dims = tl.arange(0, RANK_PAD)
     token = tl.load(records + slot * RECORD).to(tl.int64)
     chunks = tl.load(records + slot * RECORD + 6)
     first_slot = tl.load(records + slot * RECORD + 5)
@@ -316,7 +327,7 @@ def _latent_merge_kernel(
             index = of_head + (base + each) * (HEAD_BLOCKS * GROUP)
             peaks = tl.load(statistics + 2 * index + member, mask=base + each < chunks, other=float("-inf"))
             peak = tl.maximum(peak, tl.max(peaks, 0))
-        acc = tl.zeros([DIMS], tl.float32)
+        acc = tl.zeros([RANK_PAD], tl.float32)
         total = 0.0
         for base in range(0, chunks, CHUNKS):
             index = of_head + (base + each) * (HEAD_BLOCKS * GROUP)

@@ -52,8 +52,8 @@ def absorbed_config(dtype: torch.dtype, card: Card, *, fp8_cache: bool) -> Ragge
     if card == "hip":
         return RaggedConfig(rows=16 if fp8_cache else 32, tile=16, num_warps=4, num_stages=1)
     if card == "hopper" and not fp8_cache:
-        return RaggedConfig(rows=64, tile=32, num_warps=8, num_stages=2)
-    return RaggedConfig(rows=32, tile=16, num_warps=8, num_stages=2)
+        return RaggedConfig(rows=64, tile=32, num_warps=8, num_stages=3)
+    return RaggedConfig(rows=32, tile=16, num_warps=8, num_stages=3)
 
 
 def expanded_config(dtype: torch.dtype, card: Card, widest: int) -> RaggedConfig:
@@ -67,12 +67,14 @@ def expanded_config(dtype: torch.dtype, card: Card, widest: int) -> RaggedConfig
     if widest > 128:
         if card == "hip":
             return RaggedConfig(rows=64, tile=32, num_warps=4, num_stages=2)
-        return RaggedConfig(rows=128 if card == "hopper" else 64, tile=32, num_warps=8, num_stages=2)
+        if card == "hopper":
+            return RaggedConfig(rows=128, tile=32, num_warps=8, num_stages=3)
+        return RaggedConfig(rows=64, tile=32, num_warps=8, num_stages=2)
     if card == "hip":
         return RaggedConfig(rows=128, tile=32, num_warps=4, num_stages=1)
     if card == "hopper":
-        return RaggedConfig(rows=128, tile=64, num_warps=8, num_stages=2)
-    return RaggedConfig(rows=64, tile=32, num_warps=4, num_stages=2)
+        return RaggedConfig(rows=128, tile=64, num_warps=8, num_stages=3)
+    return RaggedConfig(rows=64, tile=32, num_warps=4, num_stages=3)
 
 
 def absorbed_attention(
@@ -285,6 +287,7 @@ def _absorbed_kernel(
     before = tl.load(context_lens + sequence) - queries  # positions ahead of the sequence's first query
     table = block_tables + tl.load(rows + sequence).to(tl.int64) * table_stride
     blocks = tile_blocks(table, start, stop, TILE, BLOCK_SIZE)
+    second = tile_blocks(table, start + TILE, stop, TILE, BLOCK_SIZE)  # as in latent_decode.py
 
     product_row = tl.arange(0, ROWS)
     local = first_row + product_row // GROUP
@@ -312,7 +315,8 @@ def _absorbed_kernel(
     total = tl.zeros([ROWS], tl.float32)
     for base in range(start, stop, TILE):
         row = tile_rows(blocks, base, 0, TILE, 1, BLOCK_SIZE)
-        blocks = tile_blocks(table, base + TILE, stop, TILE, BLOCK_SIZE)
+        blocks = tl.where(base < stop, second, 0)
+        second = tile_blocks(table, base + 2 * TILE, stop, TILE, BLOCK_SIZE)
         positions = base + tl.arange(0, TILE)
         latents = load_part(cache, row, positions < stop, RANK + TURNING, 0, RANK, RANK_PAD, FORMAT)
         keys = load_part(cache, row, positions < stop, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)

@@ -12,7 +12,6 @@ from aphrodite.kernels.triton.heads_product import ROWS as PRODUCT_ROWS
 from aphrodite.kernels.triton.latent_cache import GATHER_FIELDS, GATHER_TILE, _cache_kernel, _gather_kernel
 from aphrodite.kernels.triton.latent_decode import (
     MERGED_CHUNKS,
-    MERGED_DIMS,
     _latent_decode_kernel,
     _latent_merge_kernel,
     latent_decode_config,
@@ -115,9 +114,9 @@ def _merge(target: str, *, pdl: bool = False) -> KernelCase:
         name=f"latent merge{' pdl' * pdl}",
         kernel=_latent_merge_kernel,
         arguments={"out": "*bf16", "records": "*i32", "partials": "*fp32", "statistics": "*fp32"}
-        | {"HEADS": 16, "HEAD_BLOCKS": 1, "GROUP": 16, "RANK": RANK, "DIMS": MERGED_DIMS, "CHUNKS": MERGED_CHUNKS}
+        | {"HEADS": 16, "HEAD_BLOCKS": 1, "GROUP": 16, "RANK": RANK, "RANK_PAD": RANK, "CHUNKS": MERGED_CHUNKS}
         | {"RECORD": RECORD, "PDL": pdl},
-        num_warps=2,
+        num_warps=4,
         targets=(target,),
     )
 
@@ -138,7 +137,7 @@ def _absorbed(target: str, dtype: torch.dtype, kv: KVFormat, *, pdl: bool = Fals
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         targets=(target,),
-        spills=2 if target == "gfx942" and kv is not KVFormat.PLAIN else 0,
+        spills=5 if target == "gfx942" and kv is not KVFormat.PLAIN else 0,  # of some 400 registers
     )
 
 
