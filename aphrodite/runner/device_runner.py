@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -100,7 +100,7 @@ class DeviceRunner:
         self._padded_steps = executor.padded_steps
         self._graphs = None
         if use_graphs and stream is not None:
-            self._graphs = StepGraphs(stream, self._model, self._endings, self._pad)
+            self._graphs = StepGraphs(stream, self._model, self._endings_of, self._pad)
             if self._padded_steps is not None and self.sampler.launch_levels:
                 self._ragged_sizes = ragged_sizes(self._padded_steps.most_tokens, num_rows)
         if stream is not None:
@@ -269,7 +269,8 @@ class DeviceRunner:
         captured.model.replay()
         if not sampling:
             return LaunchedStep()
-        captured.endings[launches].replay()
+        (choose,) = captured.endings.values()
+        choose.replay()
         return LaunchedStep(list(sampling), self._copy_chosen(len(sampling)))
 
     def _copy_chosen(self, count: int) -> HostCopy:
@@ -292,6 +293,13 @@ class DeviceRunner:
 
     def _staged(self, size: StepSize) -> StagedStep:
         return self.rows.decode_inputs(size.sequences) if size.decode else self._padded_step(size).staged
+
+    def _endings_of(self, size: StepSize) -> Mapping[Hashable, Ending]:
+        """All of them after decode steps; after others, of which there are few, the one that does all that any does."""
+        if size.decode:
+            return self._endings
+        complete = self.sampler.launch_levels[-1]
+        return {complete: self._endings[complete]}
 
     def _choose(self, launches: Hashable, size: StepSize, logits: torch.Tensor) -> None:
         """End a step by choosing tokens."""
@@ -316,7 +324,7 @@ class DeviceRunner:
                 self._try_mixed()
                 for size in sizes:
                     self._try_decode(size)
-        except RuntimeError as error:
+        except Exception as error:  # whatever it is, the start goes on without
             logger.warning("kernels are compiled one by one, for steps could not be rehearsed: %s", error)
             torch.cuda.empty_cache()
             return

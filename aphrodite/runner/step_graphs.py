@@ -45,7 +45,7 @@ def ragged_sizes(most_tokens: int, most_sequences: int) -> list[StepSize]:
         most_tokens: of a step that is worth it.
         most_sequences: of any step.
     """
-    tokens = sorted(count for power in range(4, 20) for count in (1 << power, 3 << (power - 1)))
+    tokens = sorted([16, 32, *(count for power in range(6, 20) for count in (1 << power, 3 << (power - 1)))])
     sequences = sorted({min(FEW_SEQUENCES, most_sequences), most_sequences})
     return [StepSize(count, rows, False) for count in tokens if count <= most_tokens for rows in sequences]
 
@@ -68,7 +68,7 @@ class StepGraphs:
     Args:
         stream: that the graphs are launched on.
         model: takes padding as input when it is captured.
-        endings: by name.
+        endings: of a size, by name.
         pad: makes all of a size's inputs padding.
     """
 
@@ -76,7 +76,7 @@ class StepGraphs:
         self,
         stream: torch.cuda.Stream,
         model: Model,
-        endings: Mapping[Hashable, Ending],
+        endings: Callable[[StepSize], Mapping[Hashable, Ending]],
         pad: Callable[[StepSize], None],
     ) -> None:
         self._stream = stream
@@ -104,13 +104,14 @@ class StepGraphs:
         # Once without capturing: compiles kernels and lets libraries set up, which a capture must not meet.
         self._pad(size)
         logits = self._model(size)
-        for ending in self._endings.values():
+        ways = self._endings(size)
+        for ending in ways.values():
             ending(size, logits)
         self._stream.synchronize()
         model, logits = self._captured(lambda: self._model(size))
         endings = {
             name: self._captured(lambda ending=ending: ending(size, logits))[0]  # type: ignore[misc]
-            for name, ending in self._endings.items()
+            for name, ending in ways.items()
         }
         # The pool takes the logits' memory back here: graphs of other sizes may use it between two of our steps.
         return CapturedStep(model, endings)

@@ -48,7 +48,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
         return lambda size, logits: log.append(f"{name} {size.tokens} {logits}")
 
     endings: dict[Hashable, Any] = {"greedy": ending("greedy"), None: ending("logits")}
-    return StepGraphs(cast(Any, _Stream()), model, endings, lambda size: log.append(f"pad {size.tokens}"))
+    return StepGraphs(cast(Any, _Stream()), model, lambda size: endings, lambda size: log.append(f"pad {size.tokens}"))
 
 
 def test_a_batch_is_padded_to_the_next_size() -> None:
@@ -68,7 +68,7 @@ def test_sizes_ascend_to_the_largest_batch(most: int) -> None:
 
 def test_other_steps_get_the_least_tokens_with_room_for_their_sequences() -> None:
     sizes = ragged_sizes(100, 64)
-    assert [size.tokens for size in sizes] == [16, 16, 24, 24, 32, 32, 48, 48, 64, 64, 96, 96]
+    assert [size.tokens for size in sizes] == [16, 16, 32, 32, 64, 64, 96, 96]
     assert smallest(sizes, 30, 3) == StepSize(32, 8, False)
     assert smallest(sizes, 30, 9) == StepSize(32, 64, False)
     assert smallest(sizes, 97, 1) is None

@@ -69,11 +69,10 @@ def compile_ahead(jobs: Jobs, progress: Progress) -> None:
     began = time.perf_counter()
     failures = _Pool(list(jobs.kernels), workers).run(progress)
     for failure in failures:
-        logger.debug("not compiled ahead: %s", failure)
+        logger.info("compiled where it is launched: %s", failure)
     logger.info("compiled %d kernels by %d processes in %.1f s", count, workers, time.perf_counter() - began)
-    if not failures:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()  # after failures, too: they would fail again
 
 
 def encode(kernel: DirectKernel, arguments: Sequence[Any], options: Mapping[str, Any]) -> str | None:

@@ -239,7 +239,7 @@ class _Graphs:
         def ending(end: Any) -> Any:
             return _Again(lambda: end(size, self.logits))
 
-        return CapturedStep(_Again(model), {name: ending(end) for name, end in self.runner._endings.items()})  # type: ignore[arg-type]
+        return CapturedStep(_Again(model), {name: ending(end) for name, end in self.runner._endings_of(size).items()})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("params", "budget"), [(GREEDY, 64), (SEEDED, 24)], ids=["greedy", "seeded in chunks"])
