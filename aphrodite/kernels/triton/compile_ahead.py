@@ -97,6 +97,8 @@ def _encode_argument(argument: Any, parameter: Any) -> list[Any]:
         return ["pointer", _name(argument.dtype), argument.data_ptr() % 16]
     if isinstance(argument, TensorDescriptor):
         return ["tiles", _name(argument.base.dtype), list(argument.block_shape)]
+    if hasattr(argument, "block_shape"):  # Gluon's, in the layout that it takes by itself
+        return ["gluon tiles", _name(argument.base.dtype), list(argument.block_shape)]
     if type(argument) is int and -(1 << 31) <= argument < 1 << 31:
         alike = parameter.do_not_specialize or (argument != 1 and argument % 16)
         return ["value", 3 if alike else 1 if argument == 1 else 16]

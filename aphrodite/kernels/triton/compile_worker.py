@@ -82,7 +82,17 @@ def _decode_argument(encoded: list[Any]) -> object:
     if kind == "pointer":
         return Pointer(dtype, rest[1])
     block = rest[1]
+    if kind == "gluon tiles":
+        return _gluon_tiles(dtype, block)
     return Tiles(Pointer(dtype, 0), block, [1] * len(block), block)
+
+
+def _gluon_tiles(dtype: torch.dtype, block: list[int]) -> object:
+    from triton.experimental.gluon.language import NVMMASharedLayout  # not in every Triton
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize)
+    return TensorDescriptor(Pointer(dtype, 0), block, [block[-1], 1], block, layout)
 
 
 def main() -> None:
