@@ -32,7 +32,7 @@ def _case(
 ) -> KernelCase:
     """Pointers are of int32 unless named above; integers are not specialised, strides are multiples of 16."""
     arguments: dict[str, Any] = {}
-    for name in kernel.arg_names:
+    for name in getattr(kernel, "jitted", kernel).arg_names:  # under `direct_launch` or not
         if name in constants:
             arguments[name] = constants[name]
         elif name == "logits_ptr":
