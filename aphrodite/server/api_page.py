@@ -45,6 +45,12 @@ KoboldAI's API with koboldcpp's additions. `memory` stands before the prompt, wh
 `genkey` names a run for `check` and `abort`. What a request leaves open is the model's recommendation, not koboldcpp's
 fixed values, and `max_length` is 512. Errors are `{"detail": {"msg", "type", "param"}}`; in a stream they come as
 `event: error`.""",
+    "Anthropic": """\
+A last message of the assistant is continued. Blocks are text; tools and thinking are refused for now. Sampling
+parameters go by their own names. Errors are `{"type": "error", "error": {"type", "message"}}`.""",
+    "Ollama": """\
+Sampling parameters stand in `options`, all of them under any of their names; `num_predict` below 0 is no limit. Streams
+are lines of JSON, and errors `{"error"}`. Names may end in `:latest`.""",
 }
 
 

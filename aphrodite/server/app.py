@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from aphrodite.server.anthropic import anthropic_error, anthropic_routes
 from aphrodite.server.auth import Authentication
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.context import ServerContext
@@ -23,6 +24,7 @@ from aphrodite.server.kobold import kobold_error, kobold_routes
 from aphrodite.server.lifecycle import Gate, Lifecycle
 from aphrodite.server.limits import RequestLimits
 from aphrodite.server.metrics import MetricsPage, ServerMetrics
+from aphrodite.server.ollama import ollama_error, ollama_routes
 from aphrodite.server.openai.chat import ChatEndpoint
 from aphrodite.server.openai.completions import CompletionEndpoint
 from aphrodite.server.openai.models import ModelsEndpoint
@@ -113,6 +115,8 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         RouteGroup("TabbyAPI", tabby),
         RouteGroup("llama.cpp", llama_cpp),
         RouteGroup("KoboldAI", kobold_routes(context), kobold_error),
+        RouteGroup("Anthropic", anthropic_routes(context), anthropic_error),
+        RouteGroup("Ollama", ollama_routes(context), ollama_error),
     ]
 
 

@@ -36,7 +36,7 @@ from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported,
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.routing import get, post
-from aphrodite.server.sse import EventResponse, EventStream, StreamEnding, named_event
+from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, named_event
 
 API_VERSION = "1.2.5"  # of KoboldAI's API
 KOBOLDCPP_VERSION = "1.102"  # whose additions these are; clients ask for it to know what they may send
@@ -109,7 +109,7 @@ def _failure(error: ApiError) -> bytes:
     return named_event("error", error.encode(kobold_error))
 
 
-_ENDING = StreamEnding(mark=b"", failure=_failure)
+_FORMAT = StreamFormat(mark=b"", failure=_failure)
 
 
 class Run:
@@ -234,7 +234,7 @@ class GenerateEndpoints:
             self._context.supervisor,
             write_timeout=config.write_timeout,
             headers=job.headers,
-            ending=_ENDING,
+            format=_FORMAT,
         )
 
     async def check_any(self, request: Request) -> Response:

@@ -18,7 +18,6 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 _HEADERS: Headers = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 )
@@ -37,32 +36,35 @@ def _openai_failure(error: ApiError) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamEnding:
-    """How a protocol's streams end: the mark behind the last event, and the event of an error in mid-stream."""
+class StreamFormat:
+    """What of a protocol's streams is not the events themselves."""
 
-    mark: bytes = DONE
-    failure: Callable[[ApiError], bytes] = _openai_failure
+    media_type: bytes = b"text/event-stream; charset=utf-8"
+    mark: bytes = DONE  # behind the last event
+    ping: bytes = PING  # in silence; empty where the protocol has nothing that clients pass over
+    failure: Callable[[ApiError], bytes] = _openai_failure  # the event of an error in mid-stream
 
 
-OPENAI_ENDING = StreamEnding()
+OPENAI_FORMAT = StreamFormat()
 
 
 class EventStream:
     """One response's way out. The status line goes with the first write, so that early errors keep their status."""
 
-    def __init__(self, send: Send, headers: Headers = (), ending: StreamEnding = OPENAI_ENDING) -> None:
+    def __init__(self, send: Send, headers: Headers = (), format: StreamFormat = OPENAI_FORMAT) -> None:
         self.started = False
         self.last_write = time.monotonic()
         self.writing = False
         self._send = send
         self._headers = headers
-        self._ending = ending
+        self._format = format
 
     async def write(self, data: bytes) -> None:
         """Send whole events; waits while the client does not read."""
         if not self.started:
             self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._headers]})
+            headers = [(b"content-type", self._format.media_type), *_HEADERS, *self._headers]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         self.writing = True
         self.last_write = time.monotonic()
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
@@ -70,12 +72,12 @@ class EventStream:
 
     async def end(self) -> None:
         """The end mark and the response's end."""
-        await self.write(self._ending.mark)
+        await self.write(self._format.mark)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: ApiError) -> None:
         """What went wrong in mid-stream, as the last event before the end mark."""
-        await self.write(self._ending.failure(error))
+        await self.write(self._format.failure(error))
         await self.end()
 
 
@@ -89,16 +91,16 @@ class EventResponse:
         *,
         write_timeout: float,
         headers: Headers = (),
-        ending: StreamEnding = OPENAI_ENDING,
+        format: StreamFormat = OPENAI_FORMAT,
     ) -> None:
         self._produce = produce
         self._supervisor = supervisor
         self._write_timeout = write_timeout
         self._headers = headers
-        self._ending = ending
+        self._format = format
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stream = EventStream(send, self._headers, self._ending)
+        stream = EventStream(send, self._headers, self._format)
 
         async def work() -> None:
             await self._produce(stream)
@@ -106,7 +108,8 @@ class EventResponse:
 
         async def tick() -> None:
             if not stream.writing:
-                await stream.write(PING)
+                if self._format.ping:
+                    await stream.write(self._format.ping)
             elif time.monotonic() - stream.last_write > self._write_timeout:
                 raise ClientDisconnectedError
 

@@ -10,11 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from aphrodite.chat.stops import with_template_stops
-from aphrodite.engine.preparation import wants_negative_prompt, with_negative_prompt
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
-from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
@@ -22,7 +19,6 @@ from aphrodite.server.generation import Generation, UsageCounter, collect, strea
 from aphrodite.server.openai.chunks import ChunkWriter
 from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from aphrodite.server.openai.prompts import truncation
 from aphrodite.server.openai.protocol import (
     ChatFields,
     ignored_header,
@@ -30,7 +26,7 @@ from aphrodite.server.openai.protocol import (
     refuse_unsupported,
     sampling_params,
 )
-from aphrodite.server.openai.rendering import render_chat
+from aphrodite.server.openai.rendering import chat_prompt
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.sse import EventResponse, EventStream
@@ -55,7 +51,7 @@ class ChatEndpoint:
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
-        token_ids, params = await self._prompt(fields, params)
+        token_ids, params = await chat_prompt(fields, params, context)
         generation = Generation.of(
             "chatcmpl", model, [token_ids], params, priority=fields.priority, cache_salt=fields.cache_salt
         )
@@ -82,26 +78,6 @@ class ChatEndpoint:
         if wanted > limit:
             raise invalid("top_logprobs", f"must be at most {limit}")
         return wanted
-
-    async def _prompt(self, fields: ChatFields, params: SamplingParams) -> tuple[list[int], SamplingParams]:
-        """The conversation's token ids; `params` with the template's stops and the ids guidance moves away from."""
-        keep = truncation(
-            fields.truncate_prompt_tokens,
-            max_model_len=self._context.engine.model.max_model_len,
-            max_tokens=params.max_tokens,
-        )
-        last = slice(None) if keep is None else slice(-keep, None)
-        token_ids = await render_chat(fields, self._context, bounded=keep is None)
-        if wants_negative_prompt(params):
-            text = params.negative_prompt
-            negative = await render_chat(fields, self._context, bounded=keep is None, negative=text)
-            params = with_negative_prompt(params, negative[last])
-        if fields.chat_template is None:  # who sends a template sends its stops too
-            engine = self._context.engine
-            params = with_template_stops(
-                params, engine.chat_template, engine.tokenizer, vocab_size=engine.model.vocab_size
-            )
-        return token_ids[last], params
 
 
 def _renamed(error: InvalidRequestError) -> InvalidRequestError:

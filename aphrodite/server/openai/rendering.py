@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from aphrodite.chat.negative import negative_messages
+from aphrodite.chat.stops import with_template_stops
 from aphrodite.chat.template import ChatTemplate
+from aphrodite.engine.preparation import wants_negative_prompt, with_negative_prompt
 from aphrodite.errors import InvalidRequestError
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import THREAD_BYTES, off_loop
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid, unsupported
 from aphrodite.server.openai.messages import read_messages, text_size
-from aphrodite.server.openai.prompts import encode
+from aphrodite.server.openai.prompts import encode, truncation
 from aphrodite.server.openai.protocol import ChatFields
+
+
+async def chat_prompt(
+    fields: ChatFields, params: SamplingParams, context: ServerContext
+) -> tuple[list[int], SamplingParams]:
+    """The conversation's token ids; `params` with the template's stops and the ids that guidance moves away from."""
+    engine = context.engine
+    keep = truncation(
+        fields.truncate_prompt_tokens, max_model_len=engine.model.max_model_len, max_tokens=params.max_tokens
+    )
+    last = slice(None) if keep is None else slice(-keep, None)
+    token_ids = await render_chat(fields, context, bounded=keep is None)
+    if wants_negative_prompt(params):
+        negative = await render_chat(fields, context, bounded=keep is None, negative=params.negative_prompt)
+        params = with_negative_prompt(params, negative[last])
+    if fields.chat_template is None:  # who sends a template sends its stops too
+        params = with_template_stops(params, engine.chat_template, engine.tokenizer, vocab_size=engine.model.vocab_size)
+    return token_ids[last], params
 
 
 async def render_chat(

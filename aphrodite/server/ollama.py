@@ -1,0 +1,380 @@
+"""Ollama's API: `/api/chat`, `/api/generate`, and what its clients ask about models.
+
+Sampling parameters stand in `options` under Ollama's names, which are among those of all endpoints (`repeat_penalty`,
+`num_predict`, `tfs_z`, …), so every sampler works there; `num_predict` below 0 is no limit. Streams are lines of JSON.
+Durations are nanoseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import msgspec
+import pydantic
+from pydantic import Field, WithJsonSchema
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from aphrodite.errors import InvalidRequestError
+from aphrodite.outputs import CompletionOutput, RequestOutput
+from aphrodite.sampling.params import SamplingParams, to_mapping
+from aphrodite.server.body import parse, read_object
+from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import ApiError, Headers, invalid, unsupported
+from aphrodite.server.generation import Generation, collect, stream_pieces
+from aphrodite.server.openai.prompts import encode
+from aphrodite.server.openai.protocol import ChatFields, ignored_header, is_known_field, sampling_params
+from aphrodite.server.openai.rendering import chat_prompt
+from aphrodite.server.presets import preset_of
+from aphrodite.server.routing import get, post
+from aphrodite.server.sse import EventResponse, EventStream, StreamFormat
+
+VERSION = "0.12.0"  # of Ollama, whose API this is; clients ask for it to know what they may send
+_MESSAGES = {"type": "array", "items": {"type": "object"}}
+
+
+class OptionFields(pydantic.BaseModel):
+    """What of `options` is no sampling parameter."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    num_predict: int | None = Field(
+        default=None, description="Most tokens of the answer; below 0 is no limit.", le=2**31
+    )
+    num_ctx: int | None = Field(default=None, description="Has no meaning here: the server's context holds.")
+    num_keep: int | None = Field(default=None, description="Has no meaning here: prompts are not shifted.")
+
+
+class OllamaFields(pydantic.BaseModel):
+    """What both ways of generating take."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    model: str = Field(description="A name from /api/tags.")
+    stream: bool = Field(default=True, description="Send the answer piece by piece, a line of JSON each.")
+    options: dict[str, Any] = Field(default={}, description="Sampling parameters.")
+    preset: str | None = Field(default=None, description="A sampler preset of /v1/presets.", max_length=256)
+    keep_alive: Any = Field(default=None, description="Has no meaning here: the model stays loaded.")
+    think: bool = Field(default=False, description="Must be false: what a model thinks is part of its text here.")
+
+
+class OllamaChatFields(OllamaFields):
+    """`POST /api/chat`."""
+
+    messages: Annotated[Any, WithJsonSchema(_MESSAGES)] = Field(default=[], description="The conversation so far.")
+    tools: list[Any] = Field(default=[], description="Must be empty: tool calls are not supported yet.")
+    format: Any = Field(default=None, description="Must be empty: structured output is not supported yet.")
+
+
+class OllamaGenerateFields(OllamaFields):
+    """`POST /api/generate`."""
+
+    prompt: str = Field(default="", description="The text; the chat template puts it into a turn of the user's.")
+    system: str = Field(default="", description="What the model is told before it.")
+    raw: bool = Field(default=False, description="Take the prompt as it is, without a template.")
+    suffix: str = Field(default="", description="Must be empty.")
+    images: list[Any] = Field(default=[], description="Must be empty: this model reads text only.")
+    context: list[int] = Field(default=[], description="Token ids of an earlier answer, to go on from.")
+    template: str = Field(default="", description="Must be empty: the server's template holds.")
+    format: Any = Field(default=None, description="Must be empty: structured output is not supported yet.")
+
+
+class ShowFields(pydantic.BaseModel):
+    """`POST /api/show`."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    model: str | None = Field(default=None, description="A name from /api/tags.")
+    name: str | None = Field(default=None, description="The same, as older clients call it.")
+
+
+def ollama_error(error: ApiError) -> dict[str, Any]:
+    """An error as Ollama writes it."""
+    return {"error": error.message}
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode(value) + b"\n"
+
+
+def _failure(error: ApiError) -> bytes:
+    return _line(ollama_error(error))
+
+
+_FORMAT = StreamFormat(media_type=b"application/x-ndjson", mark=b"", ping=b"", failure=_failure)
+
+
+def ollama_routes(context: ServerContext) -> list[Route]:
+    """All of the protocol's routes."""
+    generate, models = OllamaEndpoints(context), OllamaModels(context)
+    return [
+        post("/api/chat", generate.chat),
+        post("/api/generate", generate.generate),
+        get("/api/tags", models.tags),
+        get("/api/ps", models.running),
+        post("/api/show", models.show),
+        get("/api/version", models.version),
+    ]
+
+
+def resolve_tagged(context: ServerContext, name: str) -> str:
+    """The model of an Ollama name, whose tag `latest` may be left out.
+
+    Raises:
+        ApiError: 404, no such model.
+    """
+    return context.resolve_model(name if name in context.model_names else name.removesuffix(":latest"))
+
+
+class OllamaEndpoints:
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    async def chat(self, request: Request) -> Response | ASGIApp:
+        """Answer a conversation."""
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
+        fields = parse(OllamaChatFields, body)
+        for name, why in (("tools", "tool calls are"), ("format", "structured output is")):
+            if getattr(fields, name):
+                raise unsupported(name, f"{why} not supported yet; leave it out")
+        params = self._params(request, fields)
+        model = resolve_tagged(self._context, fields.model)
+        if fields.messages == []:
+            return _loaded(model, {"message": {"role": "assistant", "content": ""}})
+        chat = ChatFields(messages=_messages(fields.messages))
+        token_ids, params = await chat_prompt(chat, params, self._context)
+        answer = _Answer(self._context, Generation.of("ollama", model, [token_ids], params), _as_message)
+        return await self._respond(request, fields, answer, _ignored(body, fields))
+
+    async def generate(self, request: Request) -> Response | ASGIApp:
+        """Continue or answer a text."""
+        context = self._context
+        body = await read_object(request, max_depth=context.config.max_json_depth)
+        fields = parse(OllamaGenerateFields, body)
+        for name in ("suffix", "images", "template", "format"):
+            if getattr(fields, name):
+                raise unsupported(name, "is not supported here; leave it out")
+        params = self._params(request, fields)
+        model = resolve_tagged(context, fields.model)
+        if not fields.prompt and not fields.context:
+            return _loaded(model, {"response": ""})
+        token_ids, params = await self._prompt(fields, params)
+        answer = _Answer(context, Generation.of("ollama", model, [token_ids], params), _as_response, tells_context=True)
+        return await self._respond(request, fields, answer, _ignored(body, fields))
+
+    def _params(self, request: Request, fields: OllamaFields) -> SamplingParams:
+        if fields.think:
+            raise unsupported("think", "what a model thinks is part of its text here; leave it out")
+        context, options = self._context, parse(OptionFields, fields.options)
+        preset = preset_of(request, fields.preset, context.config)
+        limit = options.num_predict
+        base = msgspec.structs.replace(
+            context.engine.model.sampling_defaults, max_tokens=None if limit is None or limit < 0 else limit
+        )
+        try:
+            params = sampling_params(fields.options, OptionFields, context.engine.model, base=base, preset=preset)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(str(error), param=f"options.{error.param}", code=error.code) from None
+        if params.n != 1:
+            raise unsupported("options.n", "there is one answer here; leave it out")
+        return params
+
+    async def _prompt(self, fields: OllamaGenerateFields, params: SamplingParams) -> tuple[list[int], SamplingParams]:
+        context = self._context
+        earlier = fields.context
+        vocab_size = context.engine.model.vocab_size
+        if earlier and not 0 <= min(earlier) <= max(earlier) < vocab_size:
+            raise invalid("context", f"has ids outside the vocabulary: they must be 0 to {vocab_size - 1}")
+        if fields.raw:
+            ids = await encode(fields.prompt, context, field="prompt", special=not earlier, bounded=True)
+            return [*earlier, *ids], params
+        messages = [{"role": "system", "content": fields.system}] if fields.system else []
+        chat = ChatFields(messages=[*messages, {"role": "user", "content": fields.prompt}])
+        token_ids, params = await chat_prompt(chat, params, context)
+        return [*earlier, *token_ids], params
+
+    async def _respond(
+        self, request: Request, fields: OllamaFields, answer: _Answer, headers: Headers
+    ) -> Response | ASGIApp:
+        context = self._context
+        if fields.stream:
+            timeout = context.config.write_timeout
+            return EventResponse(
+                answer.stream, context.supervisor, write_timeout=timeout, headers=headers, format=_FORMAT
+            )
+        whole = await context.supervisor.run(answer.whole(), request.receive)
+        shown = {name.decode(): value.decode() for name, value in headers}
+        return Response(whole, media_type="application/json", headers=shown)
+
+
+def _ignored(body: Mapping[str, Any], fields: OllamaFields) -> Headers:
+    """The header that names what was not understood, in the body or among the options."""
+    options = {name: value for name, value in fields.options.items() if not is_known_field(name, OptionFields)}
+    return ignored_header({**body, **options}, type(fields))
+
+
+def _messages(value: Any) -> Any:
+    """Ollama's messages as OpenAI's: pictures, which these models do not see, are refused."""
+    if isinstance(value, list):
+        for index, message in enumerate(value):
+            if isinstance(message, dict) and message.get("images"):
+                raise unsupported(f"messages[{index}].images", "this model reads text only; leave it out")
+    return value
+
+
+def _as_message(text: str) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text}}
+
+
+def _as_response(text: str) -> dict[str, Any]:
+    return {"response": text}
+
+
+def _loaded(model: str, empty: Mapping[str, Any]) -> Response:
+    """A request without a text asks that the model be loaded, which it is."""
+    head = {"model": model, "created_at": _now(), **empty}
+    return Response(msgspec.json.encode({**head, "done": True, "done_reason": "load"}), media_type="application/json")
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One answer, streamed or whole; `write` puts a text where the endpoint's clients look for it."""
+
+    context: ServerContext
+    generation: Generation
+    write: Any  # text -> the keys that hold it
+    tells_context: bool = False
+    began: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+
+    async def whole(self) -> bytes:
+        """The response's body."""
+        (output,), _ = await collect(self.context, self.generation)
+        return msgspec.json.encode(self._end(output.outputs[0], output.outputs[0].text, output.outputs[0].token_ids))
+
+    async def stream(self, events: EventStream) -> None:
+        """Write the answer's lines."""
+        token_ids: list[int] = []
+        pieces = stream_pieces(self.context, self.generation)
+        async with aclosing(pieces):
+            async for _, output in pieces:
+                self.first = self.first or time.perf_counter()
+                await events.write(self._lines(output, token_ids))
+
+    def _lines(self, output: RequestOutput, token_ids: list[int]) -> bytes:
+        (answer,) = output.outputs
+        token_ids += answer.token_ids
+        data = _line({**self._head(), **self.write(answer.text), "done": False}) if answer.text else b""
+        if answer.finish_reason is not None:
+            data += _line(self._end(answer, "", token_ids))
+        return data
+
+    def _head(self) -> dict[str, Any]:
+        return {"model": self.generation.model, "created_at": _now()}
+
+    def _end(self, answer: CompletionOutput, text: str, token_ids: list[int]) -> dict[str, Any]:
+        now = time.perf_counter()
+        first = self.first or now
+        (prompt,) = self.generation.prompts
+        extra = {"context": [*prompt, *token_ids]} if self.tells_context else {}
+        return {
+            **self._head(),
+            **self.write(text),
+            "done": True,
+            "done_reason": "length" if answer.finish_reason == "length" else "stop",
+            **extra,
+            "total_duration": _nanoseconds(now - self.began),
+            "load_duration": 0,
+            "prompt_eval_count": len(prompt),
+            "prompt_eval_duration": _nanoseconds(first - self.began),
+            "eval_count": answer.num_tokens,
+            "eval_duration": _nanoseconds(now - first),
+        }
+
+
+class OllamaModels:
+    """What clients ask about models."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    async def tags(self, request: Request) -> Response:
+        """The models that can be asked for."""
+        return _json({"models": [self._card(name) for name in self._context.model_names]})
+
+    async def running(self, request: Request) -> Response:
+        """The models that are loaded."""
+        first = self._context.model_names[0]
+        forever = "9999-12-31T23:59:59Z"
+        return _json({"models": [{**self._card(first), "expires_at": forever, "size_vram": 0}]})
+
+    async def show(self, request: Request) -> Response:
+        """One model: its template, its recommended parameters, its context."""
+        context, model = self._context, self._context.engine.model
+        fields = parse(ShowFields, await read_object(request, max_depth=context.config.max_json_depth))
+        name = fields.model or fields.name
+        if name is None:
+            raise invalid("model", "this field is required", code="missing_required_parameter")
+        resolve_tagged(context, name)
+        parameters = "\n".join(f"{key} {value}" for key, value in to_mapping(model.sampling_defaults).items())
+        return _json(
+            {
+                "modelfile": f"# served by Aphrodite Engine\nFROM {model.root}",
+                "parameters": parameters,
+                "template": context.engine.chat_template.source,
+                "details": _details(),
+                "model_info": {
+                    "general.architecture": "aphrodite",
+                    "general.basename": context.model_names[0],
+                    "aphrodite.context_length": model.max_model_len,
+                    "aphrodite.vocab_size": model.vocab_size,
+                },
+                "capabilities": ["completion"],
+            }
+        )
+
+    async def version(self, request: Request) -> Response:
+        """The version of Ollama whose API this is."""
+        return _json({"version": VERSION})
+
+    def _card(self, name: str) -> dict[str, Any]:
+        model = self._context.engine.model
+        return {
+            "name": name,
+            "model": name,
+            "modified_at": datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z"),
+            "size": 0,
+            "digest": hashlib.sha256(f"{model.root} {name}".encode()).hexdigest(),
+            "details": _details(),
+        }
+
+
+def _details() -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "",
+        "family": "",
+        "families": [],
+        "parameter_size": "",
+        "quantization_level": "",
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def _json(value: Mapping[str, Any]) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
