@@ -31,8 +31,9 @@ def _case(
     kernel: Any, dtype: str = "bf16", warps: int = 4, registers: int = 0, spills: int = 0, **constants: Any
 ) -> KernelCase:
     """Pointers are of int32 unless named above; integers are not specialised, strides are multiples of 16."""
+    jitted = getattr(kernel, "jitted", kernel)  # under `direct_launch` or not
     arguments: dict[str, Any] = {}
-    for name in getattr(kernel, "jitted", kernel).arg_names:  # under `direct_launch` or not
+    for name in jitted.arg_names:
         if name in constants:
             arguments[name] = constants[name]
         elif name == "logits_ptr":
@@ -44,7 +45,7 @@ def _case(
         else:
             arguments[name] = "i32:16" if name == "logits_stride" else "i32"
     return KernelCase(
-        name=f"{kernel.__name__}-{dtype}-{warps}" + ("-pdl" if constants.get("PDL") else ""),
+        name=f"{jitted.__name__}-{dtype}-{warps}" + ("-pdl" if constants.get("PDL") else ""),
         kernel=kernel,
         arguments=arguments,
         num_warps=warps,
