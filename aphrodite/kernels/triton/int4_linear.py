@@ -62,7 +62,7 @@ def int4_linear(
     kernel = choose_int4_kernel(x.shape[0], x.device)
     if x.stride(0) % 8:
         x = x.contiguous()  # copies move 16 bytes
-    if kernel == "mma" and x.shape[0] == 1 and x.dtype == torch.bfloat16:
+    if kernel == "mma" and x.shape[0] == 1:
         return _gluon_mma(x, weight, epilogue, norm)
     x = x if norm is None else rms_norm(x, *norm)
     if kernel == "mma":

@@ -184,18 +184,21 @@ def _load_part(row, part, in_features: gl.constexpr, PART: gl.constexpr):
 
 
 @gluon.jit
-def _stage_row(x, gammas, smem, in_features: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr):
-    """One row of activations, times the norm's weight, into shared memory in the order of the words; sum of squares."""
-    squares = gl.zeros([PART], gl.float32, staging_layout(gl.num_warps()))
+def _stage_row(x, gammas, eps, smem, in_features: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr):
+    """One row of activations, normed if there are weights for it, into shared memory in the order of the words."""
+    parts = ()  # type: Any
     for part in gl.static_range(PARTS):
-        values = _load_part(x, part, in_features, PART)
+        parts = parts + (_load_part(x, part, in_features, PART),)
+    if len(gammas) > 0:
+        squares = gl.zeros([PART], gl.float32, staging_layout(gl.num_warps()))
+        for part in gl.static_range(PARTS):
+            squares += parts[part].to(gl.float32) * parts[part].to(gl.float32)
+        factor = 1.0 / gl.sqrt(gl.sum(squares, 0) / in_features + eps)
+    for part in gl.static_range(PARTS):
+        values = parts[part]
         if len(gammas) > 0:
-            wide = values.to(gl.float32)
-            squares += wide * wide
-            values = (wide * gammas[part].to(gl.float32)).to(values.dtype)
-        ordered = values.reshape(PART // 32, 4, 4, 2).permute(0, 2, 1, 3).reshape(PART)
-        smem.index(part).store(ordered)
-    return squares
+            values = (values.to(gl.float32) * factor * gammas[part].to(gl.float32)).to(values.dtype)
+        smem.index(part).store(values.reshape(PART // 32, 4, 4, 2).permute(0, 2, 1, 3).reshape(PART))
 
 
 @direct_launch
@@ -247,9 +250,7 @@ def _int4_row_kernel(
         addend = residual_tile(residual, M, out_features, strip, N_WARPS, gl.SliceLayout(0, mma))
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     smem = gl.allocate_shared_memory(dtype, [PARTS, PART], flat)
-    squares = _stage_row(x, gammas, smem, in_features, PARTS, PART)
-    if HAS_NORM:
-        rstd = 1.0 / gl.sqrt(gl.sum(squares, 0) / in_features + eps)
+    _stage_row(x, gammas, eps, smem, in_features, PARTS, PART)
     tiles = smem._reinterpret(
         dtype, [PARTS * PART // (128 * K_WARPS), K_WARPS, S, 128 // S], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     )
@@ -277,8 +278,6 @@ def _int4_row_kernel(
         product = mma_v2(a, b, gl.zeros([S * K_WARPS, 16 * N_WARPS, 8], gl.float32, mma))
         total += product * scale_of(factors)[:, :, None]
     done = gl.sum(total, 0)
-    if HAS_NORM:
-        done *= rstd
     if EARLY:
         done += addend.to(gl.float32)
     LATE: gl.constexpr = HAS_RESIDUAL and not EARLY
@@ -420,8 +419,7 @@ def int4_mma(
         x: `[T, in]` bfloat16 or float16; rows are multiples of 8 values apart, as is `in`.
         weight: (gate, up) pairs when there is an activation. It is read before the kernels of the
             same stream have ended, so none of them may write it (copies may).
-        norm: RMSNorm of x: weight `[in]` and epsilon; for one row only. Its weight is applied before the scaling,
-            which could overflow float16.
+        norm: RMSNorm of x: weight `[in]` and epsilon; for one row only.
         config: how to cut the work; chosen by shape when None.
 
     Returns:
