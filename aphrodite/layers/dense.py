@@ -83,14 +83,16 @@ def _convert(raw: RawTensor, out: torch.Tensor) -> None:
 
 
 def _pieces(raw: RawTensor, out: torch.Tensor) -> Iterator[tuple[RawTensor, torch.Tensor]]:
-    """Rows of a matrix, as many at a time as may be in flight, and where they go; a vector is one piece."""
+    """Rows of a matrix, or matrices of a stack, as many at a time as may be in flight, and where they go; a vector is
+    one piece."""
     if len(raw.shape) == 1:
         yield raw, out
         return
-    step = max(1, _PIECE_VALUES // raw.shape[1])
+    inner = math.prod(raw.shape[1:-1])  # rows of a matrix of the stack
+    step = max(1, _PIECE_VALUES // (inner * raw.shape[-1]))
     for first in range(0, raw.shape[0], step):
-        rows = slice(first, first + step)
-        yield raw.take_rows(rows), out[rows]
+        last = min(first + step, raw.shape[0])
+        yield raw.take_rows(slice(first * inner, last * inner)), out[first:last]
 
 
 def _send(raw: RawTensor, device: torch.device) -> torch.Tensor:

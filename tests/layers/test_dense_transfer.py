@@ -30,9 +30,10 @@ def test_sent_values_are_those_of_the_file(qtype: QuantType) -> None:
     assert torch.equal(reordered.float(), meaning.flip(0))
 
 
-def test_pieces_cover_a_matrix_once() -> None:
-    values = np.random.default_rng(2).normal(size=(1500, 4096)).astype("<f4")
-    raw = RawTensor("w", values.shape, QuantType.F32, values.view(np.uint8))
+@pytest.mark.parametrize("shape", [(1500, 4096), (12, 125, 4096), (3, 1100, 2048)])
+def test_pieces_cover_a_matrix_or_a_stack_of_them_once(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(2).normal(size=shape).astype("<f4")
+    raw = RawTensor("w", shape, QuantType.F32, values.reshape(-1, shape[-1]).view(np.uint8))
     out = torch.full(values.shape, float("nan"))
     pieces = list(_pieces(raw, out))
     assert len(pieces) > 1
