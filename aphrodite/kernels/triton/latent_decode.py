@@ -44,8 +44,7 @@ from aphrodite.kernels.triton.paged import (
 )
 
 MIN_PRODUCT = 16  # rows and depth of tl.dot
-CHUNKS_OF_ONE = 64  # that a single context is divided into: more take longer to put together than they save
-MERGED_CHUNKS = 16  # whose partial results are loaded at once
+MERGED_CHUNKS = 32  # whose partial results are loaded at once
 
 
 class LatentDecodeConfig(NamedTuple):
@@ -68,10 +67,10 @@ class LatentDecodeConfig(NamedTuple):
         return -(-num_heads // self.heads)
 
     def target(self, num_heads: int, sequences: int, multiprocessors: int) -> int:
-        """Chunks to aim at: what runs at once, less one a sequence, by which rounding may exceed it."""
-        if sequences == 1:
-            return CHUNKS_OF_ONE
-        return max(CHUNKS_OF_ONE // 2, self.programs * multiprocessors // self.head_blocks(num_heads) - sequences)
+        """Chunks to aim at: as many as run at the same time, or where there are more sequences than that, twice as
+        many, so that the last to run are short."""
+        at_once = max(1, self.programs * multiprocessors // self.head_blocks(num_heads))
+        return at_once if sequences <= at_once else 2 * at_once
 
 
 def latent_decode_config(num_heads: int, dtype: torch.dtype, card: Card, *, fp8_cache: bool) -> LatentDecodeConfig:
@@ -169,7 +168,7 @@ def latent_decode(
         CHUNKS=MERGED_CHUNKS,
         RECORD=RECORD,
         PDL=pdl,
-        num_warps=4,
+        num_warps=8,
         **launch_options(pdl),
     )
 

@@ -116,7 +116,7 @@ def _merge(target: str, *, pdl: bool = False) -> KernelCase:
         arguments={"out": "*bf16", "records": "*i32", "partials": "*fp32", "statistics": "*fp32"}
         | {"HEADS": 16, "HEAD_BLOCKS": 1, "GROUP": 16, "RANK": RANK, "RANK_PAD": RANK, "CHUNKS": MERGED_CHUNKS}
         | {"RECORD": RECORD, "PDL": pdl},
-        num_warps=4,
+        num_warps=8,
         targets=(target,),
     )
 
