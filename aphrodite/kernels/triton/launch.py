@@ -93,6 +93,7 @@ class DirectKernel:
 
     Attributes:
         jitted: the kernel as Triton knows it.
+        arg_names: of its parameters, as Triton's kernels tell them.
     """
 
     def __init__(self, jitted: JITFunction[Any], *, direct: bool = True) -> None:
@@ -100,6 +101,8 @@ class DirectKernel:
         direct: whether variants may be launched directly; otherwise Triton launches every time.
         """
         self.jitted = jitted
+        self.arg_names: list[str] = jitted.arg_names
+        self.__name__: str = jitted.fn.__name__
         self._direct = direct
         self._variants: dict[tuple[object, ...], _Variant | None] = {}  # None: this one only Triton can launch
         self._is_constant = [parameter.is_constexpr for parameter in jitted.params]
