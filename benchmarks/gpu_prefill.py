@@ -25,7 +25,7 @@ from aphrodite.layers.linear import RmsNorm
 from aphrodite.layers.triton_linear import TritonLinear
 
 ROWS = (128, 256, 512, 1024, 2048, 8192)
-CUTS = (DEFAULT, DEFAULT._replace(stages=4), GatedConfig(256, 128, 64, 8, 3, 8), GatedConfig(128, 128, 64, 8, 4, 4))
+CUTS = (DEFAULT, DEFAULT._replace(stages=3), GatedConfig(256, 128, 64, 8, 3, 8), GatedConfig(128, 128, 64, 8, 4, 4))
 
 
 def sustained_us(ways: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:

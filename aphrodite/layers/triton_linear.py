@@ -15,16 +15,12 @@ import torch.nn.functional as F
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
-from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
+from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_pays, gated_gemm_supports
 from aphrodite.kernels.triton.linear import Epilogue, choose_kernel, gemv, skinny_gemm
 from aphrodite.kernels.triton.norm import rms_norm
 
 if TYPE_CHECKING:
     from aphrodite.layers.linear import RmsNorm
-
-
-# Rows from which the fused gated product is faster than the library's and the activation's own kernel.
-GATED_GEMM_ROWS = 1024
 
 
 def interleave_gate_up(stacked: torch.Tensor) -> torch.Tensor:
@@ -97,7 +93,7 @@ class TritonLinear:
 
     def _fuses_gate(self, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
         alone = self.bias is None and residual is None
-        return alone and x.shape[0] >= GATED_GEMM_ROWS and gated_gemm_supports(x, self.weight)
+        return alone and gated_gemm_pays(x.shape[0], *self.weight.shape) and gated_gemm_supports(x, self.weight)
 
     def by_library(
         self,
