@@ -80,10 +80,12 @@ def packed_gemv_cut(out_features: int, in_features: int, rows: int, bits: int) -
 
 @functools.cache
 def packed_skinny_cut(out_features: int, in_features: int, rows: int, hip: bool = False) -> PackedSkinnyCut:
-    """The cut for a weight `[out, in]` and up to 64 activation rows; on AMD's processors for 64 KiB."""
-    tile, chunk = 32, 256 if rows <= 16 and not hip else 128
-    splits = max(1, min(512 // ceil_div(out_features, tile), in_features // (2 * chunk)))
-    return PackedSkinnyCut(tile, chunk, splits, 2 if hip else 3, 4)
+    """The cut for a weight `[out, in]` and up to 64 activation rows; on AMD's processors for 64 KiB.
+
+    Tiles of 64 rows and 128 columns are what Hopper's matrix units take from registers.
+    """
+    splits = max(1, min(512 // ceil_div(out_features, 64), in_features // 512))
+    return PackedSkinnyCut(64, 128, splits, 2 if hip or rows > 16 else 3, 4)
 
 
 @triton.jit
@@ -509,6 +511,7 @@ def _packed_skinny_kernel(
     counters,  # [tiles] int32, zero between launches
     M,
     out_features,
+    one,  # the bits of 1.0
     columns: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -554,13 +557,20 @@ def _packed_skinny_kernel(
         for span in tl.static_range(SPANS):
             factor, shift = _load_affine(
                 scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
-                GROUP, SUPER, OFFSET, ZERO, KIND,
+                GROUP, SUPER, OFFSET, ZERO, KIND, PLAIN=True,
             )  # fmt: skip
-            factor = _spread(factor, ROWS, RUNS)
-            shift = _spread(shift, ROWS, RUNS)
+            # Of codes in a mantissa, by their place: those of even and of odd fields.
+            affine = ()  # type: Any
+            for parity in tl.static_range(2):
+                raised = factor * (1 << (23 - _place(parity, LOW_BITS, HIGH_BITS))) if KIND == "integer" else factor
+                offset = shift + raised if KIND == "integer" else shift
+                affine = affine + (_spread(raised, ROWS, RUNS), _spread(offset, ROWS, RUNS))
             for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
-                code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-                fields = fields + ((code * factor - shift).to(TYPE),)
+                if KIND == "integer":
+                    code = _mantissa(low_words, high_words, one, index, LOW_BITS, HIGH_BITS)
+                else:
+                    code = _code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+                fields = fields + ((code * affine[index % 2 * 2] - affine[index % 2 * 2 + 1]).to(TYPE),)
         weight = _in_order(fields, ROWS, RUNS, IN_WORD)
         column = step * CHUNK + tl.arange(0, CHUNK)
         pointers = x + tokens[None, :] * x_stride + column[:, None]
@@ -755,6 +765,7 @@ def packed_skinny(
         counters,
         x.shape[0],
         weight.rows,
+        _BITS_OF_ONE,
         **_form_arguments(weight),
         ROWS=cut.rows,
         CHUNK=cut.chunk,

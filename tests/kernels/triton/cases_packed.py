@@ -81,6 +81,7 @@ def _product(
             "workspace": "*fp32",
             "counters": "*i32",
             "M": "i32",
+            "one": "i32:16",
             "ROWS": skinny.rows,
             "CHUNK": skinny.chunk,
             "COLUMNS": max(16, rows),
