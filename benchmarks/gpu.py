@@ -76,6 +76,17 @@ FIGURES: dict[str, dict[str, tuple[float | None, float | None]]] = {
         "mixed": (9_500, 8_448),
         "long": (130, None),
     },
+    "llama-3.1-8b-awq": {
+        "start": (12, 45.6),
+        "decode-1": (410, 238),
+        "decode-8": (2_850, 1_827),
+        "decode-32": (8_200, 6_669),
+        "decode-128": (16_300, 16_115),
+        "decode-256": (22_000, 21_843),
+        "prefill": (47_000, 46_939),
+        "ttft": (None, 47.9),
+        "mixed": (None, 8_872),
+    },
     "qwen3-0.6b": {
         "start": (None, 67.8),
         "decode-1": (800, 599),
