@@ -174,6 +174,7 @@ class DeviceRunner:
         prepare = self._try_decode if self._graphs is None else self._graphs.prepare
         tasks += [partial(self._prepare_ragged, size) for size in reversed(self._ragged_sizes)]
         tasks += [partial(prepare, size) for size in sizes]
+        tasks.append(partial(self._try_prompt, largest))  # beside all graphs
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
                 if self._transfers.stream is not None and self.executor.can_rehearse:

@@ -230,8 +230,9 @@ def test_smollm2_writes_the_same_on_both(make_core: Any) -> None:
     path = os.environ["SMOLLM2_GGUF"]
     params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
     prompts = [[1 + (31 * i + 97 * j) % 40_000 for j in range(8 + 9 * i)] for i in range(10)]
+    devices: list[dict[str, Any]] = [{"device": "cuda"}, {"device": "cpu", "executor": "torch"}]
     cores = [
         build_engine(EngineConfig(model=path, dtype="float32", kv_cache_memory=1 << 30, **device), ()).core
-        for device in ({"device": "cuda"}, {"device": "cpu", "executor": "torch"})
+        for device in devices
     ]
     assert answers(cores[0], params, prompts) == answers(cores[1], params, prompts)
