@@ -60,8 +60,8 @@ def int4_linear(
         `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
     """
     kernel = choose_int4_kernel(x.shape[0], x.device)
-    if x.stride(0) % 8:
-        x = x.contiguous()  # copies move 16 bytes
+    if x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)  # what fetches it moves 16 bytes
     if kernel == "mma" and x.shape[0] == 1:
         return _gluon_mma(x, weight, epilogue, norm)
     x = x if norm is None else rms_norm(x, *norm)
