@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 # word >> 4 e & 0x000F000F is a pair of codes; with the exponent of 128 (bfloat16) or 1024 (float16) in front it is
 # that number plus the code, and subtracting that number plus the zero is exact. Operands: $0 to $3 are the results, two
-# values each; $4 to $11 eight copies of the word, as a broadcast has them, $12 to $19 of the zeros, $20 on of the scales.
+# values each; $4 to $11 eight copies of the word, as a broadcast has them, $12 to $19 of zeros, $20 on scales.
 _UNPACK = """
 {{
 .reg .b32 w;
