@@ -21,7 +21,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
 @with_options(EngineConfig, ServerSettings)
 def run(*, settings: Settings) -> None:
-    """Serve a model over HTTP with OpenAI's protocol.
+    """Serve a model over HTTP, in the protocols of OpenAI, KoboldAI, Ollama and Anthropic.
 
     Without MODEL the small default model is served, fetched once if it is not installed.
     """

@@ -131,6 +131,8 @@ class ProbeEndpoints:
                 "api": {
                     "openai": {"name": "OpenAI API", "rel_url": "/v1", "documentation": "/docs"},
                     "koboldai": {"name": "KoboldAI API", "rel_url": "/api", "documentation": "/docs"},
+                    "anthropic": {"name": "Anthropic Messages API", "rel_url": "/v1", "documentation": "/docs"},
+                    "ollama": {"name": "Ollama API", "rel_url": "/api", "documentation": "/docs"},
                 },
             }
         )
