@@ -222,6 +222,12 @@ class ServerSettings:
     trust_request_chat_template: bool = _setting(
         False, "Accept a chat template inside a request (rendered in the sandbox).", "Server"
     )
+    reasoning_parser: Literal["auto", "none", "think", "mistral", "seed", "command_r", "granite", "harmony"] = _setting(
+        "auto",
+        "How answers mark what the model thinks, which chat answers tell apart from their text: as the chat template "
+        "has it, or by name; `none` leaves it in the text.",
+        "Server",
+    )
     log_requests: bool = _setting(False, "Log a line for each request; never its text.", "Logging")
 
     def __post_init__(self) -> None:

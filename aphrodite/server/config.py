@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aphrodite.chat.reasoning import ReasoningParserName
 from aphrodite.config import ServerSettings
 from aphrodite.errors import ConfigError
 from aphrodite.sampling.presets import PresetLibrary, SamplerPreset, load_presets, shipped_presets
@@ -22,6 +23,7 @@ class ServerConfig:
         cors_origins: exact origins whose pages may call the API from a browser; "*" is all.
         presets: the sampler presets that requests may name.
         preset: that of requests that name none and whose key has none.
+        reasoning_parser: how answers mark reasoning; None: as the chat template says.
         root_path: prefix under which a proxy that strips it serves this server; shown in the OpenAPI document.
         shutdown_timeout: how long running requests may go on after SIGTERM.
         request_timeout: longest life of one generation; None is no limit.
@@ -40,6 +42,7 @@ class ServerConfig:
     presets: PresetLibrary = field(default_factory=shipped_presets)
     preset: SamplerPreset | None = None
     trust_request_chat_template: bool = False
+    reasoning_parser: ReasoningParserName | None = None
     log_requests: bool = False
 
     shutdown_timeout: float = 30.0
@@ -78,6 +81,7 @@ class ServerConfig:
             presets=presets,
             preset=_chosen(settings.sampler_preset, presets),
             trust_request_chat_template=settings.trust_request_chat_template,
+            reasoning_parser=None if settings.reasoning_parser == "auto" else settings.reasoning_parser,
             log_requests=settings.log_requests,
             shutdown_timeout=settings.shutdown_timeout,
             request_timeout=settings.request_timeout,

@@ -10,12 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from aphrodite.chat.events import ParsedAnswer
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
+from aphrodite.server.openai.answers import AnswerReader, answer_format, delta
 from aphrodite.server.openai.chunks import ChunkWriter
 from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
@@ -26,7 +28,7 @@ from aphrodite.server.openai.protocol import (
     refuse_unsupported,
     sampling_params,
 )
-from aphrodite.server.openai.rendering import chat_prompt
+from aphrodite.server.openai.rendering import chat_prompt, effort_warning
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.sse import EventResponse, EventStream
@@ -52,10 +54,23 @@ class ChatEndpoint:
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
         token_ids, params = await chat_prompt(fields, params, context)
+        answers = answer_format(fields, context, token_ids)
+        reader = None
+        if not answers.plain:
+            reader = AnswerReader(
+                answers,
+                context.engine.tokenizer,
+                token_ids,
+                show_special=not params.skip_special_tokens,
+                include_reasoning=fields.include_reasoning,
+            )
+            params = msgspec.structs.replace(params, skip_special_tokens=False)  # some are marks
         generation = Generation.of(
             "chatcmpl", model, [token_ids], params, priority=fields.priority, cache_salt=fields.cache_salt
         )
-        answer = _Answer(context, generation, fields, field_warnings(body, ChatFields, preset))
+        warnings = field_warnings(body, ChatFields, preset)
+        warnings += filter(None, [effort_warning(fields, context)])
+        answer = _Answer(context, generation, fields, reader, warnings)
         headers = ignored_header(body, ChatFields)
         try:
             if fields.stream:
@@ -90,7 +105,15 @@ def _renamed(error: InvalidRequestError) -> InvalidRequestError:
 class _Answer:
     """One request's answer, streamed or whole."""
 
-    def __init__(self, context: ServerContext, generation: Generation, fields: ChatFields, warnings: list[str]) -> None:
+    def __init__(
+        self,
+        context: ServerContext,
+        generation: Generation,
+        fields: ChatFields,
+        reader: AnswerReader | None,
+        warnings: list[str],
+    ) -> None:
+        self._reader = reader
         self._context = context
         self._generation = generation
         self._warnings = warnings
@@ -101,14 +124,14 @@ class _Answer:
         """The response's body."""
         outputs, counter = await collect(self._context, self._generation)
         (output,) = outputs
-        usage = counter.usage()
-        return await off_loop(self._generation.body_bytes(usage["total_tokens"]), lambda: self._body(output, usage))
+        size = self._generation.body_bytes(counter.usage()["total_tokens"])
+        return await off_loop(size, lambda: self._body(output, counter))
 
-    def _body(self, output: RequestOutput, usage: dict[str, Any]) -> bytes:
+    def _body(self, output: RequestOutput, counter: UsageCounter) -> bytes:
         body = {
             **self._generation.head("chat.completion"),
             "choices": [self._choice(answer) for answer in output.outputs],
-            "usage": usage,
+            "usage": self._usage(counter),
         }
         if self._fields.return_token_ids:
             body["prompt_token_ids"] = output.prompt_token_ids
@@ -137,7 +160,7 @@ class _Answer:
         counting = counter if options.continuous_usage_stats else None
         params = self._generation.params
         detailed = params.logprobs is not None or params.sampler_trace or self._fields.return_token_ids
-        plain = not detailed and counting is None
+        plain = not detailed and counting is None and self._reader is None
         opened: set[int] = set()
         pieces = stream_pieces(self._context, self._generation)
         async with aclosing(pieces):
@@ -150,21 +173,42 @@ class _Answer:
                         data += self._opening(writer, output, answer.index, counting)
                     if plain and answer.finish_reason is None:
                         data += writer.text(answer.index, answer.text)
+                    elif self._reader is None:
+                        data += self._chunk(writer, answer, answer.text, counting)
                     else:
-                        data += self._chunk(writer, answer, counting)
+                        data += self._chunks(writer, answer, self._reader, counting, detailed=detailed)
                 await events.write(data)
         if options.include_usage:
-            await events.write(writer.usage(counter.usage()))
+            await events.write(writer.usage(self._usage(counter)))
 
     def _opening(self, writer: ChunkWriter, output: RequestOutput, index: int, counting: UsageCounter | None) -> bytes:
         """A choice's first chunk: whose turn it is."""
         beside = {"prompt_token_ids": output.prompt_token_ids} if self._fields.return_token_ids else None
         return writer.choice(index, None, usage=counting.usage() if counting else None, beside=beside)
 
-    def _chunk(self, writer: ChunkWriter, answer: CompletionOutput, counting: UsageCounter | None) -> bytes:
+    def _chunks(
+        self,
+        writer: ChunkWriter,
+        answer: CompletionOutput,
+        reader: AnswerReader,
+        counting: UsageCounter | None,
+        *,
+        detailed: bool,
+    ) -> bytes:
+        """The chunks of a piece that was taken apart; what else is told of it goes with the last."""
+        deltas = [delta(event) for event in reader.read(answer)]
+        if answer.finish_reason is not None or (detailed and not deltas):
+            deltas.append({})
+        usage = counting.usage() if counting else None
+        data = b"".join(writer.choice(answer.index, piece, usage=usage) for piece in deltas[:-1])
+        return data + self._chunk(writer, answer, deltas[-1], counting) if deltas else b""
+
+    def _chunk(
+        self, writer: ChunkWriter, answer: CompletionOutput, piece: str | dict[str, Any], counting: UsageCounter | None
+    ) -> bytes:
         return writer.choice(
             answer.index,
-            answer.text,
+            piece,
             logprobs=chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
             finish_reason=openai_finish_reason(answer),
             usage=counting.usage() if counting else None,
@@ -174,16 +218,32 @@ class _Answer:
     def _choice(self, answer: CompletionOutput) -> dict[str, Any]:
         return {
             "index": answer.index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": self._message(answer),
             "logprobs": chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
             "finish_reason": openai_finish_reason(answer),
             **self._extra(answer),
         }
 
+    def _message(self, answer: CompletionOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if self._reader is not None:
+            parsed = ParsedAnswer.of(self._reader.read(answer))
+            message["content"] = parsed.text
+            if parsed.reasoning:
+                message |= {"reasoning_content": parsed.reasoning, "reasoning": parsed.reasoning}
+        return message
+
+    def _usage(self, counter: UsageCounter) -> dict[str, Any]:
+        """Token counts at the end, those of reasoning with them."""
+        usage = counter.usage()
+        return usage if self._reader is None else usage | self._reader.usage_details()
+
     def _extra(self, answer: CompletionOutput) -> dict[str, Any]:
         return answer_extras(answer, self._names, token_ids=self._fields.return_token_ids)
 
 
-def _delta(text: str | None) -> dict[str, Any]:
-    """The part of a choice that holds a piece of text; None opens the turn."""
-    return {"delta": {"role": "assistant", "content": ""} if text is None else {"content": text}}
+def _delta(piece: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The part of a choice that holds a piece of text, or a delta that was made already; None opens the turn."""
+    if isinstance(piece, dict):
+        return {"delta": piece}
+    return {"delta": {"role": "assistant", "content": ""} if piece is None else {"content": piece}}

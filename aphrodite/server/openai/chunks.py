@@ -18,7 +18,8 @@ class ChunkWriter:
 
     Args:
         head: the keys that every chunk has: id, object, created, model.
-        wrap: the keys of a choice that hold a piece of text: `{"text": …}` or `{"delta": {"content": …}}`.
+        wrap: the keys of a choice that hold a piece of text: `{"text": …}` or `{"delta": {"content": …}}`; or whatever
+            else `choice` is given for it.
         usage_key: every chunk has a `usage`, null but in the last.
         warnings: about the request; the first chunk brings them if there are any.
     """
@@ -26,7 +27,7 @@ class ChunkWriter:
     def __init__(
         self,
         head: dict[str, Any],
-        wrap: Callable[[str | None], dict[str, Any]],
+        wrap: Callable[[Any], dict[str, Any]],
         *,
         usage_key: bool,
         warnings: Sequence[str] = (),
@@ -51,7 +52,7 @@ class ChunkWriter:
     def choice(
         self,
         index: int,
-        text: str | None,
+        text: Any,
         *,
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,

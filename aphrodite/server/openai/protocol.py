@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, WithJsonSchema
@@ -110,6 +110,12 @@ class ChatFields(GenerationFields):
         default=None,
         description="Texts to answer from, as the model's template shows them: title, text.",
         max_length=256,
+    )
+    include_reasoning: bool = Field(
+        default=True, description="Tell what the model thinks, as reasoning_content; else it is left out."
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        default=None, description="How long to think, where the chat template has a way to say it."
     )
 
 

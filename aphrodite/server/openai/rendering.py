@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from aphrodite.chat.negative import negative_messages
 from aphrodite.chat.stops import with_template_stops
 from aphrodite.chat.template import ChatTemplate
@@ -14,6 +16,8 @@ from aphrodite.server.errors import invalid, unsupported
 from aphrodite.server.openai.messages import read_messages, text_size
 from aphrodite.server.openai.prompts import encode, truncation
 from aphrodite.server.openai.protocol import ChatFields
+
+_EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know three levels
 
 
 async def chat_prompt(
@@ -58,12 +62,12 @@ async def render_chat(
         messages = negative_messages(messages, negative)
 
     def render() -> str:
-        return _template(fields, context).render(
+        return template_of(fields, context).render(
             messages,
             add_generation_prompt=opens,
             continue_final_message=continues,
             documents=fields.documents,
-            extra=fields.chat_template_kwargs,
+            extra=_variables(fields),
         )
 
     # A template that came with the request may take long, whatever the messages' size; documents may be long.
@@ -79,13 +83,37 @@ async def render_chat(
     return await encode(text, context, field=field, special=fields.add_special_tokens, bounded=bounded)
 
 
+def _variables(fields: ChatFields) -> dict[str, Any]:
+    """What the template is told beside the messages; what the request says by the variables' own names holds."""
+    effort = fields.reasoning_effort
+    if effort is None:
+        return fields.chat_template_kwargs
+    thinking = {"enable_thinking": effort != "none"}
+    level = {} if effort == "none" else {"reasoning_effort": _EFFORTS.get(effort, effort)}
+    return {**thinking, **level, **fields.chat_template_kwargs}
+
+
+def effort_warning(fields: ChatFields, context: ServerContext) -> str | None:
+    """What to say of a `reasoning_effort` that the model's template has no use for."""
+    effort = fields.reasoning_effort
+    if effort is None:
+        return None
+    template = template_of(fields, context)
+    reasoning = template.traits.reasoning
+    if reasoning is None:
+        return f"`reasoning_effort` has no effect: {template.name} says nothing of reasoning."
+    if effort == "none" and reasoning.switch is None:
+        return f"`reasoning_effort` none has no effect: {template.name} cannot turn reasoning off."
+    return None
+
+
 def _check_template(fields: ChatFields, context: ServerContext) -> None:
     if fields.chat_template is not None and not context.config.trust_request_chat_template:
         why = "this server takes no templates from requests (start it with --trust-request-chat-template)"
         raise unsupported("chat_template", why)
 
 
-def _template(fields: ChatFields, context: ServerContext) -> ChatTemplate:
+def template_of(fields: ChatFields, context: ServerContext) -> ChatTemplate:
     """The request's own template, else the model's."""
     if fields.chat_template is None:
         return context.engine.chat_template

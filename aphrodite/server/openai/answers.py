@@ -1,0 +1,150 @@
+"""Chat answers taken apart: what of a model's text is reasoning, and what the user is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from aphrodite.chat.answer import AnswerFormat
+from aphrodite.chat.events import Event, ReasoningPiece, TextPiece
+from aphrodite.chat.reasoning import reasoning_marks
+from aphrodite.outputs import CompletionOutput
+from aphrodite.server.context import ServerContext
+from aphrodite.server.openai.protocol import ChatFields
+from aphrodite.server.openai.rendering import template_of
+from aphrodite.tokenizer.detokenizer import IncrementalDetokenizer
+from aphrodite.tokenizer.tokenizer import Tokenizer
+
+_TAIL = 32  # tokens: more than the opening of any answer's reasoning has
+
+
+def answer_format(fields: ChatFields, context: ServerContext, prompt_token_ids: list[int]) -> AnswerFormat:
+    """How the answers to a conversation are marked; see `AnswerFormat`."""
+    traits = template_of(fields, context).traits
+    reasoning = reasoning_marks(traits, context.config.reasoning_parser)
+    if reasoning is None:
+        return AnswerFormat()
+    if fields.continue_final_message:
+        begun = _text_of(fields.messages[-1])
+        is_open = begun.rfind(reasoning.start) > begun.rfind(reasoning.end)
+        return AnswerFormat(reasoning, is_open=is_open, is_text=bool(begun) and not is_open)
+    tail = context.engine.tokenizer.decode(prompt_token_ids[-_TAIL:], skip_special_tokens=False)
+    return AnswerFormat(reasoning, is_open=reasoning.is_open(tail))
+
+
+def _text_of(message: Any) -> str:
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+    return content if isinstance(content, str) else ""
+
+
+class AnswerReader:
+    """Reads the answers of one request, each in its pieces or at once.
+
+    The engine has to show special tokens in the text, for some of them are marks; those that are not are taken out
+    here, unless the request wants them.
+
+    Args:
+        show_special: special tokens stay in the text.
+        include_reasoning: reasoning is told; else it is left out.
+    """
+
+    def __init__(
+        self,
+        answers: AnswerFormat,
+        tokenizer: Tokenizer,
+        prompt_token_ids: list[int],
+        *,
+        show_special: bool,
+        include_reasoning: bool,
+    ) -> None:
+        self._format = answers
+        self._tokenizer = tokenizer
+        self._prompt_token_ids = prompt_token_ids
+        self._include_reasoning = include_reasoning
+        self._hidden = {} if show_special else _hidden_tokens(tokenizer, answers.marks)
+        self._open: dict[int, _OpenAnswer] = {}
+
+    def read(self, answer: CompletionOutput) -> list[Event]:
+        """What a piece of an answer brings, with the answer's end all that was held back."""
+        state = self._open.get(answer.index)
+        if state is None:
+            state = self._open[answer.index] = _OpenAnswer(self._format)
+        state.token_ids += answer.token_ids
+        events = state.parser.feed(self._without_hidden(answer.text, answer.token_ids))
+        if answer.finish_reason is not None:
+            events += state.parser.finish()
+        if not self._include_reasoning:
+            events = [event for event in events if not isinstance(event, ReasoningPiece)]
+        return _joined(events)
+
+    def usage_details(self) -> dict[str, Any]:
+        """`completion_tokens_details` of all answers."""
+        count = sum(map(self._reasoning_tokens, self._open.values()))
+        return {"completion_tokens_details": {"reasoning_tokens": count}}
+
+    def _reasoning_tokens(self, state: _OpenAnswer) -> int:
+        """How many of an answer's tokens hold its reasoning and the marks around it."""
+        wanted = state.parser.reasoning_chars
+        if not wanted:
+            return 0
+        detokenizer = IncrementalDetokenizer(self._tokenizer, self._prompt_token_ids, skip_special_tokens=False)
+        seen = 0
+        for count, token_id in enumerate(state.token_ids, 1):
+            text = detokenizer.push(token_id)
+            seen += 0 if token_id in self._hidden else len(text)
+            if seen >= wanted:
+                return count
+        return len(state.token_ids)
+
+    def _without_hidden(self, text: str, token_ids: Sequence[int]) -> str:
+        """`text` without the special tokens among `token_ids` that are no marks, in their order."""
+        if self._hidden.keys().isdisjoint(token_ids):
+            return text
+        kept, position = [], 0
+        for token_id in token_ids:
+            found = text.find(self._hidden[token_id], position) if token_id in self._hidden else -1
+            if found >= 0:
+                kept.append(text[position:found])
+                position = found + len(self._hidden[token_id])
+        return "".join((*kept, text[position:]))
+
+
+class _OpenAnswer:
+    """One answer that is being read."""
+
+    def __init__(self, answers: AnswerFormat) -> None:
+        self.parser = answers.parser()
+        self.token_ids: list[int] = []
+
+
+def _hidden_tokens(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, str]:
+    """Special tokens that are part of no mark, with their texts."""
+    shown = "\n".join(marks)
+    texts = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_ids}
+    return {token_id: text for token_id, text in texts.items() if text and text not in shown}
+
+
+def _joined(events: Iterable[Event]) -> list[Event]:
+    """The events with neighbours of one kind as one."""
+    joined: list[Event] = []
+    for event in events:
+        last = joined[-1] if joined else None
+        if isinstance(event, TextPiece) and isinstance(last, TextPiece):
+            joined[-1] = TextPiece(last.text + event.text)
+        elif isinstance(event, ReasoningPiece) and isinstance(last, ReasoningPiece):
+            joined[-1] = ReasoningPiece(last.text + event.text)
+        else:
+            joined.append(event)
+    return joined
+
+
+def delta(event: Event) -> dict[str, Any]:
+    """An event as the delta of a chunk."""
+    match event:
+        case TextPiece(text):
+            return {"content": text}
+        case ReasoningPiece(text):
+            return {"reasoning_content": text, "reasoning": text}
+    raise TypeError(f"no delta for {event!r}")

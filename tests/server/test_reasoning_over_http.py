@@ -1,0 +1,93 @@
+"""Reasoning split from chat answers, through OpenAI's client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from running import running_server
+from scripted import ScriptedEngine
+
+MESSAGES = [{"role": "user", "content": "2+2?"}]
+THOUGHT = "<think>\nTwo and [TOOL_CALLS]two.\n</think>\n\nFour."
+
+
+async def ask(server: Any, **fields: Any) -> ChatCompletion:
+    answer = await server.client.chat.completions.create(model="fake/story", messages=MESSAGES, **fields)
+    return ChatCompletion.model_validate(answer.model_dump(), strict=True)
+
+
+async def test_whole_answers_have_reasoning_beside_their_text() -> None:
+    async with running_server(ScriptedEngine("qwen-3", THOUGHT)) as server:
+        answer = await ask(server)
+    message = answer.choices[0].message
+    assert message.content == "Four."
+    assert message.reasoning_content == message.reasoning == "Two and two."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens_details.reasoning_tokens == len("\nTwo and two.\n") + 3
+
+
+@pytest.mark.parametrize("details", [{}, {"logprobs": True}, {"n": 2}])
+async def test_streams_bring_reasoning_first(details: dict[str, Any]) -> None:
+    chunks: list[ChatCompletionChunk] = []
+    async with running_server(ScriptedEngine("qwen-3", THOUGHT)) as server:
+        stream = await server.client.chat.completions.create(
+            model="fake/story", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **details
+        )
+        async for chunk in stream:
+            chunks.append(ChatCompletionChunk.model_validate(chunk.model_dump(), strict=True))
+    for index in range(details.get("n", 1)):
+        choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        thoughts = "".join(getattr(choice.delta, "reasoning_content", None) or "" for choice in choices)
+        text = "".join(choice.delta.content or "" for choice in choices)
+        assert (thoughts, text) == ("Two and two.", "Four.")
+        assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
+        if "logprobs" in details:
+            named = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+            assert len(named) == chunks[-1].usage.completion_tokens
+    assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == details.get("n", 1) * 17
+
+
+async def test_what_opens_or_leaves_out_reasoning() -> None:
+    engine = ScriptedEngine("deepseek-r1", "Two.</think>Four.")  # whose prompt ends with <think>
+    async with running_server(engine) as server:
+        message = (await ask(server)).choices[0].message
+        assert (message.reasoning, message.content) == ("Two.", "Four.")
+        message = (await ask(server, extra_body={"include_reasoning": False})).choices[0].message
+        assert message.content == "Four."
+        assert not hasattr(message, "reasoning")
+        warned = await ask(server, reasoning_effort="none")
+        assert "cannot turn reasoning off" in warned.warnings[0]
+
+
+async def test_a_parser_is_chosen_at_start() -> None:
+    async with running_server(ScriptedEngine("chatml", THOUGHT), reasoning_parser="think") as server:
+        assert (await ask(server)).choices[0].message.content == "Four."
+    async with running_server(ScriptedEngine("qwen-3", THOUGHT), reasoning_parser="none") as server:
+        message = (await ask(server)).choices[0].message
+        assert message.content == "\nTwo and two.\n\n\nFour."  # special tokens are left out
+        assert not hasattr(message, "reasoning")
+
+
+async def test_effort_and_continued_answers() -> None:
+    engine = ScriptedEngine("qwen-3", "Four.")
+    async with running_server(engine) as server:
+        await ask(server, reasoning_effort="none")
+        assert engine.prompt.endswith("<think>\n\n</think>\n\n")
+        await ask(server, reasoning_effort="high")
+        assert not engine.prompt.endswith("</think>\n\n")
+        warned = await ask(server, reasoning_effort="low")
+        assert not hasattr(warned, "warnings")
+        engine.text = " more.</think>Four."
+        begun = [*MESSAGES, {"role": "assistant", "content": "<think>Some"}]
+        answer = await server.client.chat.completions.create(
+            model="fake/story", messages=begun, extra_body={"continue_final_message": True}
+        )
+        assert (answer.choices[0].message.reasoning, answer.choices[0].message.content) == ("more.", "Four.")
+    engine = ScriptedEngine("gpt-oss", "<|channel|>analysis<|message|>Hm.<|end|>")
+    async with running_server(engine) as server:
+        assert (await ask(server, reasoning_effort="xhigh")).choices[0].message.reasoning == "Hm."
+        assert "Reasoning: high" in engine.prompt
+    async with running_server() as server:
+        assert "says nothing of reasoning" in (await ask(server, reasoning_effort="low")).warnings[0]
