@@ -33,8 +33,9 @@ class Choices(NamedTuple):
 
     @staticmethod
     def empty(count: int, device: torch.device) -> Choices:
-        flags = torch.zeros(2, count, dtype=torch.bool, device=device)
-        return Choices(torch.zeros(count, dtype=torch.int32, device=device), flags[0], flags[1])
+        # Each at a multiple of 16 bytes: Triton compiles kernels anew for pointers less aligned.
+        flags = torch.zeros(2, -(-count // 16) * 16, dtype=torch.bool, device=device)
+        return Choices(torch.zeros(count, dtype=torch.int32, device=device), flags[0, :count], flags[1, :count])
 
 
 class HostChoices(NamedTuple):

@@ -167,14 +167,17 @@ class TritonSampler:
     ) -> tuple[LogprobTensors | None, dict[int, int]]:
         """Sample `entries` (None: all) of `logits` [L, vocab]; the rest is as in `FusedSampler.sample`."""
         launches = self.stage(rows, positions, barred)
-        places = self._upload(np.array((rows, positions), np.int32))
+        # Both at multiples of 16 bytes: Triton compiles kernels anew for pointers less aligned.
+        places = np.zeros((2, -(-len(rows) // 4) * 4), np.int32)
+        places[:, : len(rows)] = rows, positions
+        row_numbers, row_positions = self._upload(places)[:, : len(rows)]
         index = None if entries is None else self._upload(np.array(entries, np.int64))
         part = logits if index is None else logits[index]
         chosen = choices.tensors if index is None else Choices.empty(len(rows), self._device)
         numbers = list(range(len(rows)) if entries is None else entries)
         wanted = {number: self.wanted[row] for number, row in zip(numbers, rows, strict=True) if row in self.wanted}
         processed = torch.empty_like(part, dtype=torch.float32) if not self._processed.isdisjoint(rows) else None
-        self.kernels.run(part, places[0], places[1], Outputs(*chosen), launches, processed)
+        self.kernels.run(part, row_numbers, row_positions, Outputs(*chosen), launches, processed)
         if index is not None:
             for whole, some in zip(choices.tensors, chosen, strict=True):
                 whole[index] = some

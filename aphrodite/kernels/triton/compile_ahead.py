@@ -67,7 +67,8 @@ def compile_ahead(jobs: Jobs, progress: Progress) -> None:
     if marker.exists():
         return
     began = time.perf_counter()
-    failures = _Pool(list(jobs.kernels), workers).run(progress)
+    longest_first = sorted(jobs.kernels, key=len, reverse=True)  # as far as many arguments are a sign of much code
+    failures = _Pool(longest_first, workers).run(progress)
     for failure in failures:
         logger.info("compiled where it is launched: %s", failure)
     logger.info("compiled %d kernels by %d processes in %.1f s", count, workers, time.perf_counter() - began)
