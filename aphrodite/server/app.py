@@ -23,6 +23,7 @@ from aphrodite.server.health import HealthEndpoint, version
 from aphrodite.server.kobold import kobold_error, kobold_routes
 from aphrodite.server.lifecycle import Gate, Lifecycle
 from aphrodite.server.limits import RequestLimits
+from aphrodite.server.llama_cpp import llama_cpp_routes
 from aphrodite.server.metrics import MetricsPage, ServerMetrics
 from aphrodite.server.ollama import ollama_error, ollama_routes
 from aphrodite.server.openai.chat import ChatEndpoint
@@ -107,7 +108,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         get("/v1/auth/permission", probes.permission),
         get("/.well-known/serviceinfo", probes.service_info),
     ]
-    llama_cpp = [get("/props", probes.props), get("/slots", probes.slots)]
+    llama_cpp = [*llama_cpp_routes(context), get("/props", probes.props), get("/slots", probes.slots)]
     return [
         RouteGroup("OpenAI", openai),
         RouteGroup("Aphrodite", own),

@@ -1,0 +1,177 @@
+"""llama.cpp's own way of generating: `POST /completion`.
+
+Sampling parameters go by llama.cpp's names, which are among those of all endpoints. What a request leaves open is the
+model's recommendation.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pydantic
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from aphrodite.core.plan import TokenLogprobs
+from aphrodite.outputs import CompletionOutput
+from aphrodite.server.body import off_loop, parse, read_object
+from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import unsupported
+from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
+from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs
+from aphrodite.server.openai.prompts import read_prompts
+from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported, sampling_params
+from aphrodite.server.openai.warnings import field_warnings
+from aphrodite.server.presets import preset_of
+from aphrodite.server.routing import post
+from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, event
+
+
+class LlamaCppFields(pydantic.BaseModel):
+    """`POST /completion`."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    prompt: Any = Field(description="Text, or token ids.")
+    n_predict: int | None = Field(default=None, description="Most tokens; below 0 is no limit.", lt=2**31)
+    stream: bool = Field(default=False, description="Send the answer piece by piece as server-sent events.")
+    n_probs: int = Field(default=0, description="Add so many most likely tokens at each position.", ge=0, lt=2**31)
+    return_tokens: bool = Field(default=False, description="Add the answer's token ids.")
+    preset: str | None = Field(default=None, description="A sampler preset of /v1/presets.", max_length=256)
+    model: str | None = Field(default=None, description="A name from /v1/models; by default the model's own.")
+    cache_prompt: bool = Field(default=True, description="Has no meaning here: prefixes are always cached.")
+    id_slot: int = Field(default=-1, description="Has no meaning here: requests are not bound to a slot.")
+    n_keep: int = Field(default=0, description="Has no meaning here: prompts are not shifted.")
+
+
+_FORMAT = StreamFormat(mark=b"")
+
+
+def llama_cpp_routes(context: ServerContext) -> list[Route]:
+    """The routes of this module."""
+    create = CompletionEndpoint(context).create
+    return [post("/completion", create), post("/completions", create)]
+
+
+class CompletionEndpoint:
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    async def create(self, request: Request) -> Response | ASGIApp:
+        """Continue a text."""
+        context = self._context
+        body = await read_object(request, max_depth=context.config.max_json_depth)
+        refuse_unsupported(body)
+        fields = parse(LlamaCppFields, body)
+        model, limit = context.engine.model, fields.n_predict
+        base = msgspec.structs.replace(
+            model.sampling_defaults,
+            max_tokens=None if limit is None or limit < 0 else limit,
+            logprobs=min(fields.n_probs, model.max_logprobs) or None,
+        )
+        preset = preset_of(request, fields.preset, context.config)
+        params = sampling_params(body, LlamaCppFields, model, base=base, preset=preset)
+        prompts = await read_prompts(fields.prompt, context, add_special_tokens=True, truncate=None)
+        if len(prompts) > 1 or params.n > 1:
+            raise unsupported("prompt" if len(prompts) > 1 else "n", "one prompt and one answer; use /v1/completions")
+        generation = Generation.of("cmpl", context.resolve_model(fields.model), [prompts[0].token_ids], params)
+        warnings = field_warnings(body, LlamaCppFields, preset)
+        answer = _Answer(context, generation, fields, warnings)
+        headers = ignored_header(body, LlamaCppFields)
+        if fields.stream:
+            timeout = context.config.write_timeout
+            return EventResponse(
+                answer.stream, context.supervisor, write_timeout=timeout, headers=headers, format=_FORMAT
+            )
+        whole = await context.supervisor.run(answer.whole(), request.receive)
+        shown = {name.decode(): value.decode() for name, value in headers}
+        return Response(whole, media_type="application/json", headers=shown)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One answer, streamed or whole."""
+
+    context: ServerContext
+    generation: Generation
+    fields: LlamaCppFields
+    warnings: list[str]
+    began: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+
+    async def whole(self) -> bytes:
+        """The response's body."""
+        (output,), counter = await collect(self.context, self.generation)
+        (answer,) = output.outputs
+        size = self.generation.body_bytes(answer.num_tokens)
+        return await off_loop(size, lambda: msgspec.json.encode(self._piece(answer) | self._end(answer, counter)))
+
+    async def stream(self, events: EventStream) -> None:
+        """Write the answer's events."""
+        counter = UsageCounter(self.generation.prompts)
+        pieces = stream_pieces(self.context, self.generation)
+        async with aclosing(pieces):
+            async for number, output in pieces:
+                self.first = self.first or time.perf_counter()
+                counter.observe(number, output)
+                (answer,) = output.outputs
+                piece = self._piece(answer)
+                if answer.finish_reason is not None:
+                    piece |= self._end(answer, counter)
+                await events.write(event(msgspec.json.encode(piece)))
+
+    def _piece(self, answer: CompletionOutput) -> dict[str, Any]:
+        piece: dict[str, Any] = {"index": 0, "content": answer.text, "id_slot": -1, "stop": False}
+        piece["tokens"] = answer.token_ids if self.fields.return_tokens or self.fields.stream else []
+        if answer.logprobs is not None:
+            piece["completion_probabilities"] = self._probabilities(answer.logprobs)
+        return piece
+
+    def _probabilities(self, entries: list[TokenLogprobs]) -> list[dict[str, Any]]:
+        names = TokenNames(self.context.engine.tokenizer, as_ids=False)
+        rows: list[dict[str, Any]] = chat_logprobs(entries, names)["content"]
+        for row, entry in zip(rows, entries, strict=True):
+            row["id"] = entry.token_id
+            for top, token_id in zip(row["top_logprobs"], entry.top_ids, strict=True):
+                top["id"] = token_id
+        return rows
+
+    def _end(self, answer: CompletionOutput, counter: UsageCounter) -> dict[str, Any]:
+        """What the last piece says besides."""
+        usage = counter.usage()
+        word = answer.stop_reason if isinstance(answer.stop_reason, str) else ""
+        kind = "limit" if answer.finish_reason == "length" else "word" if word else "eos"
+        extra = {"warnings": self.warnings} if self.warnings else {}
+        return {
+            "stop": True,
+            "model": self.generation.model,
+            "stop_type": kind,
+            "stopping_word": word,
+            "truncated": False,
+            "tokens_predicted": answer.num_tokens,
+            "tokens_evaluated": usage["prompt_tokens"],
+            "tokens_cached": usage["prompt_tokens_details"]["cached_tokens"],
+            "timings": self._timings(usage["prompt_tokens"], answer.num_tokens),
+            **extra,
+        }
+
+    def _timings(self, num_prompt: int, num_answer: int) -> dict[str, float]:
+        """Milliseconds of the prompt, waiting included, and of the answer; a whole answer does not tell them apart."""
+        now = time.perf_counter()
+        first = self.first or now
+        prompt, predicted = (first - self.began) * 1e3, (now - first) * 1e3
+        return {
+            "prompt_n": num_prompt,
+            "prompt_ms": prompt,
+            "prompt_per_second": num_prompt / prompt * 1e3 if prompt else 0.0,
+            "predicted_n": num_answer,
+            "predicted_ms": predicted,
+            "predicted_per_second": num_answer / predicted * 1e3 if predicted else 0.0,
+        }
