@@ -19,6 +19,7 @@ from aphrodite.chat.stops import with_template_stops
 from aphrodite.config import make_engine_config
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.builder import build_engine
+from aphrodite.engine.grammar_check import GrammarChecker
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.output import RequestStream, merge_outputs
 from aphrodite.engine.preparation import (
@@ -64,6 +65,8 @@ class LLM:
             self.tokenizer, name=f"{built.info.model} {path.name}", family=built.info.family
         )
         self.memory = built.memory
+        tokenizer_path = Path(self.config.tokenizer) if self.config.tokenizer else path
+        self._grammars = GrammarChecker(tokenizer_path, built.info.vocab_size)
         self._core = built.core
         self._streams: dict[str, RequestStream] = {}  # by answer id
         self._answer_numbers = itertools.count()
@@ -171,6 +174,7 @@ class LLM:
         """End what still runs and stop the engine's threads."""
         self._core.abort(list(self._streams))
         self._streams.clear()
+        self._grammars.close()
         self._core.close()
 
     def _check(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
@@ -183,6 +187,8 @@ class LLM:
             max_logprobs=self.config.max_logprobs,
         )
         check_prompt(ids, params, vocab_size=info.vocab_size, max_model_len=info.max_model_len)
+        if params.grammar is not None:
+            self._grammars.check(params.grammar)
         params = tokenize_words(params, self.tokenizer, info.vocab_size)
         params = tokenize_negative_prompt(params, self.tokenizer, info.max_model_len)
         check_guidance(ids, params, info)

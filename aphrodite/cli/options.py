@@ -164,6 +164,7 @@ _SAMPLING_METAVARS = {
     "ranges": "[[[ID, ...], START, LENGTH], ...]",
     "order": "NAME,NAME,...",
     "loop": '{"max_pattern_size": N, "min_count": N}',
+    "grammar": "TEXT",
 }
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from array import array
+from typing import Final
 
 from aphrodite.core.request import Request
 from aphrodite.outputs import FinishReason
 from aphrodite.sampling.table import RepetitionDetection
 
+GRAMMAR_COMPLETE: Final = "grammar_complete"  # the stop reason of an answer whose grammar allows no more
+
 
 def finish_reason_of(
-    request: Request, token: int, eos_token_ids: frozenset[int]
-) -> tuple[FinishReason | None, int | None]:
-    """Whether the token just appended ends the request, and the stop token id that did."""
+    request: Request, token: int, eos_token_ids: frozenset[int], *, complete: bool = False
+) -> tuple[FinishReason | None, int | str | None]:
+    """Whether the token just appended ends the request, and the stop token id that did, or another reason.
+
+    Args:
+        complete: the request's grammar allows nothing behind the token.
+    """
     params = request.params
     # The sampler masks these tokens until `min_tokens` others are out.
     if request.num_output_tokens > params.min_tokens:
@@ -20,6 +27,8 @@ def finish_reason_of(
             return "stop", None
         if token in params.stop_token_ids:
             return "stop", token
+    if complete:
+        return "stop", GRAMMAR_COMPLETE
     if len(request.tokens) >= request.max_total:
         return "length", None
     detection = params.repetition_detection

@@ -97,6 +97,7 @@ class RowResult(NamedTuple):
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None  # this request failed; the others are untouched
     trace: TokenTrace | None = None  # if asked for
+    complete: bool = False  # the token completed what the request's grammar describes: nothing may follow it
 
 
 class StepResult(NamedTuple):

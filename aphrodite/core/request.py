@@ -31,7 +31,7 @@ class RequestUpdate(NamedTuple):
     # The next entries, in order, for prompt tokens 1, 2, ... (the first has no probability), if asked for.
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None  # the stop token id that ended it; None for an end-of-sequence token
+    stop_reason: int | str | None = None  # the stop token id that ended it, or a name; None: an end-of-sequence token
     num_cached_tokens: int = 0  # prompt tokens whose KV was already there
     error: str | None = None  # with finish_reason "error"
     traces: list[TokenTrace] | None = None  # one a new token, if asked for
@@ -64,8 +64,14 @@ class TokenGuard(Protocol):
     @property
     def warning(self) -> str | None: ...
 
-    def push(self, token: OutputToken, finish_reason: FinishReason | None) -> list[OutputToken] | Rewind:
-        """Take the next token; returns those that may leave now. All held ones leave with the one that ends it."""
+    def push(
+        self, token: OutputToken, finish_reason: FinishReason | None, *, complete: bool = False
+    ) -> list[OutputToken] | Rewind:
+        """Take the next token; returns those that may leave now. All held ones leave with the one that ends it.
+
+        Args:
+            complete: it ends the answer and is part of it: its grammar allows no more.
+        """
 
     def relent(self) -> Rewind | None:
         """The next token cannot be chosen; None if nothing that the guard barred can be the reason."""
@@ -181,7 +187,7 @@ class Request:
 def is_plain(request: Request) -> bool:
     """Whether a token of the request that does not end it has only to be appended and told."""
     params = request.params
-    asked = (params.logprobs, params.prompt_logprobs, params.repetition_detection)
+    asked = (params.logprobs, params.prompt_logprobs, params.repetition_detection, params.grammar)
     alone = request.guard is None and request.shadow is None
     return alone and not params.sampler_trace and all(value is None for value in asked)
 

@@ -27,7 +27,7 @@ import msgspec
 
 from aphrodite.core.block_pool import BlockPool
 from aphrodite.core.draft import Draft, InFlight
-from aphrodite.core.finish import finish_reason_of
+from aphrodite.core.finish import GRAMMAR_COMPLETE, finish_reason_of
 from aphrodite.core.guidance import make_shadow, missing_blocks, pair_counts
 from aphrodite.core.held_requests import HeldRequests
 from aphrodite.core.invariants import check_requests
@@ -488,7 +488,9 @@ class Scheduler:
         request.tokens.append(token)
         if request.shadow is not None:
             self._extend_shadow(request.shadow, token, preemptions)
-        finish_reason, stop_reason = finish_reason_of(request, token, self.config.eos_token_ids)
+        finish_reason, stop_reason = finish_reason_of(
+            request, token, self.config.eos_token_ids, complete=row.complete
+        )
         if request.guard is not None:
             return self._guarded(request, row, prompt_logprobs, finish_reason, stop_reason)
         logprobs = None if row.logprobs is None else [row.logprobs]
@@ -505,18 +507,19 @@ class Scheduler:
         row: RowResult,
         prompt_logprobs: list[TokenLogprobs] | None,
         finish_reason: FinishReason | None,
-        stop_reason: int | None,
+        stop_reason: int | str | None,
     ) -> RequestUpdate | None:
         """`_apply` for the new last token of a request whose guard decides what leaves."""
         assert request.guard is not None
         assert row.token_id is not None
-        verdict = request.guard.push(OutputToken(row.token_id, row.logprobs, row.trace), finish_reason)
+        token = OutputToken(row.token_id, row.logprobs, row.trace)
+        verdict = request.guard.push(token, finish_reason, complete=stop_reason == GRAMMAR_COMPLETE)
         if isinstance(verdict, Rewind):
             self._go_back(request, verdict)
             verdict, finish_reason = [], None
-        token_ids = [token.token_id for token in verdict]
-        logprobs = [token.logprobs for token in verdict if token.logprobs is not None] or None
-        traces = [token.trace for token in verdict if token.trace is not None] or None
+        token_ids = [held.token_id for held in verdict]
+        logprobs = [held.logprobs for held in verdict if held.logprobs is not None] or None
+        traces = [held.trace for held in verdict if held.trace is not None] or None
         if finish_reason is not None:
             update = self._end(request, finish_reason, token_ids, logprobs, prompt_logprobs, stop_reason, traces=traces)
         elif token_ids or prompt_logprobs is not None:
@@ -543,7 +546,7 @@ class Scheduler:
         token_ids: list[int] | None = None,
         logprobs: list[TokenLogprobs] | None = None,
         prompt_logprobs: list[TokenLogprobs] | None = None,
-        stop_reason: int | None = None,
+        stop_reason: int | str | None = None,
         error: str | None = None,
         traces: list[TokenTrace] | None = None,
     ) -> RequestUpdate:

@@ -15,6 +15,7 @@ from aphrodite.chat.library import load_chat_template, recognised_chat_template
 from aphrodite.chat.template import ChatTemplate
 from aphrodite.config import EngineConfig
 from aphrodite.engine.client import EngineProcess, ProgressCallback
+from aphrodite.engine.grammar_check import GrammarChecker
 from aphrodite.engine.messages import (
     AbortRequests,
     AddRequest,
@@ -114,6 +115,7 @@ class AsyncEngine:
         self.dead = asyncio.Event()
         self._config = config
         self._process = process
+        self._grammars = GrammarChecker(Path(config.tokenizer) if config.tokenizer else path, info.vocab_size)
         self._stats = EngineStats()
         self._consumers: dict[str, _Consumer] = {}  # by answer id
         self._answer_numbers = itertools.count()
@@ -163,12 +165,14 @@ class AsyncEngine:
         `request_id` is a label that comes back in the pieces; it identifies nothing inside the engine.
 
         Raises:
-            InvalidRequestError: a parameter or the prompt is out of bounds.
+            InvalidRequestError: a parameter or the prompt is out of bounds, or the grammar cannot be used.
             QueueFullError: too many requests wait already.
             EngineDeadError: the engine process is gone.
         """
         self._check_alive()
         self._check(prompt_token_ids, params)
+        if params.grammar is not None:
+            await self._grammars.check_async(params.grammar)
         if params.bad_words:  # in a thread, for many long words would keep the others' streams waiting
             params = await asyncio.to_thread(tokenize_words, params, self.tokenizer, self.info.vocab_size)
         if wants_negative_prompt(params):
@@ -218,6 +222,7 @@ class AsyncEngine:
     async def close(self) -> None:
         """End the engine process; requests that still run fail with EngineDeadError."""
         self._reader.cancel()
+        self._grammars.close()
         await self._process.close()
         self._die(EngineDeadError("the engine was shut down"))
 

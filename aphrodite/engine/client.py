@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from aphrodite.config import EngineConfig
+from aphrodite.engine.children import child_environment, python_command
 from aphrodite.engine.messages import EngineInfo, Fatal, FromEngine, Progress, Shutdown, ToEngine
 from aphrodite.errors import AphroditeError, ConfigError, EngineDeadError
 
@@ -36,11 +35,7 @@ class EngineProcess:
         self._directory = tempfile.mkdtemp(prefix="aphrodite-")  # mode 0700
         address = str(Path(self._directory) / "engine")
         self._process = subprocess.Popen(
-            # -P: the folder one happens to stand in may hold another aphrodite, a checkout without its library
-            # for one; the child has to run the parent's.
-            [sys.executable, "-P", "-m", "aphrodite.engine.process", address],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": _search_path()},
+            python_command("aphrodite.engine.process", address), stdin=subprocess.PIPE, env=child_environment()
         )
         settings = msgspec.msgpack.encode(config)
         try:
@@ -120,10 +115,3 @@ class EngineProcess:
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _search_path() -> str:
-    """PYTHONPATH with which a child finds this very package first."""
-    root = str(Path(__file__).resolve().parents[2])
-    inherited = os.environ.get("PYTHONPATH")
-    return f"{root}{os.pathsep}{inherited}" if inherited else root

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from aphrodite.core.plan import RowResult, StepPlan, StepResult
@@ -21,6 +22,7 @@ from aphrodite.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 0.01  # seconds to wait for a grammar before looking for other work again
 STEP_FAILED = "the engine could not compute this request's step; the server's log has the reason"
 
 
@@ -37,6 +39,8 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._refused: list[RequestUpdate] = []
+        self._preparing: list[tuple[list[Request], Future[None]]] = []  # requests whose grammars are being compiled
+        self._preparer: ThreadPoolExecutor | None = None
         self._came: dict[str, float] = {}  # when each request that has not begun came
         self._queued: dict[str, float] = {}  # seconds that requests had waited, until their first news says so
         self._num_steps = 0
@@ -57,18 +61,50 @@ class EngineCore:
             )
             for request_id, seed in zip(message.request_ids, message.seeds, strict=True)
         ]
+        now = time.perf_counter()
+        self._came.update((request_id, now) for request_id in message.request_ids)
         try:
             if has_bans(message.params):
                 for request in group:
                     request.guard = self._phrase_guard(message)
+        except InvalidRequestError as error:
+            self._refuse(group, error)
+            return
+        if message.params.grammar is None:
+            self._schedule(group)
+            return
+        if self._preparer is None:
+            self._preparer = ThreadPoolExecutor(1, "grammars")
+        self._preparing.append((group, self._preparer.submit(self.runner.prepare, message.params)))
+
+    def _schedule(self, group: list[Request]) -> None:
+        try:
             self.scheduler.add(group)
-            now = time.perf_counter()
-            self._came.update((request_id, now) for request_id in message.request_ids)
         except (InvalidRequestError, QueueFullError) as error:
-            self._refused.extend(
-                RequestUpdate(request_id, [], finish_reason="error", error=str(error))
-                for request_id in message.request_ids
-            )
+            self._refuse(group, error)
+
+    def _refuse(self, group: list[Request], error: Exception) -> None:
+        for request in group:
+            self._came.pop(request.request_id, None)
+            self._refused.append(RequestUpdate(request.request_id, [], finish_reason="error", error=str(error)))
+
+    def _take_prepared(self) -> None:
+        """Schedule the requests whose grammars are compiled; waits a little for one if there is nothing else to do."""
+        if not (self._in_flight or self._refused or self.scheduler.has_unfinished()):
+            wait([self._preparing[0][1]], timeout=_PATIENCE)
+        preparing, self._preparing = self._preparing, []
+        for group, prepared in preparing:
+            if not prepared.done():
+                self._preparing.append((group, prepared))
+                continue
+            error = prepared.exception()
+            if error is None:
+                self._schedule(group)
+                continue
+            if not isinstance(error, InvalidRequestError):
+                logger.error("a grammar could not be compiled", exc_info=error)
+                error = InvalidRequestError("the grammar could not be compiled; the server's log has the reason")
+            self._refuse(group, error)
 
     def _phrase_guard(self, message: AddRequest) -> PhraseGuard:
         if self._tokenizer is None:
@@ -78,16 +114,22 @@ class EngineCore:
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests now; ids that are unknown or already over are ignored."""
         self.scheduler.abort(request_ids)
+        if self._preparing:
+            gone = set(request_ids)
+            left = (([r for r in group if r.request_id not in gone], future) for group, future in self._preparing)
+            self._preparing = [(group, future) for group, future in left if group]
         for request_id in request_ids:
             self._came.pop(request_id, None)
             self._queued.pop(request_id, None)
 
     def has_work(self) -> bool:
-        return bool(self._in_flight or self._refused) or self.scheduler.has_unfinished()
+        return bool(self._in_flight or self._refused or self._preparing) or self.scheduler.has_unfinished()
 
     def step(self) -> list[RequestUpdate]:
         """Launch as far ahead as the runner's depth allows, then collect and commit the oldest step."""
         began = time.perf_counter()
+        if self._preparing:
+            self._take_prepared()
         updates, self._refused = self._refused, []
         while len(self._in_flight) <= self.runner.async_depth:
             plan = self.scheduler.schedule()
@@ -142,6 +184,8 @@ class EngineCore:
     def close(self) -> None:
         while self._in_flight:
             self._collect(*self._in_flight.popleft())
+        if self._preparer is not None:
+            self._preparer.shutdown(wait=True, cancel_futures=True)
         self.runner.close()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
+from aphrodite.core.finish import GRAMMAR_COMPLETE
 from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.stops import StopMatcher
@@ -242,7 +243,8 @@ class AnswerStream:
 
 def _ends_silently(update: RequestUpdate, params: SamplingParams) -> bool:
     """Whether the update's last token ended the answer, so that its text is not part of it (unless asked for)."""
-    return update.finish_reason == "stop" and not params.include_stop_str_in_output
+    ended_by_token = update.finish_reason == "stop" and update.stop_reason != GRAMMAR_COMPLETE
+    return ended_by_token and not params.include_stop_str_in_output
 
 
 class RequestStream:

@@ -90,10 +90,12 @@ class PhraseGuard:
             told.append("Searching for `banned_regex` took too much work and was given up before the answer's end.")
         return " ".join(told) or None
 
-    def push(self, token: OutputToken, finish_reason: FinishReason | None) -> list[OutputToken] | Rewind:
+    def push(
+        self, token: OutputToken, finish_reason: FinishReason | None, *, complete: bool = False
+    ) -> list[OutputToken] | Rewind:
         if self._done:
             return [token]
-        text = self._append(token, finish_reason)
+        text = self._append(token, finish_reason, complete=complete)
         stop_end = self._find_stop(text)
         for number, ban in enumerate(self._bans):
             rewind = self._search(number, ban, text, stop_end, ended=finish_reason is not None)
@@ -110,11 +112,11 @@ class PhraseGuard:
         self._waived.add(position)
         return Rewind(position, [])
 
-    def _append(self, token: OutputToken, finish_reason: FinishReason | None) -> str:
+    def _append(self, token: OutputToken, finish_reason: FinishReason | None, *, complete: bool) -> str:
         """Hold a token; returns the text that became certain with it."""
         before = self._save()
         # As in the front end: the text of the token that ends an answer is not shown unless asked for.
-        silent = finish_reason == "stop" and not self._params.include_stop_str_in_output
+        silent = finish_reason == "stop" and not complete and not self._params.include_stop_str_in_output
         text = "" if silent else self._detokenizer.push(token.token_id)
         if finish_reason is not None:
             text += self._detokenizer.flush()

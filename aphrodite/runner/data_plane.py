@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from aphrodite.core.plan import StepPlan
 from aphrodite.runner.results import Outcome
+from aphrodite.sampling.params import SamplingParams
 
 
 class Executor(Protocol):
@@ -35,6 +36,13 @@ class DataPlane(Protocol):
     @property
     def executor(self) -> Executor:
         """The loaded model."""
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Make what is slow to make of a request's parameters; may run beside everything else.
+
+        Raises:
+            InvalidRequestError: something that they hold cannot be used.
+        """
 
     def launch(self, plan: StepPlan) -> Any:
         """Start the step; the caller keeps launching and collecting in the same order."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,10 +24,11 @@ from aphrodite.kernels.triton.launch import recording
 from aphrodite.runner.device_rows import DeviceRows, PaddedStep, StagedStep, ragged_lengths
 from aphrodite.runner.executor import DeviceModelExecutor
 from aphrodite.runner.inputs import HostLengths, StepSize
-from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, error_of, logits_layout
+from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, logits_layout
 from aphrodite.runner.step_graphs import Ending, StepGraphs, decode_sizes, ragged_sizes, smallest
 from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
 from aphrodite.sampling.guidance import guide
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
 
@@ -84,6 +86,7 @@ class DeviceRunner:
             vocabulary=None if tokenizer is None else Vocabulary(vocab_size, tokenizer),
         )
         self._requests = RowRequests(self.sampler)
+        self._underway: deque[tuple[StepPlan, LaunchedStep]] = deque()  # launched and not collected
         # What graphs leave behind.
         self._logits = torch.zeros(num_rows, vocab_size, dtype=executor.dtype, device=device)
         self._chosen = torch.zeros(
@@ -106,13 +109,19 @@ class DeviceRunner:
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))  # the model was loaded there
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Make what is slow to make of a request's parameters; may run beside everything else."""
+        self.sampler.prepare(params)
+
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Queue the step's work; the caller keeps launching and collecting in the same order."""
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
-                return self._launch(plan)
+                step = self._launch(plan)
         except Exception as error:
-            return LaunchedStep(error=error)
+            step = LaunchedStep(error=error)
+        self._underway.append((plan, step))
+        return step
 
     def collect(self, plan: StepPlan, step: LaunchedStep) -> Outcome:
         """Wait for the step's tokens; returns its result and the seconds that the device took.
@@ -120,6 +129,7 @@ class DeviceRunner:
         Raises:
             Exception: whatever launching the step raised.
         """
+        self._underway.popleft()
         if step.error is not None:
             raise step.error
         waited = 0.0
@@ -130,6 +140,7 @@ class DeviceRunner:
             tensors = step.choices.wait()
             waited = time.perf_counter() - began
             rows = self._results(plan.steps, step, *(tensor.tolist() for tensor in tensors))
+            self._requests.follow(rows, [row.start + row.count for row in plan.steps])
         for number, logprobs in step.prompt_logprobs.items():
             rows[number] = rows[number]._replace(prompt_logprobs=logprobs)
         self._requests.fail_unservable(rows)
@@ -145,7 +156,9 @@ class DeviceRunner:
         rows = [RowResult(row.row) for row in steps]
         for entry, number in enumerate(step.sampling):
             if not ok[entry]:
-                rows[number] = RowResult(steps[number].row, error=error_of(exhausted[entry]))
+                rows[number] = RowResult(
+                    steps[number].row, error=self._requests.error(steps[number].row, exhausted[entry])
+                )
                 continue
             logprobs = step.sampled.logprobs_of(entry) if step.sampled is not None else None
             trace = step.sampled.trace_of(entry) if step.sampled is not None else None
@@ -381,9 +394,26 @@ class DeviceRunner:
 
     def _sample(self, staged: StagedStep, logits: torch.Tensor, rows: list[int], positions: list[int]) -> Sampled:
         """Choose tokens outside of a graph, for `logits` `[S, vocab]`, and write them behind their rows' tokens."""
+        if self.sampler.follows(rows):
+            self._tell()
         sampled = self.sampler.sample(logits.float(), rows, positions)
         self.rows.append(staged, sampled.token_ids)
         return sampled
+
+    def _tell(self) -> None:
+        """Tell the sampler what the steps before this one chose, for its grammars.
+
+        It waits for those steps. This one's model has been launched, so the device is busy while the host finds the
+        tokens that may come next.
+        """
+        for plan, step in self._underway:
+            if step.choices is None:
+                continue
+            token_ids, ok, _ = (tensor.tolist() for tensor in step.choices.wait())
+            for number, token_id, usable in zip(step.sampling, token_ids, ok, strict=True):
+                if usable:
+                    row = plan.steps[number]
+                    self.sampler.tell([row.row], [row.start + row.count], [token_id])
 
     def _launched(
         self, sampled: Sampled, sampling: list[int], prompt_logprobs: dict[int, list[TokenLogprobs]]

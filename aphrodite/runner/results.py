@@ -21,8 +21,8 @@ NON_FINITE_LOGITS = (
     " in this precision: try --dtype float32"
 )
 NOTHING_ALLOWED = (
-    "no token may be chosen at this position: token bans, allowed_token_ids, bad_words and min_tokens together"
-    " leave nothing of the vocabulary; loosen them"
+    "no token may be chosen at this position: token bans, allowed_token_ids, bad_words, min_tokens and the grammar"
+    " together leave nothing of the vocabulary; loosen them"
 )
 UNSERVABLE = "the engine could not prepare this request's sampler; the server's log has the reason"
 EXTENSION_FAILED = "; or a sampler extension failed for it: then the server's log has its error"
@@ -122,6 +122,21 @@ class RowRequests:
                 self._sampler.bar(rewind.row, rewind.position, rewind.barred)
             else:
                 self._sampler.unbar(rewind.row, rewind.position)
+
+    def error(self, row: int, exhausted: bool) -> str:
+        """Why a row has no token that may be shown."""
+        return self._sampler.failure(row) or error_of(exhausted)
+
+    def follow(self, results: list[RowResult], positions: Sequence[int]) -> None:
+        """Tell the sampler which tokens stand at `positions`, and mark those that complete what a grammar describes."""
+        if not self._sampler.follows(result.row for result in results):
+            return
+        for number, (result, position) in enumerate(zip(results, positions, strict=True)):
+            if result.token_id is None:
+                continue
+            self._sampler.tell([result.row], [position], [result.token_id])
+            if self._sampler.completed_at(result.row, position):
+                results[number] = result._replace(complete=True)
 
     def fail_unservable(self, results: list[RowResult]) -> None:
         """Tell the requests whose sampler could not be prepared."""

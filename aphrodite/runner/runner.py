@@ -15,9 +15,10 @@ import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.runner.executor import ModelExecutor
-from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, error_of, logits_layout
+from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, logits_layout
 from aphrodite.runner.rows import Rows
 from aphrodite.sampling.guidance import guide
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.vocabulary import TokenizerLike, Vocabulary
 
@@ -55,6 +56,10 @@ class Runner:
         self.async_depth = async_depth
         self._requests = RowRequests(self.sampler)
         self._thread = ThreadPoolExecutor(1, "runner") if async_depth else None
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Make what is slow to make of a request's parameters; may run beside everything else."""
+        self.sampler.prepare(params)
 
     def launch(self, plan: StepPlan) -> Future[Outcome] | None:
         """Start the step; the caller keeps launching and collecting in the same order."""
@@ -139,7 +144,8 @@ class Runner:
         if not all(finite):
             for entry, row in enumerate(rows):
                 if not finite[entry]:
-                    results[entry] = RowResult(row, error=error_of(exhausted[entry]))
+                    results[entry] = RowResult(row, error=self._requests.error(row, exhausted[entry]))
+        self._requests.follow(results, positions)
         return results
 
     def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> list[TokenLogprobs]:

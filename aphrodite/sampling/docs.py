@@ -31,6 +31,7 @@ KIND_WORDS: dict[Kind, str] = {
     "ranges": "list of [token ids, start, length]",
     "order": "list of names or ids",
     "loop": "object",
+    "grammar": "text or object",
 }
 
 
@@ -65,6 +66,7 @@ def samplers_page() -> str:
                 _CHOOSING_ORDER,
                 "## Definitions",
                 *(f"### {text.name}\n\n{text.definition}{_sources(text)}" for text in _stage_texts()),
+                _STRUCTURED,
                 _GUIDANCE,
                 _EXPLAIN,
                 _WARNINGS,
@@ -185,6 +187,38 @@ _CHOOSING_ORDER = """\
 of stage names, or of the ids that other engines use; the stages that it names take, in its order, the places that \
 they have between them in the default order, and all others stay where they are. Constraints come first and \
 selectors last in every order. After the last stage the token is drawn; `temperature: 0` takes the most likely one."""
+
+_STRUCTURED = """\
+## Structured output
+
+`grammar` has many spellings, so that clients of other servers find theirs. A request may use one of them:
+
+| Field | Holds |
+|---|---|
+| `response_format` | `{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}`, \
+`{"type": "json_object"}` or `{"type": "text"}`. Schemas are kept to, be `strict` set or not |
+| `structured_outputs` | an object with one of `json`, `regex`, `choice`, `grammar`, `json_object`; beside JSON also \
+`whitespace_pattern` and `disable_any_whitespace` |
+| `guided_json`, `json_schema` | a JSON schema, as an object or text |
+| `guided_regex`, `regex_pattern` | a regular expression for the whole answer (Rust's syntax: no look-around, no back \
+references) |
+| `guided_choice` | a list of texts, one of which is the answer |
+| `guided_json_object` | `true`: any JSON object |
+| `grammar`, `grammar_string`, `guided_grammar` | GBNF (`root ::= ...`) or llguidance's Lark (`start: ...`) |
+
+In Python: `SamplingParams(grammar=Grammar("regex", r"\\d{3}"))` with `Grammar` of `aphrodite.sampling.table`, or \
+`from_mapping({"guided_regex": r"\\d{3}"})`.
+
+- Every sampler works on the tokens that are left, and seeds, `n`, log-probabilities, guidance and streaming as ever. \
+Banned strings are avoided as far as what is asked for lets them; where bans leave no token at all, the request ends \
+with an error.
+- The answer ends by itself where nothing may follow (`finish_reason` is `stop`, `stop_reason` `grammar_complete`), \
+whatever `min_tokens` and `ignore_eos` say. If `max_tokens` comes first, it is `length`, and the answer is a beginning \
+only.
+- `oneOf` is taken for `anyOf`; what else of a schema is not supported is refused, with its name. GBNF's rules are \
+followed exactly where they are not recursive. In recursive grammars a part such as `[a-z]+` takes as much as it can.
+- A grammar is compiled once and kept. It is tried in a process of its own first: one that takes more than 5 seconds \
+or 1 GiB, or crashes there, is refused."""
 
 _GUIDANCE = """\
 ## Guidance

@@ -17,8 +17,10 @@ import msgspec
 
 from aphrodite.errors import InvalidRequestError
 from aphrodite.sampling.extensions import installed_extensions
+from aphrodite.sampling.grammar_fields import GRAMMAR_ALIASES, read_grammar
 from aphrodite.sampling.order import stage_names
 from aphrodite.sampling.table import (
+    Grammar,
     Kind,
     Param,
     ParamRow,
@@ -578,6 +580,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         ),
     ] = None
     ban_eos_token: Annotated[bool, Param("The tokens that end an answer by themselves are never chosen.")] = False
+    grammar: Annotated[
+        Grammar | None,
+        Param(
+            "What the answer has to be: rules in GBNF (`root ::= ...`, as llama.cpp and KoboldCpp take them) or Lark "
+            "(`start: ...`). Its aliases say it in other ways: a JSON schema, a regular expression, a list of texts to "
+            "choose from. Only tokens that can go on like that are left, and the answer ends where it must.",
+            aliases=GRAMMAR_ALIASES,
+            max_length=262_144,
+            source="llguidance",
+        ),
+    ] = None
     seed: Annotated[
         int | None,
         Param(
@@ -694,7 +707,9 @@ def from_mapping(fields: Mapping[str, Any], *, base: SamplingParams | None = Non
         given = [(key, fields[key]) for key in (row.name, *row.param.aliases) if fields.get(key) is not None]
         if not given:
             continue
-        if row.kind == "strings":
+        if row.kind == "grammar":
+            values[row.name] = read_grammar(given)
+        elif row.kind == "strings":
             joined = [text for key, value in given for text in convert(row, value, key)]
             values[row.name] = tuple(dict.fromkeys(joined))
         else:
@@ -808,6 +823,7 @@ def _row(name: str, default: Any, hint: Any) -> ParamRow:
         tuple[tuple[int, ...], ...]: "sequences",
         tuple[TokenBanRange, ...]: "ranges",
         RepetitionDetection: "loop",
+        Grammar: "grammar",
     }
     kind = param.kind or ("choice" if choices else kinds[bare])
     return ParamRow(name, kind, nullable, default, choices, param)

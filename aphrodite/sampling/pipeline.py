@@ -8,20 +8,21 @@ row goes depends on its own plan alone.
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Mapping, Sequence, Set
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from aphrodite.core.plan import TokenLogprobs, TokenTrace
-from aphrodite.errors import RequestFailedError
+from aphrodite.errors import InvalidRequestError, RequestFailedError
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.sampling.draw import draw
 from aphrodite.sampling.fused import Choices, DeviceSampler, FastPath, HostChoices, open_fast_path
+from aphrodite.sampling.grammar import GrammarRow
 from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs, join_logprobs
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.sampling.plan import SamplingPlan, compile_plan
+from aphrodite.sampling.plan import GRAMMAR, SamplingPlan, compile_plan
 from aphrodite.sampling.random import signed_seed
 from aphrodite.sampling.stages.base import RowInfo, RowState, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.registry import all_stages
@@ -100,6 +101,7 @@ class Sampler:
         self._plans: dict[int, SamplingPlan] = {}
         self._num_prompt: dict[int, int] = {}  # on the host, for asking a device would wait for it
         self._states: dict[str, RowState | None] = {}
+        self._grammars: dict[int, GrammarRow] = {}  # only rows with one
         self._fused_rows: Set[int] = frozenset() if self._fused is None else self._fused.rows
         self._barred: dict[int, dict[int, set[int]]] = {}  # row -> position -> token ids; only rows with any
         self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -115,11 +117,11 @@ class Sampler:
         self._num_prompt[row] = len(prompt_token_ids)
         shared, host = self._info, torch.device("cpu")
         info = RowInfo(shared.vocab_size, self._eos_token_ids, len(prompt_token_ids), host, self._vocabulary)
-        plan = self._plans[row] = compile_plan(params, info)
+        plan = self._start_plan(row, params, info)
         if self._fused is not None and not plan.trace and self._fused.start(row, plan, seed, len(prompt_token_ids)):
             return
         if shared.device != host:
-            plan = self._plans[row] = compile_plan(params, info._replace(device=shared.device))
+            plan = self._start_plan(row, params, info._replace(device=shared.device))
         self._seeds[row] = signed_seed(seed)
         for name, step in plan.steps.items():
             if step.values:
@@ -130,12 +132,32 @@ class Sampler:
             if state is not None:
                 state.start(row, prompt_token_ids)
 
+    def _start_plan(self, row: int, params: SamplingParams, info: RowInfo) -> SamplingPlan:
+        plan = self._plans[row] = compile_plan(params, info)
+        step = plan.steps.get(GRAMMAR)
+        if step is not None:
+            self._grammars[row] = step.prepared
+        return plan
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Make what is slow to make of `params` and kept: their grammar. From any thread.
+
+        Raises:
+            InvalidRequestError: the grammar cannot be used.
+        """
+        if params.grammar is None:
+            return
+        if self._vocabulary is None:
+            raise InvalidRequestError("grammars need a tokenizer, and this engine has none", param="grammar")
+        self._vocabulary.grammars.compile(params.grammar)
+
     @torch.inference_mode()
     def end(self, row: int) -> None:
         """The row's request is gone and the row is free."""
         plan = self._plans.pop(row)
         del self._num_prompt[row]
         self._barred.pop(row, None)
+        self._grammars.pop(row, None)
         if self._fused is not None and row in self._fused_rows:
             self._fused.end(row)
             return
@@ -160,6 +182,8 @@ class Sampler:
         barred = self._barred.get(row, {})
         for later in [barred_at for barred_at in barred if barred_at > position]:
             del barred[later]
+        if row in self._grammars:
+            self._grammars[row].rewind(position)
         if self._fused is not None and row in self._fused_rows:
             self._fused.rewind(row, position)
             return
@@ -180,6 +204,24 @@ class Sampler:
         """Let the tokens barred for the row at `position` be chosen again."""
         self._barred.get(row, {}).pop(position, None)
 
+    def follows(self, rows: Iterable[int]) -> bool:
+        """Whether some of these rows have grammars, so that `tell` has to be called for all tokens before `sample`."""
+        return bool(self._grammars) and not self._grammars.keys().isdisjoint(rows)
+
+    def tell(self, rows: Iterable[int], positions: Iterable[int], token_ids: Iterable[int]) -> None:
+        """Which tokens stand where. Rows without a grammar, and tokens told before, are passed over."""
+        for row, position, token_id in zip(rows, positions, token_ids, strict=True):
+            if row in self._grammars:
+                self._grammars[row].tell(position, token_id)
+
+    def completed_at(self, row: int, position: int) -> bool:
+        """Whether the token at `position`, which was told, completed what the row's grammar describes."""
+        return row in self._grammars and self._grammars[row].completed_at(position)
+
+    def failure(self, row: int) -> str | None:
+        """Why the row's grammar allows nothing, if that is so."""
+        return self._grammars[row].failure if row in self._grammars else None
+
     def sample(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Choose a token for each row. What is returned holds until the next call.
 
@@ -196,6 +238,10 @@ class Sampler:
         if not logits.is_contiguous():
             logits = logits.contiguous()
         barred = self._barred_at(rows, positions) if self._barred else {}
+        if self.follows(rows):
+            for row, position in zip(rows, positions, strict=True):
+                if row in self._grammars and row in self._fused_rows:
+                    self._grammars[row].refresh(position)
         if self._fused is not None and self._fused.rows.issuperset(rows):
             choices = self._fused.choices(len(rows))
             tensors, wanted = self._fused.sample(logits, None, rows, positions, barred, choices)
@@ -212,7 +258,7 @@ class Sampler:
         device = self._device_sampler
         if device is None or not device.rows.issuperset(rows):
             return None
-        if device.wanted and not device.wanted.keys().isdisjoint(rows):
+        if self.follows(rows) or (device.wanted and not device.wanted.keys().isdisjoint(rows)):
             return None
         return device.stage(rows, positions, self._barred_at(rows, positions) if self._barred else {})
 

@@ -2,7 +2,7 @@
 
 The default order (rank, stage):
 
-    first, in every order: logit_bias (10), min_tokens (20), allowed_token_ids (30), token_bans (40),
+    first, in every order: grammar (5), logit_bias (10), min_tokens (20), allowed_token_ids (30), token_bans (40),
         token_ban_ranges (50), bad_words (60)
     then: dry (100), penalties (200) or ranged_penalties (210), no_repeat_ngram (300), temperature (400) or
         dynatemp (410), top_nsigma (500), top_k (600), top_p (610), top_a (700), min_p (800), tfs (900),
@@ -28,6 +28,7 @@ from aphrodite.sampling.stages.base import RowInfo, Stage
 from aphrodite.sampling.stages.registry import all_stages
 
 DEFAULT_ORDER = tuple(stage.name for stage in all_stages())
+GRAMMAR = "grammar"  # the stage that the sampler tells of tokens
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow float32 and is a client's spelling of 0
 
 

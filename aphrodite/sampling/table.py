@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from aphrodite.errors import InvalidRequestError
 from aphrodite.matching.regex import compile_regexes
@@ -17,8 +17,10 @@ from aphrodite.sampling.order import stage_names
 
 Kind = Literal[
     "int", "float", "bool", "choice", "text", "ints", "tokens", "strings", "bias", "sequences", "ranges", "order",
-    "loop",
+    "loop", "grammar",
 ]  # fmt: skip
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "gbnf", "lark"]
+GRAMMAR_KINDS: tuple[str, ...] = get_args(GrammarKind)
 
 MAX_LOOP_PATTERN = 256
 MAX_LOOP_COUNT = 1024
@@ -38,6 +40,17 @@ class RepetitionDetection(NamedTuple):
     max_pattern_size: int
     min_pattern_size: int
     min_count: int
+
+
+class Grammar(NamedTuple):
+    """What an answer has to be, from its first character to its last.
+
+    `text` is a JSON schema, a regular expression, a JSON list of the texts to choose from, or rules in GBNF
+    (llama.cpp) or Lark (llguidance); of `json_object`, any object, it is empty.
+    """
+
+    kind: GrammarKind
+    text: str
 
 
 class Param(NamedTuple):
@@ -289,6 +302,8 @@ def check(row: ParamRow, value: Any, name: str) -> None:
         _check_token_lists(row, value, name)
     elif row.kind == "loop":
         _check_loop(row, value, name)
+    elif row.kind == "grammar":
+        _check_grammar(row, value, name)
     elif row.kind in ("ints", "tokens"):
         typed(value, (list, tuple), name, "a list of integers")
         _check_count(row, value, name)
@@ -375,6 +390,17 @@ def _check_loop(row: ParamRow, value: Any, name: str) -> None:
             raise field_error(f"{name}[{part}]", number, why, f"Meaning: {row.param.doc}")
     if value.min_pattern_size > value.max_pattern_size:
         raise field_error(name, value, "has a smallest pattern above its largest", "Swap them.")
+
+
+def _check_grammar(row: ParamRow, value: Any, name: str) -> None:
+    typed(value, Grammar, name, "a Grammar")
+    if value.kind not in GRAMMAR_KINDS:
+        raise InvalidRequestError(
+            f"`{name}` must be of one of the kinds {', '.join(GRAMMAR_KINDS)}, not {shown(value.kind)}.", param=name
+        )
+    _check_text(row, value.text, name)
+    if not value.text and value.kind != "json_object":
+        raise InvalidRequestError(f"`{name}` is empty, which would allow nothing. Leave it out.", param=name)
 
 
 def _check_token_lists(row: ParamRow, value: Any, name: str) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from aphrodite.sampling.grammar import GrammarCompiler
+
 
 class TokenizerLike(Protocol):
     """The part of `tokenizer.Tokenizer` that is used here."""
@@ -55,6 +57,11 @@ class Vocabulary:
         return TokenTexts(np.frombuffer(b"".join(texts), np.uint8), starts, tokens)
 
     @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Grammars over these tokens."""
+        return GrammarCompiler(self)
+
+    @cached_property
     def newline_ids(self) -> frozenset[int]:
         """Tokens that hold a newline."""
         data, starts, _ = self.texts
@@ -85,6 +92,29 @@ class Vocabulary:
             if suffix is not None:
                 return ids + suffix
         return []
+
+    def spell(self, text: bytes) -> list[int]:
+        """Tokens of `text`, each as long as it can be; empty if there are none for a part of it."""
+        ids: list[int] = []
+        done = 0
+        while done < len(text):
+            ends = range(min(len(text), done + self._longest), done, -1)
+            end = next((end for end in ends if text[done:end] in self._tokens_by_text), None)
+            if end is None:
+                return []
+            ids.append(self._tokens_by_text[text[done:end]])
+            done = end
+        return ids
+
+    @cached_property
+    def _tokens_by_text(self) -> dict[bytes, int]:
+        plain = (token_id for token_id in reversed(range(self.size)) if token_id not in self.special_ids)
+        return {self.token_bytes(token_id): token_id for token_id in plain if self.token_bytes(token_id)}
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self._tokens_by_text), default=0)
 
     @cached_property
     def _inner_tokens(self) -> dict[bytes, int]:

@@ -11,9 +11,12 @@ import pydantic
 from starlette.routing import Route
 
 import aphrodite
+from aphrodite.sampling.grammar_fields import FIELD_SCHEMAS
 from aphrodite.sampling.params import parameter_table
 from aphrodite.sampling.table import MAX_LOOP_COUNT, MAX_LOOP_PATTERN, ParamRow, bounds_text
+from aphrodite.server.anthropic import CountTokensFields, MessagesFields
 from aphrodite.server.kobold import KoboldFields, KoboldKeyFields, KoboldTextFields, KoboldTokensFields
+from aphrodite.server.ollama import OllamaChatFields, OllamaGenerateFields, ShowFields
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.probes import TabbyDecodeFields, TabbyEncodeFields
 from aphrodite.server.tokenize import DetokenizeFields, TokenizeFields
@@ -35,12 +38,17 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/api/extra/generate/stream": (KoboldFields, True),
     "/api/extra/generate/check": (KoboldKeyFields, False),
     "/api/extra/abort": (KoboldKeyFields, False),
+    "/v1/messages": (MessagesFields, True),
+    "/v1/messages/count_tokens": (CountTokensFields, False),
+    "/api/chat": (OllamaChatFields, False),
+    "/api/generate": (OllamaGenerateFields, False),
+    "/api/show": (ShowFields, False),
     "/api/extra/tokencount": (KoboldTextFields, False),
     "/api/extra/tokenize": (KoboldTextFields, False),
     "/api/extra/detokenize": (KoboldTokensFields, False),
 }
 _TEXT_TYPES = {"/": "text/html", "/docs": "text/html", "/metrics": "text/plain"}
-_STREAMING = ("/v1/completions", "/v1/chat/completions", "/api/extra/generate/stream")
+_STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/api/extra/generate/stream")
 
 _ERROR_SCHEMA = {
     "type": "object",
@@ -179,6 +187,7 @@ def _parameter_schema(row: ParamRow, name: str) -> dict[str, Any]:
         "order": as_text({"type": "array", "items": {"anyOf": [text, {"type": "integer"}]}, **count}),
         "bias": {"type": "object", "additionalProperties": {"type": "number", **number}},
         "loop": _REPETITION_DETECTION,
+        "grammar": FIELD_SCHEMAS.get(name, {}),
     }
     description = f"{doc} Range: {bounds}." if bounds else doc
     return {"anyOf": [kinds[row.kind], {"type": "null"}], "description": description}

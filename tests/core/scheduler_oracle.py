@@ -42,7 +42,9 @@ class SequenceGuard:
         self.barred: dict[int, list[int]] = {}
         self.waived: set[int] = set()
 
-    def push(self, token: OutputToken, finish_reason: str | None) -> list[OutputToken] | Rewind:
+    def push(
+        self, token: OutputToken, finish_reason: str | None, *, complete: bool = False
+    ) -> list[OutputToken] | Rewind:
         self.tokens.append(token)
         ids = tuple(token.token_id for token in self.tokens)
         for sequence in self.banned:

@@ -9,6 +9,7 @@ float32 can tell a wrong answer from a rounding difference.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,7 +22,9 @@ from aphrodite.sampling.params import SamplingParams
 _WORDS = 2**32
 _MASS = 20.0  # sums of probabilities are this much more exact than logits
 
-CONSTRAINTS = ["logit_bias", "min_tokens", "allowed_token_ids", "token_bans", "token_ban_ranges", "bad_words"]
+CONSTRAINTS = [
+    *("grammar", "logit_bias", "min_tokens", "allowed_token_ids", "token_bans", "token_ban_ranges", "bad_words"),
+]
 ORDER = [
     *("dry", "penalties", "no_repeat_ngram", "temperature", "dynatemp", "top_nsigma", "top_k", "top_p", "top_a"),
     *("min_p", "tfs", "eta_cutoff", "epsilon_cutoff", "typical_p", "quadratic", "xtc", "skew"),
@@ -215,6 +218,19 @@ def min_tokens(logits: np.ndarray, row: Row) -> np.ndarray:
         if not row.params.ignore_eos:
             logits[list(row.eos)] = -math.inf
     return logits
+
+
+@stage
+def grammar(logits: np.ndarray, row: Row) -> np.ndarray:
+    """Regular expressions of the form `(...)*` that each token of the cases matches alone, or not at all."""
+    if row.params.grammar is None:
+        return logits
+    endings = (frozenset() if row.params.ignore_eos else row.eos).union(row.params.stop_token_ids)
+    if endings.intersection(row.output):
+        return only(logits, np.array([], int))
+    fits = re.compile(row.params.grammar.text).fullmatch
+    plain = [token for token in range(3, len(logits)) if fits(row.text(token).decode())]
+    return only(logits, np.array(sorted(endings.union(plain))))
 
 
 @stage

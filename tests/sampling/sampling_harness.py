@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,12 @@ def text_of(token_id: int) -> bytes:
     return b"\n" * (token_id - 4) if token_id in FakeTokenizer.newlines else f"t{token_id} ".encode()
 
 
+@functools.cache
+def vocabulary_of(size: int) -> Vocabulary:
+    """Made once, for grammars take a second to set up on a large one."""
+    return Vocabulary(size, FakeTokenizer())
+
+
 class Harness:
     """A sampler with its runner's history, and the reference's view of every row."""
 
@@ -46,7 +53,7 @@ class Harness:
             self.num_prompt,
             torch.device("cpu"),
             native=native,
-            vocabulary=Vocabulary(vocab_size, FakeTokenizer()),
+            vocabulary=vocabulary_of(vocab_size),
         )
         self.vocab_size = vocab_size
         self.rows: dict[int, reference.Row] = {}
@@ -81,4 +88,5 @@ class Harness:
         for row, state, position, token in zip(rows, states, positions, sampled.token_ids.tolist(), strict=True):
             self.token_ids[row, position] = token
             state.output.append(token)
+        self.sampler.tell(rows, positions, sampled.token_ids.tolist())
         return sampled

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from sampling_cases import FIELDS, LOGITS, logits_of, random_params
-from sampling_harness import EOS, FakeTokenizer, Harness
+from sampling_harness import EOS, FakeTokenizer, Harness, text_of
 
 from aphrodite.kernels.cpu.sampling import load
 from aphrodite.sampling.draw import draw
@@ -26,7 +26,8 @@ def expected_probabilities(logits: np.ndarray, params: SamplingParams, prompt: l
     """XTC mixes two distributions, everything else has one."""
 
     def of(params: SamplingParams) -> np.ndarray:
-        row = reference.Row(prompt, [], 0, params, frozenset({EOS}), FakeTokenizer.special_ids | FakeTokenizer.newlines)
+        protected = FakeTokenizer.special_ids | FakeTokenizer.newlines
+        row = reference.Row(prompt, [], 0, params, frozenset({EOS}), protected, text_of)
         return reference.sample(logits, row).probabilities
 
     share = params.xtc_probability

@@ -49,6 +49,8 @@ def accepted(row: ParamRow, value: Any) -> bool:
         return value in row.choices
     if row.kind == "text":
         return isinstance(value, str) and len(value) <= (param.max_length or 1e9)
+    if row.kind == "grammar":  # whether a text is one, llguidance says
+        return isinstance(value, str) or value in ([], {})
     if row.kind == "strings":
         items = [value] if isinstance(value, str) else value
         return isinstance(items, list) and all(

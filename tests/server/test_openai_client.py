@@ -343,11 +343,9 @@ async def test_unknown_fields_are_named_in_a_header_and_harmless_ones_are_not(se
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"web_search_options": {}}, "web_search_options"),
-        ({"guided_regex": "a+"}, "guided_regex"),
         ({"n": 1, "best_of": 2}, "best_of"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         (

@@ -37,6 +37,7 @@ class NativeOp(IntEnum):
     RANGED_PENALTIES = 22  # values: repetition, frequency, presence, slope, range, decay
     MIROSTAT = 23  # values: version, tau, eta; numbers
     ADAPTIVE_P = 24  # numbers
+    TOKEN_MASK = 25  # data: words whose bits say which tokens are kept, read anew at each token
 
 
 class NativeStep(NamedTuple):

@@ -123,13 +123,8 @@ _HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "moderation", "parallel_tool_calls", "prediction",
 }  # fmt: skip
-_STRUCTURED = (
-    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema", "grammar",
-    "grammar_string", "regex_pattern",
-)  # fmt: skip
 
 _NO_TOOLS = "tool calls are not supported yet; leave it out"
-_NO_GRAMMAR = "structured output is not supported yet; leave it out"
 _EMPTY: tuple[Any, ...] = ("", [], {}, False)
 
 # Name: (values that mean "not used", what to tell).
@@ -138,8 +133,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tool_choice": (("none", "auto"), _NO_TOOLS),
     "functions": (_EMPTY, _NO_TOOLS),
     "function_call": (("none", "auto"), _NO_TOOLS),
-    "response_format": (({"type": "text"},), _NO_GRAMMAR),
-    **dict.fromkeys(_STRUCTURED, (_EMPTY, _NO_GRAMMAR)),
     "modalities": ((["text"],), 'this model writes text only; leave it out or send ["text"]'),
     "audio": (_EMPTY, "this model writes text only; leave it out"),
     "web_search_options": ((), "this server searches nothing; leave it out"),

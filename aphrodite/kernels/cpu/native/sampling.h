@@ -36,6 +36,7 @@ enum class SamplerOpCode : int32_t {
     RangedPenalties = 22,
     Mirostat = 23,
     AdaptiveP = 24,
+    TokenMask = 25,
 };
 
 // One stage of a row. aphrodite/kernels/cpu/sampling.py has the same layouts; sizes are compared at load.

@@ -56,6 +56,33 @@ void allow(Row& row, const SamplerOp& op) {
     row.measured = false;
 }
 
+// Keeps the tokens whose bit is set. data: [vocab / 32 + 1] words.
+void token_mask(Row& row, const SamplerOp& op) {
+    measure(row);  // a bad logit is one wherever it is
+    const uint32_t* words = static_cast<const uint32_t*>(op.data);
+    const auto allowed = [&](int32_t index) {
+        const int32_t token = row.token(index);
+        return (words[token >> 5] >> (token & 31) & 1) != 0;
+    };
+    int32_t kept = 0;
+    for (int32_t i = 0; i < row.count; ++i) kept += allowed(i);
+    if (kept > row.count / 8) {
+        for (int32_t i = 0; i < row.count; ++i)
+            if (!allowed(i)) row.x[i] = -kInf;
+    } else {
+        int32_t place = 0;
+        for (int32_t i = 0; i < row.count; ++i) {
+            if (!allowed(i)) continue;
+            row.scratch.ids[place] = row.token(i);
+            row.scratch.x[place++] = row.x[i];
+        }
+        row.x = row.scratch.x;
+        row.ids = row.scratch.ids;
+        row.count = kept;
+    }
+    row.measured = false;
+}
+
 // Bars the last token of a word whose others end the answer. ids: each word's length, then its tokens.
 void bad_words(Row& row, const SamplerOp& op, const Context& context) {
     for (const int32_t* word = op.ids; word < op.ids + op.count; word += 1 + *word) {

@@ -1,0 +1,63 @@
+"""grammar: only tokens stay that can continue the answer as `grammar` and its aliases describe it.
+
+A JSON schema, a regular expression, a list of texts or rules in GBNF or Lark. Tokens that end the answer are allowed
+exactly where it may end. Where it must end, it does so by itself, whatever `min_tokens` and `ignore_eos` say. `oneOf`
+of a JSON schema is taken for `anyOf`. Answers that `max_tokens` cuts short are only a beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from aphrodite.errors import InvalidRequestError
+from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
+from aphrodite.sampling.grammar import GrammarRow
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
+from aphrodite.sampling.stages.min_tokens import ending_token_ids
+
+
+class GrammarStage(Stage):
+    """It comes first of all, so that the others choose among what is allowed."""
+
+    name = "grammar"
+    rank = 5
+    parameters = ("grammar", "stop_token_ids", "ignore_eos")
+    constraint = True
+
+    def is_neutral(self, params: SamplingParams) -> bool:
+        return params.grammar is None
+
+    def values(self, params: SamplingParams) -> tuple[float, ...]:
+        return ()
+
+    def prepare(self, params: SamplingParams, info: RowInfo) -> GrammarRow:
+        """The answer's state, which the sampler tells of its tokens."""
+        if params.grammar is None or info.vocabulary is None:
+            raise InvalidRequestError("grammars need a tokenizer, and this engine has none", param="grammar")
+        endings = ending_token_ids(params, info)
+        return info.vocabulary.grammars.follow(params.grammar, info.num_prompt, endings)
+
+    def native_steps(self, values: Sequence[float], prepared: GrammarRow) -> Sequence[NativeStep]:
+        return (NativeStep(NativeOp.TOKEN_MASK, data=prepared.words),)
+
+    def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
+        for row, position in zip(context.prepared, context.positions, strict=True):
+            row.refresh(position)
+        return mask_logits(logits, context.prepared)
+
+
+def mask_logits(logits: torch.Tensor, rows: Sequence[GrammarRow]) -> torch.Tensor:
+    """Leaves of `logits` [R, vocab] what the masks of `rows` allow, in place."""
+    words = torch.from_numpy(np.stack([row.words for row in rows]))
+    if logits.device.type == "cuda":
+        words = words.pin_memory().to(logits.device, non_blocking=True)
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = ((words[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[-1]]
+    return logits.masked_fill_(allowed == 0, -torch.inf)
+
+
+STAGE = GrammarStage()
