@@ -1,8 +1,10 @@
 """Packed weights as planes of bits, the one form that the general GPU kernels read.
 
 A row's codes lie in words, each of which holds eight columns (of 8-bit codes four); bits beyond the fourth of a code
-lie in a second plane. Four words are a run: word v of a run holds, from its low end, columns v, v + 4, v + 8, ... of
-the run, so that a thread that loads a run loads its activations in vectors of four. Scales are one for a group of
+lie in a second plane. Four words are a run: field i of word v of a run is column 4 i + v of the run, so that a thread
+that loads a run loads its activations in vectors of four. Fields of 4 and 8 bits lie in their order; those of 1 and 2
+bits so that an even one is four bits above the odd one that follows it (`field_position`), for a kernel that shifts a
+word moves two fields at once to where it wants them. Scales are one for a group of
 columns, and of the K-quants an integer times that of a super-block.
 
 The planes of a layout have the same bits in another order; only 6-bit scales become bytes: Q4_K takes 1.03 times its
@@ -68,6 +70,14 @@ class PlaneForm(NamedTuple):
     def run(self) -> int:
         """Columns of a run."""
         return RUN_WORDS * self.columns_in_word
+
+
+def field_position(index: int, bits: int) -> int:
+    """The lowest bit of field `index` in a word of fields of `bits` bits."""
+    if bits >= 4:
+        return bits * index
+    pair = index // 2
+    return bits * (pair % (4 // bits)) + 8 * (pair // (4 // bits)) + (0 if index % 2 else 4)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,7 +217,7 @@ def _pack_planes(
 
 def _joined(fields: torch.Tensor, bits: int) -> torch.Tensor:
     """Words of `fields` `[rows, runs, columns in a word, 4]`: int32 `[rows, words]`."""
-    word = fields[:, :, 0].int()
+    word = fields[:, :, 0].int() << field_position(0, bits)
     for index in range(1, fields.shape[2]):
-        word |= fields[:, :, index].int() << bits * index
+        word |= fields[:, :, index].int() << field_position(index, bits)
     return word.flatten(1)

@@ -14,6 +14,13 @@ from aphrodite.quantization.planes import Planes, decline_planes, planes_of
 from aphrodite.quantization.types import QuantType
 
 ROWS, COLUMNS = 5, 512
+# Where the fields of a word begin, by their bits.
+POSITIONS = {
+    1: [4, 0, 5, 1, 6, 2, 7, 3],
+    2: [4, 0, 6, 2, 12, 8, 14, 10],
+    4: [0, 4, 8, 12, 16, 20, 24, 28],
+    8: [0, 8, 16, 24],
+}
 GROUPED = [name for name, layout in random_layouts(1, 96).items() if not isinstance(layout, GgufBlocks)]
 
 
@@ -24,9 +31,10 @@ def decoded(planes: Planes) -> torch.Tensor:
     for column in range(form.columns):
         run, within = divmod(column, 4 * in_word)
         index, word = within // 4, 4 * run + within % 4
-        code = planes.low[:, word].long() >> form.low_bits * index & (1 << form.low_bits) - 1
+        code = planes.low[:, word].long() >> POSITIONS[form.low_bits][index] & (1 << form.low_bits) - 1
         if planes.high is not None:
-            code |= (planes.high[:, word].long() >> form.high_bits * index & (1 << form.high_bits) - 1) << form.low_bits
+            high = planes.high[:, word].long() >> POSITIONS[form.high_bits][index] & (1 << form.high_bits) - 1
+            code |= high << form.low_bits
         value = (code - form.zero).double()
         if form.kind == "table":
             assert planes.table is not None

@@ -39,7 +39,7 @@ from aphrodite.kernels.triton.launch import (
 )
 from aphrodite.kernels.triton.linear import Epilogue, _sum_of_splits, _workspace
 from aphrodite.platforms import platform_of
-from aphrodite.quantization.planes import RUN_WORDS, Planes
+from aphrodite.quantization.planes import RUN_WORDS, Planes, field_position
 
 PACKED_GEMV_MAX_ROWS = 2
 PACKED_SKINNY_MAX_ROWS = 64
@@ -66,16 +66,15 @@ class PackedSkinnyCut(NamedTuple):
 
 
 @functools.cache
-def packed_gemv_cut(out_features: int, in_features: int, rows: int, bits: int) -> PackedGemvCut:
-    """The cut for a weight `[out, in]` of codes of `bits` bits and 1 or 2 activation rows.
+def packed_gemv_cut(in_features: int, rows: int, bits: int) -> PackedGemvCut:
+    """The cut for a weight with `in` columns of codes of `bits` bits and 1 or 2 activation rows.
 
     A thread has a run of columns, or two where there are more than 16,384; tiles are as high and blocks as many as
     registers hold.
     """
     warps = min(16, max(1, next_power_of_2(in_features) // 1024))
     chunk = min(1024 * warps, max(128, next_power_of_2(in_features)))
-    few = rows > 1 or bits > 4 or out_features * in_features < 1 << 25
-    return PackedGemvCut(2 if few else 4, chunk, warps, max(1, 16 // warps))
+    return PackedGemvCut(2 if rows > 1 or bits > 4 else 4, chunk, warps, max(1, 16 // warps))
 
 
 @functools.cache
@@ -88,10 +87,20 @@ def packed_skinny_cut(out_features: int, in_features: int, rows: int, hip: bool 
     return PackedSkinnyCut(64, 128, splits, 2 if hip or rows > 16 else 3, 4)
 
 
+_position = triton.constexpr_function(field_position)
+
+
+@triton.constexpr_function
+def _place(index, LOW_BITS, HIGH_BITS):
+    """Where a mantissa holds field `index`: at its top, and every other one four bits below, so that one rotation of a
+    word brings two fields to their places."""
+    return 23 - LOW_BITS - HIGH_BITS - (4 if LOW_BITS < 8 and index % 2 else 0)
+
+
 @triton.jit
 def _field(word, index: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr):
     """Field `index` of `BITS` bits, moved to bit `PLACE`; other bits are zero."""
-    shift: tl.constexpr = PLACE - BITS * index
+    shift: tl.constexpr = PLACE - _position(index, BITS)
     if shift >= 0:
         moved = word << shift
     else:
@@ -261,25 +270,20 @@ def _load_tile(
     return tile
 
 
-@triton.constexpr_function
-def _place(index, LOW_BITS, HIGH_BITS):
-    """Where a mantissa holds field `index`: at its top, or of 4 bits every other field below that, so that one rotation
-    of a word brings two fields to their places."""
-    return 23 - LOW_BITS - HIGH_BITS - (4 if LOW_BITS == 4 and index % 2 else 0)
-
-
 @triton.jit
 def _mantissa(low, high, one, index: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr):
     """Code `index` of each word in a float's mantissa: 1 + code * 2^(place - 23)."""
     PLACE: tl.constexpr = _place(index, LOW_BITS, HIGH_BITS)
-    TURN: tl.constexpr = (PLACE - LOW_BITS * index + 32) % 32
+    TURN: tl.constexpr = (PLACE - _position(index, LOW_BITS) + 32) % 32
     words = low.to(tl.uint32, bitcast=True)
     if TURN != 0:
         words = (words << TURN) | (words >> (32 - TURN))
-    # `one` is an argument, for an instruction takes one constant and two registers.
-    bits = (words & (((1 << LOW_BITS) - 1) << PLACE)) | one
+    # `one` is an argument, for an instruction takes one constant and two registers; its bits are flipped into the upper
+    # ones, for from a chain of "or" the compiler makes another one that is longer.
+    rest = one
     if HIGH_BITS > 0:
-        bits |= _field(high, index, HIGH_BITS, PLACE + LOW_BITS).to(tl.uint32, bitcast=True)
+        rest = one ^ _field(high, index, HIGH_BITS, PLACE + LOW_BITS)
+    bits = (words & (((1 << LOW_BITS) - 1) << PLACE)) | rest.to(tl.uint32, bitcast=True)
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -710,7 +714,7 @@ def packed_gemv(
         cut: chosen by shape when None.
     """
     form = weight.form
-    cut = cut or packed_gemv_cut(weight.rows, form.columns, x.shape[0], form.low_bits + form.high_bits)
+    cut = cut or packed_gemv_cut(form.columns, x.shape[0], form.low_bits + form.high_bits)
     tiles = ceil_div(weight.rows, cut.rows)
     passes = ceil_div(tiles, cut.blocks * _multiprocessors(x.device))
     norm_weight, eps = norm if norm is not None else (x, 0.0)

@@ -92,7 +92,7 @@ def _product(
             title, _packed_skinny_kernel, {**epilogue, **own}, skinny.warps, targets=targets, options=options
         )
     form = _PLANES[name].form
-    cut = packed_gemv_cut(*shape, rows, form.low_bits + form.high_bits)
+    cut = packed_gemv_cut(shape[1], rows, form.low_bits + form.high_bits)
     own = {"norm_weight": f"*{dtype}", "eps": "fp32", "HAS_NORM": gated, "M": rows}
     own |= {"passes": "i32", "one": "i32:16", "ROWS": cut.rows, "CHUNK": cut.chunk}
     return KernelCase(title, _packed_gemv_kernel, {**epilogue, **own}, cut.warps, targets=targets, options=options)
