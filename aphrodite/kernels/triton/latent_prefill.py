@@ -337,7 +337,7 @@ def _absorbed_kernel(
 
 
 @direct_launch
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "first_head"])
 def _expanded_kernel(
     query,
     keys,
