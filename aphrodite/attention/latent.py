@@ -55,6 +55,7 @@ class LatentTransform(NamedTuple):
         norm_eps: of these norms.
         key_up: `[heads, kv_lora_rank, qk_nope_head_dim]` a layer.
         value_up: `[heads, v_head_dim, kv_lora_rank]` a layer.
+        query_scales: `[max_model_len]` float32, factor of a query by its position, None for none.
     """
 
     cos: torch.Tensor
@@ -63,3 +64,4 @@ class LatentTransform(NamedTuple):
     norm_eps: float
     key_up: tuple[torch.Tensor, ...]
     value_up: tuple[torch.Tensor, ...]
+    query_scales: torch.Tensor | None = None

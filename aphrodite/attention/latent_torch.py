@@ -66,6 +66,8 @@ class _LatentStep:
         self._slots = inputs.slot_mapping
         self._planner = backend.core.plan_step(inputs)
         transform = backend.transform
+        scales = transform.query_scales
+        self._query_scales = None if scales is None else scales.index_select(0, inputs.positions)[:, None]
         self._cos, self._sin = (
             table.index_select(0, inputs.positions)[:, None] for table in (transform.cos, transform.sin)
         )
@@ -73,6 +75,8 @@ class _LatentStep:
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         shape, mla = self._backend.shape, self._backend.shape.mla
         rows, width = qkv.shape[0], shape.num_heads * mla.head_dim
+        if self._query_scales is not None:
+            qkv[:, :width].mul_(self._query_scales)
         query = qkv[:, :width].view(rows, shape.num_heads, mla.head_dim)
         cache = self._cache.keys[layer]
         cached = self._vectors(layer, qkv[:, width:])[: self._slots.shape[0]]

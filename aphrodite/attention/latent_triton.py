@@ -232,6 +232,8 @@ class _LatentStep:
         self._groups = () if work is None else work.groups
         tokens = inputs.slot_mapping.shape[0]
         self._spans = ((0, tokens),) if work is None else work.spans
+        scales = backend.transform.query_scales
+        self._query_scales = None if scales is None else scales.index_select(0, inputs.positions)[:tokens, None]
         self._plan: DecodePlan | None = None
         if inputs.lengths is None or (inputs.lengths.query == 1).any():
             config = backend.decode_config
@@ -257,6 +259,8 @@ class _LatentStep:
         backend, inputs = self._backend, self._inputs
         shape, mla, transform = backend.shape, backend.shape.mla, backend.transform
         cache = self._cache.keys[layer]
+        if self._query_scales is not None:
+            qkv[: self._query_scales.shape[0], : shape.num_heads * mla.head_dim].mul_(self._query_scales)
         latent_to_cache(
             qkv,
             cache,

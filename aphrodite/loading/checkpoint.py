@@ -234,9 +234,9 @@ def _open_safetensors(path: Path) -> Checkpoint:
     directory = path.parent if path.is_file() else path
     config = ConfigReader.from_file(directory / "config.json")
     family = family_of_config(config)
-    spec = family.from_config(text_config(config, family))
+    spec = family.from_config(text_config(config))
     stored = read_tensors(path)
-    if is_wrapped(config, family):
+    if is_wrapped(config):
         stored = text_tensors(str(directory), stored)
     if family.predicts_further:
         stored = without_further_layers(str(directory), stored, family.hf.names, spec.num_layers)
@@ -295,7 +295,7 @@ def _open_dummy(path: Path) -> Checkpoint:
         raise ModelFormatError(f"{file}: dummy weights are made from a config.json, not from a GGUF file")
     config = ConfigReader.from_file(file)
     family = family_of_config(config)
-    spec = family.from_config(text_config(config, family))
+    spec = family.from_config(text_config(config))
     dtype = config.choice("dtype" if config.has("dtype") else "torch_dtype", _DTYPES, "bfloat16")
     return _described(file.parent, "dummy", config, spec, dummy_weights(spec, dtype, packing=packing_of(config)))
 

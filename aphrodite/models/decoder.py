@@ -95,6 +95,7 @@ def attention_transform(
             norm_eps=spec.mla.norm_eps,
             key_up=tuple(latent.key_up for latent in latents),
             value_up=tuple(latent.value_up for latent in latents),
+            query_scales=_query_scales(spec, max_model_len, device),
         )
     tables: dict[RotarySpec | None, RotaryTable] = {}
     for layer in range(spec.num_layers):

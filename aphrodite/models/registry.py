@@ -9,7 +9,7 @@ from aphrodite.errors import UnknownArchitectureError
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.models.families.cohere import COHERE, COHERE2
 from aphrodite.models.families.common import Family
-from aphrodite.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
+from aphrodite.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MISTRAL4
 from aphrodite.models.families.gemma2 import GEMMA2
 from aphrodite.models.families.gemma3 import GEMMA3
 from aphrodite.models.families.glm4 import GLM, GLM4
@@ -34,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     MINISTRAL3,
+    MISTRAL4,
     MIXTRAL,
     QWEN2,
     QWEN2_MOE,
@@ -66,30 +67,38 @@ FAMILIES: tuple[Family, ...] = (
 def family_of_config(config: ConfigReader) -> Family:
     """The family that a config.json's `architectures` names, or its `model_type` where there are none.
 
+    Models that see images may have text models of several families, which the text model's `model_type` tells apart.
+
     Raises:
         UnknownArchitectureError: none is supported; the message lists those that are.
     """
     found = config.strings("architectures")
     for family in FAMILIES:
-        if any(name in family.architectures + family.wrapped_by for name in found):
+        if any(name in family.architectures for name in found):
             return family
+        if any(name in family.wrapped_by for name in found):
+            text = config.section("text_config")
+            return _by_name(text.read("model_type", str, "") if text is not None else "") or family
     if not found:
-        model_type = config.read("model_type", str, "")
-        for family in FAMILIES:
-            if family.name == model_type:
-                return family
-        found = [model_type]
+        found = [config.read("model_type", str, "")]
+        family_of_type = _by_name(found[0])
+        if family_of_type is not None:
+            return family_of_type
     known = [name for family in FAMILIES for name in family.architectures + family.wrapped_by]
     raise _unsupported(config.source, ", ".join(found), known)
 
 
-def text_config(config: ConfigReader, family: Family) -> ConfigReader:
+def _by_name(model_type: str) -> Family | None:
+    return next((family for family in FAMILIES if family.name == model_type), None)
+
+
+def text_config(config: ConfigReader) -> ConfigReader:
     """What of a config.json describes the decoder: all, or `text_config` where the model also sees images.
 
     Raises:
         ModelFormatError: `text_config` is missing there.
     """
-    if not is_wrapped(config, family):
+    if not is_wrapped(config):
         return config
     section = config.section("text_config")
     if section is None:
@@ -97,9 +106,10 @@ def text_config(config: ConfigReader, family: Family) -> ConfigReader:
     return section
 
 
-def is_wrapped(config: ConfigReader, family: Family) -> bool:
-    """Whether the model is a text model of `family` inside one that also sees images."""
-    return any(name in family.wrapped_by for name in config.strings("architectures"))
+def is_wrapped(config: ConfigReader) -> bool:
+    """Whether the model is a text model inside one that also sees images."""
+    wrappers = {name for family in FAMILIES for name in family.wrapped_by}
+    return not wrappers.isdisjoint(config.strings("architectures"))
 
 
 def family_of_gguf(metadata: ConfigReader) -> Family:

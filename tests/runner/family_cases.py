@@ -435,6 +435,11 @@ CASES: dict[str, Case] = {
         {**{name: size for name, size in LATENTS.items() if name != "first_k_dense_replace"}, **NOTHING_FURTHER},
         native=False,
     ),
+    "mistral 4": Case(
+        "Mistral4",
+        {**LATENTS, "head_dim": 36, "rope_parameters": MINISTRAL_ROPE, "n_group": 4, "topk_group": 2},
+        native=False,
+    ),
     "seed-oss": Case("SeedOss", {"head_dim": 32}, ARCH.SEED_OSS, nemo_keys, turning=32),
     "internlm 2 (gguf)": Case("Llama", {}, ARCH.INTERNLM2, permutes=True),
 }

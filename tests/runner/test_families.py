@@ -225,6 +225,16 @@ def test_text_part_of_mistral_small_that_sees_images(tmp_path: Path, caplog: pyt
     check_text_part(Mistral3ForConditionalGeneration(config), tmp_path, caplog)
 
 
+def test_text_part_of_mistral_4_that_sees_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same class as around older text models; the text model's type tells."""
+    case = CASES["mistral 4"]
+    text = {**SIZES, **case.options, "model_type": "mistral4", "vocab_size": 211, "initializer_range": 0.15}
+    vision: dict[str, Any] = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    check_text_part(Mistral3ForConditionalGeneration(config), tmp_path, caplog)
+
+
 def check_text_part(model: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model.float().eval().save_pretrained(folder)
     driver = Driver(executor_at(folder))

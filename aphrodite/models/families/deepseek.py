@@ -1,6 +1,6 @@
 """DeepSeek-V2, V2-Lite (arXiv 2405.04434), V3 and R1 (arXiv 2412.19437), and what shares their decoder (Moonlight, Kimi
-K2, GLM 4.7 Flash): latent attention, and experts in groups beside shared ones. Layers that predict further tokens are
-not used. GGUF files say "deepseek2" of all."""
+K2, GLM 4.7 Flash, Mistral 4): latent attention, and experts in groups beside shared ones. Layers that predict further
+tokens are not used. GGUF files say "deepseek2" of all but the last."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from aphrodite.models.families.common import (
     layer_count,
 )
 from aphrodite.models.families.experts import MAX_EXPERTS, moe_from_config, moe_from_gguf
+from aphrodite.models.families.mistral import growing_queries
 from aphrodite.models.families.rotary import rotary_from_config
 from aphrodite.models.spec import MlaSpec, ModelSpec, MoeSpec, Scoring
 from aphrodite.quantization.types import RawTensor
@@ -58,8 +59,13 @@ def _from_config(
     )
     if mla.qk_rope_head_dim % 2:
         raise config.wrong("qk_rope_head_dim", "even, for rotary embedding", mla.qk_rope_head_dim)
-    rotary = rotary_from_config(config, mla.qk_rope_head_dim)
     scaling = config.section("rope_scaling") or config.section("rope_parameters")
+    if scaling is not None and scaling.has("partial_rotary_factor"):  # Mistral 4 counts by whole heads
+        rotary = rotary_from_config(config, mla.head_dim, default_fraction=1.0)
+        if rotary.spec.dim != mla.qk_rope_head_dim:
+            raise scaling.wrong("partial_rotary_factor", f"the share of {mla.qk_rope_head_dim} dimensions", "another")
+    else:
+        rotary = rotary_from_config(config, mla.qk_rope_head_dim)
     every_dim = scaling.read("mscale_all_dim", float, 0.0, low=0.0, high=1e3) if scaling is not None else 0.0
     spec = decoder_from_config(config, family=family, rotary=rotary)
 
@@ -80,6 +86,16 @@ def dense_layers(config: ConfigReader) -> tuple[int, ...]:
     first_sparse = config.read("first_k_dense_replace", int, 0, low=0, high=MAX_LAYERS)
     step = config.read("moe_layer_freq", int, 1, low=1, high=MAX_LAYERS)
     return tuple(layer for layer in range(num_layers) if layer < first_sparse or layer % step)
+
+
+def _mistral4_from_config(config: ConfigReader) -> ModelSpec:
+    spec = _from_config(config.with_defaults({"norm_topk_prob": True}), "mistral4", _mistral4_moe)
+    return growing_queries(config, spec)
+
+
+def _mistral4_moe(config: ConfigReader, dense: tuple[int, ...]) -> MoeSpec:
+    moe = _moe(config, dense, default_scoring="softmax")
+    return _in_groups(config, dataclasses.replace(moe, group_score="top2_sum"))
 
 
 def _with_latents(spec: ModelSpec, mla: MlaSpec, log_factor: float) -> ModelSpec:
@@ -231,4 +247,21 @@ GLM4_MOE_LITE = Family(
     from_gguf=_from_gguf,
     hf=_HF_STORAGE,
     predicts_further=True,
+)
+MISTRAL4 = Family(
+    name="mistral4",
+    title="Mistral Small 4",
+    architectures=("Mistral4ForCausalLM",),
+    from_config=_mistral4_from_config,
+    from_gguf=_from_gguf,
+    hf=Storage(
+        names=HF_NAMES.renamed(
+            {
+                "expert_gate.weight": "mlp.experts.gate_up_proj",
+                "expert_up.weight": "mlp.experts.gate_up_proj",
+                "expert_down.weight": "mlp.experts.down_proj",
+            }
+        ),
+        interleaved=True,
+    ),
 )

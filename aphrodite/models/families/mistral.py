@@ -24,12 +24,18 @@ def _from_config(config: ConfigReader) -> ModelSpec:
     if not newer and not config.has("sliding_window"):
         window = _DEFAULT_WINDOW
     spec = decoder_from_config(config, family="mistral", windows=(window,) * layer_count(config))
+    grown = growing_queries(config, spec)
+    return dataclasses.replace(grown, family="ministral3") if grown.temperature_scale else spec
+
+
+def growing_queries(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
+    """`spec` with queries that grow with their position, where a config.json's rotary embedding says so."""
     section = config.section("rope_parameters") or config.section("rope_scaling")
     scale = section.read("llama_4_scaling_beta", float, 0.0, low=0.0, high=1e3) if section is not None else 0.0
     if section is None or scale == 0.0:
         return spec
     length = section.read("original_max_position_embeddings", int, low=1, high=MAX_POSITION)
-    return dataclasses.replace(spec, family="ministral3", temperature_scale=scale, temperature_length=length)
+    return dataclasses.replace(spec, temperature_scale=scale, temperature_length=length)
 
 
 def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
