@@ -28,8 +28,11 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
     return work() if size <= THREAD_BYTES else await asyncio.to_thread(work)
 
 
-async def read_object(request: Request, *, max_depth: int) -> dict[str, Any]:
+async def read_object(request: Request, *, max_depth: int, optional: bool = False) -> dict[str, Any]:
     """The request's body as a JSON object. NaN, Infinity and numbers beyond double range are no JSON.
+
+    Args:
+        optional: no body at all is an empty object.
 
     Raises:
         ApiError: 400, what is wrong with the body.
@@ -39,6 +42,8 @@ async def read_object(request: Request, *, max_depth: int) -> dict[str, Any]:
         body = await request.body()
     except ClientDisconnect:
         raise ClientDisconnectedError from None
+    if optional and not body:
+        return {}
     return await off_loop(len(body), lambda: _decode(body, max_depth))
 
 

@@ -243,12 +243,12 @@ class GenerateEndpoints:
 
     async def check(self, request: Request) -> Response:
         """The text so far of a run."""
-        body = await read_object(request, max_depth=self._context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth, optional=True)
         return _json({"results": [{"text": self._text(parse(KoboldKeyFields, body).genkey)}]})
 
     async def abort(self, request: Request) -> Response:
         """End a run; it answers with what it has."""
-        body = await read_object(request, max_depth=self._context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth, optional=True)
         runs = self._found(parse(KoboldKeyFields, body).genkey)
         for run in runs:
             run.end()

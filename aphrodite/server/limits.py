@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,7 +30,7 @@ class RequestLimits:
         self._hosts.check([value for name, value in scope["headers"] if name == b"host"])
         headers = dict(scope["headers"])
         body = BoundedBody(receive, self._max_body, self._body_timeout)
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and not _says_nothing(headers):
             _check_content_type(headers.get(b"content-type", b""))
         await body.check_length(headers.get(b"content-length"), waits=b"expect" in headers)
         await self._app(scope, body.receive, send)
@@ -81,6 +82,12 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _says_nothing(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a request has no body and no type, and comes from no page: SillyTavern ends koboldcpp's runs so."""
+    bodiless = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
+    return bodiless and b"content-type" not in headers and b"origin" not in headers
 
 
 def _check_content_type(value: bytes) -> None:
