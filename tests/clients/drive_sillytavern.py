@@ -52,8 +52,9 @@ OF_TYPE: dict[str, dict[str, Any]] = {
         "rep_pen_slope": 0.7, "repeat_penalty": 1.1, "repeat_last_n": 1024, "custom_token_bans": "1,2",
     },
     "llamacpp": {
-        "repeat_penalty": 1.1, "repeat_last_n": 1024, "n_predict": 12, "num_predict": 12, "num_ctx": 4096, "mirostat": 0,
-        "n_probs": 5, "ignore_eos": False, "cache_prompt": True, "grammar": "", "custom_token_bans": "1,2",
+        "repeat_penalty": 1.1, "repeat_last_n": 1024, "n_predict": 12, "num_predict": 12, "num_ctx": 4096,
+        "mirostat": 0, "n_probs": 5, "ignore_eos": False, "cache_prompt": True, "grammar": "",
+        "custom_token_bans": "1,2",
         "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "tfs_z", "typical_p", "top_p", "min_p",
                      "adaptive_p", "xtc", "temperature"],
     },
