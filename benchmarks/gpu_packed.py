@@ -28,9 +28,10 @@ import triton
 from gpu_linear import CEILING, EPS, LAYERS, CompileOnly, Layer, WithoutDevice, guarded
 
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton import packed
+from aphrodite.kernels.triton import packed_gemm, packed_gemv
 from aphrodite.kernels.triton.linear import Epilogue
-from aphrodite.kernels.triton.packed import PackedGemvCut, PackedSkinnyCut
+from aphrodite.kernels.triton.packed_gemm import PackedSkinnyCut
+from aphrodite.kernels.triton.packed_gemv import PackedGemvCut
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.layers.packed_linear import PackedLinear
 from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
@@ -120,7 +121,7 @@ class Bench:
 
 def cuts(layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinnyCut]:
     """Candidates: of GEMVs with one or two runs of columns a thread."""
-    if rows > packed.PACKED_GEMV_MAX_ROWS:
+    if rows > packed_gemv.PACKED_GEMV_MAX_ROWS:
         return [
             PackedSkinnyCut(tile, chunk, splits, stages, warps)
             for tile, chunk, splits, stages, warps in itertools.product(
@@ -151,9 +152,9 @@ def with_cut(bench: Bench, rows: int, cut: PackedGemvCut | PackedSkinnyCut) -> C
 
     def one(linear: PackedLinear) -> torch.Tensor:
         if isinstance(cut, PackedGemvCut):
-            packed.packed_gemv(x, linear.parts[0], out, epilogue, bench.norm, cut)
+            packed_gemv.packed_gemv(x, linear.parts[0], out, epilogue, bench.norm, cut)
         else:
-            packed.packed_skinny(x, linear.parts[0], out, epilogue, cut)
+            packed_gemm.packed_skinny(x, linear.parts[0], out, epilogue, cut)
         return out
 
     return one
@@ -162,10 +163,10 @@ def with_cut(bench: Bench, rows: int, cut: PackedGemvCut | PackedSkinnyCut) -> C
 def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
     target, pdl, name, layer, rows, cut = task
     triton.runtime.driver.set_active(WithoutDevice(target))
-    packed.pdl_supported = lambda device: pdl
-    for kernel in ("_packed_gemv_kernel", "_packed_skinny_kernel"):
-        if not isinstance(getattr(packed, kernel), CompileOnly):
-            setattr(packed, kernel, CompileOnly(getattr(packed, kernel)))
+    for module, kernel in ((packed_gemv, "_packed_gemv_kernel"), (packed_gemm, "_packed_skinny_kernel")):
+        module.pdl_supported = lambda device: pdl
+        if not isinstance(getattr(module, kernel), CompileOnly):
+            setattr(module, kernel, CompileOnly(getattr(module, kernel)))
     try:
         bench = Bench(name, layer, "meta")
         with_cut(bench, rows, cut)(bench.linears[0])

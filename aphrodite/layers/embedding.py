@@ -71,7 +71,7 @@ class PackedEmbedding:
         return self._planes.tensors
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        from aphrodite.kernels.triton.packed import expand_rows  # Triton is there only where a GPU is
+        from aphrodite.kernels.triton.packed_gemm import expand_rows  # Triton is there only where a GPU is
 
         out = torch.empty((token_ids.shape[0], self._planes.form.columns), dtype=self._dtype, device=self.device)
         expand_rows(self._planes, token_ids, out)

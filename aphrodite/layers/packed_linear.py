@@ -16,13 +16,8 @@ from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
-from aphrodite.kernels.triton.packed import (
-    PACKED_GEMV_MAX_ROWS,
-    PACKED_SKINNY_MAX_ROWS,
-    expand_planes,
-    packed_gemv,
-    packed_skinny,
-)
+from aphrodite.kernels.triton.packed_gemm import PACKED_SKINNY_MAX_ROWS, expand_planes, packed_skinny
+from aphrodite.kernels.triton.packed_gemv import PACKED_GEMV_MAX_ROWS, packed_gemv
 from aphrodite.layers.linear import RmsNorm, unfused
 from aphrodite.layers.triton_linear import interleave_gate_up, unfused_pairs
 from aphrodite.quantization.layouts import PackedLayout

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.packed import _code, _field, _load_plane, _load_values, _spread
+from aphrodite.kernels.triton.packed import load_plane, load_values, packed_code, packed_field, spread_runs
 from aphrodite.quantization.planes import Planes
 
 
@@ -77,14 +77,14 @@ class ExpertWeights:
 def _expert_code(
     low, high, table, index: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, KIND: tl.constexpr
 ):
-    """`packed._code`, and of "e2m1" twice the number, as the table of MXFP4 has it: exponent and mantissa are put where
-    float32 has them, whose bias is 127 above, denormals included."""
+    """`packed.packed_code`, and of "e2m1" twice the number, as the table of MXFP4 has it: exponent and mantissa are put
+    where float32 has them, whose bias is 127 above, denormals included."""
     if KIND == "e2m1":
-        field = _field(low, index, 4, 22)
+        field = packed_field(low, index, 4, 22)
         bits = (field & 0x01C00000) | ((field & 0x02000000) << 6)
         value = bits.to(tl.float32, bitcast=True) * 1.7014118346046923e38
     else:
-        value = _code(low, high, table, index, LOW_BITS, HIGH_BITS, KIND)
+        value = packed_code(low, high, table, index, LOW_BITS, HIGH_BITS, KIND)
     return value
 
 
@@ -216,10 +216,10 @@ def _plane_chunk(
     words: tl.constexpr = columns // IN_WORD
     COUNT: tl.constexpr = CHUNK // IN_WORD
     RUNS: tl.constexpr = CHUNK // RUN
-    low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
+    low_words = load_plane(low, rows, step * COUNT, words, COUNT)
     high_words = low_words
     if HIGH_BITS > 0:
-        high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
+        high_words = load_plane(high, rows, step * COUNT, words, COUNT)
     for span in tl.static_range(SPANS):
         raw = first_raw if span == 0 else second_raw
         factor, shift = _affine(raw[0], raw[1], raw[2], raw[3], LOW_BITS + HIGH_BITS, SUPER, OFFSET, ZERO, KIND)
@@ -227,7 +227,7 @@ def _plane_chunk(
         total = tl.zeros((COUNT,), tl.float32)
         for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
             code = _expert_code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-            values = _load_values(x, step * COUNT, index, columns, RUN, COUNT)
+            values = load_values(x, step * COUNT, index, columns, RUN, COUNT)
             products += code * values[None, :]
             total += values
         of_runs += factor * tl.sum(tl.reshape(products, (ROWS, RUNS, 4)), axis=2)
@@ -316,10 +316,10 @@ def _plane_tile(
     words: tl.constexpr = columns // IN_WORD
     COUNT: tl.constexpr = CHUNK // IN_WORD
     RUNS: tl.constexpr = CHUNK // RUN
-    low_words = _load_plane(low, rows, step * COUNT, words, COUNT)
+    low_words = load_plane(low, rows, step * COUNT, words, COUNT)
     high_words = low_words
     if HIGH_BITS > 0:
-        high_words = _load_plane(high, rows, step * COUNT, words, COUNT)
+        high_words = load_plane(high, rows, step * COUNT, words, COUNT)
     k = step * CHUNK + tl.arange(0, CHUNK)
     if columns % CHUNK == 0:
         values = tl.load(from_x + k[:, None])
@@ -329,8 +329,8 @@ def _plane_tile(
     for span in tl.static_range(SPANS):
         raw = first_raw if span == 0 else second_raw
         factor, shift = _affine(raw[0], raw[1], raw[2], raw[3], LOW_BITS + HIGH_BITS, SUPER, OFFSET, ZERO, KIND)
-        factor = _spread(factor, ROWS, RUNS)
-        shift = _spread(shift, ROWS, RUNS)
+        factor = spread_runs(factor, ROWS, RUNS)
+        shift = spread_runs(shift, ROWS, RUNS)
         for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
             code = _expert_code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
             fields = fields + ((code * factor - shift).to(values.dtype),)

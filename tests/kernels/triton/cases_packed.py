@@ -8,14 +8,8 @@ import torch
 from compiling import TARGETS, Constant, KernelCase
 from packed_layouts import random_blocks, random_layouts
 
-from aphrodite.kernels.triton.packed import (
-    PACKED_GEMV_MAX_ROWS,
-    _expand_kernel,
-    _packed_gemv_kernel,
-    _packed_skinny_kernel,
-    packed_gemv_cut,
-    packed_skinny_cut,
-)
+from aphrodite.kernels.triton.packed_gemm import _expand_kernel, _packed_skinny_kernel, packed_skinny_cut
+from aphrodite.kernels.triton.packed_gemv import PACKED_GEMV_MAX_ROWS, _packed_gemv_kernel, packed_gemv_cut
 from aphrodite.quantization.planes import Planes, planes_of
 from aphrodite.quantization.types import QuantType
 
