@@ -200,8 +200,8 @@ _STRUCTURED = """\
 | `structured_outputs` | an object with one of `json`, `regex`, `choice`, `grammar`, `json_object`; beside JSON also \
 `whitespace_pattern` and `disable_any_whitespace` |
 | `guided_json`, `json_schema` | a JSON schema, as an object or text |
-| `guided_regex`, `regex_pattern` | a regular expression for the whole answer (Rust's syntax: no look-around, no back \
-references) |
+| `guided_regex`, `regex_pattern` | a regular expression for the whole answer (Rust's syntax, with `\\d` for 0 to 9: \
+no look-around, no back references) |
 | `guided_choice` | a list of texts, one of which is the answer |
 | `guided_json_object` | `true`: any JSON object |
 | `grammar`, `grammar_string`, `guided_grammar` | GBNF (`root ::= ...`) or llguidance's Lark (`start: ...`) |

@@ -134,6 +134,8 @@ class _Tokens:
 
 def _source(matcher: type[LLMatcher], grammar: Grammar) -> str:
     """The grammar in llguidance's own form."""
+    from llguidance import regex_to_lark
+
     text = grammar.text
     match grammar.kind:
         case "json_object":
@@ -141,7 +143,8 @@ def _source(matcher: type[LLMatcher], grammar: Grammar) -> str:
         case "json_schema":
             return matcher.grammar_from_json_schema(text, defaults=_JSON_DEFAULTS)  # type: ignore[arg-type]
         case "regex":
-            return matcher.grammar_from_regex(text)
+            # Rust's \d is any digit of Unicode's, which nobody means who writes it.
+            return matcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
         case "choice":
             choices = " | ".join(json.dumps(item) for item in json.loads(text))
             return matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
