@@ -19,7 +19,7 @@ from aphrodite.quantization.planes import planes_of
 from aphrodite.quantization.types import QuantType
 
 LAYERS = ("dense", "shared", "mxfp4", "int4")
-GGUF_LAYERS = ("q4_k", "q6_k")  # super-blocks are too large for the interpreter
+GGUF_LAYERS = ("q4_k", "q6_k")
 DTYPES = (torch.float16, torch.float32)
 CHOICE = Choice("test", ())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from experts_case import LAYERS, Experts, distance, expected_mixture, make_experts
+from experts_case import Experts, distance, expected_mixture, make_experts
 
 from aphrodite.kernels.triton import grouped_gemm
 from aphrodite.kernels.triton.grouped_gemm import PairConfig
@@ -73,7 +73,7 @@ def test_tokens_are_grouped_by_expert_in_their_order(tokens: int, tile: int) -> 
     assert sum(map(len, found.values())) == tokens * top_k
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["dense", "shared", "mxfp4"])
 @pytest.mark.parametrize("tokens", [2, 7])
 def test_mixture_equals_float64(kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     few_programs(monkeypatch)
@@ -90,6 +90,13 @@ def test_mixture_is_exact_in_float32(kind: str, tokens: int, monkeypatch: pytest
 def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aphrodite.layers.triton_moe.pairs_of_tile", lambda pairs, experts: 64)
     check(make_experts("dense", torch.float16), 40)
+
+
+@pytest.mark.parametrize(("kind", "hidden", "tokens"), [("int4", 288, 6), ("q4_k", 256, 1), ("q6_k", 256, 5)])
+def test_packed_rows_of_several_chunks(kind: str, hidden: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Super-blocks, groups shorter than a run, and scales that are loaded a chunk ahead."""
+    monkeypatch.setattr(grouped_gemm, "pair_config", lambda out, columns, packed: PairConfig(128, 128, 4))
+    check(make_experts(kind, torch.float16, hidden=hidden, count=2), tokens)
 
 
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
