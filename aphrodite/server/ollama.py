@@ -25,7 +25,9 @@ from starlette.types import ASGIApp
 
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
+from aphrodite.sampling.grammar_fields import json_schema
 from aphrodite.sampling.params import SamplingParams, to_mapping
+from aphrodite.sampling.table import Grammar
 from aphrodite.server.body import parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import ApiError, Headers, invalid, unsupported
@@ -63,6 +65,7 @@ class OllamaFields(pydantic.BaseModel):
     options: dict[str, Any] = Field(default={}, description="Sampling parameters.")
     preset: str | None = Field(default=None, description="A sampler preset of /v1/presets.", max_length=256)
     keep_alive: Any = Field(default=None, description="Has no meaning here: the model stays loaded.")
+    format: Any = Field(default=None, description='"json", or a JSON schema that the answer has to fit.')
     think: bool = Field(default=False, description="Must be false: what a model thinks is part of its text here.")
 
 
@@ -71,7 +74,6 @@ class OllamaChatFields(OllamaFields):
 
     messages: Annotated[Any, WithJsonSchema(_MESSAGES)] = Field(default=[], description="The conversation so far.")
     tools: list[Any] = Field(default=[], description="Must be empty: tool calls are not supported yet.")
-    format: Any = Field(default=None, description="Must be empty: structured output is not supported yet.")
 
 
 class OllamaGenerateFields(OllamaFields):
@@ -84,7 +86,6 @@ class OllamaGenerateFields(OllamaFields):
     images: list[Any] = Field(default=[], description="Must be empty: this model reads text only.")
     context: list[int] = Field(default=[], description="Token ids of an earlier answer, to go on from.")
     template: str = Field(default="", description="Must be empty: the server's template holds.")
-    format: Any = Field(default=None, description="Must be empty: structured output is not supported yet.")
 
 
 class ShowFields(pydantic.BaseModel):
@@ -142,9 +143,8 @@ class OllamaEndpoints:
         """Answer a conversation."""
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(OllamaChatFields, body)
-        for name, why in (("tools", "tool calls are"), ("format", "structured output is")):
-            if getattr(fields, name):
-                raise unsupported(name, f"{why} not supported yet; leave it out")
+        if fields.tools:
+            raise unsupported("tools", "tool calls are not supported yet; leave it out")
         params = self._params(request, fields)
         model = resolve_tagged(self._context, fields.model)
         if fields.messages == []:
@@ -159,7 +159,7 @@ class OllamaEndpoints:
         context = self._context
         body = await read_object(request, max_depth=context.config.max_json_depth)
         fields = parse(OllamaGenerateFields, body)
-        for name in ("suffix", "images", "template", "format"):
+        for name in ("suffix", "images", "template"):
             if getattr(fields, name):
                 raise unsupported(name, "is not supported here; leave it out")
         params = self._params(request, fields)
@@ -177,7 +177,9 @@ class OllamaEndpoints:
         preset = preset_of(request, fields.preset, context.config)
         limit = options.num_predict
         base = msgspec.structs.replace(
-            context.engine.model.sampling_defaults, max_tokens=None if limit is None or limit < 0 else limit
+            context.engine.model.sampling_defaults,
+            max_tokens=None if limit is None or limit < 0 else limit,
+            grammar=_grammar(fields.format),
         )
         try:
             params = sampling_params(fields.options, OptionFields, context.engine.model, base=base, preset=preset)
@@ -355,6 +357,13 @@ class OllamaModels:
             "digest": hashlib.sha256(f"{model.root} {name}".encode()).hexdigest(),
             "details": _details(),
         }
+
+
+def _grammar(wanted: Any) -> Grammar | None:
+    """What `format` asks for."""
+    if wanted is None or wanted == "" or wanted == {}:
+        return None
+    return Grammar("json_object", "") if wanted == "json" else json_schema(wanted, "format")
 
 
 def _details() -> dict[str, Any]:

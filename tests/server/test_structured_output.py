@@ -161,3 +161,20 @@ async def test_too_many_at_once_are_told_to_come_back(server: RunningServer, mon
     response = await server.http.post("/v1/completions", json={"prompt": "x", "guided_regex": "q{3}"})
     assert response.status_code in (429, 503)
     assert "retry-after" in response.headers
+
+
+async def test_other_protocols(server: RunningServer) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"], "additionalProperties": False}
+    options = {"num_predict": 60, "seed": 3}
+    chat = {"model": MODEL, "messages": MESSAGES, "format": schema, "stream": False, "options": options}
+    answer = (await server.http.post("/api/chat", json=chat)).json()
+    assert json.loads(answer["message"]["content"]) == {"n": 7}
+    generate = {"model": MODEL, "prompt": "Say it.", "format": "json", "stream": False, "options": options}
+    answer = (await server.http.post("/api/generate", json=generate)).json()
+    assert answer["response"].lstrip().startswith("{")
+    assert (await server.http.post("/api/chat", json={**chat, "format": "xml"})).status_code == 400
+    kobold = {"prompt": "Once", "max_length": 40, "grammar": 'root ::= "yes" | "no"', "sampler_seed": 5}
+    answer = (await server.http.post("/api/v1/generate", json=kobold)).json()
+    assert answer["results"][0]["text"] in ("yes", "no")
+    refused = await server.http.post("/api/v1/generate", json={**kobold, "grammar": "root ::= ("})
+    assert refused.status_code in (400, 422)
