@@ -182,6 +182,11 @@ def gpt_oss_keys(writer: Writer) -> None:
     writer.add_rope_scaling_orig_ctx_len(128)
 
 
+def olmoe_keys(writer: Writer) -> None:
+    writer.add_expert_count(10)
+    writer.add_expert_used_count(4)
+
+
 def mixtral_keys(writer: Writer) -> None:
     writer.add_expert_count(4)
     writer.add_expert_used_count(2)
@@ -364,7 +369,7 @@ CASES: dict[str, Case] = {
         "Olmoe",
         {"num_experts": 10, "num_experts_per_tok": 4},
         ARCH.OLMOE,
-        lambda writer: (writer.add_expert_count(10), writer.add_expert_used_count(4)),
+        olmoe_keys,
         native=False,
     ),
     "gpt-oss": Case(

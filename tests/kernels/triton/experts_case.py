@@ -80,8 +80,8 @@ def make_experts(
     router = TritonRouter(random(count, hidden).to(device), router_bias, None, dtype=dtype, exact=False)
     shared, parts = None, None
     if kind == "shared":
-        parts = (random(48, hidden) / hidden**0.5, random(hidden, 24) / 5, random(1, hidden) / hidden**0.5)
-        parts = tuple(part.to(dtype) for part in parts)
+        first, second, last = random(48, hidden) / hidden**0.5, random(hidden, 24) / 5, random(1, hidden) / hidden**0.5
+        parts = (first.to(dtype), second.to(dtype), last.to(dtype))
         mlp = GatedMlp(
             TritonLinear(parts[0].to(device), None, CHOICE, gated=True), TritonLinear(parts[1].to(device), None, CHOICE)
         )
