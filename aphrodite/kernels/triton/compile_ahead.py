@@ -3,7 +3,7 @@
 Triton compiles where it launches, one kernel after the other, a second each with the stub in C that its launcher is; a
 model's first start needs some sixty. So the usual steps are gone through once with `launch.recording`, which makes no
 launches, and what they would have launched is compiled by worker processes that fill the cache in Triton's directory.
-A file there says that a set of kernels has been compiled, so that later starts go without the workers.
+A file there says of each that it has been compiled, so that later starts go without the workers.
 """
 
 from __future__ import annotations
@@ -59,21 +59,20 @@ def compile_ahead(jobs: Jobs, progress: Progress) -> None:
     Args:
         progress: told of kernels done and of all.
     """
-    count = len(jobs.kernels)
-    workers = min(count, MOST_WORKERS, _cores(), psutil.virtual_memory().available // WORKER_BYTES)
-    if count < FEWEST_JOBS or workers < 2:
-        return
-    marker = _marker(jobs)
-    if marker.exists():
+    markers = _markers(jobs)
+    missing = [job for job, marker in markers.items() if not marker.exists()]
+    workers = min(len(missing), MOST_WORKERS, _cores(), psutil.virtual_memory().available // WORKER_BYTES)
+    if len(missing) < FEWEST_JOBS or workers < 2:
         return
     began = time.perf_counter()
-    longest_first = sorted(jobs.kernels, key=len, reverse=True)  # as far as many arguments are a sign of much code
+    longest_first = sorted(missing, key=len, reverse=True)  # as far as many arguments are a sign of much code
     failures = _Pool(longest_first, workers).run(progress)
     for failure in failures:
         logger.info("compiled where it is launched: %s", failure)
-    logger.info("compiled %d kernels by %d processes in %.1f s", count, workers, time.perf_counter() - began)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.touch()  # after failures, too: they would fail again
+    logger.info("compiled %d kernels by %d processes in %.1f s", len(missing), workers, time.perf_counter() - began)
+    for job in missing:  # after failures, too: they would fail again
+        markers[job].parent.mkdir(parents=True, exist_ok=True)
+        markers[job].touch()
 
 
 def encode(kernel: DirectKernel, arguments: Sequence[Any], options: Mapping[str, Any]) -> str | None:
@@ -118,12 +117,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _marker(jobs: Jobs) -> Path:
-    """The file that says that `jobs` are in the cache, for these sources, this card and these versions."""
-    sources = sorted({kernel.jitted.cache_key for kernel in jobs.kernels.values()})
-    parts = [triton.__version__, platform.python_version(), str(driver.active.get_current_target())]
-    digest = hashlib.sha256("\n".join([*parts, *sources, *sorted(jobs.kernels)]).encode()).hexdigest()
-    return Path(triton.knobs.cache.dir) / f"aphrodite-{digest[:32]}.compiled"
+def _markers(jobs: Jobs) -> dict[str, Path]:
+    """The file that says of each job that it is in the cache, for its source, this card and these versions."""
+    place = f"{triton.__version__} {platform.python_version()} {driver.active.get_current_target()}"
+    folder = Path(triton.knobs.cache.dir) / "aphrodite"
+    markers = {}
+    for job, kernel in jobs.kernels.items():
+        digest = hashlib.sha256("\n".join((place, kernel.jitted.cache_key, job)).encode()).hexdigest()
+        markers[job] = folder / f"{digest[:32]}.compiled"
+    return markers
 
 
 class _Pool:

@@ -85,7 +85,9 @@ def test_workers_share_the_jobs_and_report_failures(tmp_path: Path, monkeypatch:
     assert compiled(tmp_path) == 3
 
 
-def test_later_starts_do_without_workers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_workers_compile_what_no_earlier_start_has_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     runs: list[int] = []
 
     class Pool:
@@ -100,7 +102,12 @@ def test_later_starts_do_without_workers(monkeypatch: pytest.MonkeyPatch, caplog
     with caplog.at_level(logging.DEBUG, "aphrodite"):
         for _ in range(3):
             compile_ahead.compile_ahead(recorded(), lambda done, total: None)
-    assert runs == [5]
+        more = recorded()
+        with recording(more):
+            for hidden in (16, 32, 128, 256):
+                rms_norm(torch.zeros(3, hidden), torch.zeros(hidden), 1e-5)
+        compile_ahead.compile_ahead(more, lambda done, total: None)
+    assert runs == [5, 4]
     assert "one failed" in caplog.text
 
 
