@@ -66,7 +66,7 @@ GGUF's Q4_0 and Q4_1 do, others are expanded. `--cpu-offload-gb` moves whole lay
 heads' keys and values would take), which `models inspect` and the memory plan count. Prefix cache, prompts in chunks, \
 preemption, graphs and, on a GPU, `--kv-cache-dtype fp8` work as elsewhere. Decoding attends to the vectors as they \
 are; on a GPU long prompts have keys and values expanded where that is less work. GGUF files of all its models are \
-`deepseek2`.
+`deepseek2`. Its kernels are tested on an H100; a DeepSeek model of full size has not been served there yet.
 - *Layers that predict further tokens* (DeepSeek V3, GLM 4.5) are not used. The log says so.
 - *Models that see images* are served without their vision part. The log says so.
 - *Gemma's norms* are stored less one; the sum is kept in float32 whatever the compute type."""
