@@ -130,15 +130,13 @@ def _request(x, column, chunk, smem, bars, slot, pred):
 def _start_product(x, column, weight, total, smem, bars, start, chunk, end, GROUP: gl.constexpr, STAGES: gl.constexpr):
     """Start the product of `chunk` after the one before it has ended, whose place in the ring is free then."""
     turn = chunk - start
+    gl.thread_barrier()
+    _request(x, column, chunk - 1 + STAGES, smem, bars, (turn - 1) % STAGES, chunk - 1 + STAGES < end)
+    mbarrier.wait(bars.index(turn % STAGES), turn // STAGES & 1)
     into = total
     if GROUP >= 128:
         into = gl.zeros_like(total)
-    mbarrier.wait(bars.index(turn % STAGES), turn // STAGES & 1)
-    token = warpgroup_mma(weight, smem.index(turn % STAGES).permute((1, 0)), into, is_async=True)
-    # All warps have waited for the product before; they meet while this one runs.
-    gl.thread_barrier()
-    _request(x, column, chunk - 1 + STAGES, smem, bars, (turn - 1) % STAGES, chunk - 1 + STAGES < end)
-    return token
+    return warpgroup_mma(weight, smem.index(turn % STAGES).permute((1, 0)), into, is_async=True)
 
 
 @gluon.jit
