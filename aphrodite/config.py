@@ -222,6 +222,14 @@ class ServerSettings:
     trust_request_chat_template: bool = _setting(
         False, "Accept a chat template inside a request (rendered in the sandbox).", "Server"
     )
+    tool_parser: Literal[
+        "auto", "none", "hermes", "qwen3_coder", "llama3", "mistral", "deepseek", "glm", "glm4", "command_r", "granite",
+        "gpt_oss", "json",
+    ] = _setting(
+        "auto",
+        "How answers call tools: as the chat template asks for it, or by name; `none` leaves calls in the text.",
+        "Server",
+    )  # fmt: skip
     reasoning_parser: Literal["auto", "none", "think", "mistral", "seed", "command_r", "granite", "harmony"] = _setting(
         "auto",
         "How answers mark what the model thinks, which chat answers tell apart from their text: as the chat template "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from aphrodite.chat.events import AnswerParser
+from aphrodite.chat.events import AnswerParser, Event, TextPiece
 from aphrodite.chat.harmony import MARKS, HarmonyParser
 from aphrodite.chat.reasoning import ReasoningParser, is_harmony
-from aphrodite.chat.traits import Reasoning
+from aphrodite.chat.tools.parser import ToolParser, marks_of
+from aphrodite.chat.traits import Reasoning, ToolFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,32 +21,80 @@ class AnswerFormat:
         reasoning: marks around reasoning; None: it is text.
         is_open: the prompt ends inside reasoning.
         is_text: the prompt ends inside the answer's text, so that no reasoning begins it.
+        tool_format: how calls of tools are written; None: there are none.
+        schemas: the tools there are: JSON schemas of their parameters by name.
     """
 
     reasoning: Reasoning | None = None
     is_open: bool = False
     is_text: bool = False
+    tool_format: ToolFormat | None = None
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:
         """Whether an answer is its text and nothing else."""
-        return self.reasoning is None or (self.is_text and not is_harmony(self.reasoning))
+        reasoned = self.reasoning is not None and (self.is_harmony or not self.is_text)
+        return not reasoned and self.tool_format is None
+
+    @property
+    def is_harmony(self) -> bool:
+        """Whether an answer is made of harmony's messages."""
+        return is_harmony(self.reasoning) or self.tool_format == "gpt_oss"
 
     @property
     def marks(self) -> tuple[str, ...]:
         """Texts that the parser has to see, be they special tokens or not."""
-        if is_harmony(self.reasoning):
+        if self.is_harmony:
             return MARKS
-        return () if self.reasoning is None else (self.reasoning.start, self.reasoning.end)
+        around = () if self.reasoning is None else (self.reasoning.start, self.reasoning.end)
+        return (*around, *(marks_of(self.tool_format) if self.tool_format is not None else ()))
 
     def parser(self) -> AnswerParser:
         """A parser of one answer."""
-        if is_harmony(self.reasoning):
+        if self.is_harmony:
             inside: Literal["text", "reasoning"] | None = "text" if self.is_text else None
             if self.is_open:
                 inside = "reasoning"
-            return HarmonyParser(calls=False, inside=inside)
-        stages: list[AnswerParser] = []
-        if self.reasoning is not None and not self.is_text:
-            stages.append(ReasoningParser(self.reasoning, is_open=self.is_open))
-        return stages[0]
+            return HarmonyParser(calls=self.tool_format == "gpt_oss", inside=inside)
+        tools = ToolParser(self.tool_format, self.schemas) if self.tool_format is not None else None
+        if self.reasoning is None or self.is_text:
+            return tools or _Text()
+        reasoning = ReasoningParser(self.reasoning, is_open=self.is_open)
+        return reasoning if tools is None else _Chain(reasoning, tools)
+
+
+class _Text:
+    """Nothing but text."""
+
+    reasoning_chars = 0
+
+    def feed(self, text: str) -> list[Event]:
+        return [TextPiece(text)] if text else []
+
+    def finish(self) -> list[Event]:
+        return []
+
+
+class _Chain:
+    """Reasoning first; calls in the text behind it."""
+
+    def __init__(self, reasoning: ReasoningParser, tools: ToolParser) -> None:
+        self._reasoning = reasoning
+        self._tools = tools
+
+    @property
+    def reasoning_chars(self) -> int:
+        return self._reasoning.reasoning_chars
+
+    def feed(self, text: str) -> list[Event]:
+        return self._passed_on(self._reasoning.feed(text))
+
+    def finish(self) -> list[Event]:
+        return [*self._passed_on(self._reasoning.finish()), *self._tools.finish()]
+
+    def _passed_on(self, events: list[Event]) -> list[Event]:
+        passed: list[Event] = []
+        for event in events:
+            passed += self._tools.feed(event.text) if isinstance(event, TextPiece) else [event]
+        return passed

@@ -11,6 +11,7 @@ from typing import Any
 from aphrodite.chat import limits
 from aphrodite.chat.conversation import adaptations, system_texts, with_arguments, with_names
 from aphrodite.chat.jinja import JinjaTemplate, TemplateRefusedError
+from aphrodite.chat.tools.instruction import with_instruction
 from aphrodite.chat.traits import TemplateTraits, describe_template
 from aphrodite.errors import InvalidRequestError
 
@@ -108,16 +109,21 @@ class ChatTemplate:
             add_generation_prompt: end with what begins the assistant's answer.
             continue_final_message: end inside the last message, which the answer then continues;
                 `add_generation_prompt` is then without effect.
-            tools: function descriptions as OpenAI's API has them.
+            tools: function descriptions as OpenAI's API has them. Where the template knows none, the system message
+                tells of them.
             documents: objects with what the template shows of a document, usually `title` and `text`.
             extra: more variables for the template. `enable_thinking` also reaches a template that calls it `thinking`.
 
         Raises:
             InvalidRequestError: no form of the conversation suits the template, it failed or exceeded a limit; it
-                shows no tools or documents where some were given; a name in `extra` is reserved; or there is nothing
+                shows no documents where some were given; a name in `extra` is reserved; or there is nothing
                 to continue.
         """
-        self._check_use(tools, documents)
+        self._check_use(documents)
+        messages = list(messages)
+        if tools and self.traits.tool_format is None:
+            self._log_once("tools are described in the system message", "it does not tell the model of tools")
+            messages, tools = list(with_instruction(messages, tools)), None
         template = self._template_for(tools, documents)
         request = _Request(
             add_generation_prompt,
@@ -127,18 +133,11 @@ class ChatTemplate:
             self._variables(extra or {}),
             limits.deadline(),
         )
-        messages = list(messages)
         if all(isinstance(message, Mapping) for message in messages):  # else the rendering says what is wrong
             return self._fit(template, self._prepared(template, messages), request)
         return request.render(template, messages)
 
-    def _check_use(self, tools: Any, documents: Any) -> None:
-        if tools and self.traits.tool_format is None:
-            raise InvalidRequestError(
-                f"tools: {self.name} does not tell the model of tools; leave them out, or start with another "
-                "--chat-template (`aphrodite templates ls` says which can).",
-                param="tools",
-            )
+    def _check_use(self, documents: Any) -> None:
         if documents and not self.traits.documents:
             raise InvalidRequestError(
                 f"documents: {self.name} does not show documents; put them into the messages.", param="documents"
@@ -198,7 +197,7 @@ class ChatTemplate:
                     return text
         raise refusal or TemplateRefusedError("The chat template refuses these messages.", param="messages")
 
-    def _log_once(self, what: str, refusal: TemplateRefusedError | None) -> None:
+    def _log_once(self, what: str, refusal: TemplateRefusedError | str | None) -> None:
         if what in self._logged:
             return
         self._logged.add(what)

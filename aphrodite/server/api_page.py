@@ -33,7 +33,9 @@ This page is made from the routes: `python -m aphrodite.server.api_page > docs/a
 """
 
 _NOTES = {
-    "OpenAI": "`/v1/models` is also what clients of TabbyAPI, koboldcpp and llama.cpp read.",
+    "OpenAI": """\
+`/v1/models` is also what clients of TabbyAPI, koboldcpp and llama.cpp read. Chat answers have `tool_calls` and, beside
+their text, `reasoning_content`: [templates.md](templates.md#reasoning-tools-documents).""",
     "Aphrodite": "`/health` goes through the engine's loop: an engine that hangs is not healthy.",
     "vLLM; llama.cpp": """\
 vLLM's clients send `prompt` and read `count` and `tokens`; llama.cpp's send `content`, and read `tokens` or, of

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aphrodite.chat.reasoning import ReasoningParserName
+from aphrodite.chat.tools.parser import ToolParserName
 from aphrodite.config import ServerSettings
 from aphrodite.errors import ConfigError
 from aphrodite.sampling.presets import PresetLibrary, SamplerPreset, load_presets, shipped_presets
@@ -23,6 +24,7 @@ class ServerConfig:
         cors_origins: exact origins whose pages may call the API from a browser; "*" is all.
         presets: the sampler presets that requests may name.
         preset: that of requests that name none and whose key has none.
+        tool_parser: how answers call tools; None: as the chat template asks for it.
         reasoning_parser: how answers mark reasoning; None: as the chat template says.
         root_path: prefix under which a proxy that strips it serves this server; shown in the OpenAPI document.
         shutdown_timeout: how long running requests may go on after SIGTERM.
@@ -42,6 +44,7 @@ class ServerConfig:
     presets: PresetLibrary = field(default_factory=shipped_presets)
     preset: SamplerPreset | None = None
     trust_request_chat_template: bool = False
+    tool_parser: ToolParserName | None = None
     reasoning_parser: ReasoningParserName | None = None
     log_requests: bool = False
 
@@ -81,6 +84,7 @@ class ServerConfig:
             presets=presets,
             preset=_chosen(settings.sampler_preset, presets),
             trust_request_chat_template=settings.trust_request_chat_template,
+            tool_parser=None if settings.tool_parser == "auto" else settings.tool_parser,
             reasoning_parser=None if settings.reasoning_parser == "auto" else settings.reasoning_parser,
             log_requests=settings.log_requests,
             shutdown_timeout=settings.shutdown_timeout,

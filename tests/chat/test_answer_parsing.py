@@ -54,13 +54,14 @@ REASONED = [
     ("harmony", {}, "<|channel|>analysis<|message|>Two.<|end|><|start|>assistant<|channel|>final<|message|>Four.",
      "Two.", "Four."),
     ("harmony", {}, "<|channel|>final<|message|>Four.<|return|>", "", "Four."),
-    ("harmony", {}, "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant<|channel|>analysis<|message|>"
-     "Hm.<|end|><|start|>assistant<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>It"
-     " is.", "Hm.\n\nSo.", "I will look.\n\nIt is."),
+    ("harmony", {}, (
+        "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>"
+        "<|start|>assistant<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>It is."
+     ), "Hm.\n\nSo.", "I will look.\n\nIt is."),
     ("harmony", {}, "<|channel|>analysis<|message|>Hm", "Hm", ""),
     ("harmony", {}, "<|channel|>ana", "", ""),
     ("harmony", {}, "Plain text <|e", "", "Plain text <|e"),
-    ("harmony", {"is_open": True}, " more.<|end|><|start|>assistant<|channel|>final<|message|>Four.", " more.", "Four."),
+    ("harmony", {"is_open": True}, " more.<|end|><|start|>assistant<|channel|>final<|message|>4", " more.", "4"),
     ("harmony", {"is_text": True}, " and more.", "", " and more."),
 ]  # fmt: skip
 

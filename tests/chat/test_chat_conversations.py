@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -189,13 +190,31 @@ def test_an_answer_that_cannot_be_continued_is_refused() -> None:
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
-def test_what_a_template_does_not_show_is_refused() -> None:
+def test_documents_that_a_template_does_not_show_are_refused() -> None:
     template = ChatTemplate(SILENT, name="the test's template")
-    for given, param in (({"tools": TOOLS}, "tools"), ({"documents": [{"text": "x"}]}, "documents")):
-        with pytest.raises(InvalidRequestError, match="the test's template does not") as error:
-            template.render([user("a")], **given)
-        assert error.value.param == param
-        assert template.render([user("a")], **{param: []}) == "<user>a</>"  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="the test's template does not") as error:
+        template.render([user("a")], documents=[{"text": "x"}])
+    assert error.value.param == "documents"
+    assert template.render([user("a")], documents=[]) == "<user>a</>"
+
+
+def test_tools_that_a_template_does_not_show_are_told_of_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}", name="the test's")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    talk = [user("a"), assistant("", tool_calls=[call]), {"role": "tool", "tool_call_id": "1", "content": "b"}]
+    with caplog.at_level("INFO"):
+        text = template.render(talk, tools=TOOLS, add_generation_prompt=False)
+    assert text.startswith("<system>You can call tools.")
+    assert json.dumps(TOOLS[0]) in text
+    assert text.endswith(
+        '</><user>a</><assistant><tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call></>'
+        "<user><tool_response>\nb\n</tool_response></>"
+    )
+    assert "tools are described in the system message" in caplog.text
+    assert template.render([{"role": "system", "content": "S"}, user("a")], tools=TOOLS).startswith(
+        "<system>S\n\nYou can call tools."
+    )
+    assert template.render([user("a")], tools=[]) == "<user>a</>"
 
 
 @pytest.mark.parametrize("given", ['{"city": "Zürich"}', {"city": "Zürich"}])

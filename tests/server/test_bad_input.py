@@ -160,6 +160,13 @@ ACCEPTED: dict[str, set[str]] = {
     "chat_template": set(),
     "chat_template_kwargs": {"object", "empty object"},
     "documents": {"empty list"},
+    "tools": {"empty list"},
+    "tool_choice": set(),
+    "parallel_tool_calls": {"true"},
+    "functions": {"empty list"},
+    "function_call": set(),
+    "include_reasoning": {"true"},
+    "reasoning_effort": set(),
 }
 OBJECTS = {"object", "empty object", "bias out of vocabulary", "bias beyond"}
 

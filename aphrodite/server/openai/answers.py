@@ -1,27 +1,72 @@
-"""Chat answers taken apart: what of a model's text is reasoning, and what the user is told."""
+"""Chat answers taken apart: what of a model's text is reasoning, what calls tools, and what the user is told."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from aphrodite.chat.answer import AnswerFormat
-from aphrodite.chat.events import Event, ReasoningPiece, TextPiece
+from aphrodite.chat.events import CallArguments, CallStart, Event, ParsedAnswer, ReasoningPiece, TextPiece
 from aphrodite.chat.reasoning import reasoning_marks
 from aphrodite.outputs import CompletionOutput
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import invalid
+from aphrodite.server.openai.finish import openai_finish_reason
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import template_of
+from aphrodite.server.openai.tools import ToolUse, behind_reasoning
 from aphrodite.tokenizer.detokenizer import IncrementalDetokenizer
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
 _TAIL = 32  # tokens: more than the opening of any answer's reasoning has
 
 
-def answer_format(fields: ChatFields, context: ServerContext, prompt_token_ids: list[int]) -> AnswerFormat:
+def answer_format(
+    fields: ChatFields, context: ServerContext, prompt_token_ids: list[int], tools: ToolUse
+) -> AnswerFormat:
     """How the answers to a conversation are marked; see `AnswerFormat`."""
-    traits = template_of(fields, context).traits
-    reasoning = reasoning_marks(traits, context.config.reasoning_parser)
+    reasoned = _reasoning_format(fields, context, prompt_token_ids)
+    if not tools.tools:
+        return reasoned
+    if tools.required:  # under a grammar of our own, which is no harmony
+        plain = AnswerFormat() if reasoned.is_harmony else reasoned
+        return replace(plain, tool_format="json", schemas=tools.schemas)
+    chosen = context.config.tool_parser
+    if chosen == "none":
+        return reasoned
+    tool_format = chosen or template_of(fields, context).traits.tool_format or "json"
+    return replace(reasoned, tool_format=tool_format, schemas=tools.schemas)
+
+
+def with_grammar(
+    params: SamplingParams, answers: AnswerFormat, tools: ToolUse, tokenizer: Tokenizer
+) -> tuple[SamplingParams, AnswerFormat]:
+    """`params` with the grammar of calls that are demanded; a grammar leaves reasoning free where the prompt opened it.
+
+    Where it cannot, the answer is text from its beginning.
+
+    Raises:
+        ApiError: 400: the request demands calls, and another form of answer.
+    """
+    if tools.required:
+        if params.grammar is not None:
+            raise invalid("tool_choice", "demands calls, and the request another form of answer; send one of them")
+        params = msgspec.structs.replace(params, grammar=tools.grammar())
+    if params.grammar is None or not answers.is_open or answers.reasoning is None or answers.is_harmony:
+        return params, answers
+    behind = behind_reasoning(params.grammar, answers.reasoning, tokenizer)
+    if behind is None:
+        return params, replace(answers, is_open=False, is_text=True)
+    return msgspec.structs.replace(params, grammar=behind), answers
+
+
+def _reasoning_format(fields: ChatFields, context: ServerContext, prompt_token_ids: list[int]) -> AnswerFormat:
+    reasoning = reasoning_marks(template_of(fields, context).traits, context.config.reasoning_parser)
     if reasoning is None:
         return AnswerFormat()
     if fields.continue_final_message:
@@ -46,6 +91,7 @@ class AnswerReader:
     here, unless the request wants them.
 
     Args:
+        tools: what the request says of tools.
         show_special: special tokens stay in the text.
         include_reasoning: reasoning is told; else it is left out.
     """
@@ -56,9 +102,12 @@ class AnswerReader:
         tokenizer: Tokenizer,
         prompt_token_ids: list[int],
         *,
+        tools: ToolUse,
         show_special: bool,
         include_reasoning: bool,
     ) -> None:
+        self._tools = tools
+        self._short_ids = answers.tool_format == "mistral"
         self._format = answers
         self._tokenizer = tokenizer
         self._prompt_token_ids = prompt_token_ids
@@ -77,7 +126,52 @@ class AnswerReader:
             events += state.parser.finish()
         if not self._include_reasoning:
             events = [event for event in events if not isinstance(event, ReasoningPiece)]
+        if not self._tools.parallel:
+            events = [event for event in events if not isinstance(event, CallStart | CallArguments) or not event.number]
+        state.called = state.called or any(isinstance(event, CallStart) for event in events)
         return _joined(events)
+
+    def finish_reason(self, answer: CompletionOutput) -> str | None:
+        """`finish_reason` of an answer that was read as far."""
+        reason = openai_finish_reason(answer)
+        if reason != "stop" or not self._open[answer.index].called:
+            return reason
+        return "function_call" if self._tools.legacy else "tool_calls"
+
+    def message(self, answer: CompletionOutput) -> dict[str, Any]:
+        """A whole answer as a message."""
+        parsed = ParsedAnswer.of(self.read(answer))
+        content = parsed.text or (None if parsed.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if parsed.reasoning:
+            message |= {"reasoning_content": parsed.reasoning, "reasoning": parsed.reasoning}
+        functions = [{"name": call.name, "arguments": call.arguments} for call in parsed.calls]
+        if functions and self._tools.legacy:
+            message["function_call"] = functions[0]
+        elif functions:
+            message["tool_calls"] = [
+                {"id": self._call_id(), "type": "function", "function": function} for function in functions
+            ]
+        return message
+
+    def delta(self, event: Event) -> dict[str, Any]:
+        """An event as the delta of a chunk."""
+        match event:
+            case TextPiece(text):
+                return {"content": text}
+            case ReasoningPiece(text):
+                return {"reasoning_content": text, "reasoning": text}
+            case CallStart(number, name):
+                function = {"name": name, "arguments": ""}
+                call = {"index": number, "id": self._call_id(), "type": "function", "function": function}
+            case CallArguments(number, text):
+                function = {"arguments": text}
+                call = {"index": number, "function": function}
+        return {"function_call": function} if self._tools.legacy else {"tool_calls": [call]}
+
+    def _call_id(self) -> str:
+        """A call's id; Mistral's templates demand nine letters and digits when it comes back."""
+        return uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
 
     def usage_details(self) -> dict[str, Any]:
         """`completion_tokens_details` of all answers."""
@@ -117,6 +211,7 @@ class _OpenAnswer:
     def __init__(self, answers: AnswerFormat) -> None:
         self.parser = answers.parser()
         self.token_ids: list[int] = []
+        self.called = False
 
 
 def _hidden_tokens(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, str]:
@@ -138,13 +233,3 @@ def _joined(events: Iterable[Event]) -> list[Event]:
         else:
             joined.append(event)
     return joined
-
-
-def delta(event: Event) -> dict[str, Any]:
-    """An event as the delta of a chunk."""
-    match event:
-        case TextPiece(text):
-            return {"content": text}
-        case ReasoningPiece(text):
-            return {"reasoning_content": text, "reasoning": text}
-    raise TypeError(f"no delta for {event!r}")

@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from aphrodite.chat.events import ParsedAnswer
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
-from aphrodite.server.openai.answers import AnswerReader, answer_format, delta
+from aphrodite.server.openai.answers import AnswerReader, answer_format, with_grammar
 from aphrodite.server.openai.chunks import ChunkWriter
 from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
@@ -29,6 +29,7 @@ from aphrodite.server.openai.protocol import (
     sampling_params,
 )
 from aphrodite.server.openai.rendering import chat_prompt, effort_warning
+from aphrodite.server.openai.tools import read_tool_use
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.sse import EventResponse, EventStream
@@ -44,7 +45,7 @@ class ChatEndpoint:
         """Answer a conversation."""
         context = self._context
         body = await read_object(request, max_depth=context.config.max_json_depth)
-        refuse_unsupported(body)
+        refuse_unsupported(body, ChatFields)
         fields = parse(ChatFields, body)
         model = context.resolve_model(fields.model)
         base = msgspec.structs.replace(context.engine.model.sampling_defaults, logprobs=self._num_logprobs(fields))
@@ -54,17 +55,7 @@ class ChatEndpoint:
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
         token_ids, params = await chat_prompt(fields, params, context)
-        answers = answer_format(fields, context, token_ids)
-        reader = None
-        if not answers.plain:
-            reader = AnswerReader(
-                answers,
-                context.engine.tokenizer,
-                token_ids,
-                show_special=not params.skip_special_tokens,
-                include_reasoning=fields.include_reasoning,
-            )
-            params = msgspec.structs.replace(params, skip_special_tokens=False)  # some are marks
+        reader, params = self._reader(fields, params, token_ids)
         generation = Generation.of(
             "chatcmpl", model, [token_ids], params, priority=fields.priority, cache_salt=fields.cache_salt
         )
@@ -82,6 +73,27 @@ class ChatEndpoint:
             raise _renamed(error) from None
         text_headers = {name.decode(): value.decode() for name, value in headers}
         return Response(whole, media_type="application/json", headers=text_headers)
+
+    def _reader(
+        self, fields: ChatFields, params: SamplingParams, prompt_token_ids: list[int]
+    ) -> tuple[AnswerReader | None, SamplingParams]:
+        """What takes the answers apart, None if they are just text; `params` as it needs them."""
+        context = self._context
+        tokenizer = context.engine.tokenizer
+        tools = read_tool_use(fields)
+        answers = answer_format(fields, context, prompt_token_ids, tools)
+        params, answers = with_grammar(params, answers, tools, tokenizer)
+        if answers.plain:
+            return None, params
+        reader = AnswerReader(
+            answers,
+            tokenizer,
+            prompt_token_ids,
+            tools=tools,
+            show_special=not params.skip_special_tokens,
+            include_reasoning=fields.include_reasoning,
+        )
+        return reader, msgspec.structs.replace(params, skip_special_tokens=False)  # some are marks
 
     def _num_logprobs(self, fields: ChatFields) -> int | None:
         wanted = fields.top_logprobs
@@ -196,7 +208,7 @@ class _Answer:
         detailed: bool,
     ) -> bytes:
         """The chunks of a piece that was taken apart; what else is told of it goes with the last."""
-        deltas = [delta(event) for event in reader.read(answer)]
+        deltas = [reader.delta(event) for event in reader.read(answer)]
         if answer.finish_reason is not None or (detailed and not deltas):
             deltas.append({})
         usage = counting.usage() if counting else None
@@ -210,7 +222,7 @@ class _Answer:
             answer.index,
             piece,
             logprobs=chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
-            finish_reason=openai_finish_reason(answer),
+            finish_reason=self._finish_reason(answer),
             usage=counting.usage() if counting else None,
             extra=self._extra(answer),
         )
@@ -220,18 +232,17 @@ class _Answer:
             "index": answer.index,
             "message": self._message(answer),
             "logprobs": chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
-            "finish_reason": openai_finish_reason(answer),
+            "finish_reason": self._finish_reason(answer),
             **self._extra(answer),
         }
 
     def _message(self, answer: CompletionOutput) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if self._reader is not None:
-            parsed = ParsedAnswer.of(self._reader.read(answer))
-            message["content"] = parsed.text
-            if parsed.reasoning:
-                message |= {"reasoning_content": parsed.reasoning, "reasoning": parsed.reasoning}
-        return message
+            return self._reader.message(answer)
+        return {"role": "assistant", "content": answer.text, "refusal": None}
+
+    def _finish_reason(self, answer: CompletionOutput) -> str | None:
+        return openai_finish_reason(answer) if self._reader is None else self._reader.finish_reason(answer)
 
     def _usage(self, counter: UsageCounter) -> dict[str, Any]:
         """Token counts at the end, those of reasoning with them."""

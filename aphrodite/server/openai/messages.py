@@ -9,11 +9,14 @@ from aphrodite.server.errors import ApiError, invalid, unsupported
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 
+_LEGACY_ID = "function0"  # of a call that has none, in the form that Mistral's templates demand
+
 
 def read_messages(value: Any, *, max_messages: int) -> list[dict[str, Any]]:
     """The conversation, each content a text or a list of text parts (None: an assistant's tool call without words).
 
-    The role `developer` becomes `system`, its name in open models' templates.
+    The role `developer` becomes `system`, its name in open models' templates; `function` and `function_call` become
+    `tool` and `tool_calls`.
 
     Raises:
         ApiError: 400 with the path of what is wrong.
@@ -53,6 +56,10 @@ def _message(value: Any, path: str) -> dict[str, Any]:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise invalid(f"{path}.tool_calls", "must be a list of objects", code="invalid_type")
         message["tool_calls"] = calls
+    elif role == "assistant" and isinstance(value.get("function_call"), dict):
+        message["tool_calls"] = [{"id": _LEGACY_ID, "type": "function", "function": value["function_call"]}]
+    if role == "function":
+        message |= {"role": "tool", "tool_call_id": _LEGACY_ID}
     if value.get("audio") is not None:
         raise unsupported(f"{path}.audio", "this model reads text only")
     return message
@@ -66,7 +73,7 @@ def _content(message: dict[str, Any], role: str, path: str) -> str | list[dict[s
             raise invalid(path, "must be text or a list of parts", code="invalid_type")
         if message.get("refusal") is not None:
             return _text(message["refusal"], path.replace(".content", ".refusal"))
-        return None if message.get("tool_calls") else ""
+        return None if message.get("tool_calls") or message.get("function_call") else ""
     if isinstance(content, list):
         return [{"type": "text", "text": _part(part, f"{path}[{index}]")} for index, part in enumerate(content)]
     return _text(content, path)

@@ -47,6 +47,7 @@ _MESSAGES_SCHEMA = {
         },
     },
 }
+_TOOL_CHOICE_SCHEMA = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]}
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -111,6 +112,17 @@ class ChatFields(GenerationFields):
         description="Texts to answer from, as the model's template shows them: title, text.",
         max_length=256,
     )
+    tools: list[dict[str, Any]] = Field(
+        default=[], description="Functions that the model may call, with JSON schemas of their parameters."
+    )
+    tool_choice: Annotated[Any, WithJsonSchema(_TOOL_CHOICE_SCHEMA)] = Field(
+        default=None, description="Whether to call: none, auto, required, or a function's name; by default auto."
+    )
+    parallel_tool_calls: bool = Field(default=True, description="Several calls in one answer.")
+    functions: list[dict[str, Any]] = Field(default=[], description="The older form of tools.")
+    function_call: Annotated[Any, WithJsonSchema(_TOOL_CHOICE_SCHEMA)] = Field(
+        default=None, description="The older form of tool_choice."
+    )
     include_reasoning: bool = Field(
         default=True, description="Tell what the model thinks, as reasoning_content; else it is left out."
     )
@@ -124,7 +136,7 @@ _HARMLESS = {
     "prompt_cache_retention", "moderation", "parallel_tool_calls", "prediction",
 }  # fmt: skip
 
-_NO_TOOLS = "tool calls are not supported yet; leave it out"
+_NO_TOOLS = "tools are for /v1/chat/completions; leave it out"
 _EMPTY: tuple[Any, ...] = ("", [], {}, False)
 
 # Name: (values that mean "not used", what to tell).
@@ -142,9 +154,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }  # fmt: skip
 
 
-def refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    """Raise ApiError 400 for a field that asks for what this server does not do."""
-    for name in _REFUSED.keys() & fields.keys():
+def refuse_unsupported(fields: Mapping[str, Any], endpoint: type[pydantic.BaseModel] | None = None) -> None:
+    """Raise ApiError 400 for a field that asks for what this server does not do, or not where `endpoint` is asked."""
+    own = {} if endpoint is None else endpoint.model_fields
+    for name in (_REFUSED.keys() & fields.keys()) - own.keys():
         neutral, why = _REFUSED[name]
         if fields[name] is not None and not any(fields[name] == value for value in neutral):
             raise unsupported(name, why)

@@ -16,6 +16,7 @@ from aphrodite.server.errors import invalid, unsupported
 from aphrodite.server.openai.messages import read_messages, text_size
 from aphrodite.server.openai.prompts import encode, truncation
 from aphrodite.server.openai.protocol import ChatFields
+from aphrodite.server.openai.tools import read_tool_use
 
 _EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know three levels
 
@@ -58,6 +59,7 @@ async def render_chat(
     if continues and messages[-1]["role"] != "assistant":
         raise invalid("continue_final_message", "needs the last message to be the assistant's")
     _check_template(fields, context)
+    tools = read_tool_use(fields).tools
     if negative is not None:
         messages = negative_messages(messages, negative)
 
@@ -66,12 +68,13 @@ async def render_chat(
             messages,
             add_generation_prompt=opens,
             continue_final_message=continues,
+            tools=tools,
             documents=fields.documents,
             extra=_variables(fields),
         )
 
     # A template that came with the request may take long, whatever the messages' size; documents may be long.
-    thread = fields.chat_template is not None or bool(fields.documents)
+    thread = fields.chat_template is not None or bool(fields.documents or tools)
     size = THREAD_BYTES + 1 if thread else text_size(messages)
     try:
         text = await off_loop(size, render)

@@ -1,0 +1,62 @@
+"""Tools for templates that know none: told in words, with calls and results as texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = Mapping[str, Any]
+
+
+def with_instruction(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with the tools described in its system message, which is made if there is none.
+
+    Earlier calls become texts in the form that is asked for, and their results become the user's.
+    """
+    spoken = [_spoken(message) for message in messages]
+    instruction = _instruction(tools)
+    if spoken and spoken[0].get("role") == "system":
+        first = spoken[0]
+        return [{**first, "content": _joined(first.get("content"), instruction)}, *spoken[1:]]
+    return [{"role": "system", "content": instruction}, *spoken]
+
+
+def _instruction(tools: Sequence[Mapping[str, Any]]) -> str:
+    described = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return (
+        f"You can call tools. Each line describes one:\n<tools>\n{described}\n</tools>\n\n"
+        "To call a tool, write a JSON object with its name and arguments in this form, once for each call, and end "
+        'your answer there:\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
+        "You get the results in <tool_response></tool_response>. Where no tool helps, just answer."
+    )
+
+
+def _spoken(message: Message) -> dict[str, Any]:
+    """A message without calls, in a role that every template has."""
+    if message.get("role") in ("tool", "function"):
+        result = _joined("<tool_response>", message.get("content"), "</tool_response>", between="\n")
+        return {"role": "user", "content": result}
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not calls:
+        return dict(message)
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**rest, "content": _joined(message.get("content"), *map(_call_text, calls), between="\n")}
+
+
+def _call_text(call: Any) -> str:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    function = function if isinstance(function, Mapping) else {}
+    arguments = function.get("arguments") or "{}"
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    name = json.dumps(function.get("name"), ensure_ascii=False)
+    return f'<tool_call>\n{{"name": {name}, "arguments": {text}}}\n</tool_call>'
+
+
+def _joined(*contents: Any, between: str = "\n\n") -> str:
+    """Contents, each a text or a list of text parts, as one text."""
+    texts = []
+    for content in contents:
+        parts = content if isinstance(content, list) else [content]
+        texts += [part.get("text", "") if isinstance(part, Mapping) else part for part in parts]
+    return between.join(text for text in texts if text)

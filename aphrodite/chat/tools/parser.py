@@ -1,0 +1,240 @@
+"""ToolParser: the calls of tools in an answer's text, in whichever format the model was asked to use.
+
+A format is a table of marks and of what reads on behind each (`aphrodite.chat.tools.readers`). What turns out to be no
+call is text again, with nothing lost; only a call whose arguments break off after they began stays what it is.
+
+Formats by their authors' descriptions: the chat templates of NousResearch's Hermes, Qwen, Meta's Llama 3, Mistral,
+DeepSeek V3 and R1, GLM 4, Cohere's Command R and IBM's Granite.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal, get_args
+
+from aphrodite.chat.events import CallArguments, CallStart, Event, TextPiece, held_suffix
+from aphrodite.chat.tools import readers
+from aphrodite.chat.tools.json_text import MalformedCallError
+from aphrodite.chat.tools.readers import Calls, Reader
+from aphrodite.chat.traits import ToolFormat
+
+ToolParserName = ToolFormat | Literal["none"]
+TOOL_FORMATS: Final[tuple[str, ...]] = get_args(ToolFormat)
+
+_Readers = Mapping[str, Callable[[Calls], Reader]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """Marks that begin a call, anywhere or only where the text begins, and what reads on behind them."""
+
+    anywhere: _Readers
+    at_start: _Readers
+
+
+_BARE: Final[_Readers] = {"{": readers.bare_object, "[": readers.bare_list}
+_FENCED: Final[_Readers] = {"```json": readers.fenced, "```\n": readers.fenced}
+_TAGGED: Final[_Readers] = {"<tool_call>": readers.tagged}
+_FORMATS: Final[dict[str, _Format]] = {
+    "hermes": _Format(_TAGGED, {}),
+    "qwen3_coder": _Format({**_TAGGED, "<function=": readers.coder_function}, {}),
+    "llama3": _Format({"<|python_tag|>": readers.python_tag, "<function=": readers.function_tag}, _BARE),
+    "mistral": _Format({"[TOOL_CALLS]": readers.mistral}, {}),
+    "deepseek": _Format(
+        {"<｜tool▁calls▁begin｜>": readers.deepseek, "<｜tool▁call▁begin｜>": readers.deepseek_call}, {}
+    ),
+    "glm": _Format(_TAGGED, {}),
+    "glm4": _Format(_TAGGED, {}),
+    "command_r": _Format({"<|START_ACTION|>": readers.command_r_action, "Action:": readers.command_r_fenced}, {}),
+    "granite": _Format({"<|tool_call|>": readers.listed, **_TAGGED}, {}),
+    "json": _Format(_TAGGED, {**_BARE, **_FENCED}),
+}
+_INNER_MARKS: Final[dict[str, tuple[str, ...]]] = {
+    "hermes": ("</tool_call>",),
+    "qwen3_coder": ("</tool_call>",),
+    "glm": ("</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    "mistral": ("[ARGS]", "[CALL_ID]"),
+    "deepseek": ("<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+    "command_r": ("<|END_ACTION|>",),
+}
+_LEFT_OVER: Final = " \t\r\n,;]})`"  # of a list of calls that was cut off
+
+
+def marks_of(tool_format: ToolFormat) -> tuple[str, ...]:
+    """Texts that the format's parser has to see, be they special tokens or not."""
+    return (*_FORMATS[tool_format].anywhere, *_INNER_MARKS.get(tool_format, ()))
+
+
+class ToolParser:
+    """Finds the calls in an answer's text.
+
+    Args:
+        tool_format: any but `gpt_oss`, whose messages `HarmonyParser` reads.
+        schemas: the tools there are: JSON schemas of their parameters by name.
+    """
+
+    reasoning_chars = 0
+
+    def __init__(self, tool_format: ToolFormat, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+        chosen = _FORMATS[tool_format]
+        self._anywhere = chosen.anywhere
+        self._at_start = dict(chosen.at_start)
+        if tool_format == "glm4":  # which writes the name on the answer's first line
+            self._at_start |= {f"{name}\n": partial(_behind_name, name=name) for name in schemas}
+        self._marks = re.compile("|".join(map(re.escape, self._anywhere)))
+        self._calls = _Sink(schemas)
+        self._buffer = ""
+        self._begins = True  # there was no text yet
+        self._reader: Reader | None = None
+        self._called = False  # nothing but white space since a call
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer += text
+        while self._buffer and self._step():
+            pass
+        return self._calls.take()
+
+    def finish(self) -> list[Event]:
+        while self._reader is not None:
+            self._end_reader(self._reader)
+            while self._buffer and self._step():  # what came back may begin calls again
+                pass
+        if self._buffer and not (self._called and not self._buffer.strip()):
+            self._calls.text(self._buffer)
+        self._buffer = ""
+        return self._calls.take()
+
+    def _step(self) -> bool:
+        """Go on until something changes; False when more text is needed."""
+        if self._reader is not None:
+            return self._read(self._reader)
+        if self._begins and self._at_start:
+            begun = self._buffer.lstrip()
+            for mark, reader in self._at_start.items():
+                if begun.startswith(mark):
+                    self._begins = False
+                    self._start(len(self._buffer) - len(begun), mark, reader)
+                    return True
+            if any(mark.startswith(begun) for mark in self._at_start):
+                return False
+            self._begins = False
+        found = self._marks.search(self._buffer)
+        if found is not None:
+            self._start(found.start(), found.group(), self._anywhere[found.group()])
+            return True
+        certain = self._buffer[: len(self._buffer) - held_suffix(self._buffer, tuple(self._anywhere))].rstrip()
+        if certain:
+            self._calls.text(certain if not self._called else certain.lstrip())
+            self._called = False
+            self._buffer = self._buffer[len(certain) :]
+        return False
+
+    def _start(self, position: int, mark: str, reader: Callable[[Calls], Reader]) -> None:
+        """Read a call; white space before it is told only if it is none."""
+        before = self._buffer[:position]
+        text = before.rstrip()
+        if text:
+            self._calls.text(text if not self._called else text.lstrip())
+            self._called = False
+        self._calls.raw = before[len(text) :] + mark
+        self._calls.opening = len(self._calls.raw)
+        self._buffer = self._buffer[position + len(mark) :]
+        self._reader = reader(self._calls)
+        next(self._reader)
+
+    def _read(self, reader: Reader) -> bool:
+        for position, char in enumerate(self._buffer):
+            self._calls.raw += char
+            try:
+                reader.send(char)
+            except StopIteration as end:
+                self._buffer = str(end.value) + self._buffer[position + 1 :]
+                self._reader, self._called = None, True
+                return True
+            except MalformedCallError:
+                self._buffer = self._buffer[position + 1 :]
+                self._give_back()
+                return True
+        self._buffer = ""
+        return False
+
+    def _give_back(self) -> None:
+        """What was read is no call: its opening is text, the rest may be anything."""
+        opening, rest = self._calls.given_back()
+        if opening:
+            self._calls.text(opening)
+            self._called = False
+        self._buffer = rest + self._buffer
+        self._reader = None
+
+    def _end_reader(self, reader: Reader) -> None:
+        self._reader = None
+        try:
+            reader.send("")
+        except StopIteration:
+            self._called = True
+            return
+        except MalformedCallError:
+            pass
+        if self._calls.opening or self._calls.raw.strip(_LEFT_OVER):
+            self._give_back()
+        else:
+            self._called = True
+
+
+def _behind_name(calls: Calls, *, name: str) -> Reader:
+    if (first := (yield from readers.after_space())) != "{":
+        raise MalformedCallError
+    calls.begin(name)
+    yield from readers.nested(first, calls)
+    calls.settle()
+    return ""
+
+
+class _Sink:
+    """What readers tell, as events.
+
+    Attributes:
+        raw: what was read and is not part of an event yet.
+        opening: how many characters of that are the mark and the white space before it.
+    """
+
+    def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+        self.schemas = schemas
+        self.raw = ""
+        self.opening = 0
+        self._events: list[Event] = []
+        self._count = 0
+
+    def begin(self, name: str) -> None:
+        self._events.append(CallStart(self._count, name))
+        self._count += 1
+        self.settle()
+
+    def arguments(self, text: str) -> None:
+        self.settle()
+        last = self._events[-1] if self._events else None
+        if isinstance(last, CallArguments):
+            self._events[-1] = CallArguments(last.number, last.text + text)
+        else:
+            self._events.append(CallArguments(self._count - 1, text))
+
+    def settle(self) -> None:
+        self.raw, self.opening = "", 0
+
+    def text(self, text: str) -> None:
+        if text:
+            self._events.append(TextPiece(text))
+
+    def given_back(self) -> tuple[str, str]:
+        """The opening and the rest of what was read in vain."""
+        raw, opening = self.raw, self.opening
+        self.settle()
+        return raw[:opening], raw[opening:]
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events

@@ -1,0 +1,197 @@
+"""`tools` and `tool_choice` of a chat request, and the older `functions` and `function_call`.
+
+A call that the request demands is written under a grammar, as a JSON list, whatever the template's own format is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from aphrodite.chat.traits import Reasoning
+from aphrodite.sampling.table import Grammar
+from aphrodite.server.errors import invalid, unsupported
+from aphrodite.server.openai.protocol import ChatFields
+from aphrodite.tokenizer.tokenizer import Tokenizer
+
+MAX_TOOLS: Final = 512
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What a request says of tools.
+
+    Attributes:
+        tools: as chat templates take them: OpenAI's objects; empty if the model is not to be told of any.
+        required: the answer has to be calls.
+        parallel: it may be several.
+        legacy: the client knows one call an answer, as `function_call`.
+    """
+
+    tools: tuple[dict[str, Any], ...] = ()
+    required: bool = False
+    parallel: bool = True
+    legacy: bool = False
+
+    @property
+    def schemas(self) -> dict[str, Mapping[str, Any]]:
+        """The JSON schemas of the tools' parameters, by name."""
+        return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in self.tools}
+
+    def grammar(self) -> Grammar:
+        """Of an answer that is calls and nothing else."""
+        definitions: dict[str, Any] = {}
+        calls = [_call_schema(name, schema, definitions) for name, schema in self.schemas.items()]
+        schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
+        if not self.parallel:
+            schema["maxItems"] = 1
+        if definitions:
+            schema["$defs"] = definitions
+        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+
+
+def read_tool_use(fields: ChatFields) -> ToolUse:
+    """What a request says of tools, checked.
+
+    Raises:
+        ApiError: 400 with the path of what is wrong.
+    """
+    legacy = bool(fields.functions)
+    if legacy and fields.tools:
+        raise invalid("functions", "is the older name of tools; send one of them")
+    if legacy:
+        listed = _list(fields, "functions")
+        tools = [_tool({"type": "function", "function": item}, f"functions[{i}]", "") for i, item in listed]
+    else:
+        tools = [_tool(item, f"tools[{i}]", ".function") for i, item in _list(fields, "tools")]
+    names = [tool["function"]["name"] for tool in tools]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise invalid("functions" if legacy else "tools", f"has two tools with the name {twice!r}")
+    use = ToolUse(tuple(tools), parallel=fields.parallel_tool_calls and not legacy, legacy=legacy)
+    other, value = ("tool_choice", fields.tool_choice) if legacy else ("function_call", fields.function_call)
+    if value not in (None, "none", "auto"):
+        raise invalid(other, f"needs {'tools' if legacy else 'functions'} to choose from")
+    return _chosen(use, fields.function_call if legacy else fields.tool_choice, legacy)
+
+
+def _list(fields: ChatFields, name: str) -> list[tuple[int, Any]]:
+    value = getattr(fields, name) or []
+    if len(value) > MAX_TOOLS:
+        raise invalid(name, f"has {len(value)} tools, more than the {MAX_TOOLS} allowed")
+    return list(enumerate(value))
+
+
+def _tool(value: dict[str, Any], path: str, inner: str) -> dict[str, Any]:
+    kind = value.get("type", "function")
+    if kind != "function":
+        raise unsupported(f"{path}.type", f"functions only, not {str(kind)[:40]!r}")
+    function = value.get("function")
+    path += inner
+    if not isinstance(function, dict):
+        raise invalid(path, "must be an object with a name", code="invalid_type")
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise invalid(f"{path}.name", "must be 1 to 128 letters, digits, and _ . : / - behind the first")
+    if not isinstance(function.get("description", ""), str | None):
+        raise invalid(f"{path}.description", "must be text", code="invalid_type")
+    if not isinstance(function.get("parameters", {}), dict | None):
+        raise invalid(f"{path}.parameters", "must be a JSON schema (an object)", code="invalid_type")
+    described = {"description": "", "parameters": {"type": "object", "properties": {}}}  # templates read both
+    given = {key: item for key, item in function.items() if item is not None and key != "strict"}
+    return {"type": "function", "function": {"name": name, **described, **given}}
+
+
+def _chosen(use: ToolUse, choice: Any, legacy: bool) -> ToolUse:
+    """`use` by `tool_choice`."""
+    param = "function_call" if legacy else "tool_choice"
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        return _allowed(use, choice)
+    if choice is None or choice == "auto":
+        return use
+    if choice == "none":
+        return replace(use, tools=())
+    if not use.tools:
+        raise invalid(param, "needs tools to choose from")
+    if choice == "required" and not legacy:
+        return replace(use, required=True)
+    name = _named(choice, legacy)
+    if name is None:
+        words = "none, auto" if legacy else "none, auto, required"
+        raise invalid(param, f"must be {words}, or name a function")
+    return replace(_only(use, [name], param), required=True, parallel=False)
+
+
+def _named(choice: Any, legacy: bool) -> str | None:
+    """The function that a choice names, if that is what it does."""
+    function = choice if legacy else choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _allowed(use: ToolUse, choice: dict[str, Any]) -> ToolUse:
+    allowed = choice.get("allowed_tools", choice)
+    tools = allowed.get("tools") if isinstance(allowed, dict) else None
+    mode = allowed.get("mode", "auto") if isinstance(allowed, dict) else None
+    names = [_named(tool, False) for tool in tools] if isinstance(tools, list) else [None]
+    if mode not in ("auto", "required") or not names or None in names:
+        raise invalid("tool_choice", "must have allowed_tools with a mode (auto or required) and tools")
+    only = _only(use, [name for name in names if name is not None], "tool_choice")
+    return replace(only, required=mode == "required")
+
+
+def _only(use: ToolUse, names: list[str], param: str) -> ToolUse:
+    missing = next((name for name in names if name not in use.schemas), None)
+    if missing is not None:
+        raise invalid(param, f"names {missing[:128]!r}, which is none of the tools")
+    return replace(use, tools=tuple(tool for tool in use.tools if tool["function"]["name"] in names))
+
+
+def _call_schema(name: str, parameters: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """A call of one tool; what its schema defines goes into `definitions` under names of its own."""
+    places = {f"#/{key}/": f"#/$defs/{name}." for key in ("$defs", "definitions")}
+    inner = {key: value for key, value in parameters.items() if f"#/{key}/" not in places}
+    for key in ("$defs", "definitions"):
+        defined = parameters.get(key)
+        for own, schema in defined.items() if isinstance(defined, dict) else ():
+            definitions[f"{name}.{own}"] = _moved(schema, places)
+    arguments = _moved(inner, places) if inner else {"type": "object"}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _moved(schema: Any, places: Mapping[str, str]) -> Any:
+    """A schema with its references following the definitions that were moved."""
+    if isinstance(schema, list):
+        return [_moved(item, places) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, places) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        for old, new in places.items():
+            if reference.startswith(old):
+                moved["$ref"] = new + reference.removeprefix(old)
+    return moved
+
+
+def behind_reasoning(grammar: Grammar, reasoning: Reasoning, tokenizer: Tokenizer) -> Grammar | None:
+    """The grammar for an answer that begins inside reasoning, which stays free; None where it has no such form."""
+    if grammar.kind not in ("json_schema", "json_object"):
+        return None
+    schema = grammar.text or '{"type":"object"}'
+    token_id = tokenizer.token_to_id(reasoning.end)
+    if token_id is not None and token_id in tokenizer.special_ids:
+        thought = f"start: THOUGHT <[{token_id}]> SPACE answer\nTHOUGHT: /(.|\\n)*/\n"
+    else:
+        mark = json.dumps(reasoning.end, ensure_ascii=False)
+        thought = f"start: thought SPACE answer\nthought[suffix={mark}]: /(.|\\n)*/\n"
+    return Grammar("lark", f"{thought}SPACE: /[ \\n]{{0,4}}/\nanswer: %json {schema}")

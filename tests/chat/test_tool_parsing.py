@@ -1,0 +1,218 @@
+"""Calls of tools found in answers, format by format; the answers are as the formats' authors show them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aphrodite.chat.answer import AnswerFormat
+from aphrodite.chat.events import CallArguments, CallStart, Event, ParsedAnswer, TextPiece
+from aphrodite.chat.tools.json_text import JsonScanner, MalformedCallError
+from aphrodite.chat.tools.parser import ToolParser
+from aphrodite.chat.traits import Reasoning, ToolFormat
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "units": {}},
+    },
+    "now": {"type": "object", "properties": {}},
+}
+PARIS = {"city": "Paris"}
+
+
+def parse(tool_format: str, *pieces: str, reasoning: Reasoning | None = None) -> ParsedAnswer:
+    parser = AnswerFormat(reasoning, tool_format=tool_format, schemas=SCHEMAS).parser()
+    events: list[Event] = []
+    for piece in pieces:
+        events += parser.feed(piece)
+    return ParsedAnswer.of([*events, *parser.finish()])
+
+
+def calls(answer: ParsedAnswer) -> list[tuple[str, Any]]:
+    return [(call.name, json.loads(call.arguments)) for call in answer.calls]
+
+
+# Format, what the model writes, text, calls.
+FOUND: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
+    ("hermes", '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>', "",
+     [("get_weather", PARIS)]),
+    ("hermes", ('I will look.\n\n<tool_call>\n{"arguments": {"city": "Paris"}, "name": "get_weather"}\n</tool_call>\n'
+     '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'), "I will look.",
+     [("get_weather", PARIS), ("now", {})]),
+    ("hermes", '<tool_call>{"name": "now"}</tool_call> Done.', "Done.", [("now", {})]),
+    ("hermes", '<tool_call>{"name": "now", "arguments": null}', "", [("now", {})]),
+    ("hermes", '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\"}"}</tool_call>', "",
+     [("get_weather", PARIS)]),
+    ("hermes", ('<tool_call>{"name": "get_weather", "arguments": {"city": "a\nb", "x": [1, -2.5e3, true, {}, []]}}'
+     "</tool_call>"), "", [("get_weather", {"city": "a\nb", "x": [1, -2500.0, True, {}, []]})]),
+    ("hermes", '<tool_call>{"type": "function", "function": {"name": "now", "arguments": {}}, "id": 7}</tool_call>', "",
+     [("now", {})]),
+    ("hermes", '<tool_call>[{"name": "now"}, {"name": "now", "arguments": {}}]</tool_call>', "",
+     [("now", {}), ("now", {})]),
+    ("qwen3_coder", ("<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n"
+     "</parameter>\n</function>\n</tool_call>"), "", [("get_weather", {"city": "Paris", "days": 3})]),
+    ("qwen3_coder", "Well.\n<function=get_weather>\n<parameter=city>\n12\n</parameter>\n</function>\n</tool_call>",
+     "Well.", [("get_weather", {"city": "12"})]),
+    ("qwen3_coder", "<tool_call><function=now></function></tool_call>", "", [("now", {})]),
+    ("glm", ("I see.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days"
+     "</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"), "I see.", [("get_weather", {"city": "Paris", "days": 3})]),
+    ("glm", "<tool_call>now</tool_call><tool_call>now\n</tool_call>", "", [("now", {}), ("now", {})]),
+    ("glm4", 'get_weather\n{"city": "Paris"}', "", [("get_weather", PARIS)]),
+    ("llama3", '{"name": "get_weather", "parameters": {"city": "Paris"}}', "", [("get_weather", PARIS)]),
+    ("llama3", '<|python_tag|>{"name": "now", "parameters": {}}; {"name": "get_weather", "parameters": {"city":"Paris"}}',  # noqa: E501
+     "", [("now", {}), ("get_weather", PARIS)]),
+    ("llama3", '[get_weather(city="Paris", days=3), now()]', "", [("get_weather", PARIS | {"days": 3}), ("now", {})]),
+    ("llama3", '<function=get_weather>{"city": "Paris"}</function>', "", [("get_weather", PARIS)]),
+    ("mistral", '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris"}, "id": "abcdefghi"}]', "",
+     [("get_weather", PARIS)]),
+    ("mistral", 'Let me see.[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]',
+     "Let me see.", [("now", {}), ("now", {})]),
+    ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]now{}', "",
+     [("get_weather", PARIS), ("now", {})]),
+    ("mistral", '[TOOL_CALLS]get_weather[CALL_ID]abcdefghi[ARGS]{"city": "Paris"}', "", [("get_weather", PARIS)]),
+    ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}}', "", [("now", {})]),
+    ("deepseek", ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+     '{"city": "Paris"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```'
+     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"), "", [("get_weather", PARIS), ("now", {})]),
+    ("deepseek", ('Hm.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}'
+     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"), "Hm.", [("get_weather", PARIS)]),
+    ("command_r", ('<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
+     '{"city": "Paris"}}\n]<|END_ACTION|>'), "", [("get_weather", PARIS)]),
+    ("command_r", ('Action: ```json\n[\n    {\n        "tool_name": "get_weather",\n        "parameters": {\n'
+     '            "city": "Paris"\n        }\n    }\n]```'), "", [("get_weather", PARIS)]),
+    ("granite", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]', "", [("get_weather", PARIS)]),
+    ("gpt_oss", ("<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
+     '{"city": "Paris"}<|call|>'), "", [("get_weather", PARIS)]),
+    ("gpt_oss", ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.now<|channel|>commentary json"
+     "<|message|>"), "", [("now", {})]),
+    ("json", '```json\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n```', "", [("get_weather", PARIS)]),
+    ("json", '\n[{"name": "now"}]', "", [("now", {})]),
+    ("json", 'Yes.\n<tool_call>{"name": "now", "arguments": {}}</tool_call>', "Yes.", [("now", {})]),
+]  # fmt: skip
+
+# What is no call stays text, all of it.
+TEXTS = [
+    ("hermes", "Nothing to call. <tool_ is not a mark, nor is <tool_call"),
+    ("hermes", "<tool_call>\nnot JSON\n</tool_call>"),
+    ("hermes", ' a\n<tool_call>{"name": 5, "arguments": {}}</tool_call> b\n'),
+    ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "now", "argu'),
+    ("hermes", '<tool_call>{"arguments": {"city": "Paris"}}</tool_call>'),
+    ("hermes", "<tool_call>"),
+    ("hermes", '{"name": "now", "arguments": {}}'),
+    ("hermes", "<tool_call>[]</tool_call>"),
+    ("qwen3_coder", "<tool_call><function=a b></function></tool_call>"),
+    ("glm", "<tool_call>no name at all</tool_call>"),
+    ("glm4", "get_weather of tomorrow"),
+    ("llama3", '{"name": "unknown", "parameters": {}}'),
+    ("llama3", '{"answer": 42}'),
+    ("llama3", "{ a brace"),
+    ("llama3", "[Laughs] Well, [now()] is the time."),
+    ("llama3", "[now(1)]"),
+    ("llama3", "[now(**x)]"),
+    ("llama3", "[now(a=open('x'))]"),
+    ("llama3", "<|python_tag|>print(1)"),
+    ("mistral", "[TOOL_CALLS] ?"),
+    ("mistral", "[TOOL_CALLS]"),
+    ("deepseek", "<｜tool▁calls▁begin｜>nothing"),
+    ("command_r", "Action: he opened the door."),
+    ("granite", "<|tool_call|>none"),
+    ("json", "```python\nprint(1)\n```"),
+    ("json", "  "),
+    ("json", ""),
+]
+
+
+@pytest.mark.parametrize(("tool_format", "text", "said", "expected"), FOUND)
+def test_calls_are_found(tool_format: str, text: str, said: str, expected: list[tuple[str, Any]]) -> None:
+    whole = parse(tool_format, text)
+    assert (whole.text, calls(whole)) == (said, expected)
+    assert parse(tool_format, *text) == whole
+
+
+@pytest.mark.parametrize(("tool_format", "text"), TEXTS)
+def test_what_is_no_call_stays_text(tool_format: str, text: str) -> None:
+    for pieces in ((text,), tuple(text)):
+        answer = parse(tool_format, *pieces)
+        assert (answer.text, answer.calls) == (text, [])
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_cut_gives_the_same_and_loses_nothing(data: st.DataObject) -> None:
+    examples = [(tool_format, text) for tool_format, text, *_ in [*FOUND, *TEXTS]]
+    tool_format, text = data.draw(st.sampled_from(examples))
+    if data.draw(st.booleans()):  # damaged
+        start, end = sorted(data.draw(st.tuples(st.integers(0, len(text)), st.integers(0, len(text)))))
+        text = text[:start] + data.draw(st.sampled_from(["", "{", '"', "<tool_call>", "x", "\\", " \n"])) + text[end:]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    whole = parse(tool_format, text)
+    assert parse(tool_format, *pieces) == whole
+    if tool_format != "gpt_oss" and not whole.calls:
+        assert whole.text == text
+
+
+def test_every_format_has_examples() -> None:
+    assert {tool_format for tool_format, *_ in FOUND} == set(get_args(ToolFormat))
+
+
+def test_the_name_comes_first_and_arguments_as_they_are_written() -> None:
+    parser = ToolParser("hermes", SCHEMAS)
+    assert parser.feed("Look. <tool") == [TextPiece("Look.")]
+    assert parser.feed('_call>{"name": "get_weather", "arg') == []
+    assert parser.feed('uments": {') == [CallStart(0, "get_weather"), CallArguments(0, "{")]
+    assert parser.feed('"city": "Par') == [CallArguments(0, '"city": "Par')]
+    assert parser.feed('is"}}</tool_call>\n<tool_call>{"name": "now"}') == [
+        CallArguments(0, 'is"}'), CallStart(1, "now"), CallArguments(1, "{}"),
+    ]  # fmt: skip
+    assert parser.finish() == []
+
+
+def test_a_call_that_breaks_off_stays_one() -> None:
+    cut = parse("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": "Par')
+    assert [(call.name, call.arguments) for call in cut.calls] == [("get_weather", '{"city": "Par')]
+    broken = parse("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": oh no}}</tool_call>')
+    assert broken.calls[0].arguments == '{"city": '
+    assert broken.text == "oh no}}</tool_call>"
+
+
+def test_calls_behind_reasoning_are_found_and_inside_are_not() -> None:
+    think = Reasoning("<think>", "</think>", opened=False, switch=None)
+    text = '<think>Or <tool_call>{"name": "now"}</tool_call>?</think>\n\n<tool_call>{"name": "now"}</tool_call>'
+    answer = parse("hermes", text, reasoning=think)
+    assert answer.reasoning == 'Or <tool_call>{"name": "now"}</tool_call>?'
+    assert (answer.text, calls(answer)) == ("", [("now", {})])
+    assert parse("hermes", *text, reasoning=think) == answer
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=8,
+    ),
+    indent=st.sampled_from([None, 2]),
+    damage=st.integers(0, 200),
+)
+def test_the_scanner_takes_what_json_takes(value: Any, indent: int | None, damage: int) -> None:
+    text = json.dumps({"value": value}, ensure_ascii=False, indent=indent)
+    scanner = JsonScanner()
+    assert "".join(map(scanner.push, text)) == text
+    assert scanner.complete
+    broken = text[: damage % len(text)] + text[damage % len(text) + 1 :]
+    scanner, taken = JsonScanner(), ""
+    try:
+        for char in broken:
+            taken += scanner.push(char)
+    except MalformedCallError:
+        with pytest.raises(ValueError, match=r"."):
+            json.loads(broken)
+    else:
+        assert not scanner.complete or json.loads(taken) is not None
