@@ -20,7 +20,7 @@ import torch
 from msgspec.structs import replace
 
 from aphrodite.llm import LLM
-from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.params import SamplingParams, from_mapping
 from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.vocabulary import Vocabulary
 
@@ -181,11 +181,14 @@ def measure_history(count: int, vocab: int, lengths: list[int], *, native: bool,
 
 STREAMS, CONTEXT, STEPS = 32, 257, 16
 GREEDY = SamplingParams(temperature=0.0)
+STORY = from_mapping({"guided_regex": r"[A-Z][A-Za-z ,.\n]*", "temperature": 0.0})  # it may go on for ever
 ENGINE_SETTINGS = {
     "greedy": [GREEDY] * STREAMS,
     "role-play preset on all": [ROLE_PLAY] * STREAMS,
     "DRY on one, greedy on 31": [SamplingParams(temperature=0.0, dry_multiplier=0.8), *[GREEDY] * (STREAMS - 1)],
     "preset on one, greedy on 31": [ROLE_PLAY, *[GREEDY] * (STREAMS - 1)],
+    "regex on one, greedy on 31": [STORY, *[GREEDY] * (STREAMS - 1)],
+    "regex on all": [STORY] * STREAMS,
 }
 
 

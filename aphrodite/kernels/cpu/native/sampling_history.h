@@ -56,25 +56,31 @@ void allow(Row& row, const SamplerOp& op) {
     row.measured = false;
 }
 
-// Keeps the tokens whose bit is set. data: [vocab / 32 + 1] words.
+// Keeps the tokens whose bit is set. data: [vocab / 32 + 1] words. It comes first in a program, on the whole vocabulary.
 void token_mask(Row& row, const SamplerOp& op) {
     measure(row);  // a bad logit is one wherever it is
     const uint32_t* words = static_cast<const uint32_t*>(op.data);
-    const auto allowed = [&](int32_t index) {
-        const int32_t token = row.token(index);
-        return (words[token >> 5] >> (token & 31) & 1) != 0;
+    const auto bits_at = [&](int32_t first) {
+        const int32_t left = row.count - first;
+        return words[first >> 5] & (left < 32 ? (1u << left) - 1 : ~0u);
     };
     int32_t kept = 0;
-    for (int32_t i = 0; i < row.count; ++i) kept += allowed(i);
+    for (int32_t first = 0; first < row.count; first += 32) kept += __builtin_popcount(bits_at(first));
     if (kept > row.count / 8) {
-        for (int32_t i = 0; i < row.count; ++i)
-            if (!allowed(i)) row.x[i] = -kInf;
+        for (int32_t first = 0; first < row.count; first += 32) {
+            const uint32_t bits = bits_at(first);
+            if (bits == ~0u) continue;
+            const int32_t end = std::min(32, row.count - first);
+            for (int32_t i = 0; i < end; ++i) row.x[first + i] = bits >> i & 1 ? row.x[first + i] : -kInf;
+        }
     } else {
         int32_t place = 0;
-        for (int32_t i = 0; i < row.count; ++i) {
-            if (!allowed(i)) continue;
-            row.scratch.ids[place] = row.token(i);
-            row.scratch.x[place++] = row.x[i];
+        for (int32_t first = 0; first < row.count; first += 32) {
+            for (uint32_t bits = bits_at(first); bits != 0; bits &= bits - 1) {
+                const int32_t token = first + __builtin_ctz(bits);
+                row.scratch.ids[place] = token;
+                row.scratch.x[place++] = row.x[token];
+            }
         }
         row.x = row.scratch.x;
         row.ids = row.scratch.ids;
