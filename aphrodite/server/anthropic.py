@@ -27,6 +27,7 @@ from aphrodite.server.openai.protocol import ChatFields, ignored_header, refuse_
 from aphrodite.server.openai.rendering import chat_prompt, render_chat
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
+from aphrodite.server.responses import json_response
 from aphrodite.server.routing import post
 from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, named_event
 
@@ -122,9 +123,7 @@ class MessagesEndpoints:
         except InvalidRequestError as error:
             param = "messages" if error.param == "prompt" else error.param
             raise InvalidRequestError(str(error), param=param, code=error.code) from None
-        return Response(
-            whole, media_type="application/json", headers={name.decode(): value.decode() for name, value in headers}
-        )
+        return json_response(whole, headers)
 
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens a conversation has, as generation would see it."""
@@ -133,7 +132,7 @@ class MessagesEndpoints:
         fields = _checked(CountTokensFields, body)
         context.resolve_model(fields.model)
         token_ids = await render_chat(_chat_fields(fields), context, bounded=False)
-        return Response(msgspec.json.encode({"input_tokens": len(token_ids)}), media_type="application/json")
+        return json_response({"input_tokens": len(token_ids)})
 
 
 def _checked(model: type[Fields], body: dict[str, Any]) -> Fields:

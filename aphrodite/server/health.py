@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -12,6 +11,7 @@ import aphrodite
 from aphrodite.errors import EngineDeadError
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import ApiError, retry_after
+from aphrodite.server.responses import json_response
 
 
 class HealthEndpoint:
@@ -32,7 +32,7 @@ class HealthEndpoint:
             raise ApiError(
                 503, "The engine does not answer.", code="engine_unhealthy", headers=retry_after(10)
             ) from None
-        return Response(b'{"status":"ok"}', media_type="application/json")
+        return json_response({"status": "ok"})
 
     async def _ask(self) -> None:
         await asyncio.wait_for(self._context.engine.check_health(), self._context.config.health_timeout)
@@ -40,4 +40,4 @@ class HealthEndpoint:
 
 async def version(request: Request) -> Response:
     """The server's version."""
-    return Response(msgspec.json.encode({"version": aphrodite.__version__}), media_type="application/json")
+    return json_response({"version": aphrodite.__version__})

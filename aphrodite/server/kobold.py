@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,7 @@ from aphrodite.server.openai.prompts import encode
 from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported, sampling_params
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
+from aphrodite.server.responses import json_response
 from aphrodite.server.routing import get, post
 from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, named_event
 
@@ -209,8 +210,7 @@ class GenerateEndpoints:
         """Continue a text."""
         job = await self._read(request)
         body = await self._context.supervisor.run(self._whole(job), request.receive)
-        headers = {name.decode(): value.decode() for name, value in job.headers}
-        return Response(body, media_type="application/json", headers=headers)
+        return json_response(body, job.headers)
 
     async def stream(self, request: Request) -> ASGIApp:
         """Continue a text, sent piece by piece."""
@@ -239,12 +239,12 @@ class GenerateEndpoints:
 
     async def check_any(self, request: Request) -> Response:
         """The text so far of the only run that there is."""
-        return _json({"results": [{"text": self._text("")}]})
+        return json_response({"results": [{"text": self._text("")}]})
 
     async def check(self, request: Request) -> Response:
         """The text so far of a run."""
         body = await read_object(request, max_depth=self._context.config.max_json_depth, optional=True)
-        return _json({"results": [{"text": self._text(parse(KoboldKeyFields, body).genkey)}]})
+        return json_response({"results": [{"text": self._text(parse(KoboldKeyFields, body).genkey)}]})
 
     async def abort(self, request: Request) -> Response:
         """End a run; it answers with what it has."""
@@ -253,7 +253,7 @@ class GenerateEndpoints:
         for run in runs:
             run.end()
         success = "true" if runs else "false"
-        return _json({"success": success, "done": success})
+        return json_response({"success": success, "done": success})
 
     def _found(self, key: str) -> list[Run]:
         """The runs of a key; without one the only run there is, so that nobody meets a stranger's."""
@@ -413,11 +413,11 @@ class FactEndpoints:
 
     async def model(self, request: Request) -> Response:
         """The model's name."""
-        return _json({"result": f"aphrodite/{self._context.resolve_model(None)}"})
+        return json_response({"result": f"aphrodite/{self._context.resolve_model(None)}"})
 
     async def api_version(self, request: Request) -> Response:
         """The version of KoboldAI's API."""
-        return _json({"result": API_VERSION})
+        return json_response({"result": API_VERSION})
 
     async def version(self, request: Request) -> Response:
         """The version of koboldcpp whose additions there are, and what of it there is."""
@@ -426,7 +426,7 @@ class FactEndpoints:
             False,
         )
         protected = bool(self._context.config.api_keys)
-        return _json(
+        return json_response(
             {
                 "result": "KoboldCpp",
                 "version": KOBOLDCPP_VERSION,
@@ -439,30 +439,30 @@ class FactEndpoints:
 
     async def max_length(self, request: Request) -> Response:
         """How long answers are where a request says nothing."""
-        return _json({"value": default_length(self._context.engine.model.max_model_len)})
+        return json_response({"value": default_length(self._context.engine.model.max_model_len)})
 
     async def max_context_length(self, request: Request) -> Response:
         """The model's context."""
-        return _json({"value": self._context.engine.model.max_model_len})
+        return json_response({"value": self._context.engine.model.max_model_len})
 
     async def soft_prompt(self, request: Request) -> Response:
         """The soft prompt in use: none."""
-        return _json({"value": ""})
+        return json_response({"value": ""})
 
     async def soft_prompts(self, request: Request) -> Response:
         """The soft prompts: none."""
-        return _json({"values": []})
+        return json_response({"values": []})
 
     async def story(self, request: Request) -> Response:
         """The preloaded story: none."""
-        return _json({})
+        return json_response({})
 
     async def performance(self, request: Request) -> Response:
         """How the latest run went, and what waits."""
         seen, stats = self._generate.performance, self._context.engine.stats()
         now = time.monotonic()
         running = stats.num_running + stats.num_waiting
-        return _json(
+        return json_response(
             {
                 "last_process": seen.process,
                 "last_eval": seen.generation,
@@ -485,7 +485,7 @@ class FactEndpoints:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(KoboldTextFields, body)
         ids = await encode(fields.prompt, self._context, field="prompt", special=fields.special, bounded=False)
-        return _json({"value": len(ids), "ids": ids})
+        return json_response({"value": len(ids), "ids": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
@@ -494,7 +494,7 @@ class FactEndpoints:
         check_ids(ids, self._context, field="ids")
         tokenizer = self._context.engine.tokenizer
         text = await off_loop(BYTES_PER_TOKEN * len(ids), lambda: tokenizer.decode(ids, skip_special_tokens=False))
-        return _json({"result": text, "success": True})
+        return json_response({"result": text, "success": True})
 
 
 def check_ids(ids: list[int], context: ServerContext, *, field: str) -> None:
@@ -506,7 +506,3 @@ def check_ids(ids: list[int], context: ServerContext, *, field: str) -> None:
     vocab_size = context.engine.model.vocab_size
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise invalid(field, f"has ids outside the vocabulary: they must be 0 to {vocab_size - 1}")
-
-
-def _json(value: Mapping[str, Any]) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -30,6 +30,7 @@ from aphrodite.server.openai.prompts import read_prompts
 from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported, sampling_params
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
+from aphrodite.server.responses import json_response
 from aphrodite.server.routing import post
 from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, event
 
@@ -91,8 +92,7 @@ class CompletionEndpoint:
                 answer.stream, context.supervisor, write_timeout=timeout, headers=headers, format=_FORMAT
             )
         whole = await context.supervisor.run(answer.whole(), request.receive)
-        shown = {name.decode(): value.decode() for name, value in headers}
-        return Response(whole, media_type="application/json", headers=shown)
+        return json_response(whole, headers)
 
 
 @dataclass(slots=True)

@@ -36,6 +36,7 @@ from aphrodite.server.openai.prompts import encode
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, is_known_field, sampling_params
 from aphrodite.server.openai.rendering import chat_prompt
 from aphrodite.server.presets import preset_of
+from aphrodite.server.responses import json_response
 from aphrodite.server.routing import get, post
 from aphrodite.server.sse import EventResponse, EventStream, StreamFormat
 
@@ -213,8 +214,7 @@ class OllamaEndpoints:
                 answer.stream, context.supervisor, write_timeout=timeout, headers=headers, format=_FORMAT
             )
         whole = await context.supervisor.run(answer.whole(), request.receive)
-        shown = {name.decode(): value.decode() for name, value in headers}
-        return Response(whole, media_type="application/json", headers=shown)
+        return json_response(whole, headers)
 
 
 def _ignored(body: Mapping[str, Any], fields: OllamaFields) -> Headers:
@@ -243,7 +243,7 @@ def _as_response(text: str) -> dict[str, Any]:
 def _loaded(model: str, empty: Mapping[str, Any]) -> Response:
     """A request without a text asks that the model be loaded, which it is."""
     head = {"model": model, "created_at": _now(), **empty}
-    return Response(msgspec.json.encode({**head, "done": True, "done_reason": "load"}), media_type="application/json")
+    return json_response({**head, "done": True, "done_reason": "load"})
 
 
 @dataclass(slots=True)
@@ -310,13 +310,13 @@ class OllamaModels:
 
     async def tags(self, request: Request) -> Response:
         """The models that can be asked for."""
-        return _json({"models": [self._card(name) for name in self._context.model_names]})
+        return json_response({"models": [self._card(name) for name in self._context.model_names]})
 
     async def running(self, request: Request) -> Response:
         """The models that are loaded."""
         first = self._context.model_names[0]
         forever = "9999-12-31T23:59:59Z"
-        return _json({"models": [{**self._card(first), "expires_at": forever, "size_vram": 0}]})
+        return json_response({"models": [{**self._card(first), "expires_at": forever, "size_vram": 0}]})
 
     async def show(self, request: Request) -> Response:
         """One model: its template, its recommended parameters, its context."""
@@ -327,7 +327,7 @@ class OllamaModels:
             raise invalid("model", "this field is required", code="missing_required_parameter")
         resolve_tagged(context, name)
         parameters = "\n".join(f"{key} {value}" for key, value in to_mapping(model.sampling_defaults).items())
-        return _json(
+        return json_response(
             {
                 "modelfile": f"# served by Aphrodite Engine\nFROM {model.root}",
                 "parameters": parameters,
@@ -345,7 +345,7 @@ class OllamaModels:
 
     async def version(self, request: Request) -> Response:
         """The version of Ollama whose API this is."""
-        return _json({"version": VERSION})
+        return json_response({"version": VERSION})
 
     def _card(self, name: str) -> dict[str, Any]:
         model = self._context.engine.model
@@ -383,7 +383,3 @@ def _now() -> str:
 
 def _nanoseconds(seconds: float) -> int:
     return int(seconds * 1e9)
-
-
-def _json(value: Mapping[str, Any]) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,6 +9,7 @@ from aphrodite.sampling.presets import SamplerPreset, preset_card
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
+from aphrodite.server.responses import json_response
 
 
 def preset_of(request: Request, name: str | None, config: ServerConfig) -> SamplerPreset | None:
@@ -34,4 +34,4 @@ class PresetsEndpoint:
     async def list(self, request: Request) -> Response:
         """The sampler presets that a request may name."""
         cards = [preset_card(preset) for preset in self._context.config.presets.presets.values()]
-        return Response(msgspec.json.encode({"object": "list", "data": cards}), media_type="application/json")
+        return json_response({"object": "list", "data": cards})

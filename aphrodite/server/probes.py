@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import msgspec
 import pydantic
 from pydantic import Field
 from starlette.requests import Request
@@ -18,6 +14,7 @@ from aphrodite.server.kobold import check_ids
 from aphrodite.server.openai.prompts import encode
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import render_chat
+from aphrodite.server.responses import json_response
 
 
 class TabbyEncodeFields(pydantic.BaseModel):
@@ -56,7 +53,7 @@ class ProbeEndpoints:
             "draft": None,
         }
         name = context.resolve_model(None)
-        return _json(
+        return json_response(
             {"id": name, "object": "model", "created": model.created, "owned_by": "aphrodite", "parameters": parameters}
         )
 
@@ -70,7 +67,7 @@ class ProbeEndpoints:
         else:
             fields = parse(TabbyEncodeFields, body)
             ids = await encode(fields.text, context, field="text", special=fields.add_bos_token, bounded=False)
-        return _json({"tokens": ids, "length": len(ids)})
+        return json_response({"tokens": ids, "length": len(ids)})
 
     async def decode(self, request: Request) -> Response:
         """The text of token ids."""
@@ -81,11 +78,11 @@ class ProbeEndpoints:
         text = await off_loop(
             BYTES_PER_TOKEN * len(fields.tokens), lambda: tokenizer.decode(fields.tokens, skip_special_tokens=skip)
         )
-        return _json({"text": text})
+        return json_response({"text": text})
 
     async def permission(self, request: Request) -> Response:
         """What the request's key allows; there are no others than those of the API."""
-        return _json({"permission": "api"})
+        return json_response({"permission": "api"})
 
     async def props(self, request: Request) -> Response:
         """The server's properties, as llama.cpp names them."""
@@ -95,7 +92,7 @@ class ProbeEndpoints:
         def text(token_id: int | None) -> str:
             return "" if token_id is None else tokenizer.token_text(token_id)
 
-        return _json(
+        return json_response(
             {
                 "default_generation_settings": {"n_ctx": model.max_model_len},
                 "n_ctx": model.max_model_len,
@@ -117,11 +114,11 @@ class ProbeEndpoints:
             {"id": number, "n_ctx": model.max_model_len, "is_processing": number < running}
             for number in range(model.max_num_seqs)
         ]
-        return Response(msgspec.json.encode(slots), media_type="application/json")
+        return json_response(slots)
 
     async def service_info(self, request: Request) -> Response:
         """Which protocols are spoken here, and where (the service-info proposal of KoboldAI's community)."""
-        return _json(
+        return json_response(
             {
                 "version": 0.1,
                 "software": {
@@ -136,7 +133,3 @@ class ProbeEndpoints:
                 },
             }
         )
-
-
-def _json(value: Mapping[str, Any]) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

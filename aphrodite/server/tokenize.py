@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pydantic
 from pydantic import Field
 from starlette.requests import Request
@@ -16,6 +15,7 @@ from aphrodite.server.errors import invalid
 from aphrodite.server.openai.prompts import encode
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import render_chat
+from aphrodite.server.responses import json_response
 
 
 class TokenizeFields(pydantic.BaseModel):
@@ -85,13 +85,13 @@ class TokenizerEndpoints:
         }
         if strings:
             answer["token_strs"] = [context.engine.tokenizer.token_text(token_id) for token_id in token_ids]
-        return _json(answer)
+        return json_response(answer)
 
     async def _tokenize_content(self, body: dict[str, Any]) -> Response:
         """As llama.cpp's clients ask, who read nothing but the tokens."""
         fields = parse(ContentFields, body)
         ids = await encode(fields.content, self._context, field="content", special=fields.add_special, bounded=False)
-        return _json({"tokens": ids})
+        return json_response({"tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
@@ -107,7 +107,7 @@ class TokenizerEndpoints:
             BYTES_PER_TOKEN * len(fields.tokens),
             lambda: tokenizer.decode(fields.tokens, skip_special_tokens=fields.skip_special_tokens),
         )
-        return _json({"prompt": text, "content": text})
+        return json_response({"prompt": text, "content": text})
 
     async def info(self, request: Request) -> Response:
         """What a client needs to prepare prompts itself: special tokens and the chat template."""
@@ -117,7 +117,7 @@ class TokenizerEndpoints:
         def text(token_id: int | None) -> str | None:
             return None if token_id is None else tokenizer.token_text(token_id)
 
-        return _json(
+        return json_response(
             {
                 "tokenizer_class": "AphroditeTokenizer",
                 "vocab_size": tokenizer.vocab_size,
@@ -131,7 +131,3 @@ class TokenizerEndpoints:
                 "chat_template": engine.chat_template.source,
             }
         )
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

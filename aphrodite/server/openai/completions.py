@@ -37,6 +37,7 @@ from aphrodite.server.openai.protocol import (
 )
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
+from aphrodite.server.responses import json_response
 from aphrodite.server.sse import EventResponse, EventStream
 
 _MAX_TOKENS = 16  # where the client says nothing
@@ -91,11 +92,7 @@ class CompletionEndpoint:
                 answer.stream, context.supervisor, write_timeout=context.config.write_timeout, headers=headers
             )
         whole = await context.supervisor.run(answer.whole(), request.receive)
-        return Response(whole, media_type="application/json", headers=_text_headers(headers))
-
-
-def _text_headers(headers: tuple[tuple[bytes, bytes], ...]) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in headers}
+        return json_response(whole, headers)
 
 
 @dataclass(slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from aphrodite.sampling.params import to_mapping
 from aphrodite.server.context import ServerContext
+from aphrodite.server.responses import json_response
 
 
 class ModelsEndpoint:
@@ -19,11 +19,11 @@ class ModelsEndpoint:
     async def list(self, request: Request) -> Response:
         """The names this server answers to."""
         cards = [self._card(name) for name in self._context.model_names]
-        return _json({"object": "list", "data": cards})
+        return json_response({"object": "list", "data": cards})
 
     async def show(self, request: Request) -> Response:
         """One model."""
-        return _json(self._card(self._context.resolve_model(request.path_params["model_id"])))
+        return json_response(self._card(self._context.resolve_model(request.path_params["model_id"])))
 
     def _card(self, name: str) -> dict[str, Any]:
         model = self._context.engine.model
@@ -38,7 +38,3 @@ class ModelsEndpoint:
             "max_model_len": model.max_model_len,
             "sampling_defaults": to_mapping(model.sampling_defaults),
         }
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -19,6 +19,10 @@ from aphrodite.tokenizer.tokenizer import Tokenizer
 
 MAX_TOOLS: Final = 512
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
+# As templates write JSON. Models that may put white space anywhere put a lot of it.
+_SPACING: Final = {
+    "whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": ",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class ToolUse:
         """Of an answer that is calls and nothing else."""
         definitions: dict[str, Any] = {}
         calls = [_call_schema(name, schema, definitions) for name, schema in self.schemas.items()]
-        schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
+        schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "x-guidance": _SPACING}
         if not self.parallel:
             schema["maxItems"] = 1
         if definitions:
@@ -159,7 +163,9 @@ def _call_schema(name: str, parameters: Mapping[str, Any], definitions: dict[str
         defined = parameters.get(key)
         for own, schema in defined.items() if isinstance(defined, dict) else ():
             definitions[f"{name}.{own}"] = _moved(schema, places)
-    arguments = _moved(inner, places) if inner else {"type": "object"}
+    arguments = _moved(inner, places)
+    if arguments.get("properties") == {}:  # nothing can be said to the tool
+        arguments = {"additionalProperties": False, **arguments}
     return {
         "type": "object",
         "properties": {"name": {"const": name}, "arguments": arguments},
