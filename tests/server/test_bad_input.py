@@ -49,8 +49,6 @@ def accepted(row: ParamRow, value: Any) -> bool:
         return value in row.choices
     if row.kind == "text":
         return isinstance(value, str) and len(value) <= (param.max_length or 1e9)
-    if row.kind == "grammar":  # whether a text is one, llguidance says
-        return isinstance(value, str) or value in ([], {})
     if row.kind == "strings":
         items = [value] if isinstance(value, str) else value
         return isinstance(items, list) and all(
@@ -62,6 +60,17 @@ def accepted(row: ParamRow, value: Any) -> bool:
         fits = isinstance(value, list) and param.min_items <= len(value) <= (param.max_items or 1e9)
         return fits and all(row.kind in ("ints", "tokens") and isinstance(i, int) and 0 <= i < 258 for i in value)
     return isinstance(value, dict) and all(k.isdigit() and int(k) < 258 and abs(v) <= 100 for k, v in value.items())
+
+
+def says_a_grammar(name: str, value: Any) -> bool:
+    """Whether a value has the form of what a field says of an answer; the engine says whether it is one."""
+    if value is None or value in ("", [], {}):
+        return True
+    if name in ("json_schema", "guided_json"):
+        return isinstance(value, dict) or value is True
+    if name == "guided_json_object":
+        return value is True
+    return isinstance(value, str) and name not in ("response_format", "structured_outputs", "guided_choice")
 
 
 def within_this_model(name: str, value: Any) -> bool:
@@ -128,7 +137,8 @@ async def test_sampling_parameters(neighbour: RunningServer, path: str, base: di
                 start = {key: value for key, value in base.items() if row.name != "max_tokens" or key != "max_tokens"}
                 response = await send(neighbour.http, path, start, name, text)
                 value = None if label in NOT_JSON else json.loads(text)
-                good = label not in NOT_JSON and accepted(row, value) and within_this_model(row.name, value)
+                fits = says_a_grammar(name, value) if row.kind == "grammar" else accepted(row, value)
+                good = label not in NOT_JSON and fits and within_this_model(row.name, value)
                 if good:
                     assert response.status_code == 200, (name, label, response.text[:300])
                 else:
