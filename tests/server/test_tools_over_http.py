@@ -12,6 +12,7 @@ from running import RunningServer, running_server
 from scripted import ScriptedEngine, marked_tokenizer
 
 from aphrodite.chat.traits import Reasoning
+from aphrodite.sampling.grammar import _JSON_DEFAULTS
 from aphrodite.sampling.table import Grammar
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.tools import behind_reasoning, read_tool_use
@@ -146,23 +147,30 @@ def test_demanded_calls_fit_their_grammar_and_nothing_else_does() -> None:
     place = {"$ref": "#/$defs/Place"}
     defined = {"type": "object", "properties": {"to": place}, "required": ["to"], "$defs": {"Place": {"enum": ["a"]}}}
     go = {"type": "function", "function": {"name": "go", "parameters": defined}}
-    fields = ChatFields(messages=[], tools=[go, WEATHER], tool_choice="required")
+    fields = ChatFields(messages=[], tools=[go, WEATHER, NOW], tool_choice="required")
     use = read_tool_use(fields)
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(use.grammar().text)
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(use.grammar().text, defaults=_JSON_DEFAULTS)
     table = llguidance.LLTokenizer("byte")
 
     def fits(source: str, text: str) -> bool:
         matcher = llguidance.LLMatcher(table, source, log_level=0)
         return bool(matcher.consume_tokens(list(text.encode())) and matcher.is_accepting())
 
-    assert fits(grammar, '[{"name":"go","arguments":{"to":"a"}}]')
-    assert fits(grammar, '[{"name":"get_weather","arguments":{"city":"b"}},{"name":"go","arguments":{"to":"a"}}]')
-    for wrong in ("[]", "{}", '[{"name":"go","arguments":{"to":"b"}}]', '[{"name":"no","arguments":{}}]'):
+    assert fits(grammar, '[{"name": "go", "arguments": {"to": "a"}}]')
+    assert fits(grammar, '[{"name": "get_weather", "arguments": {"city": "b"}}, {"name": "now", "arguments": {}}]')
+    for wrong in (
+        "[]",
+        '{"name": "go", "arguments": {"to": "a"}}',
+        '[{"name": "go", "arguments": {"to": "b"}}]',
+        '[{"name": "no", "arguments": {}}]',
+        '[{"name": "now", "arguments": {"a": 1}}]',
+        '[{"name":  "go", "arguments": {"to": "a"}}]',
+    ):
         assert not fits(grammar, wrong)
     behind = behind_reasoning(use.grammar(), Reasoning("<t>", "</t>", opened=True, switch=None), marked_tokenizer())
     source = llguidance.LLMatcher.grammar_from_lark(behind.text)
-    assert fits(source, 'I [think]\nso.</t>\n\n[{"name":"go","arguments":{"to":"a"}}]')
-    assert not fits(source, '[{"name":"go","arguments":{"to":"a"}}]')
+    assert fits(source, 'I [think]\nso.</t>\n\n[{"name": "go", "arguments": {"to": "a"}}]')
+    assert not fits(source, '[{"name": "go", "arguments": {"to": "a"}}]')
 
 
 @pytest.mark.parametrize(
