@@ -32,6 +32,7 @@ from aphrodite.server.openai.rendering import chat_prompt, effort_warning
 from aphrodite.server.openai.tools import read_tool_use
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
+from aphrodite.server.responses import json_response
 from aphrodite.server.sse import EventResponse, EventStream
 
 MAX_TOP_LOGPROBS = 20
@@ -71,8 +72,7 @@ class ChatEndpoint:
             whole = await context.supervisor.run(answer.whole(), request.receive)
         except InvalidRequestError as error:
             raise _renamed(error) from None
-        text_headers = {name.decode(): value.decode() for name, value in headers}
-        return Response(whole, media_type="application/json", headers=text_headers)
+        return json_response(whole, headers)
 
     def _reader(
         self, fields: ChatFields, params: SamplingParams, prompt_token_ids: list[int]
