@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -214,7 +215,8 @@ class _OpenAnswer:
         self.called = False
 
 
-def _hidden_tokens(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, str]:
+@lru_cache(maxsize=32)
+def _hidden_tokens(tokenizer: Tokenizer, marks: tuple[str, ...]) -> dict[int, str]:
     """Special tokens that are part of no mark, with their texts."""
     shown = "\n".join(marks)
     texts = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_ids}
