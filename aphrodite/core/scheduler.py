@@ -488,9 +488,7 @@ class Scheduler:
         request.tokens.append(token)
         if request.shadow is not None:
             self._extend_shadow(request.shadow, token, preemptions)
-        finish_reason, stop_reason = finish_reason_of(
-            request, token, self.config.eos_token_ids, complete=row.complete
-        )
+        finish_reason, stop_reason = finish_reason_of(request, token, self.config.eos_token_ids, complete=row.complete)
         if request.guard is not None:
             return self._guarded(request, row, prompt_logprobs, finish_reason, stop_reason)
         logprobs = None if row.logprobs is None else [row.logprobs]
