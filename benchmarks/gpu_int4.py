@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import multiprocessing
-import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import torch.nn.functional as F
-import triton
+from gpu_linear import CEILING, DTYPE, EPS, compile_cases, guarded, only_compile
 from triton.backends.compiler import GPUTarget
 
 from aphrodite.kernels.triton import int4_expand, int4_linear, int4_mma, int4_wgmma
@@ -34,9 +36,6 @@ from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4, whole_sp
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 
-CEILING = 3.17e12  # bytes a second that an H100 reads
-DTYPE = torch.bfloat16
-EPS = 1e-5
 ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TUNED_ROWS = (1, 8, 16, 32, 64, 128, 256)
 CHAIN_BYTES = 512 << 20  # of weights that one replay reads
@@ -204,32 +203,6 @@ def _wgmma_cuts(layer: Layer, rows: int) -> Iterator[WgmmaConfig]:
             )
 
 
-class _WithoutDevice:
-    """What Triton asks of a driver when it only compiles."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class _CompileOnly:
-    """A kernel that is compiled where it would be launched."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Callable[..., object]:
-        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
-
-
 KERNELS = (
     (int4_mma, "_int4_row_kernel"),
     (int4_mma, "_int4_rows_kernel"),
@@ -240,12 +213,7 @@ KERNELS = (
 def _compile_task(task: tuple[GPUTarget, bool, Layer, int, int, Any]) -> str | None:
     """Compile one case into Triton's cache; what went wrong, or None."""
     target, pdl, layer, group, rows, cut = task
-    triton.runtime.driver.set_active(_WithoutDevice(target))
-    for module, name in KERNELS:
-        module.pdl_supported = lambda device: pdl  # type: ignore[attr-defined]
-        kernel = getattr(module, name)
-        if not isinstance(kernel, _CompileOnly):
-            setattr(module, name, _CompileOnly(kernel))
+    only_compile(target, pdl, KERNELS)
     one_row = isinstance(cut, MmaConfig) and rows == 1
     bench = Bench(layer._replace(norm=layer.norm and one_row), group, "meta")
     try:
@@ -256,16 +224,8 @@ def _compile_task(task: tuple[GPUTarget, bool, Layer, int, int, Any]) -> str | N
 
 
 def compile_ahead(cases: list[tuple[Layer, int, int, Any]]) -> None:
-    """Compile all cases in parallel processes that share Triton's cache and do not touch the device."""
-    target = triton.runtime.driver.active.get_current_target()
-    pdl = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
-    begin = time.perf_counter()
-    tasks = [(target, pdl, *case) for case in cases if case[3] != "library"]
-    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
-        failures = [failure for failure in pool.imap_unordered(_compile_task, tasks) if failure is not None]
-    print(f"compiled {len(tasks)} kernels in {time.perf_counter() - begin:.1f} s", flush=True)
-    for failure in failures:
-        print("  did not compile:", failure)
+    """Compile all cases before they are timed."""
+    compile_cases(_compile_task, [case for case in cases if case[3] != "library"])
 
 
 def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
@@ -345,14 +305,6 @@ def expansion(layers: list[Layer], group: int) -> None:
         share = (bench.weights[0].nbytes + dense.nbytes) / (us * 1e-6) / CEILING * 100
         wrong = float((dense - unpack_int4(bench.weights[-1]).to(DTYPE)).abs().max())
         print(f"expand {layer.name:8} {us:8.2f} us {share:5.1f} %, wrong by {wrong:.1e}", flush=True)
-
-
-def guarded(what: str, action: Callable[[], None]) -> None:
-    """Run one case; print its error and let the others go on."""
-    try:
-        action()
-    except Exception as error:
-        print(f"{what}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
 
 
 def main() -> None:

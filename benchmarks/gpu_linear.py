@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import gated_gemm, linear
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
+from aphrodite.kernels.triton.compile_worker import WithoutDevice
 from aphrodite.kernels.triton.gated_gemm import GatedConfig
 from aphrodite.kernels.triton.linear import Epilogue, GemvConfig, SkinnyConfig, gemv, skinny_gemm
 from aphrodite.kernels.triton.norm import add_rms_norm, rms_norm
@@ -210,22 +211,6 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
     return after_norm
 
 
-class WithoutDevice:
-    """What Triton asks of a driver when it only compiles."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 class CompileOnly:
     """A kernel that is compiled where it would be launched."""
 
@@ -236,15 +221,38 @@ class CompileOnly:
         return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
 
 
-def _compile_task(task: tuple[GPUTarget, bool, Layer, int, Any]) -> str | None:
-    """Compile one case into Triton's cache; what went wrong, or None."""
-    target, pdl, layer, rows, cut = task
+def only_compile(target: GPUTarget, pdl: bool, kernels: Iterable[tuple[Any, str]]) -> None:
+    """Let this process compile the kernels, each a module's attribute, where it would launch them."""
     triton.runtime.driver.set_active(WithoutDevice(target))
-    linear.pdl_supported = lambda device: pdl
-    for module, name in ((linear, "_gemv_kernel"), (linear, "_skinny_kernel"), (gated_gemm, "_gated_gemm_kernel")):
+    for module, name in kernels:
+        module.pdl_supported = lambda device: pdl
         kernel = getattr(module, name)
         if not isinstance(kernel, CompileOnly):
             setattr(module, name, CompileOnly(kernel))
+
+
+def compile_cases(compile_task: Callable[[Any], str | None], cases: Sequence[tuple[Any, ...]]) -> None:
+    """Compile all cases in parallel processes that share Triton's cache and do not touch the device.
+
+    Args:
+        compile_task: compiles (target, whether launches may be dependent, *case); what went wrong, or None.
+    """
+    target = triton.runtime.driver.active.get_current_target()
+    pdl = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+    begin = time.perf_counter()
+    tasks = [(target, pdl, *case) for case in cases]
+    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
+        failures = [failure for failure in pool.imap_unordered(compile_task, tasks) if failure is not None]
+    print(f"compiled {len(tasks)} kernels in {time.perf_counter() - begin:.1f} s", flush=True)
+    for failure in failures:
+        print("  did not compile:", failure)
+
+
+def _compile_task(task: tuple[GPUTarget, bool, Layer, int, Any]) -> str | None:
+    """Compile one case into Triton's cache; what went wrong, or None."""
+    target, pdl, layer, rows, cut = task
+    kernels = ((linear, "_gemv_kernel"), (linear, "_skinny_kernel"), (gated_gemm, "_gated_gemm_kernel"))
+    only_compile(target, pdl, kernels)
     bench = Bench(layer._replace(norm=layer.norm and isinstance(cut, GemvConfig)), "meta")
     try:
         run_cut(bench, *bench.inputs(rows), cut)(bench.weights[0])
@@ -254,17 +262,8 @@ def _compile_task(task: tuple[GPUTarget, bool, Layer, int, Any]) -> str | None:
 
 
 def compile_ahead(cases: list[tuple[Layer, int, Any]]) -> None:
-    """Compile all cases in parallel processes that share Triton's cache and do not touch the device."""
-    capability = torch.cuda.get_device_capability()
-    target = triton.runtime.driver.active.get_current_target()
-    pdl = torch.version.hip is None and capability >= (9, 0)
-    begin = time.perf_counter()
-    tasks = [(target, pdl, *case) for case in cases]
-    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
-        failures = [failure for failure in pool.imap_unordered(_compile_task, tasks) if failure is not None]
-    print(f"compiled {len(tasks)} kernels in {time.perf_counter() - begin:.1f} s", flush=True)
-    for failure in failures:
-        print("  did not compile:", failure)
+    """Compile all cases before they are timed."""
+    compile_cases(_compile_task, cases)
 
 
 def shipped_cut(layer: Layer, rows: int) -> GemvConfig | SkinnyConfig | None:

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-import triton
-from gpu_linear import CEILING, EPS, LAYERS, CompileOnly, Layer, WithoutDevice, guarded
+from gpu_linear import CEILING, EPS, LAYERS, Layer, compile_cases, guarded, only_compile
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import packed_gemm, packed_gemv
@@ -162,11 +158,8 @@ def with_cut(bench: Bench, rows: int, cut: PackedGemvCut | PackedSkinnyCut) -> C
 
 def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
     target, pdl, name, layer, rows, cut = task
-    triton.runtime.driver.set_active(WithoutDevice(target))
-    for module, kernel in ((packed_gemv, "_packed_gemv_kernel"), (packed_gemm, "_packed_skinny_kernel")):
-        module.pdl_supported = lambda device: pdl
-        if not isinstance(getattr(module, kernel), CompileOnly):
-            setattr(module, kernel, CompileOnly(getattr(module, kernel)))
+    kernels = ((packed_gemv, "_packed_gemv_kernel"), (packed_gemm, "_packed_skinny_kernel"))
+    only_compile(target, pdl, kernels)
     try:
         bench = Bench(name, layer, "meta")
         with_cut(bench, rows, cut)(bench.linears[0])
@@ -180,15 +173,7 @@ def tune(formats: list[str], layers: list[Layer], all_rows: list[int]) -> None:
     cases = [
         (f, layer, rows, cut) for f in formats for layer in layers for rows in all_rows for cut in cuts(layer, rows)
     ]
-    target = triton.runtime.driver.active.get_current_target()
-    pdl = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
-    began = time.perf_counter()
-    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
-        tasks = [(target, pdl, *case) for case in cases]
-        failures = [failure for failure in pool.imap_unordered(_compile_task, tasks) if failure is not None]
-    print(f"compiled {len(tasks)} kernels in {time.perf_counter() - began:.1f} s", flush=True)
-    for failure in failures[:10]:
-        print("  did not compile:", failure)
+    compile_cases(_compile_task, cases)
     for name, layer in itertools.product(formats, layers):
         bench = Bench(name, layer, "cuda")
         for rows in all_rows:
