@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ from aphrodite.server.errors import ApiError, invalid, unsupported
 from aphrodite.server.generation import Generation, stream_pieces
 from aphrodite.server.openai.finish import openai_finish_reason
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs
-from aphrodite.server.openai.prompts import encode
+from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported, sampling_params
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
@@ -118,7 +118,7 @@ class Run:
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.text = ""
+        self.texts: list[str] = []  # of its first answer, piece by piece
         self._ended = asyncio.Event()
         self._task: asyncio.Task[Any] | None = None  # that which waits for the next piece, while it does
 
@@ -156,14 +156,14 @@ class Performance:
     runs: int = 0
     stop_reason: int = -1  # koboldcpp's: 0 length, 1 end of sequence, 2 stop sequence
 
-    def observe(self, began: float, first: float | None, output: RequestOutput) -> None:
-        """A run has come to its end; `first` is when its first piece came."""
+    def observe(self, began: float, first: float | None, last: Mapping[int, CompletionOutput]) -> None:
+        """A run has come to its end; `first` is when its first piece came, `last` each answer's last piece."""
         self.latest = time.monotonic()
         self.process = (first or self.latest) - began
         self.generation = self.latest - (first or self.latest)
-        self.tokens = sum(answer.num_tokens for answer in output.outputs)
+        self.tokens = sum(answer.num_tokens for answer in last.values())
         self.runs += 1
-        answer = output.outputs[0]
+        answer = next(iter(last.values()))
         self.stop_reason = 0 if answer.finish_reason == "length" else 1 if answer.stop_reason is None else 2
 
 
@@ -263,7 +263,7 @@ class GenerateEndpoints:
 
     def _text(self, key: str) -> str:
         runs = self._found(key)
-        return runs[-1].text if runs else ""
+        return "".join(runs[-1].texts) if runs else ""
 
     async def _read(self, request: Request) -> _Job:
         context = self._context
@@ -300,17 +300,17 @@ class GenerateEndpoints:
         """The run's pieces until it ends, or until somebody ends it."""
         began = time.monotonic()
         first: float | None = None
-        pieces: list[RequestOutput] = []
+        last: dict[int, CompletionOutput] = {}
         stream = stream_pieces(self._context, job.generation)
         async with aclosing(stream):
             with self._running(job.fields.genkey) as run:
                 while (output := await run.next_of(stream)) is not None:
                     first = first or time.monotonic()
-                    run.text += "".join(answer.text for answer in output.outputs if answer.index == 0)
-                    pieces.append(output)
+                    run.texts += [answer.text for answer in output.outputs if answer.index == 0]
+                    last |= {answer.index: answer for answer in output.outputs}
                     yield output
-        if pieces:
-            self.performance.observe(began, first, merge_outputs(pieces))
+        if last:
+            self.performance.observe(began, first, last)
 
     async def _whole(self, job: _Job) -> bytes:
         async with aclosing(self._pieces(job)) as stream:
@@ -495,14 +495,3 @@ class FactEndpoints:
         tokenizer = self._context.engine.tokenizer
         text = await off_loop(BYTES_PER_TOKEN * len(ids), lambda: tokenizer.decode(ids, skip_special_tokens=False))
         return json_response({"result": text, "success": True})
-
-
-def check_ids(ids: list[int], context: ServerContext, *, field: str) -> None:
-    """Refuse ids that are none of the model's tokens.
-
-    Raises:
-        ApiError: 400, naming `field`.
-    """
-    vocab_size = context.engine.model.vocab_size
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise invalid(field, f"has ids outside the vocabulary: they must be 0 to {vocab_size - 1}")

@@ -146,7 +146,9 @@ class _Answer:
     def _end(self, answer: CompletionOutput, counter: UsageCounter) -> dict[str, Any]:
         """What the last piece says besides."""
         usage = counter.usage()
-        word = answer.stop_reason if isinstance(answer.stop_reason, str) else ""
+        params = self.generation.params
+        words = {*params.stop, *params.stop_regex}  # an answer whose grammar is complete stops for another reason
+        word = str(answer.stop_reason) if answer.stop_reason in words else ""
         kind = "limit" if answer.finish_reason == "length" else "word" if word else "eos"
         extra = {"warnings": self.warnings} if self.warnings else {}
         return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ from aphrodite.server.body import parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import ApiError, Headers, invalid, unsupported
 from aphrodite.server.generation import Generation, collect, stream_pieces
-from aphrodite.server.openai.prompts import encode
+from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, is_known_field, sampling_params
 from aphrodite.server.openai.rendering import chat_prompt
 from aphrodite.server.presets import preset_of
@@ -193,9 +193,7 @@ class OllamaEndpoints:
     async def _prompt(self, fields: OllamaGenerateFields, params: SamplingParams) -> tuple[list[int], SamplingParams]:
         context = self._context
         earlier = fields.context
-        vocab_size = context.engine.model.vocab_size
-        if earlier and not 0 <= min(earlier) <= max(earlier) < vocab_size:
-            raise invalid("context", f"has ids outside the vocabulary: they must be 0 to {vocab_size - 1}")
+        check_ids(earlier, context, field="context")
         if fields.raw:
             ids = await encode(fields.prompt, context, field="prompt", special=not earlier, bounded=True)
             return [*earlier, *ids], params
@@ -252,7 +250,7 @@ class _Answer:
 
     context: ServerContext
     generation: Generation
-    write: Any  # text -> the keys that hold it
+    write: Callable[[str], dict[str, Any]]
     tells_context: bool = False
     began: float = field(default_factory=time.perf_counter)
     first: float | None = None

@@ -16,6 +16,7 @@ from aphrodite.sampling.params import parameter_table
 from aphrodite.sampling.table import MAX_LOOP_COUNT, MAX_LOOP_PATTERN, ParamRow, bounds_text
 from aphrodite.server.anthropic import CountTokensFields, MessagesFields
 from aphrodite.server.kobold import KoboldFields, KoboldKeyFields, KoboldTextFields, KoboldTokensFields
+from aphrodite.server.llama_cpp import LlamaCppFields
 from aphrodite.server.ollama import OllamaChatFields, OllamaGenerateFields, ShowFields
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.probes import TabbyDecodeFields, TabbyEncodeFields
@@ -38,6 +39,8 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/api/extra/generate/stream": (KoboldFields, True),
     "/api/extra/generate/check": (KoboldKeyFields, False),
     "/api/extra/abort": (KoboldKeyFields, False),
+    "/completion": (LlamaCppFields, True),
+    "/completions": (LlamaCppFields, True),
     "/v1/messages": (MessagesFields, True),
     "/v1/messages/count_tokens": (CountTokensFields, False),
     "/api/chat": (OllamaChatFields, False),
@@ -48,7 +51,14 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/api/extra/detokenize": (KoboldTokensFields, False),
 }
 _TEXT_TYPES = {"/": "text/html", "/docs": "text/html", "/metrics": "text/plain"}
-_STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/api/extra/generate/stream")
+_STREAMING = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/messages",
+    "/completion",
+    "/completions",
+    "/api/extra/generate/stream",
+)
 
 _ERROR_SCHEMA = {
     "type": "object",

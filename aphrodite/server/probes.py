@@ -10,8 +10,7 @@ from starlette.responses import Response
 import aphrodite
 from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
-from aphrodite.server.kobold import check_ids
-from aphrodite.server.openai.prompts import encode
+from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import render_chat
 from aphrodite.server.responses import json_response

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
-from aphrodite.server.openai.prompts import encode
+from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import render_chat
 from aphrodite.server.responses import json_response
@@ -99,9 +99,7 @@ class TokenizerEndpoints:
         body = await read_object(request, max_depth=context.config.max_json_depth)
         fields = parse(DetokenizeFields, body)
         context.resolve_model(fields.model)
-        vocab_size = context.engine.model.vocab_size
-        if fields.tokens and not 0 <= min(fields.tokens) <= max(fields.tokens) < vocab_size:
-            raise invalid("tokens", f"has ids outside the vocabulary: they must be 0 to {vocab_size - 1}")
+        check_ids(fields.tokens, context, field="tokens")
         tokenizer = context.engine.tokenizer
         text = await off_loop(
             BYTES_PER_TOKEN * len(fields.tokens),

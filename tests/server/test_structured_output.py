@@ -176,5 +176,8 @@ async def test_other_protocols(server: RunningServer) -> None:
     kobold = {"prompt": "Once", "max_length": 40, "grammar": 'root ::= "yes" | "no"', "sampler_seed": 5}
     answer = (await server.http.post("/api/v1/generate", json=kobold)).json()
     assert answer["results"][0]["text"] in ("yes", "no")
+    llama_cpp = {"prompt": "x", "n_predict": 100, "grammar": kobold["grammar"]}
+    answer = (await server.http.post("/completion", json=llama_cpp)).json()
+    assert (answer["stop_type"], answer["stopping_word"]) == ("eos", "")  # it is complete, no stop text was met
     refused = await server.http.post("/api/v1/generate", json={**kobold, "grammar": "root ::= ("})
     assert refused.status_code in (400, 422)

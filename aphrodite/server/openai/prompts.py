@@ -59,6 +59,17 @@ async def encode(text: str, context: ServerContext, *, field: str, special: bool
         raise InvalidRequestError(str(error), param=field, code=error.code) from None
 
 
+def check_ids(ids: list[int], context: ServerContext, *, field: str) -> None:
+    """Refuse ids that are none of the model's tokens.
+
+    Raises:
+        ApiError: 400, naming `field`.
+    """
+    vocab_size = context.engine.model.vocab_size
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise invalid(field, f"has ids outside the vocabulary: they must be 0 to {vocab_size - 1}")
+
+
 def truncation(requested: int | None, *, max_model_len: int, max_tokens: int | None) -> int | None:
     """How many tokens to keep; -1 asks for as many as leave room for the answer. None: all."""
     if requested is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final
 
 from aphrodite.chat.negative import negative_messages
@@ -125,4 +126,9 @@ def template_of(fields: ChatFields, context: ServerContext) -> ChatTemplate:
         None if token_id is None else tokenizer.token_text(token_id)
         for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     )
-    return ChatTemplate(fields.chat_template, bos_token=bos, eos_token=eos, name="the request's chat template")
+    return _own_template(fields.chat_template, bos, eos)
+
+
+@lru_cache(maxsize=16)  # one request asks several times, and its client's next one brings the same
+def _own_template(source: str, bos_token: str | None, eos_token: str | None) -> ChatTemplate:
+    return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token, name="the request's chat template")

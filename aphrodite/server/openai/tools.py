@@ -6,11 +6,12 @@ A call that the request demands is written under a grammar, as a JSON list, what
 from __future__ import annotations
 
 import json
-import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from aphrodite.chat.tools.readers import TOOL_NAME
 from aphrodite.chat.traits import Reasoning
 from aphrodite.sampling.table import Grammar
 from aphrodite.server.errors import invalid, unsupported
@@ -18,7 +19,6 @@ from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
 MAX_TOOLS: Final = 512
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 # As templates write JSON. Models that may put white space anywhere put a lot of it.
 _SPACING: Final = {
     "whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": ",
@@ -72,8 +72,8 @@ def read_tool_use(fields: ChatFields) -> ToolUse:
         tools = [_tool({"type": "function", "function": item}, f"functions[{i}]", "") for i, item in listed]
     else:
         tools = [_tool(item, f"tools[{i}]", ".function") for i, item in _list(fields, "tools")]
-    names = [tool["function"]["name"] for tool in tools]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    counts = Counter(tool["function"]["name"] for tool in tools)
+    twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
         raise invalid("functions" if legacy else "tools", f"has two tools with the name {twice!r}")
     use = ToolUse(tuple(tools), parallel=fields.parallel_tool_calls and not legacy, legacy=legacy)
@@ -99,7 +99,7 @@ def _tool(value: dict[str, Any], path: str, inner: str) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise invalid(path, "must be an object with a name", code="invalid_type")
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         raise invalid(f"{path}.name", "must be 1 to 128 letters, digits, and _ . : / - behind the first")
     if not isinstance(function.get("description", ""), str | None):
         raise invalid(f"{path}.description", "must be text", code="invalid_type")
@@ -149,10 +149,12 @@ def _allowed(use: ToolUse, choice: dict[str, Any]) -> ToolUse:
 
 
 def _only(use: ToolUse, names: list[str], param: str) -> ToolUse:
-    missing = next((name for name in names if name not in use.schemas), None)
+    known = use.schemas
+    missing = next((name for name in names if name not in known), None)
     if missing is not None:
         raise invalid(param, f"names {missing[:128]!r}, which is none of the tools")
-    return replace(use, tools=tuple(tool for tool in use.tools if tool["function"]["name"] in names))
+    wanted = set(names)
+    return replace(use, tools=tuple(tool for tool in use.tools if tool["function"]["name"] in wanted))
 
 
 def _call_schema(name: str, parameters: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -44,8 +44,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dry_max_ngram": ((), "a limit of the DRY search, which needs none here"),
     "dry_max_occurrences": ((), "a limit of the DRY search, which needs none here"),
     "dry_early_exit_match_len": ((), "a limit of the DRY search, which needs none here"),
-    "repetition_decay": ((0,), "a repetition penalty that fades with distance"),
-    "rep_pen_slope": ((1,), "a repetition penalty that fades with distance"),
     "phrase_rep_pen": (("off",), "a penalty for repeated phrases"),
     "use_default_badwordsids": ((), "KoboldAI's list of bad words"),
     "logprob_token_ids": ((), "log-probabilities of chosen tokens"),
