@@ -38,7 +38,7 @@ format: $(VENV)/.dev-stamp ## put the code into its standard form
 bench-cpu: $(VENV)/.dev-stamp ## measure this machine, beside llama.cpp where `make peers` has installed it
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
-bench-gpu: $(INSTALLED) ## measure a GPU, every row of docs/benchmarks.md; SHAPE=qwen3-0.6b for the other model
+bench-gpu: $(INSTALLED) ## measure a GPU with random weights of a SHAPE in benchmarks/configs (default llama-3.1-8b)
 	$(BIN)/python benchmarks/gpu.py $(or $(SHAPE),llama-3.1-8b) $(ARGS)
 
 peers: $(PEERS)/.stamp ## install the peers that bench-cpu compares with (compiles for about ten minutes)

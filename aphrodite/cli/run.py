@@ -21,7 +21,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
 @with_options(EngineConfig, ServerSettings)
 def run(*, settings: Settings) -> None:
-    """Serve a model over HTTP, in the protocols of OpenAI, KoboldAI, Ollama and Anthropic.
+    """Serve a model over HTTP, in the protocols of OpenAI, KoboldAI, Anthropic, Ollama and llama.cpp.
 
     Without MODEL the small default model is served, fetched once if it is not installed.
     """
