@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from aphrodite.loading.generation import GenerationDefaults, generation_from_con
 from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
 from aphrodite.loading.multimodal import text_tensors
 from aphrodite.loading.quantized.methods import unpack_tensors
-from aphrodite.loading.report import listed
+from aphrodite.loading.report import count_by_size, listed
 from aphrodite.loading.safetensors import INDEX_NAME, StoredTensor, read_safetensors, read_sharded_safetensors
 from aphrodite.loading.weights import Weights, match_weights
 from aphrodite.models.families.rotary import ROPE_TENSORS
@@ -33,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "gguf", "safetensors", "dummy"]
 
-_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _QUANT_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {
     "float32": QuantType.F32,
     "float16": QuantType.F16,
@@ -77,23 +76,14 @@ class Checkpoint:
     @property
     def tensors_by_type(self) -> dict[QuantType, int]:
         """Tensors of each type, the type with most bytes first; packed ones count as what they are expanded to."""
-        parameters = self.weights.parameters.values()
-        count: Counter[QuantType] = Counter(parameter.qtype for parameter in parameters)
-        size: Counter[QuantType] = Counter()
-        for parameter in parameters:
-            size[parameter.qtype] += parameter.nbytes
-        return {qtype: count[qtype] for qtype, _ in size.most_common()}
+        return count_by_size((parameter.qtype, parameter.nbytes) for parameter in self.weights.parameters.values())
 
     @property
     def quantization(self) -> str:
         """For people: `Q4_1 (210 tensors), Q8_0 (1), F32 (61)`."""
         parameters = self.weights.parameters.values()
-        count = Counter(parameter.type_name for parameter in parameters)
-        size: Counter[str] = Counter()
-        for parameter in parameters:
-            size[parameter.type_name] += parameter.nbytes
-        (first, _), *rest = size.most_common()
-        return ", ".join([f"{first} ({count[first]} tensors)", *(f"{name} ({count[name]})" for name, _ in rest)])
+        (first, count), *rest = count_by_size((one.type_name, one.nbytes) for one in parameters).items()
+        return ", ".join([f"{first} ({count} tensors)", *(f"{name} ({number})" for name, number in rest)])
 
 
 def open_checkpoint(model: str | Path, *, load_format: LoadFormat = "auto") -> Checkpoint:
@@ -133,7 +123,7 @@ def _detect(path: Path) -> Literal["gguf", "safetensors"]:
     if path.is_file():
         if path.suffix == ".safetensors":
             return "safetensors"
-        if path.suffix in {pattern[1:] for pattern in _PICKLES}:
+        if path.suffix in PICKLE_SUFFIXES:
             raise ModelFormatError(_pickle_refusal(path))
         return "gguf"
     has_gguf = any(path.glob("*.gguf"))
@@ -144,7 +134,7 @@ def _detect(path: Path) -> Literal["gguf", "safetensors"]:
         )
     if has_gguf:
         return "gguf"
-    if not has_safetensors and any(file for pattern in _PICKLES for file in path.glob(pattern)):
+    if not has_safetensors and any(file for suffix in PICKLE_SUFFIXES for file in path.glob(f"*{suffix}")):
         raise ModelFormatError(_pickle_refusal(path))
     if not has_safetensors:
         raise ModelFormatError(
@@ -178,7 +168,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         family.gguf if family.gguf_of is None else family.gguf_of(tensors),
         harmless=lambda name: name in ROPE_TENSORS,  # already part of the spec
     )
-    split = _SPLIT_NAME.fullmatch(path.name)
+    split = SPLIT_NAME.fullmatch(path.name)
     return Checkpoint(
         path=path,
         name=_QUANT_SUFFIX.sub("", split[1] if split else path.stem),
@@ -194,7 +184,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _gguf_in_directory(path: Path) -> Path:
     """The only GGUF model of a directory; of a model split over several files, the first."""
     files = sorted(path.glob("*.gguf"))
-    splits = [match for file in files if (match := _SPLIT_NAME.fullmatch(file.name))]
+    splits = [match for file in files if (match := SPLIT_NAME.fullmatch(file.name))]
     if files and len(splits) == len(files) and len({(match[1], match[3]) for match in splits}) == 1:
         files = files[:1]
     if len(files) == 1:
@@ -210,7 +200,7 @@ def _with_splits(file: GGUFFile, metadata: ConfigReader) -> Mapping[str, RawTens
     count = metadata.read("split.count", int, 0, low=0, high=99_999)
     if count <= 1:
         return file.tensors
-    match = _SPLIT_NAME.fullmatch(file.path.name)
+    match = SPLIT_NAME.fullmatch(file.path.name)
     if match is None or int(match[3]) != count or int(match[2]) != 1:
         raise ModelFormatError(
             f"{file.path} is a part of a model split over {count} files; "
@@ -311,8 +301,6 @@ def checkpoint_name(directory: Path) -> str:
 def _described(
     directory: Path, kind: Literal["safetensors", "dummy"], config: ConfigReader, spec: ModelSpec, weights: Weights
 ) -> Checkpoint:
-    generation = directory / "generation_config.json"
-    reader = ConfigReader.from_file(generation) if generation.exists() else None
     return Checkpoint(
         path=directory,
         name=checkpoint_name(directory),
@@ -321,5 +309,5 @@ def _described(
         spec=spec,
         weights=weights,
         gguf=None,
-        generation_defaults=generation_from_config(config, reader, spec.vocab_size),
+        generation_defaults=generation_from_config(config, directory, spec.vocab_size),
     )

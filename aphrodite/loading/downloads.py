@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.loading.model_cache import repository_folder
+from aphrodite.loading.report import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def _fetch(source: Source, file: str, report: Report, stop: threading.Event) -> 
     try:
         found = get_hf_file_metadata(url, timeout=_TIMEOUT, endpoint=source.endpoint)
     except Exception as error:  # of the hub's client or of its HTTP library
-        raise DownloadError(f"{source.repo}: {file} cannot be fetched: {_line(error)}", error) from None
+        raise DownloadError(f"{source.repo}: {file} cannot be fetched: {one_line(error)}", error) from None
     if found.etag is None or found.size is None or not re.fullmatch(r"[\w.-]+", found.etag):
         raise ConfigError(f"{url}: the server does not say how large the file is and what its hash is")
     blob = _blobs(source) / found.etag
@@ -128,7 +129,7 @@ def _fetch(source: Source, file: str, report: Report, stop: threading.Event) -> 
     try:  # links the blob into the snapshot, or brings what only the hub's own protocol can
         hf_hub_download(source.repo, file, revision=source.commit, cache_dir=source.cache, endpoint=source.endpoint)
     except Exception as error:  # as above
-        raise DownloadError(f"{source.repo}: {file} cannot be put into the cache: {_line(error)}", error) from None
+        raise DownloadError(f"{source.repo}: {file} cannot be put into the cache: {one_line(error)}", error) from None
 
 
 class _Stream:
@@ -153,7 +154,7 @@ class _Stream:
             if failures == _ATTEMPTS:
                 raise DownloadError(
                     f"the download of {self._file} broke off after {have / 1e9:.2f} of {self._size / 1e9:.2f} GB "
-                    f"({_line(cause)}); what has come is kept: run the same again to go on",
+                    f"({one_line(cause)}); what has come is kept: run the same again to go on",
                     cause,
                 )
             if have < self._size and self._stop.wait(_WAIT * 2**failures):
@@ -232,7 +233,7 @@ def _raise_refusal(response: Any, raise_for_status: Callable[[Any], None], file:
     except OSError as error:
         if _is_passing(error):
             raise
-        raise DownloadError(f"{file} cannot be fetched: {_line(error)}", error) from None
+        raise DownloadError(f"{file} cannot be fetched: {one_line(error)}", error) from None
 
 
 def _is_passing(error: OSError) -> bool:
@@ -264,8 +265,3 @@ def _progress(repo: str, total: int) -> Iterator[Report]:
                 bar.advance(task, count)
 
         yield report
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text or type(error).__name__

@@ -120,7 +120,7 @@ def _ones(name: str, shape: tuple[int, ...]) -> RawTensor:
 
 
 def _is_packed(name: str, shape: tuple[int, ...], packing: GroupPacking) -> bool:
-    projection = name == "head.weight" if packing.head else False
+    projection = packing.head and name == "head.weight"
     projection |= name.startswith("layers.") and name.endswith(".weight") and "router" not in name
     return projection and len(shape) > 1 and packing.group_size != 0 and shape[-1] % abs(packing.group_size) == 0
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from aphrodite.loading.checkpoint import Checkpoint, LoadFormat, checkpoint_name
 from aphrodite.loading.config_reader import ConfigReader, load_json_object
 from aphrodite.loading.generation import GenerationDefaults, generation_from_config
 from aphrodite.loading.quantized.methods import unpack_tensors
-from aphrodite.loading.safetensors import StoredTensor
+from aphrodite.loading.report import count_by_size
+from aphrodite.loading.safetensors import DENSE_TYPES, StoredTensor
 from aphrodite.quantization.types import QuantType, RawTensor
 
 if TYPE_CHECKING:
     from aphrodite.models.foreign import ForeignLoader
 
 INSTALL = "pip install 'aphrodite-engine[transformers]'"
-_DENSE = {"F32": QuantType.F32, "F16": QuantType.F16, "BF16": QuantType.BF16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +63,11 @@ class ForeignCheckpoint:
     @property
     def tensors_by_type(self) -> dict[QuantType, int]:
         """Tensors of each type, that with most bytes first; packed ones count as what they are expanded to."""
-        count: Counter[QuantType] = Counter()
-        size: Counter[QuantType] = Counter()
-        for tensor in self.tensors.values():
-            qtype = tensor.qtype if isinstance(tensor, RawTensor) else _DENSE.get(tensor.dtype)
-            if qtype is not None:
-                count[qtype] += 1
-                size[qtype] += tensor.nbytes
-        return {qtype: count[qtype] for qtype, _ in size.most_common()}
+        types = (
+            (tensor.qtype if isinstance(tensor, RawTensor) else DENSE_TYPES.get(tensor.dtype), tensor.nbytes)
+            for tensor in self.tensors.values()
+        )
+        return count_by_size((qtype, nbytes) for qtype, nbytes in types if qtype is not None)
 
 
 def open_model(model: str | Path, *, load_format: LoadFormat = "auto") -> Checkpoint | ForeignCheckpoint:
@@ -111,8 +107,6 @@ def _open_foreign(path: Path, load_format: LoadFormat, error: UnknownArchitectur
     stored = read_tensors(path)
     quantized = any(reader.has(key) for key in ("quantization_config", "compression_config"))
     quantized = quantized or (directory / "quantize_config.json").exists()
-    generation = directory / "generation_config.json"
-    generation_reader = ConfigReader.from_file(generation) if generation.exists() else None
     architectures = reader.strings("architectures")
     vocab_size = (reader.section("text_config") or reader).read("vocab_size", int, low=1, high=1 << 24)
     return ForeignCheckpoint(
@@ -121,5 +115,5 @@ def _open_foreign(path: Path, load_format: LoadFormat, error: UnknownArchitectur
         architecture=architectures[0] if architectures else "",
         config=config,
         tensors=unpack_tensors(stored, reader, directory) if quantized else stored,
-        generation_defaults=generation_from_config(reader, generation_reader, vocab_size),
+        generation_defaults=generation_from_config(reader, directory, vocab_size),
     )

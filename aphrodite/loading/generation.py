@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from aphrodite.loading.config_reader import ConfigReader
 
@@ -26,16 +27,16 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
 
 
-def generation_from_config(
-    config: ConfigReader, generation: ConfigReader | None, vocab_size: int
-) -> GenerationDefaults:
-    """From config.json and, where there is one, generation_config.json.
+def generation_from_config(config: ConfigReader, directory: Path, vocab_size: int) -> GenerationDefaults:
+    """From config.json and, where the checkpoint's directory has one, generation_config.json.
 
     Every end-of-sequence id of either file counts: models ship with one of the two out of date.
 
     Raises:
         ModelFormatError: a value is mistyped or out of bounds.
     """
+    file = directory / "generation_config.json"
+    generation = ConfigReader.from_file(file) if file.exists() else None
     sources = [generation, config] if generation is not None else [config]
     eos = [token for source in sources for token in source.integers("eos_token_id", low=0, high=vocab_size - 1)]
     values = generation or ConfigReader(config.source, {})

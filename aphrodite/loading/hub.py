@@ -19,6 +19,7 @@ from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.loading.checkpoint import LoadFormat
 from aphrodite.loading.downloads import DownloadError, Source, download
 from aphrodite.loading.model_cache import MAIN, find_snapshot, hub_cache, repository_folder, store_revision
+from aphrodite.loading.report import one_line
 from aphrodite.loading.repository import Room, Selection, select
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _listing(name: ModelName, cache: Path, *, allow_download: bool) -> _Listing:
     except AphroditeError:
         raise
     except Exception as error:  # whatever the hub's client and its HTTP library raise where there is no connection
-        reason = f"{_host()} cannot be reached ({_reason(error)})"
+        reason = f"{_host()} cannot be reached ({one_line(error)})"
         if find_snapshot(cache, name.repo, revision) is not None:
             logger.warning("%s: using %s as it is in the cache", reason, name)
         return _cached(name, cache, f"{reason}: check the connection")
@@ -248,8 +249,3 @@ def _remember(cache: Path, name: ModelName, listing: _Listing) -> None:
 
 def _host() -> str:
     return os.environ.get("HF_ENDPOINT") or "huggingface.co"
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text or type(error).__name__

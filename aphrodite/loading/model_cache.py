@@ -88,12 +88,15 @@ def repository_folder(cache: Path, repo: str) -> Path:
     return cache / (_PREFIX + repo.replace("/", "--"))
 
 
+def _repository_of(folder: Path) -> str:
+    return folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
+
+
 def snapshots(cache: Path) -> list[Snapshot]:
     """All snapshots, by repository."""
     found: list[Snapshot] = []
     for folder in sorted(cache.glob(f"{_PREFIX}*--*")):
-        repo = folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
-        found += _snapshots_of(folder, repo)
+        found += _snapshots_of(folder, _repository_of(folder))
     return found
 
 
@@ -124,10 +127,11 @@ def cached_models(cache: Path) -> list[CachedModel]:
     for folder in cache.glob(f"{_PREFIX}*--*"):
         partial = [file for file in (folder / "blobs").glob(f"*{_PARTIAL}") if file.is_file()]
         if partial:
-            name = folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
             size = sum(file.stat().st_size for file in partial)
             used = max(file.stat().st_mtime for file in partial)
-            found.append(CachedModel(name=name, format="incomplete", size=size, last_used=used, path=folder))
+            found.append(
+                CachedModel(name=_repository_of(folder), format="incomplete", size=size, last_used=used, path=folder)
+            )
     return sorted(found, key=lambda model: (model.name, model.format))
 
 

@@ -1,8 +1,12 @@
-"""Lists of names in errors: enough to see what is wrong, never a screen full."""
+"""What people are told of many things, in errors and descriptions: never a screen full."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T", bound=Hashable)
 
 SHOWN = 8  # names of each kind
 
@@ -14,3 +18,19 @@ def listed(what: str, names: Iterable[str]) -> list[str]:
         return []
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return [f"{what}: {', '.join(names[:SHOWN])}{more}"]
+
+
+def count_by_size(things: Iterable[tuple[T, int]]) -> dict[T, int]:
+    """How many there are of each kind, of (kind, bytes): the kind with most bytes first."""
+    count: Counter[T] = Counter()
+    size: Counter[T] = Counter()
+    for kind, nbytes in things:
+        count[kind] += 1
+        size[kind] += nbytes
+    return {kind: count[kind] for kind, _ in size.most_common()}
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line of bounded length."""
+    text = " ".join(str(error).split())[:200]
+    return text or type(error).__name__

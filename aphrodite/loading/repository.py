@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from aphrodite.errors import ConfigError
-from aphrodite.loading.checkpoint import LoadFormat
+from aphrodite.loading.checkpoint import PICKLE_SUFFIXES, SPLIT_NAME, LoadFormat
 from aphrodite.loading.safetensors import INDEX_NAME, shard_names
 
 # What of a repository describes a model beside its weights: configuration, tokenizer, chat templates.
@@ -35,7 +35,6 @@ _LABEL = re.compile(
     r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d(?:_[A-Za-z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))(?![A-Za-z0-9_])",
     re.IGNORECASE,
 )
-_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class Room(NamedTuple):
@@ -136,7 +135,7 @@ def gguf_models(files: Mapping[str, int]) -> list[GgufModel]:
     for name in sorted(files):
         if not name.endswith(".gguf") or re.search(r"mmproj|imatrix", PurePosixPath(name).name, re.IGNORECASE):
             continue
-        split = _SPLIT.fullmatch(name)
+        split = SPLIT_NAME.fullmatch(name)
         if split is None:
             parts = [name]
         elif int(split[2]) == 1:
@@ -152,7 +151,7 @@ def gguf_models(files: Mapping[str, int]) -> list[GgufModel]:
 
 def is_split(name: str) -> bool:
     """Whether a file is a part of a split GGUF model."""
-    return _SPLIT.fullmatch(name) is not None
+    return SPLIT_NAME.fullmatch(name) is not None
 
 
 def _label(text: str) -> str:
@@ -243,7 +242,7 @@ def _nothing(repo: str, files: Mapping[str, int], load_format: LoadFormat) -> st
         return f"{repo} has no {load_format} model; leave --load-format at auto to load what it has"
     if any("adapter" in name for name in files if name.endswith((".safetensors", ".bin"))):
         return f"{repo} is an adapter (LoRA), not a model: name the model that it was made for"
-    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
+    if any(name.endswith(PICKLE_SUFFIXES) for name in files):
         return (
             f"{repo} has only .bin or .pt weights, which are not loaded, because opening them can run any code they "
             "contain; look for a safetensors or GGUF version of the model"

@@ -24,7 +24,7 @@ from aphrodite.quantization.types import QuantType, RawTensor
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 8
 INDEX_NAME = "model.safetensors.index.json"
-_DENSE = {"F32": QuantType.F32, "F16": QuantType.F16, "BF16": QuantType.BF16}
+DENSE_TYPES = {"F32": QuantType.F32, "F16": QuantType.F16, "BF16": QuantType.BF16}
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64, "F4": 4, "F6_E2M3": 6,
@@ -60,11 +60,11 @@ class StoredTensor:
         Raises:
             ModelFormatError: its type is not one of F32, F16 and BF16.
         """
-        qtype = _DENSE.get(self.dtype)
+        qtype = DENSE_TYPES.get(self.dtype)
         if qtype is None:
             raise ModelFormatError(
                 f"{self.source}: tensor {self.name!r} is stored as {self.dtype}, which is not supported; "
-                f"use a checkpoint in {', '.join(_DENSE)}"
+                f"use a checkpoint in {', '.join(DENSE_TYPES)}"
             )
         rows, columns = math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
         return RawTensor(self.name, self.shape, qtype, self.data.reshape(rows, qtype.row_bytes(columns)))
@@ -76,12 +76,12 @@ def dense_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, RawTensor]:
     Raises:
         ModelFormatError: some are of other types than F32, F16 and BF16.
     """
-    others = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _DENSE]
+    others = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in DENSE_TYPES]
     if len(others) > 1:
         source = next(iter(tensors.values())).source.parent
         raise ModelFormatError(
             f"{source}: {len(others)} tensors are stored in types that are not supported: "
-            f"{listed('of them', others)[0]}; use a checkpoint in {', '.join(_DENSE)}"
+            f"{listed('of them', others)[0]}; use a checkpoint in {', '.join(DENSE_TYPES)}"
         )
     return {name: tensor.dense() for name, tensor in tensors.items()}
 

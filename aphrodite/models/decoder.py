@@ -87,8 +87,8 @@ def attention_transform(
 ) -> QueryKeyTransform | LatentTransform:
     """What the attention back end does to queries, keys and latents; tables reach to `max_model_len` positions."""
     device = weights.embed.device
-    latents = [layer.latent for layer in weights.layers if layer.latent is not None]
     if spec.mla is not None:
+        latents = [layer.latent for layer in weights.layers if layer.latent is not None]
         return LatentTransform(
             *_table(spec.rotary, spec.rotary.dim, max_model_len, device),
             norms=tuple(latent.norm for latent in latents),

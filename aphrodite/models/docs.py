@@ -44,8 +44,7 @@ where transformers routes a model's attention through its attention interface. T
 which checks every tensor's name and shape, and before it serves, two short texts are compared with transformers' own \
 attention. GPT-NeoX (Pythia), GPT-2, StarCoder 2, OPT and Phi-3.5-MoE are held to transformers by \
 `tests/runner/test_foreign_models.py` as the families above are; among others that came out right when tried are \
-Apertus, Arcee, ERNIE 4.5, EXAONE 4, Gemma 1, Helium, Hunyuan, Ministral, MiniMax M2, Nemotron, OLMo 1, Phi 1 and 2, \
-Seed-OSS.
+Apertus, Arcee, ERNIE 4.5, EXAONE 4, Gemma 1, Helium, Hunyuan, Ministral, MiniMax M2, Nemotron, OLMo 1, Phi 1 and 2.
 
 Declined with the reason: code that a checkpoint brings (remote code), encoder-decoders, state-space and recurrent \
 layers (Mamba, RWKV and hybrids), ALiBi (Bloom, MPT), attention sinks, chunked and index-picked sparse attention, \

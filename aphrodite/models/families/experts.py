@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
-from aphrodite.models.spec import ModelSpec, MoeSpec, Scoring
+from aphrodite.models.families.common import MAX_WIDTH
+from aphrodite.models.spec import MoeSpec, Scoring
 from aphrodite.quantization.types import RawTensor
 
 MAX_EXPERTS = 1 << 12
-MAX_WIDTH = 1 << 20
 
 
 def moe_from_config(
@@ -79,8 +78,3 @@ def moe_from_gguf(
 def has_experts_apart(tensors: Mapping[str, RawTensor]) -> bool:
     """Whether a GGUF file keeps each expert in tensors of its own, as the first ones of Mixtral do."""
     return "blk.0.ffn_down.0.weight" in tensors
-
-
-def with_experts(spec: ModelSpec, family: str, moe: MoeSpec) -> ModelSpec:
-    """`spec` as a mixture of experts."""
-    return dataclasses.replace(spec, family=family, moe=moe)

@@ -12,12 +12,11 @@ from aphrodite.models.families.common import (
     Family,
     decoder_from_config,
     decoder_from_gguf,
-    every_other,
-    gguf_window,
+    gguf_windows,
     head_dim,
     windows_by_type,
 )
-from aphrodite.models.families.experts import moe_from_config, moe_from_gguf, with_experts
+from aphrodite.models.families.experts import moe_from_config, moe_from_gguf
 from aphrodite.models.families.rotary import rotary_from_config
 from aphrodite.models.spec import ModelSpec, MoeSpec
 from aphrodite.quantization.types import RawTensor
@@ -30,7 +29,7 @@ _SLOPE, _LIMIT = 1.702, 7.0  # of the activation
 
 def _gpt_oss(spec: ModelSpec, moe: MoeSpec) -> ModelSpec:
     moe = dataclasses.replace(moe, scoring="softmax_of_chosen", router_bias=True, expert_bias=True)
-    return dataclasses.replace(with_experts(spec, "gpt_oss", moe), activation="swiglu_oai", attention_sinks=True)
+    return dataclasses.replace(spec, moe=moe, activation="swiglu_oai", attention_sinks=True)
 
 
 def _from_config(config: ConfigReader) -> ModelSpec:
@@ -46,7 +45,6 @@ def _from_config(config: ConfigReader) -> ModelSpec:
         windows=windows_by_type(config, window, _PATTERN),
         rotary=rotary_from_config(config, head_dim(config, _HEAD_DIM), default_theta=_THETA),
         default_head_dim=_HEAD_DIM,
-        epsilon="rms_norm_eps",
         qkv_bias=bias,
         output_bias=bias,
     )
@@ -54,12 +52,11 @@ def _from_config(config: ConfigReader) -> ModelSpec:
 
 
 def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
-    layers = config.read("block_count", int, low=1)
     spec = decoder_from_gguf(
         config,
         tensors,
         family="gpt_oss",
-        windows=every_other(layers, gguf_window(config), _PATTERN),
+        windows=gguf_windows(config, _PATTERN),
         experts=True,
     )
     spec = dataclasses.replace(spec, rotary=dataclasses.replace(spec.rotary, truncate=False))  # has no key there

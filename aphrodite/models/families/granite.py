@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.parameters import GGUF_NAMES, HF_NAMES, Storage
 from aphrodite.models.families.common import MAX_WIDTH, Family, decoder_from_config, decoder_from_gguf
-from aphrodite.models.families.experts import moe_from_config, moe_from_gguf, with_experts
+from aphrodite.models.families.experts import moe_from_config, moe_from_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
@@ -48,7 +48,7 @@ def _moe_from_config(config: ConfigReader) -> ModelSpec:
     moe = moe_from_config(config, scoring="softmax_of_chosen")
     shared = config.read("shared_intermediate_size", int, 0, low=0, high=MAX_WIDTH)
     moe = dataclasses.replace(moe, shared_intermediate_size=shared)
-    return _scaled_from_config(with_experts(spec, "granitemoe", moe), config)
+    return _scaled_from_config(dataclasses.replace(spec, moe=moe), config)
 
 
 def _scaled_from_config(spec: ModelSpec, config: ConfigReader) -> ModelSpec:
@@ -68,7 +68,7 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
 def _moe_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
     spec = decoder_from_gguf(config, tensors, family="granitemoe", experts=True)
     moe = moe_from_gguf(config, tensors, scoring="softmax_of_chosen")
-    return _scaled_from_gguf(with_experts(spec, "granitemoe", moe), config)
+    return _scaled_from_gguf(dataclasses.replace(spec, moe=moe), config)
 
 
 def _scaled_from_gguf(spec: ModelSpec, config: ConfigReader) -> ModelSpec:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.parameters import EXPERT_PLACEHOLDER, GGUF_NAMES, Storage
 from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf
-from aphrodite.models.families.experts import has_experts_apart, moe_from_gguf, with_experts
+from aphrodite.models.families.experts import has_experts_apart, moe_from_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
@@ -27,7 +28,7 @@ def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelS
     spec = decoder_from_gguf(config, tensors, family="llama", experts=True)
     if not config.read("expert_count", int, 0):
         return spec
-    return with_experts(spec, "mixtral", moe_from_gguf(config, tensors, normalize=True))
+    return dataclasses.replace(spec, family="mixtral", moe=moe_from_gguf(config, tensors, normalize=True))
 
 
 def _gguf_storage(tensors: Mapping[str, RawTensor]) -> Storage:

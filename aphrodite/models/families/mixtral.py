@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.parameters import HF_NAMES, Storage
 from aphrodite.models.families.common import Family, decoder_from_config, layer_count
-from aphrodite.models.families.experts import moe_from_config, with_experts
+from aphrodite.models.families.experts import moe_from_config
 from aphrodite.models.families.llama import LLAMA
 from aphrodite.models.spec import ModelSpec
 
@@ -15,7 +17,7 @@ _MODULE = "block_sparse_moe."
 def _from_config(config: ConfigReader) -> ModelSpec:
     window = config.read("sliding_window", int, None, low=1)
     spec = decoder_from_config(config, family="mixtral", windows=(window,) * layer_count(config))
-    return with_experts(spec, "mixtral", moe_from_config(config, normalize=True))
+    return dataclasses.replace(spec, moe=moe_from_config(config, normalize=True))
 
 
 MIXTRAL = Family(

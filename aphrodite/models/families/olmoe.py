@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf
-from aphrodite.models.families.experts import moe_from_config, moe_from_gguf, with_experts
+from aphrodite.models.families.experts import moe_from_config, moe_from_gguf
 from aphrodite.models.spec import ModelSpec, MoeSpec
 from aphrodite.quantization.types import RawTensor
 
 
 def _olmoe(spec: ModelSpec, moe: MoeSpec) -> ModelSpec:
-    return dataclasses.replace(with_experts(spec, "olmoe", moe), qk_norm=True, head_norm="width")
+    return dataclasses.replace(spec, moe=moe, qk_norm=True, head_norm="width")
 
 
 def _from_config(config: ConfigReader) -> ModelSpec:

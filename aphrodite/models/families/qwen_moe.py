@@ -16,7 +16,7 @@ from aphrodite.models.families.common import (
     decoder_from_gguf,
     layer_count,
 )
-from aphrodite.models.families.experts import moe_from_config, moe_from_gguf, with_experts
+from aphrodite.models.families.experts import moe_from_config, moe_from_gguf
 from aphrodite.models.families.qwen2 import late_windows
 from aphrodite.models.spec import ModelSpec, MoeSpec
 from aphrodite.quantization.types import RawTensor
@@ -46,12 +46,12 @@ def _qwen2_from_config(config: ConfigReader) -> ModelSpec:
     )
     shared = config.read("shared_expert_intermediate_size", int, low=1, high=MAX_WIDTH)
     moe = dataclasses.replace(_moe(config), shared_intermediate_size=shared, shared_gate=True)
-    return with_experts(spec, "qwen2_moe", moe)
+    return dataclasses.replace(spec, moe=moe)
 
 
 def _qwen2_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
     spec = decoder_from_gguf(config, tensors, family="qwen2_moe", experts=True)
-    return with_experts(spec, "qwen2_moe", moe_from_gguf(config, tensors))
+    return dataclasses.replace(spec, moe=moe_from_gguf(config, tensors))
 
 
 def _qwen3_from_config(config: ConfigReader) -> ModelSpec:
@@ -64,12 +64,12 @@ def _qwen3_from_config(config: ConfigReader) -> ModelSpec:
         qkv_bias=attention_bias,
         output_bias=attention_bias,
     )
-    return with_experts(spec, "qwen3_moe", _moe(config))
+    return dataclasses.replace(spec, moe=_moe(config))
 
 
 def _qwen3_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
     spec = decoder_from_gguf(config, tensors, family="qwen3_moe", qk_norm=True, experts=True)
-    return with_experts(spec, "qwen3_moe", moe_from_gguf(config, tensors, normalize=True))
+    return dataclasses.replace(spec, moe=moe_from_gguf(config, tensors, normalize=True))
 
 
 QWEN2_MOE = Family(
