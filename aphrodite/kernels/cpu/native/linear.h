@@ -311,23 +311,23 @@ GroupKernel find_kernel(Type type, Activation kind, int width) {
 inline const int32_t* group_words(const PackedRows& in, int64_t row) { return in.words + row * in.row_words(); }
 inline const float* group_meta(const PackedRows& in, int64_t row) { return in.meta + row * in.row_meta(); }
 
+inline Vec biased(const float* result, const TileWeight& weight, int64_t tile) {
+    const Vec value = load(result);
+    return weight.bias == nullptr ? value : add(value, load(weight.bias + tile * kTileRows));
+}
+
 // Adds bias, bounds, and adds the old value where asked for; a weight's last tile may end in rows of padding.
 inline void write_tile(const float* result, const TileWeight& weight, int64_t tile, const LinearOut& out, int64_t row) {
     const int64_t column = tile * kTileRows;
     const int64_t left = weight.rows - column;
     float* target = out.data + row * out.stride + weight.out_column + column;
+    Vec value = biased(result, weight, tile);
+    if (out.bound > 0) value = soft_bound(value, out.bound);
     if (left >= kTileRows) {
-        Vec value = load(result);
-        if (weight.bias != nullptr) value = add(value, load(weight.bias + column));
-        if (out.bound > 0) value = soft_bound(value, out.bound);
-        if (out.accumulate) value = add(load(target), value);
-        store(target, value);
+        store(target, out.accumulate ? add(load(target), value) : value);
         return;
     }
     float values[kTileRows];
-    Vec value = load(result);
-    if (weight.bias != nullptr) value = add(value, load(weight.bias + column));
-    if (out.bound > 0) value = soft_bound(value, out.bound);
     store(values, value);
     for (int64_t i = 0; i < left; ++i) target[i] = out.accumulate ? target[i] + values[i] : values[i];
 }
@@ -344,11 +344,6 @@ void linear(const PackedRows& in, const TileWeight& weight, Range tiles, Range r
         }
         row += width;
     }
-}
-
-inline Vec biased(const float* result, const TileWeight& weight, int64_t tile) {
-    const Vec value = load(result);
-    return weight.bias == nullptr ? value : add(value, load(weight.bias + tile * kTileRows));
 }
 
 // Two tiles of both weights for one group of rows: product[width][32].
