@@ -74,7 +74,7 @@ def ls(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
             ", ".join(row.aliases),
             row.traits.tool_format or "",
             reasoning.start.removesuffix("<|message|>") if reasoning is not None else "",
-            " ".join(json.dumps(stop)[1:-1] for stop in row.all_stops),
+            " ".join(map(_shown, row.all_stops)),
             row.help,
         )
     console = stdout()
@@ -181,8 +181,12 @@ def _facts(name: str, traits: TemplateTraits) -> dict[str, str]:
 
 
 def _stops(stops: Sequence[str]) -> str:
-    """Line ends are shown as \\n."""
-    return ", ".join(["end of sequence", *(json.dumps(stop, ensure_ascii=False)[1:-1] for stop in stops)])
+    return ", ".join(["end of sequence", *map(_shown, stops)])
+
+
+def _shown(stop: str) -> str:
+    """A stop with its line ends as \\n."""
+    return json.dumps(stop, ensure_ascii=False)[1:-1]
 
 
 def _marked(text: str) -> Text:

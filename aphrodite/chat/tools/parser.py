@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 from aphrodite.chat.events import CallArguments, CallStart, Event, TextPiece, held_suffix
 from aphrodite.chat.tools import readers
@@ -22,7 +22,6 @@ from aphrodite.chat.tools.readers import Calls, Reader
 from aphrodite.chat.traits import ToolFormat
 
 ToolParserName = ToolFormat | Literal["none"]
-TOOL_FORMATS: Final[tuple[str, ...]] = get_args(ToolFormat)
 
 _Readers = Mapping[str, Callable[[Calls], Reader]]
 
@@ -83,7 +82,7 @@ class ToolParser:
         self._anywhere = chosen.anywhere
         self._at_start = dict(chosen.at_start)
         if tool_format == "glm4":  # which writes the name on the answer's first line
-            self._at_start |= {f"{name}\n": partial(_behind_name, name=name) for name in schemas}
+            self._at_start |= {f"{name}\n": partial(readers.behind_name, name=name) for name in schemas}
         self._marks = re.compile("|".join(map(re.escape, self._anywhere)))
         self._calls = _Sink(schemas)
         self._buffer = ""
@@ -183,15 +182,6 @@ class ToolParser:
             self._give_back()
         else:
             self._called = True
-
-
-def _behind_name(calls: Calls, *, name: str) -> Reader:
-    if (first := (yield from readers.after_space())) != "{":
-        raise MalformedCallError
-    calls.begin(name)
-    yield from readers.nested(first, calls)
-    calls.settle()
-    return ""
 
 
 class _Sink:

@@ -19,7 +19,7 @@ Reader = Generator[None, str, str]
 
 _NAME_KEYS: Final = ("name", "tool_name", "function")
 _ARGUMENT_KEYS: Final = ("arguments", "parameters")
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
+TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 _MAX_NAME: Final = 128
 _MAX_WORD: Final = 65_536  # characters of one string, parameter or pythonic list
 _SPACE: Final = " \t\r\n"
@@ -96,7 +96,7 @@ def closing(mark: str, calls: Calls) -> Reader:
 
 
 def checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not TOOL_NAME.fullmatch(name):
         raise MalformedCallError
     return name
 
@@ -266,9 +266,7 @@ def function_tag(calls: Calls) -> Reader:
     name = checked_name((yield from until(">", _MAX_NAME)))
     first = yield from after_space()
     if first == "{":
-        calls.begin(name)
-        yield from nested(first, calls)
-        calls.settle()
+        yield from _named(calls, name, first)
         return (yield from closing("</function>", calls))
     fields = _Fields(calls, name)
     mark = yield from one_of(("<parameter=", "</function>"), first)
@@ -361,6 +359,11 @@ def _named(calls: Calls, name: str, first: str) -> Reader:
     yield from nested(first, calls)
     calls.settle()
     return ""
+
+
+def behind_name(calls: Calls, *, name: str) -> Reader:
+    """Behind a tool's name on the answer's first line (GLM 4)."""
+    return (yield from _named(calls, name, (yield from after_space())))
 
 
 def deepseek(calls: Calls) -> Reader:
