@@ -74,7 +74,7 @@ def build_engine(
 
     Args:
         eos_token_ids: tokens that end an answer, as the tokenizer knows them; the checkpoint's own are added.
-        tokenizer: for samplers whose parameters are texts (DRY's sequence breakers), and for banned phrases.
+        tokenizer: for samplers whose parameters are texts (DRY's sequence breakers), grammars, and banned phrases.
 
     Raises:
         AphroditeError: the checkpoint or the configuration cannot be served; the message says why.

@@ -7,7 +7,6 @@ must cost nobody but the client anything. What has been tried is remembered.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import select
@@ -23,7 +22,7 @@ import msgspec
 
 from aphrodite.engine.children import child_environment, python_command
 from aphrodite.errors import InvalidRequestError, QueueFullError, RequestFailedError
-from aphrodite.sampling.grammar import require
+from aphrodite.sampling.grammar import key_of, require, unusable
 from aphrodite.sampling.table import Grammar
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class GrammarChecker:
             RequestFailedError: the process that tries grammars could not be started; the log has the reason.
         """
         require()
-        key = hashlib.sha256(f"{grammar.kind} {grammar.text}".encode("utf-8", "surrogatepass")).digest()
+        key = key_of(grammar)
         with self._lock:
             known = key in self._answers
             answer = self._answers.get(key)
@@ -157,7 +156,7 @@ class _Worker:
             if self._process.poll() is None
             else "preparing it takes too much memory, or fails in another way"
         )
-        raise InvalidRequestError(f"The {grammar.kind} cannot be used: {why}. Simplify it.", param="grammar")
+        raise unusable(grammar, f"{why}. Simplify it.")
 
     def end(self) -> None:
         self._process.kill()

@@ -16,15 +16,13 @@ from typing import BinaryIO
 import msgspec
 
 from aphrodite.errors import AphroditeError, InvalidRequestError
-from aphrodite.sampling.grammar import GrammarCompiler
+from aphrodite.sampling.grammar import GrammarCompiler, unusable
 from aphrodite.sampling.table import Grammar
 from aphrodite.sampling.vocabulary import Vocabulary
 from aphrodite.tokenizer.loader import load_tokenizer
 
 MEMORY = 1 << 30  # bytes that grammars may take
 _CPU_SECONDS = 30  # of one grammar, for the case that nobody is left to end the process
-
-Answer = str | None
 
 
 def read(stream: BinaryIO) -> bytes | None:
@@ -38,14 +36,14 @@ def write(stream: BinaryIO, message: bytes) -> None:
     stream.flush()
 
 
-def trial(grammars: GrammarCompiler, grammar: Grammar) -> Answer:
+def trial(grammars: GrammarCompiler, grammar: Grammar) -> str | None:
     """Compile a grammar and look for its first tokens; returns why it cannot be used."""
     try:
         row = grammars.follow(grammar, 0, ())
     except InvalidRequestError as error:
         return str(error)
     row.refresh(0)
-    return None if row.failure is None else f"The {grammar.kind} cannot be used: {row.failure}"
+    return None if row.failure is None else str(unusable(grammar, row.failure))
 
 
 def main() -> int:

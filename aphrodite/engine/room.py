@@ -14,7 +14,7 @@ from aphrodite.loading.repository import Room
 
 logger = logging.getLogger(__name__)
 
-HOST_SHARE = 0.85  # of what is free: the rest is for the KV cache and everything else on the machine
+_HOST_SHARE = 0.85  # of what is free: the rest is for the KV cache and everything else on the machine
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # device files of NVIDIA's and AMD's drivers
 _ASK = """\
 import torch
@@ -31,7 +31,7 @@ def model_room(config: EngineConfig) -> Room:
         free = _free_on_gpu()
         if free is not None:
             return Room(int(free * config.gpu_memory_utilization + config.cpu_offload_gb * (1 << 30)), "GPU memory")
-    return Room(int(psutil.virtual_memory().available * HOST_SHARE), "memory")
+    return Room(int(psutil.virtual_memory().available * _HOST_SHARE), "memory")
 
 
 def _free_on_gpu() -> int | None:

@@ -64,7 +64,7 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: it is not well formed, or beyond a limit; the message is llguidance's.
         """
-        key = hashlib.sha256(f"{grammar.kind} {grammar.text}".encode("utf-8", "surrogatepass")).digest()
+        key = key_of(grammar)
         with self._lock:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
@@ -88,10 +88,10 @@ class GrammarCompiler:
         try:
             source = _source(llguidance.LLMatcher, grammar)
         except (ValueError, RecursionError) as error:
-            raise _unusable(grammar, str(error)) from None
+            raise unusable(grammar, str(error)) from None
         matcher: LLMatcher = llguidance.LLMatcher(self._tables(llguidance), source, log_level=0, limits=limits)
         if matcher.is_error():
-            raise _unusable(grammar, matcher.get_error())
+            raise unusable(grammar, matcher.get_error())
         return matcher
 
     def _tables(self, llguidance: Any) -> LLTokenizer:
@@ -154,7 +154,24 @@ def _source(matcher: type[LLMatcher], grammar: Grammar) -> str:
             return matcher.grammar_from_lark(text)
 
 
-def _unusable(grammar: Grammar, why: str) -> InvalidRequestError:
+def key_of(grammar: Grammar) -> bytes:
+    """What a grammar is remembered by, however long its text is."""
+    return hashlib.sha256(f"{grammar.kind} {grammar.text}".encode("utf-8", "surrogatepass")).digest()
+
+
+def compiler_of(vocabulary: Vocabulary | None) -> GrammarCompiler:
+    """Grammars over a model's tokens.
+
+    Raises:
+        InvalidRequestError: the model has no vocabulary.
+    """
+    if vocabulary is None:
+        raise InvalidRequestError("grammars need a tokenizer, and this engine has none", param="grammar")
+    return vocabulary.grammars
+
+
+def unusable(grammar: Grammar, why: str) -> InvalidRequestError:
+    """The error that tells a client why its grammar cannot be used."""
     why = why.strip()
     shown = why if len(why) <= _MAX_ERROR else f"{why[:_MAX_ERROR]}..."
     return InvalidRequestError(f"The {_KIND_NAMES[grammar.kind]} cannot be used: {shown}", param="grammar")

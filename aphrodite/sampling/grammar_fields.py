@@ -77,7 +77,7 @@ def _canonical(value: Any, name: str) -> Grammar:
             raise field_error(name, kind, "is no kind of grammar", f"There are {', '.join(GRAMMAR_KINDS)}.",
                               verb="contains")  # fmt: skip
         return Grammar(kind, typed(text, str, name, "made of a kind and a text"))
-    return grammar_of_text(typed(value, str, name, "a grammar in GBNF or Lark, as text"))
+    return _text(value, name)
 
 
 def _text(value: Any, name: str) -> Grammar:

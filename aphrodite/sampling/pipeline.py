@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from aphrodite.core.plan import TokenLogprobs, TokenTrace
-from aphrodite.errors import InvalidRequestError, RequestFailedError
+from aphrodite.errors import RequestFailedError
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.sampling.draw import draw
 from aphrodite.sampling.fused import Choices, DeviceSampler, FastPath, HostChoices, open_fast_path
-from aphrodite.sampling.grammar import GrammarRow
+from aphrodite.sampling.grammar import GrammarRow, compiler_of
 from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs, join_logprobs
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.plan import GRAMMAR, SamplingPlan, compile_plan
@@ -145,11 +145,8 @@ class Sampler:
         Raises:
             InvalidRequestError: the grammar cannot be used.
         """
-        if params.grammar is None:
-            return
-        if self._vocabulary is None:
-            raise InvalidRequestError("grammars need a tokenizer, and this engine has none", param="grammar")
-        self._vocabulary.grammars.compile(params.grammar)
+        if params.grammar is not None:
+            compiler_of(self._vocabulary).compile(params.grammar)
 
     @torch.inference_mode()
     def end(self, row: int) -> None:

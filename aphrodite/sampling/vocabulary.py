@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -75,14 +75,9 @@ class Vocabulary:
         inside = 0
         while inside < len(text) and text[inside] & 0xC0 == 0x80:
             inside += 1
-        ids: list[int] = []
-        done = 0
-        while done < inside:
-            end = next((end for end in range(inside, done, -1) if text[done:end] in self._inner_tokens), None)
-            if end is None:
-                return []
-            ids.append(self._inner_tokens[text[done:end]])
-            done = end
+        ids = _longest_first(text[:inside], self._inner_tokens, inside) if inside else []
+        if ids is None:
+            return []
         rest = text[inside:]
         if not rest:
             return ids
@@ -95,16 +90,7 @@ class Vocabulary:
 
     def spell(self, text: bytes) -> list[int]:
         """Tokens of `text`, each as long as it can be; empty if there are none for a part of it."""
-        ids: list[int] = []
-        done = 0
-        while done < len(text):
-            ends = range(min(len(text), done + self._longest), done, -1)
-            end = next((end for end in ends if text[done:end] in self._tokens_by_text), None)
-            if end is None:
-                return []
-            ids.append(self._tokens_by_text[text[done:end]])
-            done = end
-        return ids
+        return _longest_first(text, self._tokens_by_text, self._longest) or []
 
     @cached_property
     def _tokens_by_text(self) -> dict[bytes, int]:
@@ -123,6 +109,20 @@ class Vocabulary:
         tokens = np.flatnonzero(np.diff(starts) > 0)
         inner = tokens[data[starts[tokens]] & 0xC0 == 0x80]
         return {self.token_bytes(token): token for token in reversed(inner.tolist())}
+
+
+def _longest_first(text: bytes, tokens: Mapping[bytes, int], longest: int) -> list[int] | None:
+    """`text` made of `tokens` of at most `longest` bytes, each as long as it can be; None if it cannot go on so."""
+    ids: list[int] = []
+    done = 0
+    while done < len(text):
+        ends = range(min(len(text), done + longest), done, -1)
+        end = next((end for end in ends if text[done:end] in tokens), None)
+        if end is None:
+            return None
+        ids.append(tokens[text[done:end]])
+        done = end
+    return ids
 
 
 def _suffix_spelling(tokens: Sequence[int], text: bytes, token_bytes: Callable[[int], bytes]) -> list[int] | None:

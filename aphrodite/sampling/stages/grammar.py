@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from aphrodite.errors import InvalidRequestError
 from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
-from aphrodite.sampling.grammar import GrammarRow
+from aphrodite.sampling.grammar import GrammarRow, compiler_of
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
 from aphrodite.sampling.stages.min_tokens import ending_token_ids
@@ -36,10 +35,9 @@ class GrammarStage(Stage):
 
     def prepare(self, params: SamplingParams, info: RowInfo) -> GrammarRow:
         """The answer's state, which the sampler tells of its tokens."""
-        if params.grammar is None or info.vocabulary is None:
-            raise InvalidRequestError("grammars need a tokenizer, and this engine has none", param="grammar")
+        assert params.grammar is not None
         endings = ending_token_ids(params, info)
-        return info.vocabulary.grammars.follow(params.grammar, info.num_prompt, endings)
+        return compiler_of(info.vocabulary).follow(params.grammar, info.num_prompt, endings)
 
     def native_steps(self, values: Sequence[float], prepared: GrammarRow) -> Sequence[NativeStep]:
         return (NativeStep(NativeOp.TOKEN_MASK, data=prepared.words),)
