@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from aphrodite.attention.backend import KVCache
 from aphrodite.models.spec import MlaSpec
 
 GROUP_POSITIONS = 65_536  # of contexts that a GPU expands together, unless a single one is longer
@@ -45,6 +46,12 @@ class LatentShape:
         """Latents of one block over all layers."""
         return self.num_layers * self.mla.latent_dim * self.cache_dtype.itemsize * self.block_size
 
+    def allocate(self, num_blocks: int) -> KVCache:
+        """A cache `[layers, num_blocks, block_size, latent_dim]`, of whose vectors the beginning is also the value."""
+        size = (self.num_layers, num_blocks, self.block_size, self.mla.latent_dim)
+        cache = torch.zeros(size, dtype=self.cache_dtype, device=self.device)
+        return KVCache(cache, cache[..., : self.mla.kv_lora_rank])
+
 
 class LatentTransform(NamedTuple):
     """What becomes of queries, latents and attended latents, layer by layer.
@@ -65,3 +72,7 @@ class LatentTransform(NamedTuple):
     key_up: tuple[torch.Tensor, ...]
     value_up: tuple[torch.Tensor, ...]
     query_scales: torch.Tensor | None = None
+
+    def scales_at(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """`[T, 1]` float32, the queries' factors at `positions` `[T]`, None for none."""
+        return None if self.query_scales is None else self.query_scales.index_select(0, positions)[:, None]

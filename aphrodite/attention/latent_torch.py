@@ -48,10 +48,7 @@ class TorchLatentAttention:
         self.name = f"{self.core.name}, latent"
 
     def allocate(self, num_blocks: int) -> KVCache:
-        shape = self.shape
-        size = (shape.num_layers, num_blocks, shape.block_size, shape.mla.latent_dim)
-        cache = torch.zeros(size, dtype=shape.cache_dtype, device=shape.device)
-        return KVCache(cache, cache[..., : shape.mla.kv_lora_rank])
+        return self.shape.allocate(num_blocks)
 
     def begin_step(self, inputs: ForwardInputs, cache: KVCache) -> StepAttention:
         return _LatentStep(self, inputs, cache)
@@ -66,8 +63,7 @@ class _LatentStep:
         self._slots = inputs.slot_mapping
         self._planner = backend.core.plan_step(inputs)
         transform = backend.transform
-        scales = transform.query_scales
-        self._query_scales = None if scales is None else scales.index_select(0, inputs.positions)[:, None]
+        self._query_scales = transform.scales_at(inputs.positions)
         self._cos, self._sin = (
             table.index_select(0, inputs.positions)[:, None] for table in (transform.cos, transform.sin)
         )

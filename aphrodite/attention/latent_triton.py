@@ -15,6 +15,7 @@ import torch
 
 from aphrodite.attention.backend import KVCache
 from aphrodite.attention.latent import EXPANDED_BYTES, GROUP_POSITIONS, LatentShape, LatentTransform
+from aphrodite.attention.triton_paged import join_parts, padded_size
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.kernels.triton.decode_attention import DecodePlan, plan_decode
 from aphrodite.kernels.triton.heads_product import MOST_ROWS, heads_product
@@ -34,7 +35,6 @@ from aphrodite.runner.inputs import DeviceInputs, HostLengths
 MAX_RANK = 512
 MAX_TURNING = 64
 MAX_HEAD = 256  # of the part that does not turn, and of values
-TABLE_ALIGNMENT = 4  # int32 values
 
 
 class ExpandedGroup(NamedTuple):
@@ -125,10 +125,7 @@ class TritonLatentAttention:
         return None
 
     def allocate(self, num_blocks: int) -> KVCache:
-        shape = self.shape
-        size = (shape.num_layers, num_blocks, shape.block_size, shape.mla.latent_dim)
-        cache = torch.zeros(size, dtype=shape.cache_dtype, device=shape.device)
-        return KVCache(cache, cache[..., : shape.mla.kv_lora_rank])
+        return self.shape.allocate(num_blocks)
 
     def stage_step(self, lengths: HostLengths) -> np.ndarray:
         """What the kernels of a step need from the host, `[n]` int32; `begin_step` of the same step is to follow.
@@ -136,8 +133,7 @@ class TritonLatentAttention:
         Each part begins at a multiple of 16 bytes: kernels are compiled anew for pointers less aligned.
         """
         self._staged = self._divide(lengths)
-        parts = [part.ravel() for part in self._staged.parts()]
-        return np.concatenate([np.pad(part, (0, -len(part) % TABLE_ALIGNMENT)) for part in parts])
+        return join_parts(self._staged.parts())
 
     def begin_step(self, inputs: DeviceInputs, cache: KVCache) -> _LatentStep:
         """Prepare a step; without `lengths` nothing here or in the step waits for the device or reads the host.
@@ -232,8 +228,7 @@ class _LatentStep:
         self._groups = () if work is None else work.groups
         tokens = inputs.slot_mapping.shape[0]
         self._spans = ((0, tokens),) if work is None else work.spans
-        scales = backend.transform.query_scales
-        self._query_scales = None if scales is None else scales.index_select(0, inputs.positions)[:tokens, None]
+        self._query_scales = backend.transform.scales_at(inputs.positions[:tokens])
         self._plan: DecodePlan | None = None
         if inputs.lengths is None or (inputs.lengths.query == 1).any():
             config = backend.decode_config
@@ -250,7 +245,7 @@ class _LatentStep:
         used = 0
         for part in () if work is None else work.parts():
             parts.append(inputs.attention_table[used : used + part.size].view(part.shape))
-            used += part.size + -part.size % TABLE_ALIGNMENT
+            used += padded_size(part.size)
         self._absorbed = TileTable(*parts[:2]) if parts else None
         self._key_start = parts[2] if parts else inputs.context_lens[:0]
         self._expanded = list(zip(parts[3::2], parts[4::2], strict=True))

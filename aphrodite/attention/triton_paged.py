@@ -170,7 +170,7 @@ class TritonAttention:
         """
         works = tuple(self._divide(lengths, window) for window in self.windows)
         self._staged = StagedStep(lengths, works)
-        return _joined([part for work in works for part in work.table])
+        return join_parts([part for work in works for part in work.table])
 
     def stage_padded(self, lengths: HostLengths, size: StepSize) -> np.ndarray | None:
         """The same for a step that is captured with room for `size`: always as long, see `padded_table_length`.
@@ -184,11 +184,11 @@ class TritonAttention:
             if table is None:
                 return None
             parts += table
-        return _joined(parts)
+        return join_parts(parts)
 
     def padded_table_length(self, size: StepSize) -> int:
         """int32 values that `stage_padded` returns."""
-        return len(self.windows) * sum(_padded(rows * fields) for rows, fields in self.table_shapes(size))
+        return len(self.windows) * sum(padded_size(rows * fields) for rows, fields in self.table_shapes(size))
 
     def padded_slots(self, size: StepSize) -> int:
         """Partial results of a step that is captured with room for `size`."""
@@ -248,11 +248,12 @@ class TritonAttention:
         )
 
 
-def _padded(count: int) -> int:
+def padded_size(count: int) -> int:
+    """int32 values that a part of `count` takes in the table that `join_parts` makes."""
     return count + -count % TABLE_ALIGNMENT
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+def join_parts(parts: Sequence[np.ndarray]) -> np.ndarray:
     """One after the other, each from a multiple of 16 bytes on."""
     return np.concatenate([np.pad(part.ravel(), (0, -part.size % TABLE_ALIGNMENT)) for part in parts])
 
@@ -343,7 +344,7 @@ class _TritonStep:
             table = []
             for rows, fields in parts:
                 table.append(inputs.attention_table[used : used + rows * fields].view(rows, fields))
-                used += _padded(rows * fields)
+                used += padded_size(rows * fields)
             self._tables[window] = TileTable(*table)
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
