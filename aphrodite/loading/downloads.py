@@ -247,7 +247,6 @@ def _is_passing(error: OSError) -> bool:
 @contextmanager
 def _progress(repo: str, total: int) -> Iterator[Report]:
     """A bar on a terminal, else a line at the beginning and one at the end."""
-    lock = threading.Lock()
     if not sys.stderr.isatty():
         logger.info("fetching %s (%.2f GB)", repo, total / 1e9)
         yield lambda count: None
@@ -259,9 +258,4 @@ def _progress(repo: str, total: int) -> Iterator[Report]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True, markup=False)) as bar:
         task = bar.add_task(f"Fetching {repo}", total=total)
-
-        def report(count: int) -> None:
-            with lock:
-                bar.advance(task, count)
-
-        yield report
+        yield lambda count: bar.advance(task, count)

@@ -16,7 +16,7 @@ from aphrodite.errors import UnknownArchitectureError
 from aphrodite.loading.checkpoint import Checkpoint, LoadFormat, checkpoint_name, open_checkpoint, read_tensors
 from aphrodite.loading.config_reader import ConfigReader, load_json_object
 from aphrodite.loading.generation import GenerationDefaults, generation_from_config
-from aphrodite.loading.quantized.methods import unpack_tensors
+from aphrodite.loading.quantized.methods import quantization_of, unpack_tensors
 from aphrodite.loading.report import count_by_size
 from aphrodite.loading.safetensors import DENSE_TYPES, StoredTensor
 from aphrodite.quantization.types import QuantType, RawTensor
@@ -105,8 +105,7 @@ def _open_foreign(path: Path, load_format: LoadFormat, error: UnknownArchitectur
     config = load_json_object(directory / "config.json")
     reader = ConfigReader(directory / "config.json", config)
     stored = read_tensors(path)
-    quantized = any(reader.has(key) for key in ("quantization_config", "compression_config"))
-    quantized = quantized or (directory / "quantize_config.json").exists()
+    quantized = quantization_of(reader, directory) is not None
     architectures = reader.strings("architectures")
     vocab_size = (reader.section("text_config") or reader).read("vocab_size", int, low=1, high=1 << 24)
     return ForeignCheckpoint(

@@ -69,8 +69,7 @@ class Int4Groups:
 
     def dequantize(self) -> torch.Tensor:
         """float32 `[out, in]`, columns in the order of the inputs."""
-        codes = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(1)
-        return _ungrouped(codes.float(), self.scales, self.zeros, self.permutation)
+        return _ungrouped(unpack_bits(self.codes, 4).float(), self.scales, self.zeros, self.permutation)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,6 +185,8 @@ def unpack_bits(stream: torch.Tensor, bits: int) -> torch.Tensor:
     """
     if bits == 8:
         return stream
+    if bits == 4:  # without wider numbers on the way
+        return torch.stack((stream & 15, stream >> 4), dim=-1).flatten(1)
     words = stream.unflatten(1, (-1, 3)).int() if bits == 3 else stream[..., None].int()
     joined = words[..., 0] | words[..., 1] << 8 | words[..., 2] << 16 if bits == 3 else words[..., 0]
     shifts = torch.arange(0, 24 if bits == 3 else 8, bits, dtype=torch.int32, device=stream.device)
@@ -235,8 +236,7 @@ class CodebookGroups:
 
     def dequantize(self) -> torch.Tensor:
         """float32 `[out, in]`."""
-        codes = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(1)
-        return _ungrouped(self.table[codes.long()], self.scales, None, None)
+        return _ungrouped(self.table[unpack_bits(self.codes, 4).long()], self.scales, None, None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

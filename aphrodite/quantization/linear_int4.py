@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from aphrodite.kernels.dispatch import Declined
-from aphrodite.quantization.layouts import Int4Groups, stack_layouts
+from aphrodite.quantization.layouts import Int4Groups, stack_layouts, unpack_bits
 from aphrodite.quantization.packed import PackedTensor
 from aphrodite.quantization.repack import decline_layout, layout_of
 from aphrodite.quantization.types import QuantType, RawTensor
@@ -82,7 +82,7 @@ def _pack_groups(parts: Sequence[RawTensor]) -> Int4Weight | Declined:
         return Declined(f"needs 4 bits in groups, not {'/'.join(sorted({part.type_name for part in parts}))}")
     if layout.group_size not in _GROUPS:
         return Declined(f"takes groups of {', '.join(map(str, _GROUPS))}, not {layout.group_size}")
-    codes = torch.stack((layout.codes & 15, layout.codes >> 4), dim=-1).flatten(1).int()
+    codes = unpack_bits(layout.codes, 4).int()
     scale = layout.scales.float()
     zero = (8.0 - layout.zeros.float()) * scale
     scales_and_zeros = torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous().bfloat16()

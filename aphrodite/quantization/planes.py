@@ -28,6 +28,7 @@ from aphrodite.quantization.layouts import (
     Int8Groups,
     NarrowGroups,
     PackedLayout,
+    unpack_bits,
 )
 
 RUN_WORDS = 4
@@ -154,7 +155,7 @@ def _codes_of(layout: _Grouped, rows: slice) -> torch.Tensor:
         return layout.numbers(rows)
     codes = layout.codes[rows]
     if not isinstance(layout, Int8Groups):
-        return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+        return unpack_bits(codes, 4)
     return codes.view(torch.uint8) ^ 128 if codes.dtype == torch.int8 else codes.view(torch.uint8)
 
 

@@ -27,6 +27,15 @@ _METHODS: dict[str, _Unpack] = {
 }
 
 
+def quantization_of(config: ConfigReader, directory: Path) -> ConfigReader | None:
+    """What says how a checkpoint is quantized, None where nothing does; arguments as for `unpack_tensors`."""
+    section = config.section("quantization_config") or config.section("compression_config")
+    own_file = directory / _GPTQ_FILE
+    if section is None and own_file.exists():
+        return ConfigReader.from_file(own_file).with_defaults({"quant_method": "gptq"})
+    return section
+
+
 def unpack_tensors(tensors: dict[str, StoredTensor], config: ConfigReader, directory: Path) -> dict[str, RawTensor]:
     """A checkpoint's tensors as its parameters: a module's weight for the tensors of which it is made.
 
@@ -40,10 +49,7 @@ def unpack_tensors(tensors: dict[str, StoredTensor], config: ConfigReader, direc
         ModelFormatError: the method is unknown, the checkpoint does not fit it, or a tensor that no method claims is
             neither F32 nor F16 nor BF16.
     """
-    section = config.section("quantization_config") or config.section("compression_config")
-    own_file = directory / _GPTQ_FILE
-    if section is None and own_file.exists():
-        section = ConfigReader.from_file(own_file).with_defaults({"quant_method": "gptq"})
+    section = quantization_of(config, directory)
     if section is None:
         return dense_tensors(tensors)
     method = section.read("quant_method", str, "")
