@@ -75,7 +75,7 @@ def test_launches_find_what_was_compiled_from_their_records(tmp_path: Path) -> N
     assert compiled(tmp_path) == 5
 
 
-def test_workers_share_the_jobs_and_report_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_the_jobs_and_report_failures(tmp_path: Path) -> None:
     good = list(recorded().kernels)[:3]
     bad = json.dumps(["aphrodite.kernels.triton.norm", "no_such_kernel", [], {}])
     told: list[tuple[int, int]] = []
