@@ -47,6 +47,12 @@ class Decoder:
             residual = self._block(index, layer, residual, attention, self.spec.activation, kept)
         return residual
 
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[H, hidden]` of `forward` -> the same behind the final norm, for embeddings."""
+        normed = self.weights.norm(hidden)
+        # The norm's weight holds the scale of logits, which only the output head should see.
+        return normed if self.spec.logit_scale == 1.0 else normed / self.spec.logit_scale
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[L, hidden]` of `forward` -> `[L, vocab]` of the compute dtype."""
         logits = project(self.weights.head, hidden, self.weights.norm)

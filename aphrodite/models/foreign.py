@@ -90,6 +90,8 @@ class ForeignModel:
         self._layers = {modules[name]: index for index, name in enumerate(layers)}
         self._step: StepAttention | None = None
         self._picks_rows = "logits_to_keep" in inspect.signature(type(module).forward).parameters
+        self._trunk: Any = module.get_decoder()  # what stands before the output head
+        self._shows_hidden = self._trunk is not module
         _route(module, self._serve)
 
     @property
@@ -130,13 +132,44 @@ class ForeignModel:
         logits: torch.Tensor = output.logits[0]
         return logits if keep is None or picked else logits.index_select(0, keep)
 
+    @property
+    def hidden_declined(self) -> str | None:
+        """Why `forward_hidden` cannot be asked for; None if it can."""
+        return None if self._shows_hidden else f"{self.name} does not show what its output head reads"
+
+    def forward_hidden(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: StepAttention,
+        keep: torch.Tensor,
+        index: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and the hidden states `[H, hidden]` of the rows `index` as the model without its head has them."""
+        states: list[torch.Tensor] = []
+        with self._watching(states):
+            logits = self.forward(token_ids, positions, attention, keep)
+        return logits, states[0][0].index_select(0, index)
+
+    @contextlib.contextmanager
+    def _watching(self, states: list[torch.Tensor]) -> Iterator[None]:
+        """Notes in `states` the hidden states `[1, T, hidden]` of a forward pass."""
+        hook = self._trunk.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def reference(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[T, vocab]` of one text from its beginning, with transformers' own attention."""
         self.module.set_attn_implementation("eager")
+        states: list[torch.Tensor] = []
         try:
-            logits: torch.Tensor = self.module(input_ids=token_ids.long()[None], use_cache=False).logits[0]
+            with self._watching(states):
+                logits: torch.Tensor = self.module(input_ids=token_ids.long()[None], use_cache=False).logits[0]
         finally:
             self.module.set_attn_implementation(ATTENTION)
+        self._shows_hidden = self._shows_hidden and bool(states)
         return logits
 
     def _serve(self, call: AttentionCall) -> torch.Tensor:

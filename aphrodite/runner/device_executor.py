@@ -134,6 +134,22 @@ class DeviceExecutor:
         keep = None if decodes else inputs.logits_index
         return self._decoder.logits(self._decoder.forward(inputs.token_ids, step, keep))
 
+    @property
+    def hidden_declined(self) -> None:
+        """Every decoder brings hidden states."""
+
+    def forward_hidden(self, inputs: DeviceInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `DeviceModelExecutor`."""
+        if self._cache is None:
+            raise RuntimeError("allocate_kv_cache must be called before forward")
+        step = self._attention.begin_step(inputs, self._cache)
+        wanted = inputs.logits_index.shape[0]
+        kept = self._decoder.forward(inputs.token_ids, step, torch.cat((inputs.logits_index, index)))
+        hidden = self._decoder.normed(kept[wanted:])
+        if wanted == 0:
+            return hidden.new_empty((0, self.spec.vocab_size)), hidden
+        return self._decoder.logits(kept[:wanted]), hidden
+
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""
         weights = self._decoder.weights

@@ -38,6 +38,20 @@ class ModelExecutor(Protocol):
         The returned tensor may be reused by the next call.
         """
 
+    @property
+    def hidden_declined(self) -> str | None:
+        """Why `forward_hidden` cannot be asked for; None if it can."""
+
+    def forward_hidden(self, inputs: ForwardInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and hidden states behind the final norm.
+
+        Args:
+            index: `[H]` int32, the token rows whose hidden states are wanted.
+
+        Returns:
+            Logits `[L, vocab]` and hidden states `[H, hidden_size]`, both float32.
+        """
+
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""
 
@@ -95,6 +109,20 @@ class DeviceModelExecutor(Protocol):
 
     def forward(self, inputs: DeviceInputs) -> torch.Tensor:
         """Run one step: writes K and V of every token, returns logits `[L, vocab]` of the compute dtype."""
+
+    @property
+    def hidden_declined(self) -> str | None:
+        """Why `forward_hidden` cannot be asked for; None if it can."""
+
+    def forward_hidden(self, inputs: DeviceInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` of a step with `lengths`, and hidden states behind the final norm.
+
+        Args:
+            index: `[H]` int32, the token rows whose hidden states are wanted.
+
+        Returns:
+            Logits `[L, vocab]` and hidden states `[H, hidden_size]`, both of the compute dtype.
+        """
 
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""

@@ -19,6 +19,7 @@ from aphrodite.errors import ConfigError
 from aphrodite.kernels.cpu import library as native_library
 from aphrodite.kernels.cpu.program import (
     BLOCK_COLUMNS,
+    HIDDEN,
     KV_BLOCK,
     LOGITS,
     MAX_QUERY_GROUP,
@@ -155,6 +156,26 @@ class NativeExecutor:
             MemoryError: no memory for a step of this size.
         """
         return self._forward(inputs, None)
+
+    @property
+    def hidden_declined(self) -> None:
+        """Every program brings hidden states."""
+
+    def forward_hidden(self, inputs: ForwardInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `forward`, and the hidden states `[H, hidden_size]` float32 of the token rows `index` `[H]` int32.
+
+        Raises:
+            ValueError, MemoryError: as `forward`.
+        """
+        if self._cache is None:
+            raise RuntimeError("allocate_kv_cache must be called before forward")
+        step, logits = self._describe(inputs, self._cache)
+        index = index.to(torch.int32).contiguous()
+        hidden = torch.empty(len(index), self.spec.hidden_size)
+        step.hidden_index, step.hidden_rows, step.hidden = index.data_ptr(), len(index), hidden.data_ptr()
+        self._program.run(step)
+        # The norm's weight holds the scale of logits, which only the output head should see.
+        return logits, hidden.div_(self.spec.logit_scale)
 
     def profile(self, inputs: ForwardInputs) -> dict[str, int]:
         """Like `forward`, but returns the nanoseconds that each kind of operation took."""
@@ -400,6 +421,11 @@ def _compile_head(compiler: _Compiler, spec: ModelSpec, residual: int) -> None:
     _compile_norm(compiler, spec, last, packs, "norm", RowSet.LOGITS)
     head = compiler.weight(name, packs)
     builder.add_op(OpKind.LINEAR, rows=RowSet.LOGITS, output=LOGITS, weights=[head], bound=spec.logit_softcap)
+    builder.add_op(OpKind.GATHER, rows=RowSet.HIDDEN, source=residual, output=last)
+    vector, kind = compiler.norm(spec, "norm")
+    builder.add_op(
+        OpKind.NORM_ADD, rows=RowSet.HIDDEN, source=last, output=HIDDEN, vector=vector, flag=kind, value=spec.norm_eps
+    )
 
 
 def _normed_packs(compiler: _Compiler, spec: ModelSpec, layer: int, names: list[str]) -> dict[Activation, int]:

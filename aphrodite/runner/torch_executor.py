@@ -86,13 +86,30 @@ class TorchExecutor:
         if self._cache is None:
             raise RuntimeError("allocate_kv_cache must be called before forward")
         with torch.inference_mode():
-            step = self._attention.begin_step(inputs._replace(positions=self._pad(inputs.positions)), self._cache)
-            hidden = self._decoder.forward(self._pad(inputs.token_ids), step)
-            wanted = inputs.logits_index.shape[0]
-            if wanted == 0:
-                return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.device)
-            logits = self._decoder.logits(hidden.index_select(0, self._pad(inputs.logits_index)))
-            return logits[:wanted].float()
+            return self._logits(inputs, self._residual(inputs, self._cache))
+
+    @property
+    def hidden_declined(self) -> None:
+        """Every decoder brings hidden states."""
+
+    def forward_hidden(self, inputs: ForwardInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `ModelExecutor`."""
+        if self._cache is None:
+            raise RuntimeError("allocate_kv_cache must be called before forward")
+        with torch.inference_mode():
+            residual = self._residual(inputs, self._cache)
+            return self._logits(inputs, residual), self._decoder.normed(residual.index_select(0, index)).float()
+
+    def _residual(self, inputs: ForwardInputs, cache: KVCache) -> torch.Tensor:
+        step = self._attention.begin_step(inputs._replace(positions=self._pad(inputs.positions)), cache)
+        return self._decoder.forward(self._pad(inputs.token_ids), step)
+
+    def _logits(self, inputs: ForwardInputs, residual: torch.Tensor) -> torch.Tensor:
+        wanted = inputs.logits_index.shape[0]
+        if wanted == 0:
+            return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.device)
+        logits = self._decoder.logits(residual.index_select(0, self._pad(inputs.logits_index)))
+        return logits[:wanted].float()
 
     def describe(self) -> dict[str, str]:
         weights = self._decoder.weights

@@ -109,6 +109,24 @@ class TransformersExecutor:
             raise RuntimeError("allocate_kv_cache must be called before forward")
         return self._forward(inputs, self._cache)
 
+    @property
+    def hidden_declined(self) -> str | None:
+        """Why `forward_hidden` cannot be asked for; None if it can."""
+        return self._model.hidden_declined
+
+    def forward_hidden(
+        self, inputs: ForwardInputs | DeviceInputs, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `ModelExecutor` and `DeviceModelExecutor`."""
+        if self._cache is None:
+            raise RuntimeError("allocate_kv_cache must be called before forward")
+        with torch.inference_mode():
+            step: StepAttention = self._attention.begin_step(inputs, self._cache)
+            logits, hidden = self._model.forward_hidden(
+                inputs.token_ids, inputs.positions, step, inputs.logits_index, index
+            )
+            return (logits.float(), hidden.float()) if self.device.type == "cpu" else (logits, hidden)
+
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""
         return {

@@ -21,6 +21,7 @@ TILE_ROWS = 16
 KV_BLOCK = 16
 MAX_QUERY_GROUP = 32
 LOGITS = -1
+HIDDEN = -2
 
 
 class GroupKind(NamedTuple):
@@ -63,10 +64,11 @@ class OpKind(enum.IntEnum):
 
 
 class RowSet(enum.IntEnum):
-    """Which rows an operation writes: all tokens, or those whose logits are wanted."""
+    """Which rows an operation writes: all tokens, or those whose logits or hidden states are wanted."""
 
     TOKENS = 0
     LOGITS = 1
+    HIDDEN = 2
 
 
 class Activation(enum.IntEnum):
@@ -119,6 +121,7 @@ _STEP_ERRORS = {
     4: "a block table names a block outside the KV cache",
     5: "slot_mapping points outside the KV cache",
     6: "logits_index names a row outside the step",
+    8: "hidden_index names a row outside the step",
 }
 _OUT_OF_MEMORY = 7
 
@@ -160,7 +163,7 @@ class _ProgramDesc(ctypes.Structure):
 
 
 class StepDesc(ctypes.Structure):
-    """One step; pointers to the tensors of `runner.inputs.ForwardInputs`, logits and the cache."""
+    """One step; pointers to the tensors of `runner.inputs.ForwardInputs`, logits, the cache and hidden states."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "query_start", "context_lens")),
@@ -171,6 +174,9 @@ class StepDesc(ctypes.Structure):
         ("num_blocks", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("nanoseconds", ctypes.c_void_p),
+        ("hidden_index", ctypes.c_void_p),
+        ("hidden_rows", ctypes.c_int64),
+        ("hidden", ctypes.c_void_p),
     )
 
 

@@ -106,7 +106,8 @@ private:
     void row_groups(const Op& op, Team& team, int worker, F&& f);
     PackedRows pack_of(int64_t index, int worker) const;
     int64_t rows_of(int32_t set) const {
-        return set == static_cast<int32_t>(RowSet::Tokens) ? step_.tokens : step_.logits_rows;
+        if (set == static_cast<int32_t>(RowSet::Tokens)) return step_.tokens;
+        return set == static_cast<int32_t>(RowSet::Logits) ? step_.logits_rows : step_.hidden_rows;
     }
     TileWeight weight(int64_t index) const {
         const WeightDesc& w = weights_[index];
@@ -141,7 +142,9 @@ private:
 };
 
 StepError Program::check(const StepDesc& step) const {
-    if (step.tokens < 1 || step.sequences < 1 || step.logits_rows < 0) return StepError::Queries;
+    if (step.tokens < 1 || step.sequences < 1 || step.logits_rows < 0 || step.hidden_rows < 0 ||
+        step.hidden_rows > step.tokens)
+        return StepError::Queries;
     for (int64_t t = 0; t < step.tokens; ++t)
         if (step.token_ids[t] < 0 || step.token_ids[t] >= desc_.vocab_size) return StepError::Tokens;
     if (step.query_start[0] != 0 || step.query_start[step.sequences] != step.tokens) return StepError::Queries;
@@ -161,6 +164,8 @@ StepError Program::check(const StepDesc& step) const {
         if (step.slots[t] < 0 || step.slots[t] >= step.num_blocks * kKvBlock) return StepError::Slots;
     for (int64_t i = 0; i < step.logits_rows; ++i)
         if (step.logits_index[i] < 0 || step.logits_index[i] >= step.tokens) return StepError::LogitsIndex;
+    for (int64_t i = 0; i < step.hidden_rows; ++i)
+        if (step.hidden_index[i] < 0 || step.hidden_index[i] >= step.tokens) return StepError::HiddenIndex;
     return StepError::None;
 }
 
@@ -305,10 +310,12 @@ void Program::norm(const Op& op, Team& team, int worker) {
 }
 
 void Program::norm_add(const Op& op, Team& team, int worker) {
-    const int64_t width = widths_[op.output];
+    const int64_t width = widths_[op.input];
     float* normed = norm_rows_ + worker * kGroupRows * width;
     team.phase(worker, rows_of(op.rows), [&](int64_t t) {
-        norm_row(op, buffers_[op.input] + t * width, width, normed);
+        const float* row = buffers_[op.input] + t * width;
+        if (op.output == kHidden) return norm_row(op, row, width, step_.hidden + t * width);
+        norm_row(op, row, width, normed);
         float* sum = buffers_[op.output] + t * width;
         for (int64_t i = 0; i < width; ++i) sum[i] += normed[i];
     });
@@ -448,9 +455,10 @@ void Program::attention(const Op& op, Team& team, int worker) {
 
 void Program::gather(const Op& op, Team& team, int worker) {
     const int64_t width = widths_[op.input];
-    team.phase(worker, step_.logits_rows, [&](int64_t i) {
-        std::memcpy(buffers_[op.output] + i * width, buffers_[op.input] + step_.logits_index[i] * width,
-                    width * sizeof(float));
+    const int32_t* index =
+        op.rows == static_cast<int32_t>(RowSet::Hidden) ? step_.hidden_index : step_.logits_index;
+    team.phase(worker, rows_of(op.rows), [&](int64_t i) {
+        std::memcpy(buffers_[op.output] + i * width, buffers_[op.input] + index[i] * width, width * sizeof(float));
     });
 }
 

@@ -16,8 +16,8 @@ enum class OpKind : int32_t {
     RotaryKv = 5,   // rotates q and k of input in place, writes k and v into the cache of layer; flag = HeadNorm, which
                     // norms q by vector and k by vector + 1 first, value = eps; window = rotary table
     Attention = 6,  // output = attention of input's q over the cache of layer, value = scale, bound of scores
-    Gather = 7,     // output row i = input row logits_index[i]
-    NormAdd = 8,    // output += norm(input), value = eps, flag = NormKind
+    Gather = 7,     // output row i = input row index[i], by the index of its RowSet
+    NormAdd = 8,    // output += norm(input), value = eps, flag = NormKind; hidden states are set, not added to
 };
 constexpr int kOpKinds = 9;
 
@@ -28,15 +28,17 @@ enum class NormKind : int32_t { Rms = 0, Layer = 1, BiasedLayer = 2 };
 // by a weight of its own.
 enum class HeadNorm : int32_t { None = 0, Rms = 1, Width = 2, Layer = 3 };
 
-enum class RowSet : int32_t { Tokens = 0, Logits = 1 };
+// All tokens, those whose logits are wanted, those whose hidden states are.
+enum class RowSet : int32_t { Tokens = 0, Logits = 1, Hidden = 2 };
 
 constexpr int32_t kLogits = -1;  // as an output: the caller's logits
+constexpr int32_t kHidden = -2;  // the caller's hidden states
 
 struct Op {
     int32_t kind;
     int32_t rows;          // RowSet of what it writes
     int32_t input;         // buffer
-    int32_t output;        // buffer or kLogits
+    int32_t output;        // buffer, kLogits or kHidden
     int32_t first_pack, pack_count;
     int32_t first_weight, weight_count;
     int32_t vector;
@@ -89,6 +91,9 @@ struct StepDesc {
     int64_t num_blocks;
     int64_t threads;
     int64_t* nanoseconds;  // [kOpKinds], added to; or null
+    const int32_t* hidden_index;
+    int64_t hidden_rows;
+    float* hidden;         // [hidden_rows, width of the input of the operation that writes it]
 };
 
 enum class StepError : int32_t {
@@ -100,6 +105,7 @@ enum class StepError : int32_t {
     Slots = 5,
     LogitsIndex = 6,
     Memory = 7,
+    HiddenIndex = 8,
 };
 
 }  // namespace aph
