@@ -21,6 +21,8 @@ from aphrodite.sampling.presets import SamplerPreset
 from aphrodite.server.engine import ModelInfo
 from aphrodite.server.errors import Headers, unsupported
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
 _INT64 = 2**63
 
 _PROMPT_SCHEMA = {
@@ -47,7 +49,7 @@ _MESSAGES_SCHEMA = {
         },
     },
 }
-_TOOL_CHOICE_SCHEMA = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]}
+TOOL_CHOICE_SCHEMA = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]}
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -92,12 +94,9 @@ class CompletionFields(GenerationFields):
     add_special_tokens: bool = Field(default=True, description="Let the tokenizer add begin-of-sequence and the like.")
 
 
-class ChatFields(GenerationFields):
-    """`POST /v1/chat/completions`."""
+class ConversationFields(GenerationFields):
+    """Fields of the endpoints whose prompt is a conversation that a chat template renders."""
 
-    messages: Annotated[Any, WithJsonSchema(_MESSAGES_SCHEMA)] = Field(description="The conversation so far.")
-    logprobs: bool = Field(default=False, description="Add log-probabilities of the answer's tokens.")
-    top_logprobs: int | None = Field(default=None, description="And of so many most likely tokens.", ge=0, lt=_INT64)
     add_generation_prompt: bool | None = Field(
         default=None, description="Open the assistant's turn; by default true unless continue_final_message."
     )
@@ -112,21 +111,29 @@ class ChatFields(GenerationFields):
         description="Texts to answer from, as the model's template shows them: title, text.",
         max_length=256,
     )
+    parallel_tool_calls: bool = Field(default=True, description="Several calls in one answer.")
+    include_reasoning: bool = Field(
+        default=True, description="Tell what the model thinks, beside its text; else it is left out."
+    )
+
+
+class ChatFields(ConversationFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[Any, WithJsonSchema(_MESSAGES_SCHEMA)] = Field(description="The conversation so far.")
+    logprobs: bool = Field(default=False, description="Add log-probabilities of the answer's tokens.")
+    top_logprobs: int | None = Field(default=None, description="And of so many most likely tokens.", ge=0, lt=_INT64)
     tools: list[dict[str, Any]] = Field(
         default=[], description="Functions that the model may call, with JSON schemas of their parameters."
     )
-    tool_choice: Annotated[Any, WithJsonSchema(_TOOL_CHOICE_SCHEMA)] = Field(
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = Field(
         default=None, description="Whether to call: none, auto, required, or a function's name; by default auto."
     )
-    parallel_tool_calls: bool = Field(default=True, description="Several calls in one answer.")
     functions: list[dict[str, Any]] = Field(default=[], description="The older form of tools.")
-    function_call: Annotated[Any, WithJsonSchema(_TOOL_CHOICE_SCHEMA)] = Field(
+    function_call: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = Field(
         default=None, description="The older form of tool_choice."
     )
-    include_reasoning: bool = Field(
-        default=True, description="Tell what the model thinks, as reasoning_content; else it is left out."
-    )
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+    reasoning_effort: ReasoningEffort | None = Field(
         default=None, description="How long to think, where the chat template has a way to say it."
     )
 

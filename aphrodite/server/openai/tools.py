@@ -94,8 +94,15 @@ def _tool(value: dict[str, Any], path: str, inner: str) -> dict[str, Any]:
     kind = value.get("type", "function")
     if kind != "function":
         raise unsupported(f"{path}.type", f"functions only, not {str(kind)[:40]!r}")
-    function = value.get("function")
-    path += inner
+    return {"type": "function", "function": read_function(value.get("function"), path + inner)}
+
+
+def read_function(function: Any, path: str) -> dict[str, Any]:
+    """A function as chat templates take it: with its name, description and parameters.
+
+    Raises:
+        ApiError: 400 with the path of what is wrong.
+    """
     if not isinstance(function, dict):
         raise invalid(path, "must be an object with a name", code="invalid_type")
     name = function.get("name")
@@ -107,7 +114,7 @@ def _tool(value: dict[str, Any], path: str, inner: str) -> dict[str, Any]:
         raise invalid(f"{path}.parameters", "must be a JSON schema (an object)", code="invalid_type")
     described = {"description": "", "parameters": {"type": "object", "properties": {}}}  # templates read both
     given = {key: item for key, item in function.items() if item is not None and key != "strict"}
-    return {"type": "function", "function": {"name": name, **described, **given}}
+    return {"name": name, **described, **given}
 
 
 def _chosen(use: ToolUse, choice: Any, legacy: bool) -> ToolUse:
