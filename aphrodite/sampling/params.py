@@ -47,7 +47,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         Param(
             "Most tokens to generate; None: up to the context's end.",
             ge=0,
-            aliases=("max_completion_tokens", "max_new_tokens", "max_length", "n_predict", "num_predict"),
+            aliases=(
+                "max_completion_tokens",
+                "max_output_tokens",
+                "max_new_tokens",
+                "max_length",
+                "n_predict",
+                "num_predict",
+            ),
         ),
     ] = None
     min_tokens: Annotated[
