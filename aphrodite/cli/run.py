@@ -60,12 +60,14 @@ async def _serve(settings: Settings, report: StartReport) -> int:
         await asyncio.wait([starting])
         raise
     engine = await starting
+    from aphrodite.server.model_pool import ModelPool
+
     try:
 
         def ready(url: str) -> None:
             report.ready(engine.info, engine.model.name, url, needs_key=bool(config.api_keys))
 
-        return int(await server.serve(engine, config, sock, on_ready=ready))
+        return int(await server.serve(ModelPool.of_engine(engine, config), config, sock, on_ready=ready))
     finally:
         await engine.close()
 
@@ -73,7 +75,7 @@ async def _serve(settings: Settings, report: StartReport) -> int:
 def _server_config(settings: Settings) -> ServerConfig:
     from aphrodite.server.config import ServerConfig
 
-    return ServerConfig.from_settings(settings.server, served_model_name=settings.engine.served_model_name)
+    return ServerConfig.from_settings(settings.server)
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:

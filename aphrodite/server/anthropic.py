@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput
 from aphrodite.server.body import off_loop, parse, read_object
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import ApiError, invalid, unsupported
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, refuse_unsupported, sampling_params
@@ -98,10 +98,9 @@ class MessagesEndpoints:
 
     async def create(self, request: Request) -> Response | ASGIApp:
         """Answer a conversation."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = _checked(MessagesFields, body)
-        model = context.resolve_model(fields.model)
+        context = await self._context.resolve(request, fields.model)
         preset = preset_of(request, fields.preset, context.config)
         base = msgspec.structs.replace(
             context.engine.model.sampling_defaults, max_tokens=fields.max_tokens, stop=tuple(fields.stop_sequences)
@@ -110,7 +109,7 @@ class MessagesEndpoints:
         if params.n != 1:
             raise unsupported("n", "a message is one answer; leave it out")
         token_ids, params = await chat_prompt(_chat_fields(fields), params, context)
-        answer = _Answer(context, Generation.of("msg", model, [token_ids], params), fields.stop_sequences)
+        answer = _Answer(context, Generation.of("msg", context.name, [token_ids], params), fields.stop_sequences)
         answer.warnings = field_warnings(body, MessagesFields, preset)
         headers = ignored_header(body, MessagesFields)
         try:
@@ -127,10 +126,9 @@ class MessagesEndpoints:
 
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens a conversation has, as generation would see it."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = _checked(CountTokensFields, body)
-        context.resolve_model(fields.model)
+        context = await self._context.resolve(request, fields.model)
         token_ids = await render_chat(_chat_fields(fields), context, bounded=False)
         return json_response({"input_tokens": len(token_ids)})
 
@@ -188,7 +186,7 @@ def _block(block: Any, path: str) -> str:
 class _Answer:
     """One message, streamed or whole."""
 
-    def __init__(self, context: ServerContext, generation: Generation, stops: list[str]) -> None:
+    def __init__(self, context: ModelContext, generation: Generation, stops: list[str]) -> None:
         self._context = context
         self._generation = generation
         self._stops = stops

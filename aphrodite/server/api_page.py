@@ -59,8 +59,8 @@ are lines of JSON, and errors `{"error"}`. Names may end in `:latest`.""",
 def api_page() -> str:
     """The page as Markdown."""
     lifecycle, config = Lifecycle(), ServerConfig()
-    engine = cast(Any, None)  # routes are made, and none is called
-    context = ServerContext(engine, config, ServerMetrics(), lifecycle, Supervisor(lifecycle, config))
+    models = cast(Any, None)  # routes are made, and none is called
+    context = ServerContext(models, config, ServerMetrics(), lifecycle, Supervisor(lifecycle, config))
     parts = [_HEAD]
     for group in route_groups(context):
         rows = [f"| {_method(route)} | `{route.path}` | {_summary(route.endpoint)} |" for route in group.routes]

@@ -14,10 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from aphrodite.server.anthropic import anthropic_error, anthropic_routes
 from aphrodite.server.auth import Authentication
 from aphrodite.server.config import ServerConfig
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import RequestHolds, ServerContext
 from aphrodite.server.docs import DocumentationEndpoints
 from aphrodite.server.edge import Edge
-from aphrodite.server.engine import Engine
 from aphrodite.server.errors import ApiError
 from aphrodite.server.health import HealthEndpoint, version
 from aphrodite.server.kobold import kobold_error, kobold_routes
@@ -25,6 +24,7 @@ from aphrodite.server.lifecycle import Gate, Lifecycle
 from aphrodite.server.limits import RequestLimits
 from aphrodite.server.llama_cpp import llama_cpp_routes
 from aphrodite.server.metrics import MetricsPage, ServerMetrics
+from aphrodite.server.model_pool import ModelPool
 from aphrodite.server.ollama import ollama_error, ollama_routes
 from aphrodite.server.openai.chat import ChatEndpoint
 from aphrodite.server.openai.completions import CompletionEndpoint
@@ -45,15 +45,15 @@ class Application:
         lifecycle: what runs, and the switch that starts draining.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+    def __init__(self, models: ModelPool, config: ServerConfig) -> None:
         self.lifecycle = Lifecycle()
         metrics = ServerMetrics()
-        context = ServerContext(engine, config, metrics, self.lifecycle, Supervisor(self.lifecycle, config))
+        context = ServerContext(models, config, metrics, self.lifecycle, Supervisor(self.lifecycle, config))
         self.groups = route_groups(context)
         self.routes = [route for group in self.groups for route in group.routes]
         shapes = {route.path: group.error_shape for group in self.groups for route in group.routes}
         app: ASGIApp = Router(self.routes, redirect_slashes=False, default=_not_found)
-        app = Gate(app, engine, self.lifecycle)
+        app = Gate(RequestHolds(app), models.dead, self.lifecycle)
         app = Authentication(app, config.api_keys)
         app = RequestLimits(app, config)
         app = Edge(app, metrics, shapes, log_requests=config.log_requests)
@@ -63,11 +63,6 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
         await self._app(scope, receive, send)
-
-
-def create_app(engine: Engine, config: ServerConfig) -> Application:
-    """The application that serves `engine`; starting and stopping the engine is the caller's affair."""
-    return Application(engine, config)
 
 
 def route_groups(context: ServerContext) -> list[RouteGroup]:
@@ -86,7 +81,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         get("/v1/presets", PresetsEndpoint(context).list),
         get("/health", HealthEndpoint(context).health),
         get("/version", version),
-        get("/metrics", MetricsPage(context.engine, context.metrics).show),
+        get("/metrics", MetricsPage(context.models, context.metrics).show),
         get("/", documentation.home),
         get("/docs", documentation.page),
         get("/openapi.json", documentation.openapi),

@@ -18,7 +18,6 @@ class ServerConfig:
 
     Attributes:
         api_keys: keys that open every route that is not public; empty lets everyone in.
-        served_model_name: names the model answers to, the first is the one it reports; empty: the engine's.
         allowed_hosts: further `Host` names (loopback names and the bound address are always allowed);
             "*" accepts any, which takes away the protection against DNS rebinding.
         cors_origins: exact origins whose pages may call the API from a browser; "*" is all.
@@ -37,7 +36,6 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 2242
     api_keys: tuple[str, ...] = ()
-    served_model_name: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     root_path: str = ""
@@ -66,7 +64,7 @@ class ServerConfig:
     max_messages: int = 4096
 
     @classmethod
-    def from_settings(cls, settings: ServerSettings, *, served_model_name: tuple[str, ...] = ()) -> ServerConfig:
+    def from_settings(cls, settings: ServerSettings) -> ServerConfig:
         """The part that users set; bounds of the protocol keep their defaults.
 
         Raises:
@@ -77,7 +75,6 @@ class ServerConfig:
             host=settings.host,
             port=settings.port,
             api_keys=settings.api_key,
-            served_model_name=served_model_name,
             allowed_hosts=settings.allowed_hosts,
             cors_origins=settings.cors_origins,
             root_path=settings.root_path,

@@ -1,45 +1,77 @@
-"""What every endpoint of one server shares."""
+"""What every endpoint of one server shares, and what a request has once its model is known."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.engine import Engine
-from aphrodite.server.errors import ApiError
 from aphrodite.server.lifecycle import Lifecycle
-from aphrodite.server.metrics import ServerMetrics
+from aphrodite.server.metrics import ModelMetrics, ServerMetrics
+from aphrodite.server.model_pool import LoadedModel, ModelPool, ServedModel
 from aphrodite.server.supervise import Supervisor
 
 
 @dataclass(frozen=True, slots=True)
+class ModelContext:
+    """What a request works with once its model is known.
+
+    Attributes:
+        name: what to answer under: the name that the request asked for, else the model's first.
+        loaded: the model's engine; whoever outlives the request holds it (`LoadedModel.hold`).
+    """
+
+    name: str
+    served: ServedModel
+    loaded: LoadedModel
+    supervisor: Supervisor
+
+    @property
+    def engine(self) -> Engine:
+        return self.loaded.engine
+
+    @property
+    def config(self) -> ServerConfig:
+        """The server's settings, with the model's own sampler preset and parsers."""
+        return self.served.config
+
+    @property
+    def metrics(self) -> ModelMetrics:
+        return self.served.metrics
+
+
+@dataclass(frozen=True, slots=True)
 class ServerContext:
-    engine: Engine
+    models: ModelPool
     config: ServerConfig
     metrics: ServerMetrics
     lifecycle: Lifecycle
     supervisor: Supervisor
 
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        """Names the model answers to; the first is its own."""
-        model = self.engine.model
-        return self.config.served_model_name or (model.name, *model.aliases)
-
-    def resolve_model(self, name: str | None) -> str:
-        """The name to answer under; None is the model's own.
+    async def resolve(self, request: Request, name: str | None) -> ModelContext:
+        """The model that a request names; None is the server's own choice. It stays until the request is answered.
 
         Raises:
             ApiError: 404, no such model.
         """
-        names = self.model_names
-        if name is None:
-            return names[0]
-        if name not in names:
-            raise ApiError(
-                404,
-                f"The model {name[:200]!r} does not exist here. This server has: {', '.join(names)}.",
-                param="model",
-                code="model_not_found",
-            )
-        return name
+        served = self.models.find(name)
+        loaded = await self.models.use(served)
+        holds: ExitStack = request.scope["state"]["holds"]
+        holds.callback(loaded.end_use)
+        return ModelContext(served.names[0] if name is None else name, served, loaded, self.supervisor)
+
+
+class RequestHolds:
+    """ASGI wrapper: what a request holds (`scope["state"]["holds"]`, an ExitStack) is let go once it is answered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as holds:
+            scope.setdefault("state", {})["holds"] = holds
+            await self._app(scope, receive, send)

@@ -69,5 +69,8 @@ class Engine(Protocol):
     async def check_health(self) -> None:
         """Go once through the engine loop, waiting without limit; raises `EngineDeadError` when it is gone."""
 
+    async def close(self) -> None:
+        """End the engine; requests that still run fail with `EngineDeadError`."""
+
     def stats(self) -> EngineStats:
         """Gauges and running totals as of the latest step."""

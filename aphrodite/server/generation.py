@@ -15,7 +15,7 @@ from aphrodite.errors import InvalidRequestError, QueueFullError, RequestFailedE
 from aphrodite.outputs import RequestOutput
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import BYTES_PER_TOKEN, BYTES_PER_TRACED_TOKEN
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext
 from aphrodite.server.metrics import RequestTimer
 
 
@@ -78,7 +78,7 @@ class UsageCounter:
 
 
 async def stream_pieces(
-    context: ServerContext, generation: Generation
+    context: ModelContext, generation: Generation
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Pieces of all prompts as they come, each with its prompt's number. Closing it frees the requests.
 
@@ -118,7 +118,7 @@ async def stream_pieces(
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def collect(context: ServerContext, generation: Generation) -> tuple[list[RequestOutput], UsageCounter]:
+async def collect(context: ModelContext, generation: Generation) -> tuple[list[RequestOutput], UsageCounter]:
     """The whole results in the order of the prompts."""
     pieces: list[list[RequestOutput]] = [[] for _ in generation.prompts]
     counter = UsageCounter(generation.prompts)
@@ -131,7 +131,7 @@ async def collect(context: ServerContext, generation: Generation) -> tuple[list[
 
 
 async def _stream_prompt(
-    context: ServerContext, generation: Generation, number: int
+    context: ModelContext, generation: Generation, number: int
 ) -> AsyncGenerator[RequestOutput, None]:
     timer = RequestTimer(context.metrics, generation.params.n)
     stream = cast(
@@ -145,12 +145,13 @@ async def _stream_prompt(
         ),
     )
     try:
-        async for output in stream:
-            timer.observe(output)
-            for answer in output.outputs:
-                if answer.finish_reason in ("error", "abort"):
-                    raise RequestFailedError(answer.error or "the engine ended the request")
-            yield output
+        with context.loaded.hold():
+            async for output in stream:
+                timer.observe(output)
+                for answer in output.outputs:
+                    if answer.finish_reason in ("error", "abort"):
+                        raise RequestFailedError(answer.error or "the engine ended the request")
+                yield output
     except (InvalidRequestError, QueueFullError):
         timer.refused()
         raise

@@ -15,14 +15,14 @@ from aphrodite.server.responses import json_response
 
 
 class HealthEndpoint:
-    """Asks the engine's own loop, so that an engine that hangs is not healthy. Callers share one round trip."""
+    """Asks the engines' own loops, so that an engine that hangs is not healthy. Callers share one round trip."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._check: asyncio.Task[None] | None = None
 
     async def health(self, request: Request) -> Response:
-        """200 if a message went through the engine's loop and came back."""
+        """200 if a message went through the loop of each engine that runs and came back."""
         if self._check is None or self._check.done():
             self._check = asyncio.ensure_future(self._ask())
         try:
@@ -35,7 +35,9 @@ class HealthEndpoint:
         return json_response({"status": "ok"})
 
     async def _ask(self) -> None:
-        await asyncio.wait_for(self._context.engine.check_health(), self._context.config.health_timeout)
+        running = [model.loaded.engine for model in self._context.models.models if model.loaded is not None]
+        checks = asyncio.gather(*(engine.check_health() for engine in running))
+        await asyncio.wait_for(checks, self._context.config.health_timeout)
 
 
 async def version(request: Request) -> Response:

@@ -26,7 +26,7 @@ from aphrodite.engine.output import merge_outputs
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import ApiError, invalid, unsupported
 from aphrodite.server.generation import Generation, stream_pieces
 from aphrodite.server.openai.finish import openai_finish_reason
@@ -266,12 +266,12 @@ class GenerateEndpoints:
         return "".join(runs[-1].texts) if runs else ""
 
     async def _read(self, request: Request) -> _Job:
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported({name: value for name, value in body.items() if name not in KoboldFields.model_fields})
         fields = parse(KoboldFields, body)
         if fields.images:
             raise unsupported("images", "this model reads text only; leave it out")
+        context = await self._context.resolve(request, None)
         model = context.engine.model
         limit = min(fields.max_context_length or model.max_model_len, model.max_model_len)
         length = fields.max_length or default_length(limit)
@@ -279,29 +279,17 @@ class GenerateEndpoints:
             raise invalid("max_length", f"is {length}, which leaves no room for a prompt in a context of {limit}")
         preset = preset_of(request, fields.preset, context.config)
         params = sampling_params(body, KoboldFields, model, base=_base(fields, length, context), preset=preset)
-        token_ids = await self._prompt(fields, max(1, limit - (params.max_tokens or 0)))
-        generation = Generation.of("kobold", context.resolve_model(None), [token_ids], params)
+        token_ids = await _prompt(fields, max(1, limit - (params.max_tokens or 0)), context)
+        generation = Generation.of("kobold", context.name, [token_ids], params)
         warnings = field_warnings(body, KoboldFields, preset)
-        return _Job(generation, fields, warnings, ignored_header(body, KoboldFields))
-
-    async def _prompt(self, fields: KoboldFields, room: int) -> list[int]:
-        """Memory and prompt in at most `room` tokens; the prompt's beginning gives way."""
-        context = self._context
-        memory: list[int] = []
-        if fields.memory:
-            memory = await encode(fields.memory, context, field="memory", special=True, bounded=False)
-        prompt = await encode(fields.prompt, context, field="prompt", special=not memory, bounded=False)
-        token_ids = fitted(memory, prompt, room, context.engine.tokenizer.bos_token_id)
-        if not token_ids:
-            raise invalid("prompt", "is empty, and this model has no token that starts a document")
-        return token_ids
+        return _Job(context, generation, fields, warnings, ignored_header(body, KoboldFields))
 
     async def _pieces(self, job: _Job) -> AsyncGenerator[RequestOutput, None]:
         """The run's pieces until it ends, or until somebody ends it."""
         began = time.monotonic()
         first: float | None = None
         last: dict[int, CompletionOutput] = {}
-        stream = stream_pieces(self._context, job.generation)
+        stream = stream_pieces(job.context, job.generation)
         async with aclosing(stream):
             with self._running(job.fields.genkey) as run:
                 while (output := await run.next_of(stream)) is not None:
@@ -345,7 +333,7 @@ class GenerateEndpoints:
     def _logprobs(self, job: _Job, answer: CompletionOutput) -> dict[str, Any] | None:
         if not job.fields.logprobs or answer.logprobs is None:
             return None
-        names = TokenNames(self._context.engine.tokenizer, as_ids=False)
+        names = TokenNames(job.context.engine.tokenizer, as_ids=False)
         return chat_logprobs(answer.logprobs, names)
 
     @contextmanager
@@ -362,6 +350,7 @@ class GenerateEndpoints:
 class _Job:
     """What was read of a request."""
 
+    context: ModelContext
     generation: Generation
     fields: KoboldFields
     warnings: list[str]
@@ -373,7 +362,7 @@ def default_length(context_length: int) -> int:
     return max(1, min(DEFAULT_LENGTH, context_length // 2))
 
 
-def _base(fields: KoboldFields, length: int, context: ServerContext) -> SamplingParams:
+def _base(fields: KoboldFields, length: int, context: ModelContext) -> SamplingParams:
     """What the protocol's own fields mean, before the sampling parameters."""
     defaults = context.engine.model.sampling_defaults
     return msgspec.structs.replace(
@@ -385,6 +374,18 @@ def _base(fields: KoboldFields, length: int, context: ServerContext) -> Sampling
         ban_eos_token=fields.use_default_badwordsids,
         logprobs=min(_TOP_LOGPROBS, context.engine.model.max_logprobs) if fields.logprobs else None,
     )
+
+
+async def _prompt(fields: KoboldFields, room: int, context: ModelContext) -> list[int]:
+    """Memory and prompt in at most `room` tokens; the prompt's beginning gives way."""
+    memory: list[int] = []
+    if fields.memory:
+        memory = await encode(fields.memory, context, field="memory", special=True, bounded=False)
+    prompt = await encode(fields.prompt, context, field="prompt", special=not memory, bounded=False)
+    token_ids = fitted(memory, prompt, room, context.engine.tokenizer.bos_token_id)
+    if not token_ids:
+        raise invalid("prompt", "is empty, and this model has no token that starts a document")
+    return token_ids
 
 
 def fitted(memory: list[int], prompt: list[int], room: int, bos: int | None) -> list[int]:
@@ -413,7 +414,8 @@ class FactEndpoints:
 
     async def model(self, request: Request) -> Response:
         """The model's name."""
-        return json_response({"result": f"aphrodite/{self._context.resolve_model(None)}"})
+        context = await self._context.resolve(request, None)
+        return json_response({"result": f"aphrodite/{context.name}"})
 
     async def api_version(self, request: Request) -> Response:
         """The version of KoboldAI's API."""
@@ -439,11 +441,13 @@ class FactEndpoints:
 
     async def max_length(self, request: Request) -> Response:
         """How long answers are where a request says nothing."""
-        return json_response({"value": default_length(self._context.engine.model.max_model_len)})
+        context = await self._context.resolve(request, None)
+        return json_response({"value": default_length(context.engine.model.max_model_len)})
 
     async def max_context_length(self, request: Request) -> Response:
         """The model's context."""
-        return json_response({"value": self._context.engine.model.max_model_len})
+        context = await self._context.resolve(request, None)
+        return json_response({"value": context.engine.model.max_model_len})
 
     async def soft_prompt(self, request: Request) -> Response:
         """The soft prompt in use: none."""
@@ -459,7 +463,8 @@ class FactEndpoints:
 
     async def performance(self, request: Request) -> Response:
         """How the latest run went, and what waits."""
-        seen, stats = self._generate.performance, self._context.engine.stats()
+        context = await self._context.resolve(request, None)
+        seen, stats = self._generate.performance, context.engine.stats()
         now = time.monotonic()
         running = stats.num_running + stats.num_waiting
         return json_response(
@@ -484,14 +489,16 @@ class FactEndpoints:
         """Token ids of a text, and how many."""
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(KoboldTextFields, body)
-        ids = await encode(fields.prompt, self._context, field="prompt", special=fields.special, bounded=False)
+        context = await self._context.resolve(request, None)
+        ids = await encode(fields.prompt, context, field="prompt", special=fields.special, bounded=False)
         return json_response({"value": len(ids), "ids": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         ids = parse(KoboldTokensFields, body).ids
-        check_ids(ids, self._context, field="ids")
-        tokenizer = self._context.engine.tokenizer
+        context = await self._context.resolve(request, None)
+        check_ids(ids, context, field="ids")
+        tokenizer = context.engine.tokenizer
         text = await off_loop(BYTES_PER_TOKEN * len(ids), lambda: tokenizer.decode(ids, skip_special_tokens=False))
         return json_response({"result": text, "success": True})

@@ -8,7 +8,6 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aphrodite.server.auth import STATIC_PATHS
-from aphrodite.server.engine import Engine
 from aphrodite.server.errors import ApiError, engine_dead, shutting_down
 
 
@@ -62,16 +61,16 @@ class Lifecycle:
 
 
 class Gate:
-    """ASGI wrapper that answers 503 when the engine is dead, or to new work while the server drains."""
+    """ASGI wrapper that answers 503 when the server is `dead`, or to new work while the server drains."""
 
-    def __init__(self, app: ASGIApp, engine: Engine, lifecycle: Lifecycle) -> None:
+    def __init__(self, app: ASGIApp, dead: asyncio.Event, lifecycle: Lifecycle) -> None:
         self._app = app
-        self._engine = engine
+        self._dead = dead
         self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in STATIC_PATHS:
-            if self._engine.dead.is_set():
+            if self._dead.is_set():
                 raise engine_dead()
             if self._lifecycle.draining and (scope["method"] == "POST" or scope["path"] == "/health"):
                 raise shutting_down()

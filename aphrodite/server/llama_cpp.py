@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from aphrodite.core.plan import TokenLogprobs
 from aphrodite.outputs import CompletionOutput
 from aphrodite.server.body import off_loop, parse, read_object
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import unsupported
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs
@@ -67,10 +67,10 @@ class CompletionEndpoint:
 
     async def create(self, request: Request) -> Response | ASGIApp:
         """Continue a text."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported(body)
         fields = parse(LlamaCppFields, body)
+        context = await self._context.resolve(request, fields.model)
         model, limit = context.engine.model, fields.n_predict
         base = msgspec.structs.replace(
             model.sampling_defaults,
@@ -82,7 +82,7 @@ class CompletionEndpoint:
         prompts = await read_prompts(fields.prompt, context, add_special_tokens=True, truncate=None)
         if len(prompts) > 1 or params.n > 1:
             raise unsupported("prompt" if len(prompts) > 1 else "n", "one prompt and one answer; use /v1/completions")
-        generation = Generation.of("cmpl", context.resolve_model(fields.model), [prompts[0].token_ids], params)
+        generation = Generation.of("cmpl", context.name, [prompts[0].token_ids], params)
         warnings = field_warnings(body, LlamaCppFields, preset)
         answer = _Answer(context, generation, fields, warnings)
         headers = ignored_header(body, LlamaCppFields)
@@ -99,7 +99,7 @@ class CompletionEndpoint:
 class _Answer:
     """One answer, streamed or whole."""
 
-    context: ServerContext
+    context: ModelContext
     generation: Generation
     fields: LlamaCppFields
     warnings: list[str]

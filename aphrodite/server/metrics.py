@@ -17,16 +17,31 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from aphrodite.outputs import CompletionOutput, RequestOutput
-from aphrodite.server.engine import Engine
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
+
+    from aphrodite.server.model_pool import ModelPool
 
 _TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _ITL_BOUNDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _E2E_BOUNDS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240, 480, 960, 1920)
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
 _FINISH_REASONS = ("stop", "length", "repetition", "abort", "error")
+# Of an engine's own numbers: name, what it is, and where `EngineStats` has it.
+_GAUGES = (
+    ("num_requests_running", "Answers that are being generated.", "num_running"),
+    ("num_requests_waiting", "Answers that wait for their first step.", "num_waiting"),
+    ("kv_cache_usage_perc", "Share of the KV cache's blocks in use (1 is all).", "kv_usage"),
+    ("step_host_milliseconds", "Median of a step's time outside the model.", "host_ms"),
+    ("step_forward_milliseconds", "Median of a step's time inside the model.", "forward_ms"),
+)
+_TOTALS = (
+    ("num_preemptions", "Answers that gave their KV blocks to others.", "num_preemptions"),
+    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
+    ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_hits"),
+    ("num_steps", "Steps of the engine.", "num_steps"),
+)
 
 
 class Histogram:
@@ -53,8 +68,8 @@ class Histogram:
         return rows
 
 
-class ServerMetrics:
-    """What the front end counts itself; the engine's numbers are read when somebody scrapes."""
+class ModelMetrics:
+    """What the front end counts of one model's answers; the engine's numbers are read when somebody scrapes."""
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
@@ -64,6 +79,12 @@ class ServerMetrics:
         self.inter_token_latency = Histogram(_ITL_BOUNDS)
         self.e2e_latency = Histogram(_E2E_BOUNDS)
         self.queue_time = Histogram(_E2E_BOUNDS)
+
+
+class ServerMetrics:
+    """What is counted whatever the model."""
+
+    def __init__(self) -> None:
         self.http: Counter[tuple[str, str, str]] = Counter()
 
     def count_http(self, route: str, method: str, status: int) -> None:
@@ -76,7 +97,7 @@ class RequestTimer:
 
     __slots__ = ("_began", "_last", "_metrics", "_open", "_refused", "_tokens")
 
-    def __init__(self, metrics: ServerMetrics, num_answers: int) -> None:
+    def __init__(self, metrics: ModelMetrics, num_answers: int) -> None:
         self._metrics = metrics
         self._began = time.monotonic()
         self._last: list[float] | None = None
@@ -124,8 +145,8 @@ class RequestTimer:
 class MetricsPage:
     """`GET /metrics`."""
 
-    def __init__(self, engine: Engine, metrics: ServerMetrics) -> None:
-        self._engine = engine
+    def __init__(self, models: ModelPool, metrics: ServerMetrics) -> None:
+        self._models = models
         self._metrics = metrics
 
     async def show(self, request: Request) -> Response:
@@ -140,58 +161,60 @@ class MetricsPage:
     def collect(self) -> Iterator[Metric]:
         """The families of one scrape (prometheus_client's collector interface)."""
         yield from self._engine_families()
-        yield from self._server_families()
+        yield from self._answer_families()
+        yield from self._latency_families()
+        yield self._http_family()
 
     def _engine_families(self) -> Iterator[Metric]:
+        """What the engines that run say of themselves."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        stats = self._engine.stats()
-        gauges = (
-            ("num_requests_running", "Answers that are being generated.", stats.num_running),
-            ("num_requests_waiting", "Answers that wait for their first step.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Share of the KV cache's blocks in use (1 is all).", stats.kv_usage),
-            ("step_host_milliseconds", "Median of a step's time outside the model.", stats.host_ms),
-            ("step_forward_milliseconds", "Median of a step's time inside the model.", stats.forward_ms),
-        )
-        totals = (
-            ("num_preemptions", "Answers that gave their KV blocks to others.", stats.num_preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
-            ("num_steps", "Steps of the engine.", stats.num_steps),
-        )
-        for kind, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, totals)):
-            for name, doc, value in rows:
+        running = [(model.names[0], model.loaded.engine.stats()) for model in self._models.models if model.loaded]
+        for kind, rows in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _TOTALS)):
+            for name, doc, field in rows:
                 family = kind(f"aphrodite:{name}", doc, labels=["model_name"])
-                family.add_metric([self._engine.model.name], value)
+                for model, stats in running:
+                    family.add_metric([model], getattr(stats, field))
                 yield family
 
-    def _server_families(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+    def _answer_families(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily
 
-        metrics, model = self._metrics, self._engine.model.name
-        for name, doc, total in (
-            ("prompt_tokens", "Prompt tokens of requests that got a first token.", metrics.prompt_tokens),
-            ("generation_tokens", "Tokens generated.", metrics.generation_tokens),
+        for name, doc in (
+            ("prompt_tokens", "Prompt tokens of requests that got a first token."),
+            ("generation_tokens", "Tokens generated."),
         ):
             family = CounterMetricFamily(f"aphrodite:{name}", doc, labels=["model_name"])
-            family.add_metric([model], total)
+            for model in self._models.models:
+                family.add_metric([model.names[0]], getattr(model.metrics, name))
             yield family
         finished = CounterMetricFamily(
             "aphrodite:request_success", "Answers by why they ended.", labels=["model_name", "finished_reason"]
         )
-        for reason, count in metrics.finished.items():
-            finished.add_metric([model, reason], count)
+        for model in self._models.models:
+            for reason, count in model.metrics.finished.items():
+                finished.add_metric([model.names[0], reason], count)
         yield finished
-        for name, doc, histogram in (
-            ("time_to_first_token_seconds", "From the request to its first token.", metrics.time_to_first_token),
-            ("inter_token_latency_seconds", "Between two pieces of one answer.", metrics.inter_token_latency),
-            ("request_queue_time_seconds", "From the request to its first step.", metrics.queue_time),
-            ("e2e_request_latency_seconds", "From the request to its end.", metrics.e2e_latency),
+
+    def _latency_families(self) -> Iterator[Metric]:
+        from prometheus_client.core import HistogramMetricFamily
+
+        for name, doc, field in (
+            ("time_to_first_token_seconds", "From the request to its first token.", "time_to_first_token"),
+            ("inter_token_latency_seconds", "Between two pieces of one answer.", "inter_token_latency"),
+            ("request_queue_time_seconds", "From the request to its first step.", "queue_time"),
+            ("e2e_request_latency_seconds", "From the request to its end.", "e2e_latency"),
         ):
-            buckets = HistogramMetricFamily(f"aphrodite:{name}", doc, labels=["model_name"])
-            buckets.add_metric([model], histogram.cumulative(), histogram.total)
-            yield buckets
+            family = HistogramMetricFamily(f"aphrodite:{name}", doc, labels=["model_name"])
+            for model in self._models.models:
+                histogram: Histogram = getattr(model.metrics, field)
+                family.add_metric([model.names[0]], histogram.cumulative(), histogram.total)
+            yield family
+
+    def _http_family(self) -> Metric:
+        from prometheus_client.core import CounterMetricFamily
+
         http = CounterMetricFamily("aphrodite:http_requests", "HTTP answers.", labels=["route", "method", "status"])
-        for labels, count in metrics.http.items():
+        for labels, count in self._metrics.http.items():
             http.add_metric(list(labels), count)
-        yield http
+        return http

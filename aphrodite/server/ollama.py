@@ -29,7 +29,7 @@ from aphrodite.sampling.grammar_fields import json_schema
 from aphrodite.sampling.params import SamplingParams, to_mapping
 from aphrodite.sampling.table import Grammar
 from aphrodite.server.body import parse, read_object
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import ApiError, Headers, invalid, unsupported
 from aphrodite.server.generation import Generation, collect, stream_pieces
 from aphrodite.server.openai.prompts import check_ids, encode
@@ -127,13 +127,9 @@ def ollama_routes(context: ServerContext) -> list[Route]:
     ]
 
 
-def resolve_tagged(context: ServerContext, name: str) -> str:
-    """The model of an Ollama name, whose tag `latest` may be left out.
-
-    Raises:
-        ApiError: 404, no such model.
-    """
-    return context.resolve_model(name if name in context.model_names else name.removesuffix(":latest"))
+def untagged(context: ServerContext, name: str) -> str:
+    """The name of a model as the server knows it: an Ollama name's tag `latest` may be left out, or be too much."""
+    return name if name in context.models.names else name.removesuffix(":latest")
 
 
 class OllamaEndpoints:
@@ -146,61 +142,30 @@ class OllamaEndpoints:
         fields = parse(OllamaChatFields, body)
         if fields.tools:
             raise unsupported("tools", "tool calls are not supported yet; leave it out")
-        params = self._params(request, fields)
-        model = resolve_tagged(self._context, fields.model)
+        context = await self._context.resolve(request, untagged(self._context, fields.model))
+        params = _params(request, fields, context)
         if fields.messages == []:
-            return _loaded(model, {"message": {"role": "assistant", "content": ""}})
+            return _loaded(context.name, {"message": {"role": "assistant", "content": ""}})
         chat = ChatFields(messages=_messages(fields.messages))
-        token_ids, params = await chat_prompt(chat, params, self._context)
-        answer = _Answer(self._context, Generation.of("ollama", model, [token_ids], params), _as_message)
+        token_ids, params = await chat_prompt(chat, params, context)
+        answer = _Answer(context, Generation.of("ollama", context.name, [token_ids], params), _as_message)
         return await self._respond(request, fields, answer, _ignored(body, fields))
 
     async def generate(self, request: Request) -> Response | ASGIApp:
         """Continue or answer a text."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(OllamaGenerateFields, body)
         for name in ("suffix", "images", "template"):
             if getattr(fields, name):
                 raise unsupported(name, "is not supported here; leave it out")
-        params = self._params(request, fields)
-        model = resolve_tagged(context, fields.model)
+        context = await self._context.resolve(request, untagged(self._context, fields.model))
+        params = _params(request, fields, context)
         if not fields.prompt and not fields.context:
-            return _loaded(model, {"response": ""})
-        token_ids, params = await self._prompt(fields, params)
-        answer = _Answer(context, Generation.of("ollama", model, [token_ids], params), _as_response, tells_context=True)
+            return _loaded(context.name, {"response": ""})
+        token_ids, params = await _prompt(fields, params, context)
+        generation = Generation.of("ollama", context.name, [token_ids], params)
+        answer = _Answer(context, generation, _as_response, tells_context=True)
         return await self._respond(request, fields, answer, _ignored(body, fields))
-
-    def _params(self, request: Request, fields: OllamaFields) -> SamplingParams:
-        if fields.think:
-            raise unsupported("think", "what a model thinks is part of its text here; leave it out")
-        context, options = self._context, parse(OptionFields, fields.options)
-        preset = preset_of(request, fields.preset, context.config)
-        limit = options.num_predict
-        base = msgspec.structs.replace(
-            context.engine.model.sampling_defaults,
-            max_tokens=None if limit is None or limit < 0 else limit,
-            grammar=_grammar(fields.format),
-        )
-        try:
-            params = sampling_params(fields.options, OptionFields, context.engine.model, base=base, preset=preset)
-        except InvalidRequestError as error:
-            raise InvalidRequestError(str(error), param=f"options.{error.param}", code=error.code) from None
-        if params.n != 1:
-            raise unsupported("options.n", "there is one answer here; leave it out")
-        return params
-
-    async def _prompt(self, fields: OllamaGenerateFields, params: SamplingParams) -> tuple[list[int], SamplingParams]:
-        context = self._context
-        earlier = fields.context
-        check_ids(earlier, context, field="context")
-        if fields.raw:
-            ids = await encode(fields.prompt, context, field="prompt", special=not earlier, bounded=True)
-            return [*earlier, *ids], params
-        messages = [{"role": "system", "content": fields.system}] if fields.system else []
-        chat = ChatFields(messages=[*messages, {"role": "user", "content": fields.prompt}])
-        token_ids, params = await chat_prompt(chat, params, context)
-        return [*earlier, *token_ids], params
 
     async def _respond(
         self, request: Request, fields: OllamaFields, answer: _Answer, headers: Headers
@@ -213,6 +178,40 @@ class OllamaEndpoints:
             )
         whole = await context.supervisor.run(answer.whole(), request.receive)
         return json_response(whole, headers)
+
+
+def _params(request: Request, fields: OllamaFields, context: ModelContext) -> SamplingParams:
+    if fields.think:
+        raise unsupported("think", "what a model thinks is part of its text here; leave it out")
+    options = parse(OptionFields, fields.options)
+    preset = preset_of(request, fields.preset, context.config)
+    limit = options.num_predict
+    base = msgspec.structs.replace(
+        context.engine.model.sampling_defaults,
+        max_tokens=None if limit is None or limit < 0 else limit,
+        grammar=_grammar(fields.format),
+    )
+    try:
+        params = sampling_params(fields.options, OptionFields, context.engine.model, base=base, preset=preset)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(str(error), param=f"options.{error.param}", code=error.code) from None
+    if params.n != 1:
+        raise unsupported("options.n", "there is one answer here; leave it out")
+    return params
+
+
+async def _prompt(
+    fields: OllamaGenerateFields, params: SamplingParams, context: ModelContext
+) -> tuple[list[int], SamplingParams]:
+    earlier = fields.context
+    check_ids(earlier, context, field="context")
+    if fields.raw:
+        ids = await encode(fields.prompt, context, field="prompt", special=not earlier, bounded=True)
+        return [*earlier, *ids], params
+    messages = [{"role": "system", "content": fields.system}] if fields.system else []
+    chat = ChatFields(messages=[*messages, {"role": "user", "content": fields.prompt}])
+    token_ids, params = await chat_prompt(chat, params, context)
+    return [*earlier, *token_ids], params
 
 
 def _ignored(body: Mapping[str, Any], fields: OllamaFields) -> Headers:
@@ -248,7 +247,7 @@ def _loaded(model: str, empty: Mapping[str, Any]) -> Response:
 class _Answer:
     """One answer, streamed or whole; `write` puts a text where the endpoint's clients look for it."""
 
-    context: ServerContext
+    context: ModelContext
     generation: Generation
     write: Callable[[str], dict[str, Any]]
     tells_context: bool = False
@@ -308,22 +307,22 @@ class OllamaModels:
 
     async def tags(self, request: Request) -> Response:
         """The models that can be asked for."""
-        return json_response({"models": [self._card(name) for name in self._context.model_names]})
+        return json_response({"models": [self._card(name) for name in self._context.models.names]})
 
     async def running(self, request: Request) -> Response:
         """The models that are loaded."""
-        first = self._context.model_names[0]
-        forever = "9999-12-31T23:59:59Z"
-        return json_response({"models": [{**self._card(first), "expires_at": forever, "size_vram": 0}]})
+        loaded = [model.names[0] for model in self._context.models.models if model.loaded is not None]
+        extra = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}
+        return json_response({"models": [{**self._card(name), **extra} for name in loaded]})
 
     async def show(self, request: Request) -> Response:
         """One model: its template, its recommended parameters, its context."""
-        context, model = self._context, self._context.engine.model
-        fields = parse(ShowFields, await read_object(request, max_depth=context.config.max_json_depth))
+        fields = parse(ShowFields, await read_object(request, max_depth=self._context.config.max_json_depth))
         name = fields.model or fields.name
         if name is None:
             raise invalid("model", "this field is required", code="missing_required_parameter")
-        resolve_tagged(context, name)
+        context = await self._context.resolve(request, untagged(self._context, name))
+        model = context.engine.model
         parameters = "\n".join(f"{key} {value}" for key, value in to_mapping(model.sampling_defaults).items())
         return json_response(
             {
@@ -333,7 +332,7 @@ class OllamaModels:
                 "details": _details(),
                 "model_info": {
                     "general.architecture": "aphrodite",
-                    "general.basename": context.model_names[0],
+                    "general.basename": context.served.names[0],
                     "aphrodite.context_length": model.max_model_len,
                     "aphrodite.vocab_size": model.vocab_size,
                 },
@@ -346,13 +345,14 @@ class OllamaModels:
         return json_response({"version": VERSION})
 
     def _card(self, name: str) -> dict[str, Any]:
-        model = self._context.engine.model
+        served = self._context.models.find(name)
+        root = "" if served.facts is None else served.facts.model.root
         return {
             "name": name,
             "model": name,
-            "modified_at": datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z"),
+            "modified_at": datetime.fromtimestamp(served.created, UTC).isoformat().replace("+00:00", "Z"),
             "size": 0,
-            "digest": hashlib.sha256(f"{model.root} {name}".encode()).hexdigest(),
+            "digest": hashlib.sha256(f"{root} {name}".encode()).hexdigest(),
             "details": _details(),
         }
 

@@ -40,7 +40,8 @@ class ProbeEndpoints:
 
     async def model(self, request: Request) -> Response:
         """The model that is loaded, as TabbyAPI describes it."""
-        context, model = self._context, self._context.engine.model
+        context = await self._context.resolve(request, None)
+        model = context.engine.model
         template = context.engine.chat_template
         parameters = {
             "max_seq_len": model.max_model_len,
@@ -51,15 +52,13 @@ class ProbeEndpoints:
             "use_vision": False,
             "draft": None,
         }
-        name = context.resolve_model(None)
-        return json_response(
-            {"id": name, "object": "model", "created": model.created, "owned_by": "aphrodite", "parameters": parameters}
-        )
+        head = {"id": context.name, "object": "model", "created": model.created, "owned_by": "aphrodite"}
+        return json_response({**head, "parameters": parameters})
 
     async def encode(self, request: Request) -> Response:
         """Token ids of a text or of a conversation."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
+        context = await self._context.resolve(request, None)
         if isinstance(body.get("text"), list):
             chat = parse(ChatFields, {"messages": body["text"], "add_generation_prompt": False})
             ids = await render_chat(chat, context, bounded=False)
@@ -72,8 +71,9 @@ class ProbeEndpoints:
         """The text of token ids."""
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(TabbyDecodeFields, body)
-        check_ids(fields.tokens, self._context, field="tokens")
-        tokenizer, skip = self._context.engine.tokenizer, not fields.decode_special_tokens
+        context = await self._context.resolve(request, None)
+        check_ids(fields.tokens, context, field="tokens")
+        tokenizer, skip = context.engine.tokenizer, not fields.decode_special_tokens
         text = await off_loop(
             BYTES_PER_TOKEN * len(fields.tokens), lambda: tokenizer.decode(fields.tokens, skip_special_tokens=skip)
         )
@@ -85,7 +85,8 @@ class ProbeEndpoints:
 
     async def props(self, request: Request) -> Response:
         """The server's properties, as llama.cpp names them."""
-        context, model, tokenizer = self._context, self._context.engine.model, self._context.engine.tokenizer
+        context = await self._context.resolve(request, None)
+        model, tokenizer = context.engine.model, context.engine.tokenizer
         template = context.engine.chat_template
 
         def text(token_id: int | None) -> str:
@@ -96,7 +97,7 @@ class ProbeEndpoints:
                 "default_generation_settings": {"n_ctx": model.max_model_len},
                 "n_ctx": model.max_model_len,
                 "total_slots": model.max_num_seqs,
-                "model_alias": context.resolve_model(None),
+                "model_alias": context.name,
                 "model_path": model.root,
                 "chat_template": "" if template is None else template.source,
                 "bos_token": text(tokenizer.bos_token_id),
@@ -108,7 +109,8 @@ class ProbeEndpoints:
 
     async def slots(self, request: Request) -> Response:
         """A slot for each answer that can run, and how many do."""
-        model, running = self._context.engine.model, self._context.engine.stats().num_running
+        engine = (await self._context.resolve(request, None)).engine
+        model, running = engine.model, engine.stats().num_running
         slots = [
             {"id": number, "n_ctx": model.max_model_len, "is_processing": number < running}
             for number in range(model.max_num_seqs)

@@ -14,12 +14,12 @@ from typing import Literal
 import uvicorn
 
 from aphrodite.errors import ConfigError
-from aphrodite.server.app import create_app
+from aphrodite.server.app import Application
 from aphrodite.server.config import ServerConfig
-from aphrodite.server.engine import Engine
 from aphrodite.server.errors import engine_dead, shutting_down
 from aphrodite.server.http_protocol import bounded_protocol
 from aphrodite.server.lifecycle import Lifecycle
+from aphrodite.server.model_pool import ModelPool
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _FLUSH_SECONDS = 2.0
 
 
 async def serve(
-    engine: Engine,
+    models: ModelPool,
     config: ServerConfig,
     sock: socket.socket | None = None,
     *,
@@ -51,11 +51,11 @@ async def serve(
         ConfigError: the address cannot be bound.
     """
     sock = sock or bind_socket(config.host, config.port)
-    app = create_app(engine, config)
+    app = Application(models, config)
     server = _Server(_uvicorn_config(app, config), lambda: on_ready(_url(sock, config)) if on_ready else None)
     signals = _Signals()
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))
-    died = asyncio.ensure_future(engine.dead.wait())
+    died = asyncio.ensure_future(models.dead.wait())
     stopped = asyncio.ensure_future(signals.first.wait())
     forced = asyncio.ensure_future(signals.second.wait())
     try:

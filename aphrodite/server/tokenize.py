@@ -33,6 +33,7 @@ class ContentFields(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
+    model: str | None = Field(default=None, description="A name from /v1/models; by default the model's own.")
     content: str = Field(description="The text.")
     add_special: bool = Field(default=False, description="Let the tokenizer add begin-of-sequence and the like.")
 
@@ -61,20 +62,19 @@ class TokenizerEndpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of a conversation, as generation would see it."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         if body.get("prompt") is None and body.get("messages") is None and body.get("content") is not None:
-            return await self._tokenize_content(body)
+            return await self._tokenize_content(request, body)
         strings = parse(TokenStringsField, body).return_token_strs
         if body.get("messages") is not None:
             if body.get("prompt") is not None:
                 raise invalid("prompt", "send either prompt or messages")
             chat = parse(ChatFields, body)
-            context.resolve_model(chat.model)
+            context = await self._context.resolve(request, chat.model)
             token_ids = await render_chat(chat, context, bounded=False)
         else:
             fields = parse(TokenizeFields, body)
-            context.resolve_model(fields.model)
+            context = await self._context.resolve(request, fields.model)
             token_ids = await encode(
                 fields.prompt, context, field="prompt", special=fields.add_special_tokens, bounded=False
             )
@@ -87,18 +87,18 @@ class TokenizerEndpoints:
             answer["token_strs"] = [context.engine.tokenizer.token_text(token_id) for token_id in token_ids]
         return json_response(answer)
 
-    async def _tokenize_content(self, body: dict[str, Any]) -> Response:
+    async def _tokenize_content(self, request: Request, body: dict[str, Any]) -> Response:
         """As llama.cpp's clients ask, who read nothing but the tokens."""
         fields = parse(ContentFields, body)
-        ids = await encode(fields.content, self._context, field="content", special=fields.add_special, bounded=False)
+        context = await self._context.resolve(request, fields.model)
+        ids = await encode(fields.content, context, field="content", special=fields.add_special, bounded=False)
         return json_response({"tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(DetokenizeFields, body)
-        context.resolve_model(fields.model)
+        context = await self._context.resolve(request, fields.model)
         check_ids(fields.tokens, context, field="tokens")
         tokenizer = context.engine.tokenizer
         text = await off_loop(
@@ -109,7 +109,7 @@ class TokenizerEndpoints:
 
     async def info(self, request: Request) -> Response:
         """What a client needs to prepare prompts itself: special tokens and the chat template."""
-        engine = self._context.engine
+        engine = (await self._context.resolve(request, None)).engine
         tokenizer = engine.tokenizer
 
         def text(token_id: int | None) -> str | None:

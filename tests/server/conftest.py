@@ -10,6 +10,7 @@ import pytest
 
 from aphrodite.server.app import Application
 from aphrodite.server.config import ServerConfig
+from aphrodite.server.model_pool import ModelPool
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -29,6 +30,7 @@ def make_app() -> Callable[..., tuple[Application, FakeEngine]]:
 
     def make(engine: FakeEngine | None = None, **settings: object) -> tuple[Application, FakeEngine]:
         engine = engine or FakeEngine()
-        return Application(engine, ServerConfig(**settings)), engine
+        config = ServerConfig(**settings)
+        return Application(ModelPool.of_engine(engine, config), config), engine
 
     return make

@@ -206,5 +206,8 @@ class FakeEngine:
         if self.dead.is_set():
             raise EngineDeadError("dead")
 
+    async def close(self) -> None:
+        self.dead.set()
+
     def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self.running), prefix_queries=100, prefix_hits=40)

@@ -13,6 +13,7 @@ import openai
 from fake_engine import FakeEngine
 
 from aphrodite.server.config import ServerConfig
+from aphrodite.server.model_pool import ModelPool
 from aphrodite.server.run import bind_socket, serve
 
 
@@ -39,7 +40,8 @@ async def running_server(engine: FakeEngine | None = None, **settings: object) -
     engine = engine or FakeEngine()
     config = ServerConfig(host="127.0.0.1", port=0, shutdown_timeout=0.0, **settings)
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    task = asyncio.ensure_future(serve(engine, config, bind_socket("127.0.0.1", 0), on_ready=ready.set_result))
+    pool = ModelPool.of_engine(engine, config)
+    task = asyncio.ensure_future(serve(pool, config, bind_socket("127.0.0.1", 0), on_ready=ready.set_result))
     await asyncio.wait((ready, task), return_when=asyncio.FIRST_COMPLETED)
     try:
         async with httpx.AsyncClient(base_url=ready.result(), timeout=20, verify=False) as http:

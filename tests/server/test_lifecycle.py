@@ -19,6 +19,7 @@ from running import running_server
 from aphrodite.config import ServerSettings
 from aphrodite.errors import ConfigError
 from aphrodite.server.config import ServerConfig
+from aphrodite.server.model_pool import ModelPool
 from aphrodite.server.run import bind_socket, serve
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,9 @@ class ServedBySignals:
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         config = ServerConfig(port=0, **settings)
         sock = bind_socket("127.0.0.1", 0)
-        self.exit_code = asyncio.ensure_future(serve(engine, config, sock, on_ready=ready.set_result))
+        self.exit_code = asyncio.ensure_future(
+            serve(ModelPool.of_engine(engine, config), config, sock, on_ready=ready.set_result)
+        )
         self._ready = ready
 
     async def client(self) -> httpx.AsyncClient:
@@ -162,9 +165,11 @@ def test_a_process_that_serves_ends_with_the_exit_code_of_serve() -> None:
     program = (
         "import sys, uvloop; sys.path.insert(0, 'tests/server');"
         "from fake_engine import FakeEngine; from aphrodite.server.run import serve;"
-        "from aphrodite.server.config import ServerConfig\n"
+        "from aphrodite.server.config import ServerConfig; from aphrodite.server.model_pool import ModelPool\n"
         "async def main():\n"
-        "    return await serve(FakeEngine(), ServerConfig(port=0), on_ready=lambda url: print(url, flush=True))\n"
+        "    config = ServerConfig(port=0)\n"
+        "    pool = ModelPool.of_engine(FakeEngine(), config)\n"
+        "    return await serve(pool, config, on_ready=lambda url: print(url, flush=True))\n"
         "sys.exit(uvloop.run(main()))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)

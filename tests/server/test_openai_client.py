@@ -478,7 +478,7 @@ async def test_documents_reach_a_template_that_shows_them() -> None:
 
 
 async def test_names_can_be_set_for_serving() -> None:
-    async with running_server(served_model_name=("gpt-4o",)) as server:
+    async with running_server(FakeEngine(FakeModel("gpt-4o", ()))) as server:
         assert [model.id for model in (await server.client.models.list()).data] == ["gpt-4o"]
         assert (await server.client.completions.create(model="gpt-4o", prompt="a")).model == "gpt-4o"
 

@@ -16,13 +16,19 @@ from running import running_server
 from aphrodite.sampling.params import canonical_names
 from aphrodite.server.app import Application
 from aphrodite.server.config import ServerConfig
+from aphrodite.server.model_pool import ModelPool
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
+
+
+def fake_application() -> Application:
+    config = ServerConfig()
+    return Application(ModelPool.of_engine(FakeEngine(), config), config)
 
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     async def fetch() -> dict[str, Any]:
-        app = Application(FakeEngine(), ServerConfig())
+        app = fake_application()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as http:
             return dict((await http.get("/openapi.json")).json())
 
@@ -31,7 +37,7 @@ def document() -> dict[str, Any]:
 
 def test_every_route_and_every_field_is_described(document: dict[str, Any]) -> None:
     async def routes() -> set[str]:
-        return {route.path.replace(":path", "") for route in Application(FakeEngine(), ServerConfig()).routes}
+        return {route.path.replace(":path", "") for route in fake_application().routes}
 
     assert set(document["paths"]) == asyncio.run(routes())
     operations = [operation for item in document["paths"].values() for operation in item.values()]

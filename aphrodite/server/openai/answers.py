@@ -15,7 +15,7 @@ from aphrodite.chat.events import CallArguments, CallStart, Event, ParsedAnswer,
 from aphrodite.chat.reasoning import reasoning_marks
 from aphrodite.outputs import CompletionOutput
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.openai.finish import openai_finish_reason
 from aphrodite.server.openai.protocol import ChatFields
@@ -28,7 +28,7 @@ _TAIL = 32  # tokens: more than the opening of any answer's reasoning has
 
 
 def answer_format(
-    fields: ChatFields, context: ServerContext, prompt_token_ids: list[int], tools: ToolUse
+    fields: ChatFields, context: ModelContext, prompt_token_ids: list[int], tools: ToolUse
 ) -> AnswerFormat:
     """How the answers to a conversation are marked; see `AnswerFormat`."""
     reasoned = _reasoning_format(fields, context, prompt_token_ids)
@@ -66,7 +66,7 @@ def with_grammar(
     return msgspec.structs.replace(params, grammar=behind), answers
 
 
-def _reasoning_format(fields: ChatFields, context: ServerContext, prompt_token_ids: list[int]) -> AnswerFormat:
+def _reasoning_format(fields: ChatFields, context: ModelContext, prompt_token_ids: list[int]) -> AnswerFormat:
     reasoning = reasoning_marks(template_of(fields, context).traits, context.config.reasoning_parser)
     if reasoning is None:
         return AnswerFormat()

@@ -14,7 +14,7 @@ from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import off_loop, parse, read_object
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.answers import AnswerReader, answer_format, with_grammar
@@ -44,21 +44,21 @@ class ChatEndpoint:
 
     async def create(self, request: Request) -> Response | ASGIApp:
         """Answer a conversation."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported(body, ChatFields)
         fields = parse(ChatFields, body)
-        model = context.resolve_model(fields.model)
-        base = msgspec.structs.replace(context.engine.model.sampling_defaults, logprobs=self._num_logprobs(fields))
+        context = await self._context.resolve(request, fields.model)
+        num_logprobs = _num_logprobs(fields, context)
+        base = msgspec.structs.replace(context.engine.model.sampling_defaults, logprobs=num_logprobs)
         preset = preset_of(request, fields.preset, context.config)
         params = sampling_params(body, ChatFields, context.engine.model, base=base, preset=preset)
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
         token_ids, params = await chat_prompt(fields, params, context)
-        reader, params = self._reader(fields, params, token_ids)
+        reader, params = _reader(fields, params, token_ids, context)
         generation = Generation.of(
-            "chatcmpl", model, [token_ids], params, priority=fields.priority, cache_salt=fields.cache_salt
+            "chatcmpl", context.name, [token_ids], params, priority=fields.priority, cache_salt=fields.cache_salt
         )
         warnings = field_warnings(body, ChatFields, preset)
         warnings += filter(None, [effort_warning(fields, context)])
@@ -74,37 +74,38 @@ class ChatEndpoint:
             raise _renamed(error) from None
         return json_response(whole, headers)
 
-    def _reader(
-        self, fields: ChatFields, params: SamplingParams, prompt_token_ids: list[int]
-    ) -> tuple[AnswerReader | None, SamplingParams]:
-        """What takes the answers apart, None if they are just text; `params` as it needs them."""
-        context = self._context
-        tokenizer = context.engine.tokenizer
-        tools = read_tool_use(fields)
-        answers = answer_format(fields, context, prompt_token_ids, tools)
-        params, answers = with_grammar(params, answers, tools, tokenizer)
-        if answers.plain:
-            return None, params
-        reader = AnswerReader(
-            answers,
-            tokenizer,
-            prompt_token_ids,
-            tools=tools,
-            show_special=not params.skip_special_tokens,
-            include_reasoning=fields.include_reasoning,
-        )
-        return reader, msgspec.structs.replace(params, skip_special_tokens=False)  # some are marks
 
-    def _num_logprobs(self, fields: ChatFields) -> int | None:
-        wanted = fields.top_logprobs
-        if wanted is None or (wanted == 0 and not fields.logprobs):
-            return 0 if fields.logprobs else None
-        if not fields.logprobs:
-            raise invalid("top_logprobs", "needs logprobs to be true")
-        limit = min(MAX_TOP_LOGPROBS, self._context.engine.model.max_logprobs)
-        if wanted > limit:
-            raise invalid("top_logprobs", f"must be at most {limit}")
-        return wanted
+def _reader(
+    fields: ChatFields, params: SamplingParams, prompt_token_ids: list[int], context: ModelContext
+) -> tuple[AnswerReader | None, SamplingParams]:
+    """What takes the answers apart, None if they are just text; `params` as it needs them."""
+    tokenizer = context.engine.tokenizer
+    tools = read_tool_use(fields)
+    answers = answer_format(fields, context, prompt_token_ids, tools)
+    params, answers = with_grammar(params, answers, tools, tokenizer)
+    if answers.plain:
+        return None, params
+    reader = AnswerReader(
+        answers,
+        tokenizer,
+        prompt_token_ids,
+        tools=tools,
+        show_special=not params.skip_special_tokens,
+        include_reasoning=fields.include_reasoning,
+    )
+    return reader, msgspec.structs.replace(params, skip_special_tokens=False)  # some are marks
+
+
+def _num_logprobs(fields: ChatFields, context: ModelContext) -> int | None:
+    wanted = fields.top_logprobs
+    if wanted is None or (wanted == 0 and not fields.logprobs):
+        return 0 if fields.logprobs else None
+    if not fields.logprobs:
+        raise invalid("top_logprobs", "needs logprobs to be true")
+    limit = min(MAX_TOP_LOGPROBS, context.engine.model.max_logprobs)
+    if wanted > limit:
+        raise invalid("top_logprobs", f"must be at most {limit}")
+    return wanted
 
 
 def _renamed(error: InvalidRequestError) -> InvalidRequestError:
@@ -119,7 +120,7 @@ class _Answer:
 
     def __init__(
         self,
-        context: ServerContext,
+        context: ModelContext,
         generation: Generation,
         fields: ChatFields,
         reader: AnswerReader | None,

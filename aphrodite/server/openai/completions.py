@@ -15,7 +15,7 @@ from aphrodite.core.plan import TokenLogprobs
 from aphrodite.engine.preparation import wants_negative_prompt, with_negative_prompt
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.server.body import off_loop, parse, read_object
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.chunks import ChunkWriter
@@ -49,11 +49,10 @@ class CompletionEndpoint:
 
     async def create(self, request: Request) -> Response | ASGIApp:
         """Continue one or more prompts."""
-        context = self._context
-        body = await read_object(request, max_depth=context.config.max_json_depth)
+        body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported(body)
         fields = parse(CompletionFields, body)
-        model = context.resolve_model(fields.model)
+        context = await self._context.resolve(request, fields.model)
         base = msgspec.structs.replace(context.engine.model.sampling_defaults, max_tokens=_MAX_TOKENS)
         preset = preset_of(request, fields.preset, context.config)
         params = sampling_params(body, CompletionFields, context.engine.model, base=base, preset=preset)
@@ -78,7 +77,7 @@ class CompletionEndpoint:
             params = with_negative_prompt(params, negative if keep is None else negative[-keep:])
         generation = Generation.of(
             "cmpl",
-            model,
+            context.name,
             [prompt.token_ids for prompt in prompts],
             params,
             priority=fields.priority,
@@ -109,7 +108,7 @@ class _Answer:
 
     def __init__(
         self,
-        context: ServerContext,
+        context: ModelContext,
         generation: Generation,
         fields: CompletionFields,
         prompts: list[Prompt],

@@ -18,23 +18,28 @@ class ModelsEndpoint:
 
     async def list(self, request: Request) -> Response:
         """The names this server answers to."""
-        cards = [self._card(name) for name in self._context.model_names]
+        cards = [self._card(name) for name in self._context.models.names]
         return json_response({"object": "list", "data": cards})
 
     async def show(self, request: Request) -> Response:
         """One model."""
-        return json_response(self._card(self._context.resolve_model(request.path_params["model_id"])))
+        return json_response(self._card(request.path_params["model_id"]))
 
     def _card(self, name: str) -> dict[str, Any]:
-        model = self._context.engine.model
-        first = self._context.model_names[0]
-        return {
+        served = self._context.models.find(name)
+        first, facts = served.names[0], served.facts
+        card = {
             "id": name,
             "object": "model",
-            "created": model.created,
+            "created": served.created,
             "owned_by": "aphrodite",
-            "root": model.root,
             "parent": None if name == first else first,
-            "max_model_len": model.max_model_len,
-            "sampling_defaults": to_mapping(model.sampling_defaults),
+        }
+        if facts is None:
+            return card
+        return {
+            **card,
+            "root": facts.model.root,
+            "max_model_len": facts.model.max_model_len,
+            "sampling_defaults": to_mapping(facts.model.sampling_defaults),
         }

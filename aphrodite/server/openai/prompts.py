@@ -7,7 +7,7 @@ from typing import Any
 
 from aphrodite.errors import InvalidRequestError
 from aphrodite.server.body import off_loop
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext
 from aphrodite.server.errors import ApiError, invalid
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ class Prompt:
 
 
 async def read_prompts(
-    value: Any, context: ServerContext, *, add_special_tokens: bool, truncate: int | None
+    value: Any, context: ModelContext, *, add_special_tokens: bool, truncate: int | None
 ) -> list[Prompt]:
     """The prompts of a completions request. Null or an empty text stands for the start of a document.
 
@@ -46,7 +46,7 @@ async def read_prompts(
     return prompts
 
 
-async def encode(text: str, context: ServerContext, *, field: str, special: bool, bounded: bool) -> list[int]:
+async def encode(text: str, context: ModelContext, *, field: str, special: bool, bounded: bool) -> list[int]:
     """Token ids of a text; `bounded` refuses what cannot fit the context, before tokenizing where possible."""
     limit = context.engine.model.max_model_len if bounded else None
     tokenizer = context.engine.tokenizer
@@ -59,7 +59,7 @@ async def encode(text: str, context: ServerContext, *, field: str, special: bool
         raise InvalidRequestError(str(error), param=field, code=error.code) from None
 
 
-def check_ids(ids: list[int], context: ServerContext, *, field: str) -> None:
+def check_ids(ids: list[int], context: ModelContext, *, field: str) -> None:
     """Refuse ids that are none of the model's tokens.
 
     Raises:

@@ -12,7 +12,7 @@ from aphrodite.engine.preparation import wants_negative_prompt, with_negative_pr
 from aphrodite.errors import InvalidRequestError
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import THREAD_BYTES, off_loop
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext
 from aphrodite.server.errors import invalid, unsupported
 from aphrodite.server.openai.messages import read_messages, text_size
 from aphrodite.server.openai.prompts import encode, truncation
@@ -23,7 +23,7 @@ _EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}  # template
 
 
 async def chat_prompt(
-    fields: ChatFields, params: SamplingParams, context: ServerContext
+    fields: ChatFields, params: SamplingParams, context: ModelContext
 ) -> tuple[list[int], SamplingParams]:
     """The conversation's token ids; `params` with the template's stops and the ids that guidance moves away from."""
     engine = context.engine
@@ -41,7 +41,7 @@ async def chat_prompt(
 
 
 async def render_chat(
-    fields: ChatFields, context: ServerContext, *, bounded: bool, negative: str | None = None
+    fields: ChatFields, context: ModelContext, *, bounded: bool, negative: str | None = None
 ) -> list[int]:
     """Token ids of the rendered conversation; `bounded` refuses what cannot fit the context.
 
@@ -97,7 +97,7 @@ def _variables(fields: ChatFields) -> dict[str, Any]:
     return {**thinking, **level, **fields.chat_template_kwargs}
 
 
-def effort_warning(fields: ChatFields, context: ServerContext) -> str | None:
+def effort_warning(fields: ChatFields, context: ModelContext) -> str | None:
     """What to say of a `reasoning_effort` that the model's template has no use for."""
     effort = fields.reasoning_effort
     if effort is None:
@@ -111,13 +111,13 @@ def effort_warning(fields: ChatFields, context: ServerContext) -> str | None:
     return None
 
 
-def _check_template(fields: ChatFields, context: ServerContext) -> None:
+def _check_template(fields: ChatFields, context: ModelContext) -> None:
     if fields.chat_template is not None and not context.config.trust_request_chat_template:
         why = "this server takes no templates from requests (start it with --trust-request-chat-template)"
         raise unsupported("chat_template", why)
 
 
-def template_of(fields: ChatFields, context: ServerContext) -> ChatTemplate:
+def template_of(fields: ChatFields, context: ModelContext) -> ChatTemplate:
     """The request's own template, else the model's."""
     if fields.chat_template is None:
         return context.engine.chat_template
