@@ -180,6 +180,13 @@ class ServerSettings:
     api_key: tuple[str, ...] = _setting(
         (), "Keys that clients must send (Bearer or X-API-Key); none lets everyone in.", "Server", secret=True
     )
+    admin_key: tuple[str, ...] = _setting(
+        (),
+        "Keys that also open what changes the server: loading, unloading, fetching and removing models and adapters; "
+        "none closes that to everyone.",
+        "Server",
+        secret=True,
+    )
     allowed_hosts: tuple[str, ...] = _setting(
         (), "Host names to answer to, beside loopback and --host; * is any.", "Server", example="models.example.org"
     )

@@ -54,7 +54,7 @@ class Application:
         shapes = {route.path: group.error_shape for group in self.groups for route in group.routes}
         app: ASGIApp = Router(self.routes, redirect_slashes=False, default=_not_found)
         app = Gate(RequestHolds(app), models.dead, self.lifecycle)
-        app = Authentication(app, config.api_keys)
+        app = Authentication(app, config)
         app = RequestLimits(app, config)
         app = Edge(app, metrics, shapes, log_requests=config.log_requests)
         # Outside of everything, so that pages of allowed origins can read errors too.

@@ -18,6 +18,7 @@ class ServerConfig:
 
     Attributes:
         api_keys: keys that open every route that is not public; empty lets everyone in.
+        admin_keys: keys that open those as well, and what changes the server; empty lets nobody do that.
         allowed_hosts: further `Host` names (loopback names and the bound address are always allowed);
             "*" accepts any, which takes away the protection against DNS rebinding.
         cors_origins: exact origins whose pages may call the API from a browser; "*" is all.
@@ -36,6 +37,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 2242
     api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     root_path: str = ""
@@ -75,6 +77,7 @@ class ServerConfig:
             host=settings.host,
             port=settings.port,
             api_keys=settings.api_key,
+            admin_keys=settings.admin_key,
             allowed_hosts=settings.allowed_hosts,
             cors_origins=settings.cors_origins,
             root_path=settings.root_path,

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import aphrodite
+from aphrodite.server.auth import is_admin
 from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.openai.prompts import check_ids, encode
@@ -80,8 +81,8 @@ class ProbeEndpoints:
         return json_response({"text": text})
 
     async def permission(self, request: Request) -> Response:
-        """What the request's key allows; there are no others than those of the API."""
-        return json_response({"permission": "api"})
+        """What the request's key allows: `admin`, or `api`."""
+        return json_response({"permission": "admin" if is_admin(request) else "api"})
 
     async def props(self, request: Request) -> Response:
         """The server's properties, as llama.cpp names them."""

@@ -127,3 +127,23 @@ def test_keys_are_never_compared_with_equality() -> None:
     assert "compare_digest" in source
     assert "key ==" not in source
     assert "== key" not in source
+
+
+async def test_an_admin_key_opens_what_other_keys_open_and_is_told_apart(make_app: Callable[..., Any]) -> None:
+    app, _ = make_app(api_keys=(KEY,), admin_keys=("sk-admin",))
+    async with client(app) as http:
+        for headers, permission in (
+            ({"authorization": f"Bearer {KEY}"}, "api"),
+            ({"x-admin-key": KEY}, "api"),
+            ({"authorization": "Bearer sk-admin"}, "admin"),
+            ({"x-api-key": "sk-admin"}, "admin"),
+            ({"x-admin-key": "sk-admin", "authorization": "Bearer wrong"}, "admin"),
+        ):
+            assert (await http.get("/v1/auth/permission", headers=headers)).json() == {"permission": permission}
+        assert (await http.get("/v1/models", headers={"x-admin-key": "sk-admi"})).status_code == 401
+
+
+async def test_an_admin_key_alone_closes_nothing_that_is_open(make_app: Callable[..., Any]) -> None:
+    app, _ = make_app(admin_keys=("sk-admin",))
+    async with client(app) as http:
+        assert (await http.get("/v1/auth/permission")).json() == {"permission": "api"}
