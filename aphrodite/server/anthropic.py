@@ -21,7 +21,7 @@ from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
-from aphrodite.server.errors import ApiError, invalid, unsupported
+from aphrodite.server.errors import ApiError, invalid, prompt_as, unsupported
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, refuse_unsupported, sampling_params
 from aphrodite.server.openai.rendering import chat_prompt, render_chat
@@ -120,8 +120,7 @@ class MessagesEndpoints:
                 )
             whole = await context.supervisor.run(answer.whole(), request.receive)
         except InvalidRequestError as error:
-            param = "messages" if error.param == "prompt" else error.param
-            raise InvalidRequestError(str(error), param=param, code=error.code) from None
+            raise prompt_as(error, "messages") from None
         return json_response(whole, headers)
 
     async def count_tokens(self, request: Request) -> Response:

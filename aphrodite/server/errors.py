@@ -81,6 +81,11 @@ def invalid(name: str | None, why: str, *, code: str | None = "invalid_value") -
     return ApiError(400, message, param=name, code=code)
 
 
+def prompt_as(error: InvalidRequestError, field: str) -> InvalidRequestError:
+    """What the engine says of a prompt, said of the field that the endpoint's clients sent instead."""
+    return InvalidRequestError(str(error), param=field, code=error.code) if error.param == "prompt" else error
+
+
 def shutting_down() -> ApiError:
     return ApiError(
         503, "The server is shutting down. Try again in a moment.", code="shutting_down", headers=retry_after(5)

@@ -20,11 +20,36 @@ from aphrodite.server.errors import invalid
 from aphrodite.server.openai.finish import openai_finish_reason
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import template_of
-from aphrodite.server.openai.tools import ToolUse, behind_reasoning
+from aphrodite.server.openai.tools import ToolUse, behind_reasoning, read_tool_use
 from aphrodite.tokenizer.detokenizer import IncrementalDetokenizer
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
 _TAIL = 32  # tokens: more than the opening of any answer's reasoning has
+
+
+def answer_reader(
+    fields: ChatFields, params: SamplingParams, prompt_token_ids: list[int], context: ModelContext
+) -> tuple[AnswerReader | None, SamplingParams]:
+    """What takes a conversation's answers apart, None if they are just text; `params` as it needs them.
+
+    Raises:
+        ApiError: 400: what the request says of tools is wrong, or at odds with the rest.
+    """
+    tokenizer = context.engine.tokenizer
+    tools = read_tool_use(fields)
+    answers = answer_format(fields, context, prompt_token_ids, tools)
+    params, answers = with_grammar(params, answers, tools, tokenizer)
+    if answers.plain:
+        return None, params
+    reader = AnswerReader(
+        answers,
+        tokenizer,
+        prompt_token_ids,
+        tools=tools,
+        show_special=not params.skip_special_tokens,
+        include_reasoning=fields.include_reasoning,
+    )
+    return reader, msgspec.structs.replace(params, skip_special_tokens=False)  # some are marks
 
 
 def answer_format(
@@ -151,7 +176,7 @@ class AnswerReader:
             message["function_call"] = functions[0]
         elif functions:
             message["tool_calls"] = [
-                {"id": self._call_id(), "type": "function", "function": function} for function in functions
+                {"id": self.call_id(), "type": "function", "function": function} for function in functions
             ]
         return message
 
@@ -164,13 +189,13 @@ class AnswerReader:
                 return {"reasoning_content": text, "reasoning": text}
             case CallStart(number, name):
                 function = {"name": name, "arguments": ""}
-                call = {"index": number, "id": self._call_id(), "type": "function", "function": function}
+                call = {"index": number, "id": self.call_id(), "type": "function", "function": function}
             case CallArguments(number, text):
                 function = {"arguments": text}
                 call = {"index": number, "function": function}
         return {"function_call": function} if self._tools.legacy else {"tool_calls": [call]}
 
-    def _call_id(self) -> str:
+    def call_id(self) -> str:
         """A call's id; Mistral's templates demand nine letters and digits when it comes back."""
         return uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
 

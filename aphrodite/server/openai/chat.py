@@ -12,12 +12,11 @@ from starlette.types import ASGIApp
 
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
-from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
-from aphrodite.server.errors import invalid
+from aphrodite.server.errors import invalid, prompt_as
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
-from aphrodite.server.openai.answers import AnswerReader, answer_format, with_grammar
+from aphrodite.server.openai.answers import AnswerReader, answer_reader
 from aphrodite.server.openai.chunks import ChunkWriter
 from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
@@ -29,7 +28,6 @@ from aphrodite.server.openai.protocol import (
     sampling_params,
 )
 from aphrodite.server.openai.rendering import chat_prompt, effort_warning
-from aphrodite.server.openai.tools import read_tool_use
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
@@ -56,7 +54,7 @@ class ChatEndpoint:
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
         token_ids, params = await chat_prompt(fields, params, context)
-        reader, params = _reader(fields, params, token_ids, context)
+        reader, params = answer_reader(fields, params, token_ids, context)
         generation = Generation.of(
             "chatcmpl", context.name, [token_ids], params, priority=fields.priority, cache_salt=fields.cache_salt
         )
@@ -71,29 +69,8 @@ class ChatEndpoint:
                 )
             whole = await context.supervisor.run(answer.whole(), request.receive)
         except InvalidRequestError as error:
-            raise _renamed(error) from None
+            raise prompt_as(error, "messages") from None
         return json_response(whole, headers)
-
-
-def _reader(
-    fields: ChatFields, params: SamplingParams, prompt_token_ids: list[int], context: ModelContext
-) -> tuple[AnswerReader | None, SamplingParams]:
-    """What takes the answers apart, None if they are just text; `params` as it needs them."""
-    tokenizer = context.engine.tokenizer
-    tools = read_tool_use(fields)
-    answers = answer_format(fields, context, prompt_token_ids, tools)
-    params, answers = with_grammar(params, answers, tools, tokenizer)
-    if answers.plain:
-        return None, params
-    reader = AnswerReader(
-        answers,
-        tokenizer,
-        prompt_token_ids,
-        tools=tools,
-        show_special=not params.skip_special_tokens,
-        include_reasoning=fields.include_reasoning,
-    )
-    return reader, msgspec.structs.replace(params, skip_special_tokens=False)  # some are marks
 
 
 def _num_logprobs(fields: ChatFields, context: ModelContext) -> int | None:
@@ -106,13 +83,6 @@ def _num_logprobs(fields: ChatFields, context: ModelContext) -> int | None:
     if wanted > limit:
         raise invalid("top_logprobs", f"must be at most {limit}")
     return wanted
-
-
-def _renamed(error: InvalidRequestError) -> InvalidRequestError:
-    """The engine speaks of a prompt where this endpoint's clients sent messages."""
-    if error.param != "prompt":
-        return error
-    return InvalidRequestError(str(error), param="messages", code=error.code)
 
 
 class _Answer:
@@ -159,7 +129,7 @@ class _Answer:
         try:
             await self._stream(events)
         except InvalidRequestError as error:
-            raise _renamed(error) from None
+            raise prompt_as(error, "messages") from None
 
     async def _stream(self, events: EventStream) -> None:
         options = self._fields.stream_options
