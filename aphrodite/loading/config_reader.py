@@ -62,6 +62,15 @@ class ConfigReader:
         """Whether the key is present, even as null."""
         return self._prefix + key in self._values
 
+    def is_set(self, key: str) -> bool:
+        """Whether the key is present and neither null, false, zero nor empty."""
+        return bool(self._values.get(self._prefix + key))
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys, in order."""
+        return [key.removeprefix(self._prefix) for key in self._values if key.startswith(self._prefix)]
+
     @overload
     def read(self, key: str, expected: type[T], *, low: float = ..., high: float = ...) -> T: ...
     @overload

@@ -123,6 +123,37 @@ def match_weights(
     return Weights(parameters)
 
 
+class MatrixPlace(NamedTuple):
+    """Where a checkpoint keeps a weight's rows.
+
+    Attributes:
+        name: of the module that holds them, without `.weight`.
+        rows: of that module.
+        arranged: takes a matrix of so many rows and any columns to the rows of the weight, in the decoder's order.
+    """
+
+    name: str
+    rows: int
+    arranged: Callable[[RawTensor], RawTensor]
+
+
+def matrix_places(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], storage: Storage) -> dict[str, MatrixPlace]:
+    """Places of the matrices `shapes` of layers, by canonical name, for whatever belongs to rows of weights.
+
+    Args:
+        shapes: of `parameter_shapes(spec)`, those of `[out, in]` that one module each holds, or several stacked.
+    """
+    found: dict[str, MatrixPlace] = {}
+    for canonical, place in _places(spec, shapes, storage).items():
+
+        def arranged(raw: RawTensor, canonical: str = canonical, place: _Place = place) -> RawTensor:
+            shape = (shapes[canonical][0], raw.shape[1])
+            return _loader(canonical, shape, [raw], place.rows, spec, storage)()
+
+        found[canonical] = MatrixPlace(place.names[0].removesuffix(".weight"), place.shape[0], arranged)
+    return found
+
+
 _Rows = np.ndarray | slice
 
 

@@ -78,17 +78,18 @@ def family_of_config(config: ConfigReader) -> Family:
             return family
         if any(name in family.wrapped_by for name in found):
             text = config.section("text_config")
-            return _by_name(text.read("model_type", str, "") if text is not None else "") or family
+            return family_named(text.read("model_type", str, "") if text is not None else "") or family
     if not found:
         found = [config.read("model_type", str, "")]
-        family_of_type = _by_name(found[0])
+        family_of_type = family_named(found[0])
         if family_of_type is not None:
             return family_of_type
     known = [name for family in FAMILIES for name in family.architectures + family.wrapped_by]
     raise _unsupported(config.source, ", ".join(found), known)
 
 
-def _by_name(model_type: str) -> Family | None:
+def family_named(model_type: str) -> Family | None:
+    """The family with this `name`, which is a config.json's `model_type` and a spec's `family`."""
     return next((family for family in FAMILIES if family.name == model_type), None)
 
 
