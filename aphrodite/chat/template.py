@@ -11,7 +11,7 @@ from typing import Any
 from aphrodite.chat import limits
 from aphrodite.chat.conversation import adaptations, system_texts, with_arguments, with_names
 from aphrodite.chat.jinja import JinjaTemplate, TemplateRefusedError
-from aphrodite.chat.tools.instruction import with_instruction
+from aphrodite.chat.tools.instruction import has_calls, with_instruction, without_calls
 from aphrodite.chat.traits import TemplateTraits, describe_template
 from aphrodite.errors import InvalidRequestError
 
@@ -120,10 +120,7 @@ class ChatTemplate:
                 to continue.
         """
         self._check_use(documents)
-        messages = list(messages)
-        if tools and self.traits.tool_format is None:
-            self._log_once("tools are described in the system message", "it does not tell the model of tools")
-            messages, tools = list(with_instruction(messages, tools)), None
+        messages, tools = self._told_in_words(list(messages), tools)
         template = self._template_for(tools, documents)
         request = _Request(
             add_generation_prompt,
@@ -136,6 +133,22 @@ class ChatTemplate:
         if all(isinstance(message, Mapping) for message in messages):  # else the rendering says what is wrong
             return self._fit(template, self._prepared(template, messages), request)
         return request.render(template, messages)
+
+    def _told_in_words(
+        self, messages: list[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[list[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None]:
+        """The conversation, and the tools for the template: none for one that knows none. There texts tell of tools,
+        calls and results, also where a request offers no tools any more."""
+        well_formed = all(isinstance(message, Mapping) for message in messages)  # else the rendering says what is wrong
+        if not well_formed or not (tools or has_calls(messages)) or self.traits.tool_format is not None:
+            return messages, tools
+        if tools:
+            self._log_once("tools are described in the system message", "it does not tell the model of tools")
+            return list(with_instruction(messages, tools)), None
+        if self.traits.calls:
+            return messages, None
+        self._log_once("calls and results became texts", "it does not show calls")
+        return list(without_calls(messages)), None
 
     def _check_use(self, documents: Any) -> None:
         if documents and not self.traits.documents:

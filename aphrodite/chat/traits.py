@@ -50,6 +50,7 @@ class TemplateTraits:
         stop: texts that end the assistant's turn, beside the end-of-sequence token.
         tool_format: how the model is asked to call tools; None: it is not told of tools. `json` is any format without
             a name here.
+        calls: it shows earlier calls. One that has no variable for tools may do so all the same.
         arguments_as_text: it takes the arguments of earlier calls as JSON text, not as an object.
         documents: it shows documents.
         reasoning: None where the template says nothing of it.
@@ -59,6 +60,7 @@ class TemplateTraits:
     names: bool
     stop: tuple[str, ...]
     tool_format: ToolFormat | None
+    calls: bool
     arguments_as_text: bool
     documents: bool
     reasoning: Reasoning | None
@@ -111,12 +113,14 @@ def describe_template(source: str) -> TemplateTraits:
     """
     template = _Probe(JinjaTemplate(source, bos_token=_BOS, eos_token=_EOS))
     tool_format = _tool_format(template)
+    as_object, as_text = _shows_call(template, {_ARGUMENT: 1}), _shows_call(template, f'{{"{_ARGUMENT}": 1}}')
     return TemplateTraits(
         system_role=_SYSTEM in template(_turn("system", _SYSTEM), _turn("user", _USER)),
         names=_NAME in template({**_turn("user", _USER), "name": _NAME}),
         stop=_stop(template, tool_format),
         tool_format=tool_format,
-        arguments_as_text=_takes_text(template),
+        calls=as_object or as_text,
+        arguments_as_text=as_text and not as_object,
         documents="documents" in template.variables,
         reasoning=_reasoning(template),
     )
@@ -162,15 +166,11 @@ def _tool_format(template: _Probe) -> ToolFormat | None:
     return "json"
 
 
-def _takes_text(template: _Probe) -> bool:
-    """Whether an earlier call is shown right only with its arguments as text."""
-
-    def shows(arguments: Any) -> bool:
-        function = {"name": "f", "arguments": arguments}
-        call = {**_turn("assistant", ""), "tool_calls": [{"id": "abcdefghi", "type": "function", "function": function}]}
-        return _ARGUMENT in template(_turn("user", _USER), call)
-
-    return not shows({_ARGUMENT: 1}) and shows(f'{{"{_ARGUMENT}": 1}}')
+def _shows_call(template: _Probe, arguments: Any) -> bool:
+    """Whether it shows an earlier call with these arguments, which hold `_ARGUMENT`."""
+    function = {"name": "f", "arguments": arguments}
+    call = {**_turn("assistant", ""), "tool_calls": [{"id": "abcdefghi", "type": "function", "function": function}]}
+    return _ARGUMENT in template(_turn("user", _USER), call)
 
 
 def _reasoning(template: _Probe) -> Reasoning | None:

@@ -17,6 +17,7 @@ NO_TRAITS = TemplateTraits(
     names=False,
     stop=(),
     tool_format=None,
+    calls=False,
     arguments_as_text=False,
     documents=False,
     reasoning=None,

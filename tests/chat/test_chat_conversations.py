@@ -43,7 +43,7 @@ def user(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "user", "content": text, **more}
 
 
-def assistant(text: str, **more: Any) -> dict[str, Any]:
+def assistant(text: str | None, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
@@ -100,16 +100,18 @@ def test_parts_are_joined_as_parts() -> None:
 
 def test_tools_turns_are_never_joined() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
-    source = "{% for m in messages %}{{ m.role }} {% endfor %}{{ raise_exception('no') if messages | length == 6 }}"
+    turn = "{{ m.role }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments }}{% endif %} "
+    source = "{% for m in messages %}" + turn + "{% endfor %}{{ raise_exception('no') if messages | length == 6 }}"
     messages = [user("a"), user("b"), assistant("", tool_calls=[call]), assistant("", tool_calls=[call]),
                 {"role": "tool", "content": "x", "tool_call_id": "1"},
                 {"role": "tool", "content": "y", "tool_call_id": "1"}]  # fmt: skip
-    assert ChatTemplate(source).render(messages) == "user assistant assistant tool tool "
+    assert ChatTemplate(source).render(messages) == "user assistant{} assistant{} tool tool "
 
 
 def test_what_no_form_suits_is_refused_for_the_first_reason() -> None:
-    with pytest.raises(InvalidRequestError, match="roles must alternate"):
-        ChatTemplate(STRICT).render([user("a"), {"role": "tool", "content": "b"}, {"role": "tool", "content": "c"}])
+    source = "{{ raise_exception('two turns') if messages | length == 2 }}{{ raise_exception('one turn') }}"
+    with pytest.raises(InvalidRequestError, match="two turns"):
+        ChatTemplate(source).render([user("a"), user("b")])
     with pytest.raises(InvalidRequestError, match="never") as error:
         ChatTemplate("{{ raise_exception('never') }}").render([user("a")])
     assert error.value.param == "messages"
@@ -144,7 +146,9 @@ def test_a_template_that_shows_names_keeps_them() -> None:
 
 def test_a_tools_name_is_not_a_speakers() -> None:
     messages = [user("a"), {"role": "tool", "name": "f", "content": "x"}]
-    assert ChatTemplate("{% for m in messages %}{{ m.content }}|{% endfor %}").render(messages) == "a|x|"
+    assert ChatTemplate("{% for m in messages %}{{ m.content }}|{% endfor %}").render(messages) == (
+        "a|<tool_response>\nx\n</tool_response>|"
+    )
 
 
 def test_a_name_stands_before_the_first_part() -> None:
@@ -215,6 +219,19 @@ def test_tools_that_a_template_does_not_show_are_told_of_in_words(caplog: pytest
         "<system>S\n\nYou can call tools."
     )
     assert template.render([user("a")], tools=[]) == "<user>a</>"
+
+
+def test_earlier_calls_are_told_in_words_where_no_tools_are_offered_any_more() -> None:
+    loop = "{% for m in messages %}<{{ m.role }}>{{ m.content + '' }}</>{% endfor %}"
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    talk = [user("a"), assistant(None, tool_calls=[call]), {"role": "tool", "tool_call_id": "1", "content": "b"}]
+    text = ChatTemplate(loop).render(talk, add_generation_prompt=False)
+    assert text == (
+        '<user>a</><assistant><tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call></>'
+        "<user><tool_response>\nb\n</tool_response></>"
+    )
+    knows = "{% for m in messages %}{{ m.role }}{{ m.tool_calls }};{% endfor %}"
+    assert ChatTemplate(knows).render(talk, add_generation_prompt=False).endswith("tool;")
 
 
 @pytest.mark.parametrize("given", ['{"city": "Zürich"}', {"city": "Zürich"}])

@@ -291,12 +291,15 @@ async def test_messages_reach_the_template_as_texts(server: RunningServer) -> No
     messages: list[Any] = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]},
         {"role": "tool", "content": "42", "tool_call_id": "1"},
     ]
     await chat(server, messages=messages, max_tokens=1, extra_body={"chat_template_kwargs": {"mood": "dark"}})
     prompt = bytes(server.engine.seen[-1][0]).decode()
-    assert prompt == "system: Be brief.\nuser: one\ntwo\nassistant: None\ntool: 42\n[mood=dark]\nassistant:"
+    assert prompt == (
+        'system: Be brief.\nuser: one\ntwo\nassistant: <tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
+        "user: <tool_response>\n42\n</tool_response>\n[mood=dark]\nassistant:"
+    )
 
 
 async def test_the_last_message_can_be_continued(server: RunningServer) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 Message = Mapping[str, Any]
+
+_RESULTS: Final = ("tool", "function")
 
 
 def with_instruction(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -14,12 +16,22 @@ def with_instruction(messages: Sequence[Message], tools: Sequence[Mapping[str, A
 
     Earlier calls become texts in the form that is asked for, and their results become the user's.
     """
-    spoken = [_spoken(message) for message in messages]
+    spoken = without_calls(messages)
     instruction = _instruction(tools)
     if spoken and spoken[0].get("role") == "system":
         first = spoken[0]
         return [{**first, "content": _joined(first.get("content"), instruction)}, *spoken[1:]]
     return [{"role": "system", "content": instruction}, *spoken]
+
+
+def has_calls(messages: Sequence[Message]) -> bool:
+    """Whether a conversation has calls or results."""
+    return any(message.get("tool_calls") or message.get("role") in _RESULTS for message in messages)
+
+
+def without_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The conversation with calls as the assistant's texts and results as the user's."""
+    return [_spoken(message) for message in messages]
 
 
 def _instruction(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -34,7 +46,7 @@ def _instruction(tools: Sequence[Mapping[str, Any]]) -> str:
 
 def _spoken(message: Message) -> dict[str, Any]:
     """A message without calls, in a role that every template has."""
-    if message.get("role") in ("tool", "function"):
+    if message.get("role") in _RESULTS:
         result = _joined("<tool_response>", message.get("content"), "</tool_response>", between="\n")
         return {"role": "user", "content": result}
     calls = message.get("tool_calls")
