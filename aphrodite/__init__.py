@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from aphrodite.client import AsyncOpenAI, OpenAI
     from aphrodite.config import EngineConfig
     from aphrodite.engine.async_engine import AsyncEngine
+    from aphrodite.engine.embedding import EmbeddingOutput, EmbeddingParams
     from aphrodite.llm import LLM
     from aphrodite.outputs import CompletionOutput, RequestOutput
     from aphrodite.sampling.params import SamplingParams
@@ -20,6 +21,8 @@ __all__ = [
     "AsyncEngine",
     "AsyncOpenAI",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingParams",
     "EngineConfig",
     "OpenAI",
     "RequestOutput",
@@ -31,6 +34,8 @@ _HOMES = {
     "AsyncEngine": "aphrodite.engine.async_engine",
     "AsyncOpenAI": "aphrodite.client",
     "CompletionOutput": "aphrodite.outputs",
+    "EmbeddingOutput": "aphrodite.engine.embedding",
+    "EmbeddingParams": "aphrodite.engine.embedding",
     "EngineConfig": "aphrodite.config",
     "LLM": "aphrodite.llm",
     "OpenAI": "aphrodite.client",

@@ -17,8 +17,16 @@ from aphrodite.chat.library import load_chat_template, recognised_chat_template
 from aphrodite.chat.negative import negative_messages
 from aphrodite.chat.stops import with_template_stops
 from aphrodite.config import make_engine_config
+from aphrodite.core.plan import Pooling
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.builder import build_engine
+from aphrodite.engine.embedding import (
+    PROMPT_ONLY,
+    EmbeddingOutput,
+    EmbeddingParams,
+    check_embedding,
+    embedding_of,
+)
 from aphrodite.engine.grammar_check import GrammarChecker
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.output import RequestStream, merge_outputs
@@ -149,6 +157,26 @@ class LLM:
         finally:
             self._abort(stream)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], params: EmbeddingParams | None = None, *, progress: bool = True
+    ) -> list[EmbeddingOutput]:
+        """The embedding of every prompt (text or token ids), in their order.
+
+        Args:
+            params: None makes them as the model's authors do.
+
+        Raises:
+            InvalidRequestError: a prompt or parameter is out of bounds, or the model makes no embeddings.
+        """
+        params, info = params or EmbeddingParams(), self.info.embedding
+        check_embedding(params, info)
+        checked = [self._check(prompt, PROMPT_ONLY)[0] for prompt in _prompt_list(prompts)]
+        pooling = params.pooling or info.pooling
+        streams = [
+            self._add(ids, PROMPT_ONLY, str(number), whole=True, pooling=pooling) for number, ids in enumerate(checked)
+        ]
+        return [embedding_of(output, params, info) for output in self._run(streams, progress=progress)]
+
     def encode_chat(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """Token ids of a rendered conversation.
 
@@ -204,12 +232,14 @@ class LLM:
             params = with_negative_prompt(params, negative)
         return self.encode_chat(messages, **template), params
 
-    def _add(self, ids: list[int], params: SamplingParams, request_id: str, *, whole: bool) -> RequestStream:
+    def _add(
+        self, ids: list[int], params: SamplingParams, request_id: str, *, whole: bool, pooling: Pooling | None = None
+    ) -> RequestStream:
         answer_ids = [str(next(self._answer_numbers)) for _ in range(params.n)]
         stream = RequestStream(request_id, answer_ids, ids, params, self.tokenizer, whole=whole)
         self._streams.update(dict.fromkeys(answer_ids, stream))
         seeds = answer_seeds(params, secrets.randbits(64))
-        self._core.add(AddRequest(answer_ids, seeds, ids, params, priority=0, cache_salt=None))
+        self._core.add(AddRequest(answer_ids, seeds, ids, params, priority=0, cache_salt=None, pooling=pooling))
         return stream
 
     def _push(self, updates: list[RequestUpdate]) -> list[tuple[RequestStream, RequestOutput]]:

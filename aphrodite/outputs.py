@@ -36,7 +36,8 @@ class RequestOutput:
     """A request's answers so far, or the next piece of them.
 
     `prompt_logprobs` has one entry a prompt token, the first None, and comes with the first piece.
-    `queue_seconds` is how long the request waited for its first step.
+    `queue_seconds` is how long the request waited for its first step. `embedding` is the prompt's, if that was asked
+    for in place of answers: `[hidden_size]` float32 as they lie in memory, neither cut nor normalised.
     """
 
     request_id: str
@@ -47,3 +48,4 @@ class RequestOutput:
     prompt: str | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     queue_seconds: float | None = None
+    embedding: bytes | None = None

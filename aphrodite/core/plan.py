@@ -7,9 +7,12 @@ included. A plan carries only what changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from aphrodite.sampling.params import SamplingParams
+
+Pooling = Literal["mean", "last", "cls"]
+"""What of a prompt's hidden states becomes its embedding: all of them in equal parts, the last, or the first."""
 
 
 class RowStart(NamedTuple):
@@ -20,6 +23,7 @@ class RowStart(NamedTuple):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     seed: int  # 64 bits, unsigned; drawn at random when the request named none
+    pooling: Pooling | None = None  # the request wants its prompt's embedding
 
 
 class RowStep(NamedTuple):
@@ -98,6 +102,7 @@ class RowResult(NamedTuple):
     error: str | None = None  # this request failed; the others are untouched
     trace: TokenTrace | None = None  # if asked for
     complete: bool = False  # the token completed what the request's grammar describes: nothing may follow it
+    embedding: bytes | None = None  # [hidden_size] float32, with the step that completes a prompt to be pooled
 
 
 class StepResult(NamedTuple):

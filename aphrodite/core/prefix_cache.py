@@ -88,6 +88,8 @@ class PrefixCache:
         At least one token is left to compute: a step has to bring logits. None: better to wait, another member
         of its group is computing the prompt.
         """
+        if request.needs_every_position:
+            return FoundPrefix([], None)
         size = self._config.block_size
         limit = (len(request.tokens) + request.num_pending - 1) // size
         if request.awaits_prompt_logprobs:
@@ -125,6 +127,7 @@ class PrefixCache:
 
     def count_hits(self, request: Request, source: Request | None) -> None:
         """Count what the cache, and not `source`, another of its group, had of a request that starts."""
-        if self._config.enable_prefix_caching and source is None and request.row is None:
+        counts = self._config.enable_prefix_caching and not request.needs_every_position
+        if counts and source is None and request.row is None:
             self.num_queries += request.num_prompt_tokens
             self.num_hits += request.num_computed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
-from aphrodite.core.plan import RowStep, TokenLogprobs, TokenTrace
+from aphrodite.core.plan import Pooling, RowStep, TokenLogprobs, TokenTrace
 from aphrodite.outputs import FinishReason
 from aphrodite.sampling.params import SamplingParams
 
@@ -37,6 +37,7 @@ class RequestUpdate(NamedTuple):
     traces: list[TokenTrace] | None = None  # one a new token, if asked for
     warning: str | None = None  # what the guard could not keep out of the answer
     queue_seconds: float | None = None  # with a request's first news: from its coming to its first step
+    embedding: bytes | None = None  # [hidden_size] float32 as they lie in memory, if asked for, with the end
 
 
 class OutputToken(NamedTuple):
@@ -93,6 +94,7 @@ class Request:
     cache_salt: bytes | None = None  # only requests with equal salts share blocks
     guard: TokenGuard | None = None
     negative_prompt_ids: list[int] | None = None  # its tokens are chosen with guidance; see `core/guidance.py`
+    pooling: Pooling | None = None  # of a request that only computes its prompt: what makes its embedding
 
     # Set by the scheduler when the request is added.
     tokens: array[int] = field(init=False)  # int32, known ones: prompt and output
@@ -170,6 +172,11 @@ class Request:
         self.num_rewinds += 1
         self.rewind = rewind
         return dropped
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Whether blocks that others computed do not help: its embedding is made of what they were computed from."""
+        return self.pooling is not None and self.pooling != "last"
 
     @property
     def awaits_prompt_logprobs(self) -> bool:

@@ -283,7 +283,14 @@ class Scheduler:
     def _start_row(self, request: Request, draft: Draft) -> None:
         request.row = heappop(self._free_rows)
         draft.starts.append(
-            RowStart(request.row, request.request_id, request.prompt_token_ids, request.params, request.seed)
+            RowStart(
+                request.row,
+                request.request_id,
+                request.prompt_token_ids,
+                request.params,
+                request.seed,
+                request.pooling,
+            )
         )
 
     def _chunk(self, request: Request, count: int, budget: int, num_behind: int) -> int:
@@ -478,7 +485,8 @@ class Scheduler:
             if request.owner is not None:
                 return None
             if not request.samples and step.start + step.count == request.num_prompt_tokens:
-                return self._end(request, "length", prompt_logprobs=prompt_logprobs)
+                ended = self._end(request, "length", prompt_logprobs=prompt_logprobs)
+                return ended if row.embedding is None else ended._replace(embedding=row.embedding)
             if prompt_logprobs is None:
                 return None
             return RequestUpdate(request.request_id, [], None, prompt_logprobs, None, None, request.num_cached_tokens)

@@ -14,11 +14,20 @@ from pathlib import Path
 from aphrodite.chat.library import load_chat_template, recognised_chat_template
 from aphrodite.chat.template import ChatTemplate
 from aphrodite.config import EngineConfig
+from aphrodite.core.plan import Pooling
 from aphrodite.engine.client import EngineProcess, ProgressCallback
+from aphrodite.engine.embedding import (
+    PROMPT_ONLY,
+    EmbeddingOutput,
+    EmbeddingParams,
+    check_embedding,
+    embedding_of,
+)
 from aphrodite.engine.grammar_check import GrammarChecker
 from aphrodite.engine.messages import (
     AbortRequests,
     AddRequest,
+    EmbeddingInfo,
     EngineInfo,
     EngineStats,
     Fatal,
@@ -61,6 +70,7 @@ class ModelInfo:
     max_logprobs: int
     created: int  # Unix seconds
     sampling_defaults: SamplingParams  # of requests that name no values
+    embedding: EmbeddingInfo
 
 
 class _Consumer:
@@ -111,6 +121,7 @@ class AsyncEngine:
             max_logprobs=config.max_logprobs,
             created=int(time.time()),
             sampling_defaults=info.sampling_defaults,
+            embedding=info.embedding,
         )
         self.dead = asyncio.Event()
         self._config = config
@@ -195,6 +206,38 @@ class AsyncEngine:
         finally:
             self._forget(stream)
 
+    async def embed(
+        self,
+        prompt_token_ids: list[int],
+        params: EmbeddingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EmbeddingOutput:
+        """One prompt's embedding. Cancelling it aborts the request.
+
+        Raises:
+            InvalidRequestError: a parameter or the prompt is out of bounds, or the model makes no embeddings.
+            QueueFullError: too many requests wait already.
+            EngineDeadError: the engine process is gone.
+            RequestFailedError: the engine could not finish it.
+        """
+        self._check_alive()
+        info = self.info.embedding
+        check_embedding(params, info)
+        self._check(prompt_token_ids, PROMPT_ONLY)
+        pooling = params.pooling or info.pooling
+        consumer = self._submit(prompt_token_ids, PROMPT_ONLY, request_id, priority, cache_salt, pooling)
+        try:
+            await consumer.event.wait()
+        finally:
+            self._forget(consumer.stream)
+        if consumer.error is not None:
+            raise consumer.error
+        (end,) = consumer.pieces
+        return embedding_of(end, params, info)
+
     def stats(self) -> EngineStats:
         """Counters and gauges as of the engine's latest step."""
         return self._stats
@@ -227,7 +270,13 @@ class AsyncEngine:
         self._die(EngineDeadError("the engine was shut down"))
 
     def _submit(
-        self, prompt: list[int], params: SamplingParams, request_id: str, priority: int, cache_salt: str | None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int,
+        cache_salt: str | None,
+        pooling: Pooling | None = None,
     ) -> _Consumer:
         self._check_alive()
         self._check_queue(params.n)
@@ -236,7 +285,7 @@ class AsyncEngine:
         for answer_id in answer_ids:
             self._consumers[answer_id] = consumer
         seeds = answer_seeds(params, secrets.randbits(64))
-        self._process.send(AddRequest(answer_ids, seeds, prompt, params, priority, cache_salt))
+        self._process.send(AddRequest(answer_ids, seeds, prompt, params, priority, cache_salt, pooling))
         return consumer
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:

@@ -16,16 +16,17 @@ from aphrodite import platforms
 from aphrodite.config import EngineConfig
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
 from aphrodite.engine.core import EngineCore
-from aphrodite.engine.messages import EngineInfo
+from aphrodite.engine.messages import EmbeddingInfo, EngineInfo
 from aphrodite.engine.sampling_defaults import sampling_defaults
 from aphrodite.errors import ConfigError
 from aphrodite.layers.dense import short_name
 from aphrodite.loading.checkpoint import Checkpoint
 from aphrodite.loading.foreign import open_described
+from aphrodite.loading.pooling import pooling_from_directory, pooling_from_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.at_load import QuantizedWeights
 from aphrodite.quantization.types import QuantType, RawTensor
-from aphrodite.runner.data_plane import DataPlane
+from aphrodite.runner.data_plane import DataPlane, Executor
 from aphrodite.runner.executor import DeviceModelExecutor, ModelExecutor
 from aphrodite.runner.memory import HOST_SHARE, MemoryPlan, device_workspace, plan_memory
 from aphrodite.runner.native import KvDtype, NativeExecutor
@@ -118,8 +119,25 @@ def build_engine(
         kernels=executor.describe(),
         load_seconds=time.perf_counter() - began,
         sampling_defaults=defaults,
+        embedding=_embedding(checkpoint, executor),
     )
     return BuiltEngine(EngineCore(scheduler, runner, tokenizer), info, memory)
+
+
+def _embedding(checkpoint: Checkpoint | ForeignLoader, executor: Executor) -> EmbeddingInfo:
+    """How the checkpoint's embeddings are made, if the executor can."""
+    if not isinstance(checkpoint, Checkpoint):
+        defaults = pooling_from_directory(checkpoint.checkpoint.path)
+    elif checkpoint.gguf is not None:
+        defaults = pooling_from_gguf(checkpoint.gguf, checkpoint.path)
+    else:
+        defaults = pooling_from_directory(checkpoint.path)
+    return EmbeddingInfo(
+        size=checkpoint.spec.hidden_size,
+        pooling=defaults.pooling,
+        normalize=defaults.normalize,
+        declined=defaults.declined or executor.hidden_declined,
+    )
 
 
 class _Built(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from aphrodite.core.plan import Pooling
 from aphrodite.core.request import RequestUpdate
 from aphrodite.sampling.params import SamplingParams
 
@@ -21,6 +22,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", array_like=True):
     params: SamplingParams
     priority: int
     cache_salt: str | None
+    pooling: Pooling | None = None  # no answer: the prompt's embedding
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -52,6 +54,15 @@ class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
     total: int
 
 
+class EmbeddingInfo(msgspec.Struct, frozen=True, array_like=True):
+    """How the model makes embeddings."""
+
+    size: int  # values of one
+    pooling: Pooling  # where a request names none
+    normalize: bool  # the same, to length 1
+    declined: str | None  # why it makes none
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     """What a loaded engine says of itself, once."""
 
@@ -69,6 +80,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     kernels: dict[str, str]
     load_seconds: float
     sampling_defaults: SamplingParams  # of requests that name no values
+    embedding: EmbeddingInfo
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

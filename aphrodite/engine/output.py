@@ -318,6 +318,7 @@ class RequestStream:
             num_cached_tokens=self._num_cached_tokens,
             prompt_logprobs=None if self._prompt_logprobs is None else self._take_prompt_logprobs(),
             queue_seconds=self._queue_seconds,
+            embedding=update.embedding,
         )
 
     def _take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
@@ -345,6 +346,7 @@ def merge_outputs(pieces: list[RequestOutput]) -> RequestOutput:
         finished=whole.finished,
         num_cached_tokens=whole.num_cached_tokens,
         queue_seconds=whole.queue_seconds,
+        embedding=whole.embedding,
     )
     texts: dict[int, list[str]] = {}
     for piece in pieces:

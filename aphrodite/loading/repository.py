@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import PICKLE_SUFFIXES, SPLIT_NAME, LoadFormat
+from aphrodite.loading.pooling import MODULES_NAME
 from aphrodite.loading.safetensors import INDEX_NAME, shard_names
 
-# What of a repository describes a model beside its weights: configuration, tokenizer, chat templates.
+# What of a repository describes a model beside its weights: configuration, tokenizer, chat templates, pooling.
 _DESCRIPTION = (
     *("config.json", "generation_config.json", "quantize_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
+    *(MODULES_NAME, *(f"{number}_Pooling/config.json" for number in range(1, 4))),
 )
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _SINGLE = "model.safetensors"

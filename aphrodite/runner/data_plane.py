@@ -20,6 +20,10 @@ class Executor(Protocol):
     def kv_bytes_per_block(self) -> int:
         """Bytes of KV cache for one block over all layers."""
 
+    @property
+    def hidden_declined(self) -> str | None:
+        """Why prompts cannot be pooled; None if they can."""
+
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""
 

@@ -24,6 +24,7 @@ from aphrodite.kernels.triton.launch import recording
 from aphrodite.runner.device_rows import DeviceRows, PaddedStep, StagedStep, ragged_lengths
 from aphrodite.runner.executor import DeviceModelExecutor
 from aphrodite.runner.inputs import HostLengths, StepSize
+from aphrodite.runner.pooling import HiddenLayout, Pooler, part_sums
 from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, logits_layout
 from aphrodite.runner.step_graphs import Ending, StepGraphs, decode_sizes, ragged_sizes, smallest
 from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
@@ -46,6 +47,7 @@ class LaunchedStep:
     choices: HostCopy | None = None  # token ids, whether each may be shown, whether nothing was left: [S] each
     sampled: Sampled | None = None  # log-probabilities and traces, where some are wanted
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    pooled: tuple[HiddenLayout, HostCopy] | None = None  # of prompts to embed, their parts' sums
     clock: StepClock | None = None
     error: Exception | None = None
 
@@ -86,6 +88,7 @@ class DeviceRunner:
             vocabulary=None if tokenizer is None else Vocabulary(vocab_size, tokenizer),
         )
         self._requests = RowRequests(self.sampler)
+        self._pooler = Pooler()
         self._underway: deque[tuple[StepPlan, LaunchedStep]] = deque()  # launched and not collected
         # What graphs leave behind.
         self._logits = torch.zeros(num_rows, vocab_size, dtype=executor.dtype, device=device)
@@ -143,8 +146,13 @@ class DeviceRunner:
             self._requests.follow(rows, [row.start + row.count for row in plan.steps])
         for number, logprobs in step.prompt_logprobs.items():
             rows[number] = rows[number]._replace(prompt_logprobs=logprobs)
+        if step.pooled is not None:
+            layout, sums = step.pooled
+            for number, result in self._pooler.collect(plan.steps, layout, sums.wait()[0].numpy()).items():
+                rows[number] = result
         self._requests.fail_unservable(rows)
-        seconds = step.clock.seconds() if step.clock is not None and step.choices is not None else 0.0
+        waited_for = step.choices is not None or step.pooled is not None
+        seconds = step.clock.seconds() if step.clock is not None and waited_for else 0.0
         return Outcome(StepResult(plan.step_id, rows), seconds, waited)
 
     def _results(
@@ -211,6 +219,7 @@ class DeviceRunner:
         began = self._transfers.mark()
         self.rows.apply(plan)
         self._requests.apply(plan)
+        self._pooler.apply(plan)
         if not plan.steps:
             return LaunchedStep()
         decodes = all(step.count == 1 and step.samples for step in plan.steps)
@@ -241,19 +250,25 @@ class DeviceRunner:
         """A step in which some rows compute more than one token, or do not sample."""
         layout = logits_layout(steps, self._requests.scored)
         sampling = [number for number, step in enumerate(steps) if step.samples]
-        if not layout.prompt and not layout.guides:
+        pooled = self._pooler.layout(steps)
+        if not layout.prompt and not layout.guides and pooled is None:
             launched = self._launch_padded(steps, layout.entries, sampling)
             if launched is not None:
                 return launched
         table = self.executor.stage_step(ragged_lengths(steps))
         staged = self.rows.stage_ragged(steps, layout.entries, sampling, table)
-        logits = self.executor.forward(staged.inputs)
+        embeddings = None
+        if pooled is None:
+            logits = self.executor.forward(staged.inputs)
+        else:
+            logits, hidden = self.executor.forward_hidden(staged.inputs, self._transfers.to_device(pooled.entries))
+            embeddings = pooled, self._transfers.to_host([part_sums(hidden, pooled)])
         scores = {
             number: self._prompt_logprobs(steps[number], logits[first:end])
             for number, (first, end) in layout.prompt.items()
         }
         if not sampling:
-            return LaunchedStep(prompt_logprobs=scores)
+            return LaunchedStep(prompt_logprobs=scores, pooled=embeddings)
         if layout.guides:
             logits = logits.float()
             self._guide(steps, layout, logits)
@@ -264,7 +279,9 @@ class DeviceRunner:
         sampled = self._sample(staged, logits, rows, positions)
         if layout.guides:
             self._append_to_shadows(steps, layout, sampling, sampled.token_ids)
-        return self._launched(sampled, sampling, scores)
+        launched = self._launched(sampled, sampling, scores)
+        launched.pooled = embeddings
+        return launched
 
     def _launch_padded(
         self, steps: Sequence[RowStep], entries: np.ndarray, sampling: Sequence[int]

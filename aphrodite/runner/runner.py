@@ -15,6 +15,8 @@ import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.runner.executor import ModelExecutor
+from aphrodite.runner.inputs import ForwardInputs
+from aphrodite.runner.pooling import HiddenLayout, Pooler, part_sums
 from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, logits_layout
 from aphrodite.runner.rows import Rows
 from aphrodite.sampling.guidance import guide
@@ -55,6 +57,7 @@ class Runner:
         )
         self.async_depth = async_depth
         self._requests = RowRequests(self.sampler)
+        self._pooler = Pooler()
         self._thread = ThreadPoolExecutor(1, "runner") if async_depth else None
 
     def prepare(self, params: SamplingParams) -> None:
@@ -83,6 +86,7 @@ class Runner:
     def _run(self, plan: StepPlan) -> Outcome:
         self.rows.apply(plan)
         self._requests.apply(plan)
+        self._pooler.apply(plan)
         steps = plan.steps
         if not steps:
             return Outcome(StepResult(plan.step_id, []), 0.0, 0.0)
@@ -93,15 +97,29 @@ class Runner:
             inputs = self.rows.decode_inputs(steps, rows)
         else:
             inputs = self.rows.inputs(steps, layout.entries)
+        pooled = None if decodes else self._pooler.layout(steps)
         began = time.perf_counter()
-        logits = self.executor.forward(inputs)
+        embeddings: dict[int, RowResult] = {}
+        if pooled is None:
+            logits = self.executor.forward(inputs)
+        else:
+            logits, embeddings = self._forward_pooled(steps, inputs, pooled)
         forward_seconds = time.perf_counter() - began
         if layout is None:
             results = self._sample(logits, rows, [step.start + 1 for step in steps])
         else:
             results = self._finish_chunks(steps, layout, logits)
+            for number, result in embeddings.items():
+                results[number] = result
         self._requests.fail_unservable(results)
         return Outcome(StepResult(plan.step_id, results), forward_seconds, forward_seconds)
+
+    def _forward_pooled(
+        self, steps: list[RowStep], inputs: ForwardInputs, pooled: HiddenLayout
+    ) -> tuple[torch.Tensor, dict[int, RowResult]]:
+        """Logits of a step, and what became of the prompts in it that are to be pooled."""
+        logits, hidden = self.executor.forward_hidden(inputs, torch.from_numpy(pooled.entries))
+        return logits, self._pooler.collect(steps, pooled, part_sums(hidden, pooled).numpy())
 
     def _finish_chunks(self, steps: list[RowStep], layout: LogitsLayout, logits: torch.Tensor) -> list[RowResult]:
         """Results of a step in which not every row decodes: samples for those that do, prompts' scores."""

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from aphrodite.attention.triton_paged import TritonAttention
-from aphrodite.core.plan import StepPlan, TokenLogprobs
+from aphrodite.core.plan import Pooling, StepPlan, TokenLogprobs
 from aphrodite.core.request import Request, RequestUpdate
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
 from aphrodite.layers.triton_linear import TritonLinear
@@ -93,8 +94,14 @@ def settings(num_blocks: int, async_depth: int) -> dict[str, Any]:
     }
 
 
-def updates(runner: Runner | DeviceRunner, num_blocks: int, params: SamplingParams, budget: int) -> list[RequestUpdate]:
-    """What serving all prompts together brought."""
+def updates(
+    runner: Runner | DeviceRunner,
+    num_blocks: int,
+    params: SamplingParams,
+    budget: int,
+    poolings: Sequence[Pooling | None] = (None, None, None),
+) -> list[RequestUpdate]:
+    """What serving all prompts together brought; those with a pooling are embedded."""
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=num_blocks,
@@ -114,8 +121,9 @@ def updates(runner: Runner | DeviceRunner, num_blocks: int, params: SamplingPara
             Request(
                 request_id=str(number),
                 prompt_token_ids=prompt,
-                params=params if guided else msgspec.structs.replace(params, guidance_scale=1.0),
+                params=_params(params, guided, poolings[number]),
                 seed=number,
+                pooling=poolings[number],
                 negative_prompt_ids=prompt[1::2] if guided else None,
             )
         )
@@ -128,6 +136,12 @@ def updates(runner: Runner | DeviceRunner, num_blocks: int, params: SamplingPara
         found += scheduler.commit(plan, runner.collect(plan, step).result)
     assert [update.error for update in found if update.error] == []
     return found
+
+
+def _params(params: SamplingParams, guided: bool, pooling: Pooling | None) -> SamplingParams:
+    if pooling is not None:
+        return SamplingParams(max_tokens=0)
+    return params if guided else msgspec.structs.replace(params, guidance_scale=1.0)
 
 
 def tokens(found: list[RequestUpdate]) -> dict[str, list[int]]:
@@ -174,6 +188,17 @@ def test_log_probabilities_are_those_of_the_reference() -> None:
     assert len(theirs) == sum(len(prompt) - 1 + 3 for prompt in PROMPTS)
     assert [(entry.token_id, entry.top_ids) for entry in ours] == [(entry.token_id, entry.top_ids) for entry in theirs]
     assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
+
+
+def test_embeddings_are_those_of_the_reference_beside_answers() -> None:
+    def embeddings(runner: Runner | DeviceRunner, budget: int) -> dict[str, np.ndarray]:
+        found = updates(runner, 64, GREEDY, budget, poolings=("mean", None, "last"))
+        return {u.request_id: np.frombuffer(u.embedding, np.float32) for u in found if u.embedding is not None}
+
+    ours, theirs = embeddings(device_runner(64, 1), 20), embeddings(host_runner(), 512)
+    assert theirs.keys() == ours.keys() == {"0", "2"}
+    for name, values in theirs.items():
+        np.testing.assert_allclose(ours[name], values, atol=1e-4)
 
 
 OTHERS: dict[str, dict[str, Any]] = {
