@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from aphrodite.core.plan import RowRewind, RowStart, RowStep, StepPlan
+from aphrodite.core.plan import AdapterPlacement, RowRewind, RowStart, RowStep, StepPlan
 from aphrodite.core.request import Request
 
 
@@ -18,6 +18,7 @@ class Draft:
     starts: list[RowStart] = field(default_factory=list)
     steps: list[RowStep] = field(default_factory=list)
     rewinds: list[RowRewind] = field(default_factory=list)
+    adapters: list[AdapterPlacement] = field(default_factory=list)
     requests: list[tuple[Request, int, int]] = field(default_factory=list)  # beside `steps`; see `InFlight`
 
 

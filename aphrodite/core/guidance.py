@@ -64,7 +64,8 @@ def make_shadow(request: Request, max_total: int, config: SchedulerConfig) -> tu
             param="negative_prompt",
             code="context_length_exceeded",
         )
-    shadow = Request(request.request_id, negative, _PLAIN, request.seed, cache_salt=request.cache_salt)
+    salt, adapter = request.cache_salt, request.adapter
+    shadow = Request(request.request_id, negative, _PLAIN, request.seed, cache_salt=salt, adapter=adapter)
     shadow.tokens = token_array(negative, "negative_prompt")
     shadow.owner = request
     return min(max_total, request.num_prompt_tokens + room), shadow

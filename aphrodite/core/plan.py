@@ -15,6 +15,16 @@ Pooling = Literal["mean", "last", "cls"]
 """What of a prompt's hidden states becomes its embedding: all of them in equal parts, the last, or the first."""
 
 
+NO_ADAPTER = -1
+
+
+class AdapterPlacement(NamedTuple):
+    """An adapter is put into a slot, in place of what was there."""
+
+    slot: int
+    adapter: int
+
+
 class RowStart(NamedTuple):
     """A request takes a row."""
 
@@ -24,6 +34,7 @@ class RowStart(NamedTuple):
     sampling: SamplingParams
     seed: int  # 64 bits, unsigned; drawn at random when the request named none
     pooling: Pooling | None = None  # the request wants its prompt's embedding
+    adapter_slot: int = NO_ADAPTER  # of the adapter that it is computed with
 
 
 class RowStep(NamedTuple):
@@ -49,13 +60,14 @@ class RowRewind(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """One step of the engine. Order of application: ends, starts, rewinds, steps."""
+    """One step of the engine. Order of application: adapters, ends, starts, rewinds, steps."""
 
     step_id: int
     ends: list[int]  # rows whose request is gone
     starts: list[RowStart]
     steps: list[RowStep]
     rewinds: Sequence[RowRewind] = ()
+    adapters: Sequence[AdapterPlacement] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -31,18 +31,26 @@ class BlockHasher:
         self.block_size = block_size
         self._keyed = blake2b(digest_size=DIGEST_BYTES, key=secrets.token_bytes(32) if key is None else key)
 
-    def extend(self, digests: list[bytes], tokens: array[int], num_blocks: int, salt: bytes | None) -> None:
+    def extend(
+        self,
+        digests: list[bytes],
+        tokens: array[int],
+        num_blocks: int,
+        salt: bytes | None,
+        adapter: int | None = None,
+    ) -> None:
         """Append digests until there are `num_blocks`; tokens of earlier digests are not read again.
 
         Args:
             digests: digests of the sequence's first blocks, extended in place.
             tokens: the sequence's token ids as int32, at least `num_blocks * block_size` of them.
             salt: what the sequence may share blocks with; None and b"" are different salts.
+            adapter: number of the adapter that computes it, which never shares blocks with another.
         """
         if len(digests) >= num_blocks:
             return
         size = self.block_size
-        parent = digests[-1] if digests else self._root(salt)
+        parent = digests[-1] if digests else self._root(salt, adapter)
         for start in range(len(digests) * size, num_blocks * size, size):
             state = self._keyed.copy()
             state.update(parent)
@@ -50,10 +58,12 @@ class BlockHasher:
             parent = state.digest()
             digests.append(parent)
 
-    def _root(self, salt: bytes | None) -> bytes:
-        # A leading byte keeps "no salt" and every salt apart. A root can be taken for no block's digest: the
-        # digests of blocks cover 16 + 4 * block_size bytes of which the first 16 are a keyed digest.
+    def _root(self, salt: bytes | None, adapter: int | None) -> bytes:
+        # A leading byte keeps "no salt" and every salt apart, and those of adapters. A root can be taken for no block's
+        # digest: the digests of blocks cover 16 + 4 * block_size bytes of which the first 16 are a keyed digest.
         state = self._keyed.copy()
+        if adapter is not None:
+            state.update(b"\x02" + adapter.to_bytes(8, "little"))
         state.update(b"\x00" if salt is None else b"\x01" + salt)
         return state.digest()
 
@@ -97,7 +107,7 @@ class PrefixCache:
         found: list[int] = []
         if self._config.enable_prefix_caching:
             limit = min(limit, len(request.tokens) // size)
-            self._hasher.extend(request.digests, request.tokens, limit, request.cache_salt)
+            self._hasher.extend(request.digests, request.tokens, limit, request.cache_salt, request.adapter)
             for digest in request.digests[:limit]:
                 block = self._pool.lookup(digest)
                 if block is None:
@@ -120,7 +130,7 @@ class PrefixCache:
         if not self._config.enable_prefix_caching or not request.registers:
             return
         full = request.num_committed // self._config.block_size
-        self._hasher.extend(request.digests, request.tokens, full, request.cache_salt)
+        self._hasher.extend(request.digests, request.tokens, full, request.cache_salt, request.adapter)
         for index in range(request.num_registered, full):
             self._pool.register(request.blocks[index], request.digests[index])
         request.num_registered = full

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
-from aphrodite.core.plan import Pooling, RowStep, TokenLogprobs, TokenTrace
+from aphrodite.core.plan import NO_ADAPTER, Pooling, RowStep, TokenLogprobs, TokenTrace
 from aphrodite.outputs import FinishReason
 from aphrodite.sampling.params import SamplingParams
 
@@ -92,6 +92,7 @@ class Request:
     seed: int  # 64 bits, unsigned
     priority: int = 0  # lower runs sooner, under policy "priority"
     cache_salt: bytes | None = None  # only requests with equal salts share blocks
+    adapter: int | None = None  # number of the adapter that computes it; None: the model alone
     guard: TokenGuard | None = None
     negative_prompt_ids: list[int] | None = None  # its tokens are chosen with guidance; see `core/guidance.py`
     pooling: Pooling | None = None  # of a request that only computes its prompt: what makes its embedding
@@ -108,6 +109,7 @@ class Request:
 
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
     row: int | None = field(init=False, default=None)  # from the first step until the last one has come back
+    adapter_slot: int = field(init=False, default=NO_ADAPTER)  # from the first step to the end
     blocks: list[int] = field(init=False, default_factory=list)  # the block table
     untold: bool = field(init=False, default=True)  # guided ones: the runner has not heard of the whole block table
     digests: list[bytes] = field(init=False, default_factory=list)  # of its full blocks with known tokens

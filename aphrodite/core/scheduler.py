@@ -25,6 +25,7 @@ from operator import attrgetter
 
 import msgspec
 
+from aphrodite.core.adapter_slots import AdapterSlots
 from aphrodite.core.block_pool import BlockPool
 from aphrodite.core.draft import Draft, InFlight
 from aphrodite.core.finish import GRAMMAR_COMPLETE, finish_reason_of
@@ -72,6 +73,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._preempted = WaitingQueue()
         self._held = HeldRequests(self._waiting, config.block_size)
+        self._adapters = AdapterSlots(config.max_loras)
         self._free_rows = list(range(config.max_num_seqs))  # a heap: low rows keep a batch dense
         self._ended_rows: list[int] = []  # to be named in the next plan's `ends`
         self._inflight: deque[InFlight] = deque()
@@ -83,7 +85,7 @@ class Scheduler:
     # Requests come and go.
 
     def add(self, requests: Request | Sequence[Request]) -> None:
-        """Queue one request, or several with the same prompt and salt that share the prompt's blocks (`n` > 1).
+        """Queue one request, or several that share their prompt's blocks (`n` > 1): prompt, salt and adapter are one.
 
         Log-probabilities of a shared prompt come with the first request only.
 
@@ -93,8 +95,9 @@ class Scheduler:
         """
         group = [requests] if isinstance(requests, Request) else list(requests)
         first = group[0]
-        if any(r.prompt_token_ids != first.prompt_token_ids or r.cache_salt != first.cache_salt for r in group[1:]):
-            raise ValueError("requests added together must have the same prompt and cache salt")
+        shared = [(r.prompt_token_ids, r.cache_salt, r.adapter) for r in group]
+        if any(own != shared[0] for own in shared[1:]):
+            raise ValueError("requests added together must have the same prompt, cache salt and adapter")
         self._refuse_duplicates(group)
         prepared = [(request, *self._prepare(request)) for request in group]
         self._refuse_overflow(len(group))
@@ -127,13 +130,21 @@ class Scheduler:
             for sequence in request.sequences:
                 sequence.registers = False
 
+    def uses_adapter(self, adapter: int) -> bool:
+        """Whether a request that has not ended wants the adapter. O(requests)."""
+        return any(request.adapter == adapter for request in self._requests.values())
+
+    def forget_adapter(self, adapter: int) -> None:
+        """An adapter that nobody uses is gone, and its number will not come back."""
+        self._adapters.forget(adapter)
+
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
     @property
     def num_waiting(self) -> int:
         """Requests without blocks: not yet begun, or preempted."""
-        return len(self._waiting) + len(self._preempted) + len(self._held)
+        return len(self._waiting) + len(self._preempted) + len(self._held) + self._adapters.num_aside
 
     @property
     def num_running(self) -> int:
@@ -160,6 +171,8 @@ class Scheduler:
         """Plan the next step; None if nothing can run before a result arrives or a request comes."""
         draft = Draft(self._next_step_id, self.config.max_num_batched_tokens)
         self._held.release()
+        for fresh in self._adapters.take_back():
+            self._waiting.push(fresh)
         running = self._running
         candidate = self._next_waiting()
         preemptions = self._num_preemptions
@@ -181,7 +194,7 @@ class Scheduler:
                 candidate = None
         if not draft.steps:
             return None
-        plan = StepPlan(draft.step_id, self._ended_rows, draft.starts, draft.steps, draft.rewinds)
+        plan = StepPlan(draft.step_id, self._ended_rows, draft.starts, draft.steps, draft.rewinds, draft.adapters)
         self._ended_rows = []
         self._next_step_id += 1
         self._inflight.append(InFlight(plan, draft.requests))
@@ -191,6 +204,9 @@ class Scheduler:
         """The first request in order that is not running and has, or could have, a row."""
         resumed = self._preempted.peek()
         fresh = self._waiting.peek() if self._free_rows else None
+        while fresh is not None and not self._adapters.admits(fresh):
+            self._waiting.pop()
+            fresh = self._waiting.peek()
         if fresh is not None and len(fresh.sequences) > len(self._free_rows):
             fresh = None
         if resumed is None or (fresh is not None and fresh.key < resumed.key):
@@ -274,6 +290,9 @@ class Scheduler:
             self._preempted.pop()
         else:
             self._waiting.pop()
+            placement = self._adapters.take(request)
+            if placement is not None:
+                draft.adapters.append(placement)
             self._start_row(request, draft)
             request.num_cached_tokens = request.num_computed
             self._held.note(request)
@@ -290,6 +309,7 @@ class Scheduler:
                 request.params,
                 request.seed,
                 request.pooling,
+                (request.owner or request).adapter_slot,
             )
         )
 
@@ -347,6 +367,8 @@ class Scheduler:
 
     def _prepare(self, request: Request) -> tuple[array[int], int, Request | None]:
         """A request's prompt, the number of tokens at which it ends, and its shadow if it is guided."""
+        if request.adapter is not None and not self.config.max_loras:
+            raise InvalidRequestError("this engine was started without adapters (--enable-lora)", param="model")
         tokens, max_total = self.config.measure(request)
         if request.negative_prompt_ids is None or max_total == len(tokens):
             return tokens, max_total, None
@@ -569,8 +591,11 @@ class Scheduler:
             self._num_guided -= request.shadow is not None
         elif request.status is RequestStatus.PREEMPTED:
             self._preempted.discard(request)
-        elif request.status is RequestStatus.WAITING and not self._held.discard(request):
+        elif request.status is RequestStatus.WAITING and not (
+            self._held.discard(request) or self._adapters.holds(request)
+        ):
             self._waiting.discard(request)
+        self._adapters.release(request)
         for sequence in request.sequences:
             sequence.status = RequestStatus.FINISHED
             self._pool.release(sequence.blocks)
@@ -609,7 +634,7 @@ class Scheduler:
         limit = self.config.max_queued_requests
         if limit is None:
             return
-        queued = len(self._waiting) + len(self._held)
+        queued = len(self._waiting) + len(self._held) + self._adapters.num_aside
         if queued + count - len(self._free_rows) > limit:
             raise QueueFullError(
                 f"{queued} requests are waiting and at most {limit} may wait for a free place; try again later",
@@ -627,11 +652,12 @@ class Scheduler:
         check_requests(
             self._requests,
             running=self._running,
-            waiting=self._waiting.requests(),
+            waiting=[*self._waiting.requests(), *self._adapters.aside],
             preempted=self._preempted.requests(),
             inflight=inflight,
         )
         self._held.check(self._requests.values())
+        self._adapters.check()
         if sum(request.shadow is not None for request in self._running) != self._num_guided:
             raise RuntimeError("running guided requests are miscounted")
         unfinished = [sequence for request in self._requests.values() for sequence in request.sequences]

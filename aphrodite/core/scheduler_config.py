@@ -28,6 +28,7 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int] = frozenset()
     max_queued_requests: int | None = None  # beyond those for which a row is free; None: no limit
     prompt_logprobs_chunk: int = 128  # prompt tokens a step for requests that want log-probabilities of them
+    max_loras: int = 0  # different adapters in a step
 
     def __post_init__(self) -> None:
         sizes = ("num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size")
