@@ -26,6 +26,7 @@ except ImportError as error:
     ) from (error)
 from openai.resources.chat import AsyncChat, Chat
 from openai.resources.completions import AsyncCompletions, Completions
+from openai.resources.responses import AsyncResponses, Responses
 
 DEFAULT_URL = "http://127.0.0.1:2242/v1"
 
@@ -54,6 +55,12 @@ class OpenAI(openai.OpenAI):
         _take_fields(completions, "create")
         return completions
 
+    @cached_property
+    def responses(self) -> Responses:
+        responses = Responses(self)
+        _take_fields(responses, "create", "parse", "stream")
+        return responses
+
 
 class AsyncOpenAI(openai.AsyncOpenAI):
     """`openai.AsyncOpenAI`, with the same defaults and additions as `OpenAI`."""
@@ -72,6 +79,12 @@ class AsyncOpenAI(openai.AsyncOpenAI):
         completions = AsyncCompletions(self)
         _take_fields(completions, "create")
         return completions
+
+    @cached_property
+    def responses(self) -> AsyncResponses:
+        responses = AsyncResponses(self)
+        _take_fields(responses, "create", "parse", "stream")
+        return responses
 
 
 def _base_url(given: str | None) -> str:
@@ -110,5 +123,7 @@ def _engine_fields() -> frozenset[str]:
     """Every field of the generation endpoints, the samplers' aliases included."""
     from aphrodite.sampling.params import canonical_names
     from aphrodite.server.openai.protocol import ChatFields, CompletionFields
+    from aphrodite.server.openai.responses.fields import ResponsesFields
 
-    return frozenset({*canonical_names(), *ChatFields.model_fields, *CompletionFields.model_fields})
+    endpoints = (ChatFields, CompletionFields, ResponsesFields)
+    return frozenset({*canonical_names(), *(name for fields in endpoints for name in fields.model_fields)})

@@ -31,6 +31,7 @@ class ServerConfig:
         request_timeout: longest life of one generation; None is no limit.
         ping_interval: a stream that is silent for so long gets an SSE comment, so that proxies keep it.
         write_timeout: a client that does not read its stream for so long counts as gone.
+        max_stored_bytes: answers of /v1/responses that are kept for the next ones; 0 keeps none.
         health_timeout: how long a round trip through the engine loop may take before `/health` says 503.
     """
 
@@ -64,6 +65,8 @@ class ServerConfig:
     max_json_depth: int = 32
     max_prompts: int = 1024
     max_messages: int = 4096
+    max_stored_responses: int = 4096
+    max_stored_bytes: int = 64 * 2**20
 
     @classmethod
     def from_settings(cls, settings: ServerSettings) -> ServerConfig:

@@ -27,5 +27,9 @@ def get(path: str, endpoint: Endpoint) -> Route:
     return Route(path, endpoint, methods=["GET"])
 
 
+def delete(path: str, endpoint: Endpoint) -> Route:
+    return Route(path, endpoint, methods=["DELETE"])
+
+
 def post(path: str, endpoint: Endpoint) -> Route:
     return Route(path, endpoint, methods=["POST"])

@@ -19,7 +19,7 @@ from aphrodite.server.generation import Generation, UsageCounter, collect, strea
 from aphrodite.server.openai.answers import AnswerReader, answer_reader
 from aphrodite.server.openai.chunks import ChunkWriter
 from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
-from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, num_top_logprobs, prompt_logprobs
 from aphrodite.server.openai.protocol import (
     ChatFields,
     ignored_header,
@@ -32,8 +32,6 @@ from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.sse import EventResponse, EventStream
-
-MAX_TOP_LOGPROBS = 20
 
 
 class ChatEndpoint:
@@ -79,10 +77,7 @@ def _num_logprobs(fields: ChatFields, context: ModelContext) -> int | None:
         return 0 if fields.logprobs else None
     if not fields.logprobs:
         raise invalid("top_logprobs", "needs logprobs to be true")
-    limit = min(MAX_TOP_LOGPROBS, context.engine.model.max_logprobs)
-    if wanted > limit:
-        raise invalid("top_logprobs", f"must be at most {limit}")
-    return wanted
+    return num_top_logprobs(wanted, context.engine.model)
 
 
 class _Answer:

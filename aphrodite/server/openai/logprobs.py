@@ -7,10 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from aphrodite.core.plan import TokenLogprobs
+from aphrodite.server.engine import ModelInfo
+from aphrodite.server.errors import invalid
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
+MAX_TOP_LOGPROBS = 20
 # JSON has no infinity; OpenAI writes this for tokens that cannot be drawn.
 _LEAST = -9999.0
+
+
+def num_top_logprobs(wanted: int, model: ModelInfo) -> int:
+    """`top_logprobs` of a request, checked.
+
+    Raises:
+        ApiError: 400: it is more than OpenAI's clients or the model may ask for.
+    """
+    limit = min(MAX_TOP_LOGPROBS, model.max_logprobs)
+    if wanted > limit:
+        raise invalid("top_logprobs", f"must be at most {limit}")
+    return wanted
 
 
 class TokenNames:
