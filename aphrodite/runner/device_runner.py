@@ -411,14 +411,14 @@ class DeviceRunner:
 
     def _sample(self, staged: StagedStep, logits: torch.Tensor, rows: list[int], positions: list[int]) -> Sampled:
         """Choose tokens outside of a graph, for `logits` `[S, vocab]`, and write them behind their rows' tokens."""
-        if self.sampler.follows(rows):
+        if self.sampler.waits(rows, positions):
             self._tell()
         sampled = self.sampler.sample(logits.float(), rows, positions)
         self.rows.append(staged, sampled.token_ids)
         return sampled
 
     def _tell(self) -> None:
-        """Tell the sampler what the steps before this one chose, for its grammars.
+        """Tell the sampler what the steps before this one chose, for its grammars and budgets.
 
         It waits for those steps. This one's model has been launched, so the device is busy while the host finds the
         tokens that may come next.

@@ -21,8 +21,8 @@ NON_FINITE_LOGITS = (
     " in this precision: try --dtype float32"
 )
 NOTHING_ALLOWED = (
-    "no token may be chosen at this position: token bans, allowed_token_ids, bad_words, min_tokens and the grammar"
-    " together leave nothing of the vocabulary; loosen them"
+    "no token may be chosen at this position: token bans, allowed_token_ids, bad_words, min_tokens, the grammar and"
+    " thinking_token_budget together leave nothing of the vocabulary; loosen them"
 )
 UNSERVABLE = "the engine could not prepare this request's sampler; the server's log has the reason"
 EXTENSION_FAILED = "; or a sampler extension failed for it: then the server's log has its error"

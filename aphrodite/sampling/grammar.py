@@ -188,7 +188,7 @@ _KIND_NAMES = {
 
 
 class GrammarRow:
-    """How far an answer is in its grammar.
+    """How far an answer is in its grammar: a `TokenFollower`.
 
     It hears of each token by `tell`, in order, and can be taken back; `refresh` makes the mask of the next one.
     Where the grammar may end, the tokens that end an answer are allowed too. Where it must, `completed_at` says so, and
@@ -232,6 +232,10 @@ class GrammarRow:
             self._fail(self._matcher.get_error())
         elif self._matcher.is_stopped():
             self._complete = self._count
+
+    def waits(self, position: int) -> bool:
+        """Always: which tokens may come next follows from all of them."""
+        return True
 
     def completed_at(self, position: int) -> bool:
         """Whether the token at `position` completed the answer, so that nothing may follow it."""

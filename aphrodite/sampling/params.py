@@ -24,6 +24,7 @@ from aphrodite.sampling.table import (
     Kind,
     Param,
     ParamRow,
+    ReasoningMarks,
     RepetitionDetection,
     TokenBanRange,
     check,
@@ -66,6 +67,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             aliases=("min_length",),
         ),
     ] = 0
+    thinking_token_budget: Annotated[
+        int | None,
+        Param(
+            "Most tokens of reasoning: then the mark that closes it is forced, and the answer goes on behind it. 0 "
+            "closes it at once; none or -1: no limit. Without effect on models that do not mark their reasoning.",
+            ge=0,
+            le=2**31 - 1,
+            aliases=("thinking_budget", "thinking_budget_tokens"),
+            source="vLLM",
+            off=-1,
+        ),
+    ] = None
     temperature: Annotated[
         float,
         Param(
@@ -653,9 +666,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         ),
     ] = False
     extensions: dict[str, Any] = {}  # parameters of installed extensions, by name; a Struct copies it
+    reasoning: ReasoningMarks | None = None  # of the prompt's answers, set by who makes the prompt; no parameter
 
 
 _FIELDS = frozenset(SamplingParams.__struct_fields__)
+_NO_ROWS = ("extensions", "reasoning")
 
 
 @cache
@@ -668,7 +683,7 @@ def parameter_table() -> tuple[ParamRow, ...]:
 def builtin_table() -> tuple[ParamRow, ...]:
     """The rows of `SamplingParams`, in its order."""
     hints = typing.get_type_hints(SamplingParams, include_extras=True)
-    fields = [field for field in msgspec.structs.fields(SamplingParams) if field.name != "extensions"]
+    fields = [field for field in msgspec.structs.fields(SamplingParams) if field.name not in _NO_ROWS]
     return tuple(_row(field.name, field.default, hints[field.name]) for field in fields)
 
 
@@ -736,6 +751,7 @@ def to_mapping(params: SamplingParams) -> dict[str, Any]:
     """What differs from the defaults as a request's fields, in JSON's types: `from_mapping` takes it back."""
     fields: dict[str, Any] = msgspec.to_builtins(params, str_keys=True)
     extra: dict[str, Any] = fields.pop("extensions", {})
+    fields.pop("reasoning", None)
     return {**fields, **extra}
 
 

@@ -18,11 +18,12 @@ from aphrodite.core.plan import TokenLogprobs, TokenTrace
 from aphrodite.errors import RequestFailedError
 from aphrodite.kernels.cpu.sampling import NativeSampling
 from aphrodite.sampling.draw import draw
+from aphrodite.sampling.followers import TokenFollower
 from aphrodite.sampling.fused import Choices, DeviceSampler, FastPath, HostChoices, open_fast_path
-from aphrodite.sampling.grammar import GrammarRow, compiler_of
+from aphrodite.sampling.grammar import compiler_of
 from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs, join_logprobs
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.sampling.plan import GRAMMAR, SamplingPlan, compile_plan
+from aphrodite.sampling.plan import SamplingPlan, compile_plan
 from aphrodite.sampling.random import signed_seed
 from aphrodite.sampling.stages.base import RowInfo, RowState, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.registry import all_stages
@@ -101,7 +102,7 @@ class Sampler:
         self._plans: dict[int, SamplingPlan] = {}
         self._num_prompt: dict[int, int] = {}  # on the host, for asking a device would wait for it
         self._states: dict[str, RowState | None] = {}
-        self._grammars: dict[int, GrammarRow] = {}  # only rows with one
+        self._followers: dict[int, tuple[TokenFollower, ...]] = {}  # only rows with any
         self._fused_rows: Set[int] = frozenset() if self._fused is None else self._fused.rows
         self._barred: dict[int, dict[int, set[int]]] = {}  # row -> position -> token ids; only rows with any
         self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -134,9 +135,8 @@ class Sampler:
 
     def _start_plan(self, row: int, params: SamplingParams, info: RowInfo) -> SamplingPlan:
         plan = self._plans[row] = compile_plan(params, info)
-        step = plan.steps.get(GRAMMAR)
-        if step is not None:
-            self._grammars[row] = step.prepared
+        if plan.followers:
+            self._followers[row] = plan.followers
         return plan
 
     def prepare(self, params: SamplingParams) -> None:
@@ -154,7 +154,7 @@ class Sampler:
         plan = self._plans.pop(row)
         del self._num_prompt[row]
         self._barred.pop(row, None)
-        self._grammars.pop(row, None)
+        self._followers.pop(row, None)
         if self._fused is not None and row in self._fused_rows:
             self._fused.end(row)
             return
@@ -179,8 +179,8 @@ class Sampler:
         barred = self._barred.get(row, {})
         for later in [barred_at for barred_at in barred if barred_at > position]:
             del barred[later]
-        if row in self._grammars:
-            self._grammars[row].rewind(position)
+        for follower in self._followers.get(row, ()):
+            follower.rewind(position)
         if self._fused is not None and row in self._fused_rows:
             self._fused.rewind(row, position)
             return
@@ -202,22 +202,29 @@ class Sampler:
         self._barred.get(row, {}).pop(position, None)
 
     def follows(self, rows: Iterable[int]) -> bool:
-        """Whether some of these rows have grammars, so that `tell` has to be called for all tokens before `sample`."""
-        return bool(self._grammars) and not self._grammars.keys().isdisjoint(rows)
+        """Whether some of these rows have grammars or budgets, so that `tell` has to be called for their tokens."""
+        return bool(self._followers) and not self._followers.keys().isdisjoint(rows)
+
+    def waits(self, rows: Sequence[int], positions: Sequence[int]) -> bool:
+        """Whether `tell` has to be called for all tokens before these positions before they can be sampled."""
+        if not self._followers:
+            return False
+        pairs = zip(rows, positions, strict=True)
+        return any(one.waits(position) for row, position in pairs for one in self._followers.get(row, ()))
 
     def tell(self, rows: Iterable[int], positions: Iterable[int], token_ids: Iterable[int]) -> None:
-        """Which tokens stand where. Rows without a grammar, and tokens told before, are passed over."""
+        """Which tokens stand where. Rows without a grammar or a budget, and tokens told before, are passed over."""
         for row, position, token_id in zip(rows, positions, token_ids, strict=True):
-            if row in self._grammars:
-                self._grammars[row].tell(position, token_id)
+            for follower in self._followers.get(row, ()):
+                follower.tell(position, token_id)
 
     def completed_at(self, row: int, position: int) -> bool:
         """Whether the token at `position`, which was told, completed what the row's grammar describes."""
-        return row in self._grammars and self._grammars[row].completed_at(position)
+        return any(follower.completed_at(position) for follower in self._followers.get(row, ()))
 
     def failure(self, row: int) -> str | None:
         """Why the row's grammar allows nothing, if that is so."""
-        return self._grammars[row].failure if row in self._grammars else None
+        return next((one.failure for one in self._followers.get(row, ()) if one.failure is not None), None)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Choose a token for each row. What is returned holds until the next call.
@@ -237,8 +244,8 @@ class Sampler:
         barred = self._barred_at(rows, positions) if self._barred else {}
         if self.follows(rows):
             for row, position in zip(rows, positions, strict=True):
-                if row in self._grammars and row in self._fused_rows:
-                    self._grammars[row].refresh(position)
+                for follower in self._followers.get(row, ()) if row in self._fused_rows else ():
+                    follower.refresh(position)
         if self._fused is not None and self._fused.rows.issuperset(rows):
             choices = self._fused.choices(len(rows))
             tensors, wanted = self._fused.sample(logits, None, rows, positions, barred, choices)
@@ -255,7 +262,7 @@ class Sampler:
         device = self._device_sampler
         if device is None or not device.rows.issuperset(rows):
             return None
-        if self.follows(rows) or (device.wanted and not device.wanted.keys().isdisjoint(rows)):
+        if self.waits(rows, positions) or (device.wanted and not device.wanted.keys().isdisjoint(rows)):
             return None
         return device.stage(rows, positions, self._barred_at(rows, positions) if self._barred else {})
 

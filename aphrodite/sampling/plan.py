@@ -2,8 +2,8 @@
 
 The default order (rank, stage):
 
-    first, in every order: grammar (5), logit_bias (10), min_tokens (20), allowed_token_ids (30), token_bans (40),
-        token_ban_ranges (50), bad_words (60)
+    first, in every order: grammar (5), thinking_token_budget (7), logit_bias (10), min_tokens (20),
+        allowed_token_ids (30), token_bans (40), token_ban_ranges (50), bad_words (60)
     then: dry (100), penalties (200) or ranged_penalties (210), no_repeat_ngram (300), temperature (400) or
         dynatemp (410), top_nsigma (500), top_k (600), top_p (610), top_a (700), min_p (800), tfs (900),
         eta_cutoff (1000), epsilon_cutoff (1100), typical_p (1200), quadratic (1300), xtc (1400), skew (1500)
@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from aphrodite.sampling.followers import TokenFollower
 from aphrodite.sampling.order import arrange, stage_names
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage
 from aphrodite.sampling.stages.registry import all_stages
 
 DEFAULT_ORDER = tuple(stage.name for stage in all_stages())
-GRAMMAR = "grammar"  # the stage that the sampler tells of tokens
+GRAMMAR, THINKING_BUDGET = "grammar", "thinking_token_budget"  # the stages that the sampler tells of tokens
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow float32 and is a client's spelling of 0
 
 
@@ -56,6 +57,11 @@ class SamplingPlan(NamedTuple):
     logprobs: int | None
     processed_logprobs: bool
     trace: bool = False
+
+    @property
+    def followers(self) -> tuple[TokenFollower, ...]:
+        """What has to be told of the row's tokens."""
+        return tuple(self.steps[name].prepared for name in (GRAMMAR, THINKING_BUDGET) if name in self.steps)
 
 
 def stage_order(params: SamplingParams) -> tuple[Stage, ...]:

@@ -42,6 +42,21 @@ class RepetitionDetection(NamedTuple):
     min_count: int
 
 
+class ReasoningMarks(NamedTuple):
+    """How the answers to one prompt mark what the model thinks.
+
+    Attributes:
+        start, end: the texts around it.
+        is_open: the prompt ends inside it; else an answer may begin with `start`.
+        last_end: where reasoning may come again, what closes it for good; empty: it comes once.
+    """
+
+    start: str
+    end: str
+    is_open: bool
+    last_end: str = ""
+
+
 class Grammar(NamedTuple):
     """What an answer has to be, from its first character to its last.
 

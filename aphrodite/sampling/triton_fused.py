@@ -21,12 +21,11 @@ from aphrodite.kernels.triton import sampling_record as r
 from aphrodite.kernels.triton.logprobs import MAX_TOP, top_logprobs
 from aphrodite.kernels.triton.sampling import Launches, Outputs, SamplingKernels
 from aphrodite.sampling.breakers import Breakers
+from aphrodite.sampling.followers import TokenFollower, mask_logits
 from aphrodite.sampling.fused import Choices, HostChoices
-from aphrodite.sampling.grammar import GrammarRow
 from aphrodite.sampling.logprobs import LogprobTensors, gather_logprobs
-from aphrodite.sampling.plan import GRAMMAR, SamplingPlan
+from aphrodite.sampling.plan import SamplingPlan
 from aphrodite.sampling.stages.base import SamplerInfo
-from aphrodite.sampling.stages.grammar import mask_logits
 from aphrodite.sampling.triton_plan import Declined, Op, RowProgram, encode
 
 
@@ -56,22 +55,19 @@ class TritonSampler:
         self._launches: dict[int, Launches] = {}
         self._barred: dict[int, torch.Tensor] = {}
         self._processed: set[int] = set()
-        self._grammars: dict[int, GrammarRow] = {}
+        self._followers: dict[int, tuple[TokenFollower, ...]] = {}
         self._breakers: WeakKeyDictionary[Breakers, torch.Tensor] = WeakKeyDictionary()
 
     def start(self, row: int, plan: SamplingPlan, seed: int, num_prompt: int) -> bool:
         """Take the row if the kernels can do its whole plan, and say whether."""
-        grammar = plan.steps.get(GRAMMAR)
-        program: RowProgram | Declined = encode(plan, self._vocab)
-        if grammar is not None and plan.logprobs is not None and not plan.processed_logprobs:
-            program = Declined("its log-probabilities are those before its grammar")
+        program = encode(plan, self._vocab)
         if isinstance(program, Declined):
             log_once(logging.INFO, f"a request is sampled by torch operations, slower: {program.reason}")
             return False
         self.rows.add(row)
         self._programs[row], self._num_prompt[row] = program, num_prompt
-        if grammar is not None:
-            self._grammars[row] = grammar.prepared
+        if plan.followers:
+            self._followers[row] = plan.followers
         self._launches[row] = _launches_of(program, plan.greedy)
         if plan.logprobs is not None:
             self.wanted[row] = plan.logprobs
@@ -100,7 +96,7 @@ class TritonSampler:
         self.wanted.pop(row, None)
         self._processed.discard(row)
         self._barred.pop(row, None)
-        self._grammars.pop(row, None)
+        self._followers.pop(row, None)
         program = self._programs.pop(row)
         if program.marks or program.only_allowed:
             self.kernels.marks[row].zero_()
@@ -182,12 +178,12 @@ class TritonSampler:
         row_numbers, row_positions = self._upload(places)[:, : len(rows)]
         index = None if entries is None else self._upload(np.array(entries, np.int64))
         part = logits if index is None else logits[index]
-        self._mask(part, rows)
         chosen = choices.tensors if index is None else Choices.empty(len(rows), self._device)
         numbers = list(range(len(rows)) if entries is None else entries)
         wanted = {number: self.wanted[row] for number, row in zip(numbers, rows, strict=True) if row in self.wanted}
         processed = torch.empty_like(part, dtype=torch.float32) if not self._processed.isdisjoint(rows) else None
-        self.kernels.run(part, row_numbers, row_positions, Outputs(*chosen), launches, processed)
+        allowed = self._allowed(part, rows, keep=bool(wanted))
+        self.kernels.run(allowed, row_numbers, row_positions, Outputs(*chosen), launches, processed)
         if index is not None:
             for whole, some in zip(choices.tensors, chosen, strict=True):
                 whole[index] = some
@@ -195,13 +191,20 @@ class TritonSampler:
             return None, wanted
         return self._logprobs(part, processed, rows, chosen.token_ids, max(wanted.values())), wanted
 
-    def _mask(self, logits: torch.Tensor, rows: Sequence[int]) -> None:
-        """Leave of `logits` [R, vocab] what the rows' grammars allow."""
-        masked = [number for number, row in enumerate(rows) if row in self._grammars]
-        if masked:
-            index = self._upload(np.array(masked, np.int64))
-            grammars = [self._grammars[rows[number]] for number in masked]
-            logits[index] = mask_logits(logits[index], grammars)
+    def _allowed(self, logits: torch.Tensor, rows: Sequence[int], *, keep: bool) -> torch.Tensor:
+        """What the rows' grammars and budgets leave of `logits` [R, vocab], which with `keep` stay as they are."""
+        words: dict[int, npt.NDArray[np.int32]] = {}
+        for number, row in enumerate(rows):
+            masks = [one.words for one in self._followers.get(row, ())]
+            known = [mask for mask in masks if mask is not None]
+            if known:
+                words[number] = np.bitwise_and.reduce(known)
+        if not words:
+            return logits
+        index = self._upload(np.array(list(words), np.int64))
+        allowed = logits.clone() if keep else logits
+        allowed[index] = mask_logits(logits[index], list(words.values()))
+        return allowed
 
     def _logprobs(
         self, logits: torch.Tensor, processed: torch.Tensor | None, rows: Sequence[int], chosen: torch.Tensor, k: int

@@ -131,7 +131,7 @@ def encode(plan: SamplingPlan, vocab: int) -> RowProgram | Declined:
         if native_steps is None:
             return Declined(f"{step.stage.name} exists as torch operations alone")
         for native in native_steps:
-            if native.op == NativeOp.TOKEN_MASK:
+            if native.op in (NativeOp.TOKEN_MASK, NativeOp.FORCE):
                 continue  # the logits come with it
             if native.op in _CONSTRAINTS:
                 constraints.add(native)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,16 @@ _WORDS = 2**32
 _MASS = 20.0  # sums of probabilities are this much more exact than logits
 
 CONSTRAINTS = [
-    *("grammar", "logit_bias", "min_tokens", "allowed_token_ids", "token_bans", "token_ban_ranges", "bad_words"),
+    *(
+        "grammar",
+        "thinking_token_budget",
+        "logit_bias",
+        "min_tokens",
+        "allowed_token_ids",
+        "token_bans",
+        "token_ban_ranges",
+        "bad_words",
+    ),
 ]
 ORDER = [
     *("dry", "penalties", "no_repeat_ngram", "temperature", "dynatemp", "top_nsigma", "top_k", "top_p", "top_a"),
@@ -202,6 +212,20 @@ def _prefix(logits: np.ndarray, order: np.ndarray, count: int, keys: np.ndarray,
 
 
 # Constraints
+
+
+@stage
+def thinking_token_budget(logits: np.ndarray, row: Row) -> np.ndarray:
+    """The prompt ends inside reasoning, which tokens 4 and 3 in a row close."""
+    budget = row.params.thinking_token_budget
+    if budget is None or len(row.output) < budget:
+        return logits
+    thought = row.output[:budget]
+    if (4, 3) in pairwise(thought):
+        return logits
+    closing = [3] if thought[-1:] == [4] else [4, 3]
+    number = len(row.output) - budget
+    return only(logits, np.array(closing[number : number + 1])) if number < len(closing) else logits
 
 
 @stage

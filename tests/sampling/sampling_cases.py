@@ -25,6 +25,7 @@ def _tokens(g: Random, vocab: int, most: int = 8) -> list[int]:
 # What switches each stage on, by its name. Probabilities are high enough to leave several survivors mostly.
 FIELDS: dict[str, Callable[[Random, int], Fields]] = {
     "grammar": lambda g, v: {"guided_regex": f"(?:t[0-9]*[{''.join(map(str, g.integers(0, 10, 4)))}] |\n+)*"},
+    "thinking_token_budget": lambda g, v: {"thinking_token_budget": int(g.integers(0, 4))},
     "logit_bias": lambda g, v: {"logit_bias": {str(t): _between(g, -8, 8) for t in _tokens(g, v)}},
     "min_tokens": lambda g, v: {"min_tokens": int(g.integers(1, 4)), "stop_token_ids": _tokens(g, v)},
     "allowed_token_ids": lambda g, v: {"allowed_token_ids": g.integers(0, v, max(v // 2, 5)).tolist()},

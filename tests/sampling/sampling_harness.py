@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import reference
 import torch
 
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
+from aphrodite.sampling.table import ReasoningMarks
 from aphrodite.sampling.vocabulary import Vocabulary
 
 EOS = 2
@@ -27,6 +29,15 @@ class FakeTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return text_of(token_id)
+
+
+# The prompts of these tests end inside reasoning, which `t4 t3 ` closes.
+MARKS = ReasoningMarks("t3 t3 ", "t4 t3 ", is_open=True)
+
+
+def with_marks(params: SamplingParams) -> SamplingParams:
+    """`params` as who makes a prompt completes them."""
+    return msgspec.structs.replace(params, reasoning=MARKS)
 
 
 def text_of(token_id: int) -> bytes:
@@ -61,6 +72,7 @@ class Harness:
     def start(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
         self.token_ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
         self.num_prompt[row] = len(prompt)
+        params = with_marks(params)
         self.sampler.start(row, params, seed, prompt)
         self.rows[row] = reference.Row(
             list(prompt),

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from sampling_cases import FIELDS, LOGITS, logits_of, random_params
-from sampling_harness import EOS, FakeTokenizer, Harness, text_of
+from sampling_harness import EOS, FakeTokenizer, Harness, text_of, with_marks
 
 from aphrodite.kernels.cpu.sampling import load
 from aphrodite.sampling.draw import draw
@@ -45,7 +45,7 @@ def test_100_000_draws_follow_the_distribution(name: str) -> None:
     g = np.random.default_rng(sum(name.encode()))
     logits = logits_of(g, VOCAB, "normal")
     prompt = g.integers(0, VOCAB, 6).tolist()
-    params = from_mapping(FIELDS[name](g, VOCAB))
+    params = with_marks(from_mapping(FIELDS[name](g, VOCAB)))
     device = torch.device("cpu")
     history = torch.tensor([prompt + [0] * 10], dtype=torch.int32)
     info = SamplerInfo(1, VOCAB, device, history, torch.tensor([len(prompt)]))

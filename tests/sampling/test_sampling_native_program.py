@@ -68,6 +68,7 @@ STAGES: list[dict[str, Any]] = [
     {"allowed_token_ids": (6, 2, 5, 4)},
     {"bad_words_ids": ((5,), (3, 4), (4, 4, 6))},
     {"min_tokens": 3, "stop_token_ids": (4, 5)},
+    {"thinking_token_budget": 1},
 ]
 KINDS = ("narrow", "wide", "ties", "masked", "equal", "model", "one")
 NEUTRAL: dict[str, Any] = {"logprobs_mode": "processed"}

@@ -35,7 +35,9 @@ def test_defaults_are_valid_and_neutral() -> None:
 
 
 def test_table_covers_every_field_and_alias_once() -> None:
-    assert [*(row.name for row in parameter_table()), "extensions"] == list(SamplingParams.__struct_fields__)
+    assert [*(row.name for row in parameter_table()), "extensions", "reasoning"] == list(
+        SamplingParams.__struct_fields__
+    )
     names = [name for row in parameter_table() for name in (row.name, *row.param.aliases)]
     assert len(names) == len(set(names)) == len(canonical_names())
     assert all(row.param.doc.endswith(".") for row in parameter_table())
@@ -59,6 +61,8 @@ def test_wire_round_trip() -> None:
         ({"max_completion_tokens": 8, "max_length": 9}, {"max_tokens": 8}),
         ({"min_length": 3}, {"min_tokens": 3}),
         ({"sampler_seed": 4}, {"seed": 4}),
+        ({"thinking_budget_tokens": 4}, {"thinking_token_budget": 4}),
+        ({"thinking_token_budget": -1, "thinking_budget": 7}, {"thinking_token_budget": None}),
         ({"seed": -1}, {"seed": None}),
         ({"top_k": -1}, {"top_k": 0}),
         ({"top_k": 40.0}, {"top_k": 40}),
@@ -97,6 +101,7 @@ BAD: list[tuple[str, Any]] = [
     *[("n", value) for value in (0, -1, 129, 2**63)],
     *[("max_tokens", value) for value in (-1, 4097, 2**63)],
     *[("min_tokens", value) for value in (-1, 4097, 2**63)],
+    *[("thinking_token_budget", value) for value in (-2, 0.5, 2**31)],
     *[("temperature", value) for value in (-1, -0.001, 100.5, 2**63)],
     *[("top_p", value) for value in (-1, 1.001)],
     *[("min_p", value) for value in (-1, 1.001)],

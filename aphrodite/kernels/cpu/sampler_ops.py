@@ -38,6 +38,7 @@ class NativeOp(IntEnum):
     MIROSTAT = 23  # values: version, tau, eta; numbers
     ADAPTIVE_P = 24  # numbers
     TOKEN_MASK = 25  # data: words whose bits say which tokens are kept, read anew at each token
+    FORCE = 26  # data: [1], the only token that is kept, -1: no such token; read anew at each token
 
 
 class NativeStep(NamedTuple):

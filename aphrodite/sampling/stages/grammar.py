@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from aphrodite.kernels.cpu.sampler_ops import NativeOp, NativeStep
+from aphrodite.sampling.followers import mask_logits
 from aphrodite.sampling.grammar import GrammarRow, compiler_of
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext
@@ -45,17 +45,7 @@ class GrammarStage(Stage):
     def apply(self, logits: torch.Tensor, values: torch.Tensor, context: StageContext) -> torch.Tensor:
         for row, position in zip(context.prepared, context.positions, strict=True):
             row.refresh(position)
-        return mask_logits(logits, context.prepared)
-
-
-def mask_logits(logits: torch.Tensor, rows: Sequence[GrammarRow]) -> torch.Tensor:
-    """Leaves of `logits` [R, vocab] what the masks of `rows` allow, in place."""
-    words = torch.from_numpy(np.stack([row.words for row in rows]))
-    if logits.device.type == "cuda":
-        words = words.pin_memory().to(logits.device, non_blocking=True)
-    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    allowed = ((words[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[-1]]
-    return logits.masked_fill_(allowed == 0, -torch.inf)
+        return mask_logits(logits, [row.words for row in context.prepared])
 
 
 STAGE = GrammarStage()

@@ -37,6 +37,7 @@ enum class SamplerOpCode : int32_t {
     Mirostat = 23,
     AdaptiveP = 24,
     TokenMask = 25,
+    Force = 26,
 };
 
 // One stage of a row. aphrodite/kernels/cpu/sampling.py has the same layouts; sizes are compared at load.

@@ -89,6 +89,23 @@ void token_mask(Row& row, const SamplerOp& op) {
     row.measured = false;
 }
 
+// Keeps one token. data: [1], the token; -1: none is forced.
+void force(Row& row, const SamplerOp& op) {
+    const int32_t token = *static_cast<const int32_t*>(op.data);
+    if (token < 0) return;
+    measure(row);  // a bad logit is one wherever it is
+    const int32_t index = row.find(token);
+    row.count = 0;
+    if (index >= 0) {
+        row.scratch.x[0] = row.x[index];
+        row.scratch.ids[0] = token;
+        row.count = 1;
+    }
+    row.x = row.scratch.x;
+    row.ids = row.scratch.ids;
+    row.measured = false;
+}
+
 // Bars the last token of a word whose others end the answer. ids: each word's length, then its tokens.
 void bad_words(Row& row, const SamplerOp& op, const Context& context) {
     for (const int32_t* word = op.ids; word < op.ids + op.count; word += 1 + *word) {

@@ -316,6 +316,7 @@ bool run_unmeasured(Row& row, const SamplerOp& op, const Context& context) {
         case SamplerOpCode::Mask: mask(row, op, context); return true;
         case SamplerOpCode::Allow: allow(row, op); return true;
         case SamplerOpCode::TokenMask: token_mask(row, op); return true;
+        case SamplerOpCode::Force: force(row, op); return true;
         case SamplerOpCode::Bias: bias(row, op); return true;
         case SamplerOpCode::BadWords: bad_words(row, op, context); return true;
         case SamplerOpCode::Penalties: penalties(row, op, context); return true;

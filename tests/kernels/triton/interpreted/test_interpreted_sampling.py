@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "sampling"))
 
 import reference
 from sampling_cases import FIELDS, LOGITS, logits_of, random_params
-from sampling_harness import EOS, FakeTokenizer, text_of
+from sampling_harness import EOS, FakeTokenizer, text_of, with_marks
 
 from aphrodite.kernels.triton.logprobs import top_logprobs
+from aphrodite.sampling.followers import TokenFollower
 from aphrodite.sampling.fused import Choices
-from aphrodite.sampling.grammar import GrammarRow
 from aphrodite.sampling.logprobs import LogprobTensors
 from aphrodite.sampling.params import SamplingParams, from_mapping, to_mapping
-from aphrodite.sampling.plan import GRAMMAR, compile_plan
+from aphrodite.sampling.plan import compile_plan
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo
 from aphrodite.sampling.triton_fused import TritonSampler
 from aphrodite.sampling.vocabulary import Vocabulary
@@ -44,17 +44,16 @@ class Rows:
         self.sampler = TritonSampler(SamplerInfo(num_rows, vocab, CPU, self.history, num_prompt))
         self.vocabulary = Vocabulary(vocab, FakeTokenizer())
         self.rows: dict[int, reference.Row] = {}
-        self.grammars: dict[int, GrammarRow] = {}
+        self.followers: dict[int, tuple[TokenFollower, ...]] = {}
 
     def start(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> bool:
         """Whether the sampler takes the row."""
-        params = from_mapping({"logprobs": self.vocab, "logprobs_mode": "processed"}, base=params)
+        params = with_marks(from_mapping({"logprobs": self.vocab, "logprobs_mode": "processed"}, base=params))
         self.history[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
         plan = compile_plan(params, RowInfo(self.vocab, frozenset({EOS}), len(prompt), CPU, self.vocabulary))
         if not self.sampler.start(row, plan, seed, len(prompt)):
             return False
-        if GRAMMAR in plan.steps:
-            self.grammars[row] = plan.steps[GRAMMAR].prepared
+        self.followers[row] = plan.followers
         protected = FakeTokenizer.special_ids | FakeTokenizer.newlines
         self.rows[row] = reference.Row(list(prompt), [], seed, params, frozenset({EOS}), protected, text_of)
         return True
@@ -64,8 +63,8 @@ class Rows:
     ) -> tuple[Choices, LogprobTensors]:
         positions = [len(self.rows[row].prompt) + len(self.rows[row].output) for row in rows]
         for row, position in zip(rows, positions, strict=True):
-            if row in self.grammars:
-                self.grammars[row].refresh(position)
+            for follower in self.followers[row]:
+                follower.refresh(position)
         place = self.sampler.choices(len(rows))
         choices = place.tensors
         reported, _ = self.sampler.sample(torch.from_numpy(logits.copy()), None, rows, positions, barred or {}, place)
@@ -73,8 +72,8 @@ class Rows:
         for row, position, token in zip(rows, positions, choices.token_ids.tolist(), strict=True):
             self.history[row, position] = token
             self.rows[row].output.append(token)
-            if row in self.grammars:
-                self.grammars[row].tell(position, token)
+            for follower in self.followers[row]:
+                follower.tell(position, token)
         return choices, reported
 
     def compare(self, logits: np.ndarray, rows: list[int]) -> int:
