@@ -17,15 +17,18 @@ from aphrodite.server.config import ServerConfig
 from aphrodite.server.context import RequestHolds, ServerContext
 from aphrodite.server.docs import DocumentationEndpoints
 from aphrodite.server.edge import Edge
+from aphrodite.server.embeddings import EmbeddingEndpoint
 from aphrodite.server.errors import ApiError
 from aphrodite.server.health import HealthEndpoint, version
 from aphrodite.server.kobold import kobold_error, kobold_routes
 from aphrodite.server.lifecycle import Gate, Lifecycle
 from aphrodite.server.limits import RequestLimits
 from aphrodite.server.llama_cpp import llama_cpp_routes
+from aphrodite.server.llama_cpp_embed import llama_cpp_embedding_routes
 from aphrodite.server.metrics import MetricsPage, ServerMetrics
 from aphrodite.server.model_pool import ModelPool
 from aphrodite.server.ollama import ollama_error, ollama_routes
+from aphrodite.server.ollama_embed import ollama_embedding_routes
 from aphrodite.server.openai.chat import ChatEndpoint
 from aphrodite.server.openai.completions import CompletionEndpoint
 from aphrodite.server.openai.models import ModelsEndpoint
@@ -76,6 +79,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         get("/v1/models", models.list),
         get("/v1/models/{model_id:path}", models.show),
         post("/v1/completions", CompletionEndpoint(context).create),
+        post("/v1/embeddings", EmbeddingEndpoint(context).create),
         post("/v1/chat/completions", ChatEndpoint(context).create),
         *responses_routes(context),
     ]
@@ -105,7 +109,12 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         get("/v1/auth/permission", probes.permission),
         get("/.well-known/serviceinfo", probes.service_info),
     ]
-    llama_cpp = [*llama_cpp_routes(context), get("/props", probes.props), get("/slots", probes.slots)]
+    llama_cpp = [
+        *llama_cpp_routes(context),
+        *llama_cpp_embedding_routes(context),
+        get("/props", probes.props),
+        get("/slots", probes.slots),
+    ]
     return [
         RouteGroup("OpenAI", openai),
         RouteGroup("Aphrodite", own),
@@ -114,7 +123,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         RouteGroup("llama.cpp", llama_cpp),
         RouteGroup("KoboldAI", kobold_routes(context), kobold_error),
         RouteGroup("Anthropic", anthropic_routes(context), anthropic_error),
-        RouteGroup("Ollama", ollama_routes(context), ollama_error),
+        RouteGroup("Ollama", [*ollama_routes(context), *ollama_embedding_routes(context)], ollama_error),
     ]
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from aphrodite.chat.template import ChatTemplate
-    from aphrodite.engine.messages import EngineStats
+    from aphrodite.engine.embedding import EmbeddingOutput, EmbeddingParams
+    from aphrodite.engine.messages import EmbeddingInfo, EngineStats
     from aphrodite.outputs import RequestOutput
     from aphrodite.sampling.params import SamplingParams
     from aphrodite.tokenizer.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ class ModelInfo(Protocol):
     def created(self) -> int: ...
     @property
     def sampling_defaults(self) -> SamplingParams: ...
+    @property
+    def embedding(self) -> EmbeddingInfo: ...
 
 
 class Engine(Protocol):
@@ -64,6 +67,21 @@ class Engine(Protocol):
 
         Raises:
             InvalidRequestError, QueueFullError, EngineDeadError: with the first item where possible.
+        """
+
+    async def embed(
+        self,
+        prompt_token_ids: list[int],
+        params: EmbeddingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EmbeddingOutput:
+        """One prompt's embedding; cancelling it frees the request.
+
+        Raises:
+            InvalidRequestError, QueueFullError, EngineDeadError, RequestFailedError: there is none.
         """
 
     async def check_health(self) -> None:

@@ -15,9 +15,12 @@ from aphrodite.sampling.grammar_fields import FIELD_SCHEMAS
 from aphrodite.sampling.params import parameter_table
 from aphrodite.sampling.table import MAX_LOOP_COUNT, MAX_LOOP_PATTERN, ParamRow, bounds_text
 from aphrodite.server.anthropic import CountTokensFields, MessagesFields
+from aphrodite.server.embeddings import EmbeddingFields
 from aphrodite.server.kobold import KoboldFields, KoboldKeyFields, KoboldTextFields, KoboldTokensFields
 from aphrodite.server.llama_cpp import LlamaCppFields
+from aphrodite.server.llama_cpp_embed import LlamaCppEmbeddingFields
 from aphrodite.server.ollama import OllamaChatFields, OllamaGenerateFields, ShowFields
+from aphrodite.server.ollama_embed import OllamaEmbeddingsFields, OllamaEmbedFields
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.openai.responses.fields import ResponsesFields
 from aphrodite.server.probes import TabbyDecodeFields, TabbyEncodeFields
@@ -28,6 +31,7 @@ _REF = "#/components/schemas/{model}"
 # Which model describes the body of a POST, and whether sampling parameters belong to it as well.
 _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/v1/completions": (CompletionFields, True),
+    "/v1/embeddings": (EmbeddingFields, False),
     "/v1/chat/completions": (ChatFields, True),
     "/v1/responses": (ResponsesFields, True),
     "/v1/responses/input_tokens": (ResponsesFields, True),
@@ -42,12 +46,16 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/api/extra/generate/stream": (KoboldFields, True),
     "/api/extra/generate/check": (KoboldKeyFields, False),
     "/api/extra/abort": (KoboldKeyFields, False),
+    "/embedding": (LlamaCppEmbeddingFields, False),
+    "/embeddings": (LlamaCppEmbeddingFields, False),
     "/completion": (LlamaCppFields, True),
     "/completions": (LlamaCppFields, True),
     "/v1/messages": (MessagesFields, True),
     "/v1/messages/count_tokens": (CountTokensFields, False),
     "/api/chat": (OllamaChatFields, False),
     "/api/generate": (OllamaGenerateFields, False),
+    "/api/embed": (OllamaEmbedFields, False),
+    "/api/embeddings": (OllamaEmbeddingsFields, False),
     "/api/show": (ShowFields, False),
     "/api/extra/tokencount": (KoboldTextFields, False),
     "/api/extra/tokenize": (KoboldTextFields, False),

@@ -12,13 +12,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import cache
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from aphrodite.chat.template import ChatTemplate
 from aphrodite.core.plan import StageTrace, TokenLogprobs, TokenTrace
 from aphrodite.core.request import RequestUpdate
-from aphrodite.engine.messages import EngineStats
+from aphrodite.engine.embedding import PROMPT_ONLY, EmbeddingOutput, EmbeddingParams, check_embedding, embedding_of
+from aphrodite.engine.messages import EmbeddingInfo, EngineStats
 from aphrodite.engine.output import RequestStream
 from aphrodite.engine.preparation import check_prompt
 from aphrodite.errors import EngineDeadError, QueueFullError
@@ -48,6 +50,14 @@ def _byte_level_vocab() -> dict[str, int]:
     return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
 
 
+EMBEDDING = EmbeddingInfo(size=4, pooling="last", normalize=True, declined=None)
+
+
+def raw_state(token: int) -> np.ndarray:
+    """The hidden state of a token, whatever stands before it."""
+    return np.array([1 + token % 7, token % 3 - 1, token / 100, 0.5])
+
+
 @dataclass(frozen=True)
 class FakeModel:
     name: str = "fake/story"
@@ -60,6 +70,7 @@ class FakeModel:
     max_logprobs: int = 20
     created: int = 1_700_000_000
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
+    embedding: EmbeddingInfo = EMBEDDING
 
 
 TEMPLATE = """\
@@ -130,6 +141,27 @@ class FakeEngine:
             self._changed.set()
             if not self.running:
                 self.idle.set()
+
+    async def embed(
+        self,
+        prompt_token_ids: list[int],
+        params: EmbeddingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EmbeddingOutput:
+        """Of the hidden states `raw_state`."""
+        check_embedding(params, self.model.embedding)
+        pooling = params.pooling or self.model.embedding.pooling
+        states = [raw_state(token) for token in prompt_token_ids]
+        pooled = {"mean": np.mean(states, axis=0), "last": states[-1], "cls": states[0]}[pooling]
+        outputs = self.generate(
+            prompt_token_ids, PROMPT_ONLY, request_id=request_id, priority=priority, cache_salt=cache_salt
+        )
+        (output,) = [piece async for piece in outputs]
+        output.embedding = None if output.outputs[0].error else pooled.astype(np.float32).tobytes()
+        return embedding_of(output, params, self.model.embedding)
 
     async def until_running(self, count: int) -> None:
         """Return when so many requests run."""

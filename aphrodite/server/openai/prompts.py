@@ -33,7 +33,7 @@ async def read_prompts(
     Raises:
         ApiError, InvalidRequestError: 400, naming `prompt`.
     """
-    parts = _split(value, context.config.max_prompts)
+    parts = split_prompts(value, field="prompt", most=context.config.max_prompts)
     prompts = []
     for part in parts:
         if isinstance(part, str):
@@ -79,33 +79,38 @@ def truncation(requested: int | None, *, max_model_len: int, max_tokens: int | N
     return requested if requested > 0 else max(1, max_model_len - (1 if max_tokens is None else max_tokens))
 
 
-def _split(value: Any, max_prompts: int) -> list[str | list[int]]:
+def split_prompts(value: Any, *, field: str, most: int) -> list[str | list[int]]:
+    """Texts and lists of token ids; null is an empty text.
+
+    Raises:
+        ApiError: 400, naming `field`: it is something else, or there are more than `most`.
+    """
     if value is None:
         return [""]
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise _wrong_kind()
+        raise _wrong_kind(field)
     if not value:
-        raise invalid("prompt", "must not be an empty list")
+        raise invalid(field, "must not be an empty list")
     if all(type(item) is int for item in value):
         return [value]
-    if len(value) > max_prompts:
-        raise invalid("prompt", f"has {len(value)} prompts, more than the {max_prompts} allowed in one request")
+    if len(value) > most:
+        raise invalid(field, f"has {len(value)} {field}s, more than the {most} allowed in one request")
     if all(type(item) is str for item in value):
         return value
     for index, item in enumerate(value):
         if type(item) is not list:
-            raise _wrong_kind()
+            raise _wrong_kind(field)
         if not item:
-            raise invalid("prompt", f"prompt {index} is empty: send at least one token id")
+            raise invalid(field, f"{field} {index} is empty: send at least one token id")
         if not all(type(token) is int for token in item):
-            raise _wrong_kind()
+            raise _wrong_kind(field)
     return value
 
 
-def _wrong_kind() -> ApiError:
-    return invalid("prompt", f"must be {_KINDS}", code="invalid_type")
+def _wrong_kind(field: str) -> ApiError:
+    return invalid(field, f"must be {_KINDS}", code="invalid_type")
 
 
 def _document_start(tokenizer: Tokenizer) -> list[int]:
