@@ -145,8 +145,8 @@ class Bench:
             raise RuntimeError(f"{came} of {wanted} tokens came: {reason}")
         return elapsed
 
-    def step(self, batch: int, *, repeats: int = 2, **sampling: Any) -> float:
-        """Seconds of a decode step: the best of `repeats` differences, after a run that captures graphs."""
+    def step(self, batch: int, *, repeats: int = 3, **sampling: Any) -> float:
+        """Seconds of a decode step: the best of `repeats` differences, after a run that warms everything up."""
         self.seconds(self.prompts([PROMPT] * batch), 9, **sampling)
         differences = []
         for _ in range(repeats):
@@ -155,8 +155,8 @@ class Bench:
             differences.append((self.seconds(prompts, STEPS + 1, **sampling) - short) / STEPS)
         return min(differences)
 
-    def decode(self, case: str, batch: int, *, repeats: int = 2, **sampling: Any) -> Row:
-        step = self.step(batch, repeats=repeats, **sampling)
+    def decode(self, case: str, batch: int, **sampling: Any) -> Row:
+        step = self.step(batch, **sampling)
         return self._decode_row(case, batch, step, context=PROMPT + STEPS / 2)
 
     def long(self) -> Row:
@@ -241,7 +241,7 @@ def cases(bench: Bench) -> dict[str, Callable[[], Row]]:
     table["ttft"] = bench.first_token
     for name, sampling in SAMPLERS.items():
         table[f"sampler {name}"] = lambda name=name, sampling=sampling: bench.decode(  # type: ignore[misc]
-            f"sampler {name}", 128, repeats=1, **sampling
+            f"sampler {name}", 128, **sampling
         )
     table["mixed"] = bench.mixed
     table["long"] = bench.long
