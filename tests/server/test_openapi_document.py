@@ -18,6 +18,7 @@ from aphrodite.server.app import Application
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.model_pool import ModelPool
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
+from aphrodite.server.openai.responses.fields import ResponsesFields
 
 
 def fake_application() -> Application:
@@ -43,7 +44,7 @@ def test_every_route_and_every_field_is_described(document: dict[str, Any]) -> N
     operations = [operation for item in document["paths"].values() for operation in item.values()]
     assert all(operation["summary"] for operation in operations)
     assert len({operation["operationId"] for operation in operations}) == len(operations)
-    for model in (CompletionFields, ChatFields):
+    for model in (CompletionFields, ChatFields, ResponsesFields):
         fields = document["components"]["schemas"][model.__name__]["properties"]
         assert set(fields) == set(model.model_fields) | set(canonical_names())
 
@@ -64,7 +65,8 @@ OPERATIONS = [
     (path, method)
     for path, method in (
         ("/v1/models", "GET"), ("/v1/models/{model_id}", "GET"), ("/v1/completions", "POST"),
-        ("/v1/chat/completions", "POST"), ("/tokenize", "POST"), ("/v1/detokenize", "POST"), ("/tokenizer_info", "GET"),
+        ("/v1/chat/completions", "POST"), ("/v1/responses", "POST"),
+        ("/tokenize", "POST"), ("/v1/detokenize", "POST"), ("/tokenizer_info", "GET"),
         ("/health", "GET"), ("/version", "GET"), ("/metrics", "GET"), ("/openapi.json", "GET"),
     )
 ]  # fmt: skip
