@@ -2,7 +2,8 @@
 
     mark      what history and position say about single tokens            (sampling_history.py)
     measure   one read of all logits: chunk maxima, sums where needed      (sampling_measure.py)
-    choose    greedy rows, and those with few survivors, from a list       (sampling_choose.py)
+    choose    greedy rows; lists of what can survive in others             (sampling_choose.py)
+    listed    rows with few survivors: the program over their list         (sampling_listed.py)
     widen     rows with many: the program over the vocabulary, in a copy   (sampling_wide.py)
     draw      of those, and of rows without a truncation
 
@@ -22,6 +23,7 @@ from aphrodite.kernels.triton import sampling_record as r
 from aphrodite.kernels.triton.launch import launch_options, pdl_supported
 from aphrodite.kernels.triton.sampling_choose import choose_kernel
 from aphrodite.kernels.triton.sampling_history import mark_kernel
+from aphrodite.kernels.triton.sampling_listed import listed_kernel
 from aphrodite.kernels.triton.sampling_measure import CHUNK, PIECE, measure_kernel
 from aphrodite.kernels.triton.sampling_report import REPORT_PIECE, report_kernel, settle_kernel
 from aphrodite.kernels.triton.sampling_stages import LIST_CAPACITY
@@ -30,6 +32,7 @@ from aphrodite.kernels.triton.sampling_wide import DRAW_BLOCKS, draw_kernel, wid
 # Without fused multiply-adds a logit is the same number in every kernel that reads it, and that of the torch stages.
 EXACT = {"enable_fp_fusion": False}
 MEASURE_REGISTERS = 64  # a thread: four blocks run on a multiprocessor of NVIDIA's then
+LISTING_REGISTERS = 192  # a thread that makes lists: left to itself NVIDIA's assembler takes 128 and spills
 
 
 class Launches(IntEnum):
@@ -37,7 +40,7 @@ class Launches(IntEnum):
 
     GREEDY = 0  # measure, choose
     WHOLE = 1  # and draw: rows without truncations
-    LISTED = 2  # and widen: rows with truncations and the like
+    LISTED = 2  # and listed and widen: rows with truncations and the like
     MARKED = 3  # and mark: rows whose history or position decides about tokens
 
 
@@ -63,6 +66,7 @@ class SamplingKernels:
         self._pdl = pdl_supported(device)
         nvidia = device.type == "cuda" and torch.version.hip is None
         self._few_registers = {"maxnreg": MEASURE_REGISTERS} if nvidia else {}
+        self._more_registers = {"maxnreg": LISTING_REGISTERS} if nvidia else {}
         self._chunks, self._pieces = triton.cdiv(vocab, CHUNK.value), triton.cdiv(vocab, PIECE.value)
 
         def ints(*size: int) -> torch.Tensor:
@@ -127,9 +131,17 @@ class SamplingKernels:
             LISTS=lists,
             SETTLES=settles,
             num_warps=8 if lists else 4,
+            **(self._more_registers if lists else {}),
             **options,
         )
         if lists:
+            listed_kernel[(batch,)](
+                *(rows, positions, *tables, self.history, self._values, self._tokens, *states, *outputs),
+                *(history_stride, self.vocab),
+                SETTLES=settles,
+                num_warps=8,
+                **options,
+            )
             widen_kernel[(batch,)](
                 *(logits, rows, positions, *tables, self.history, self._work, self._values, self._tokens),
                 *(*states, *outputs, history_stride, stride, self.vocab),

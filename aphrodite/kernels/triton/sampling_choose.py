@@ -1,7 +1,7 @@
-"""The choice of rows with few survivors: collects them from the chunks that can hold any, runs the program, draws.
+"""The choice of greedy rows, and the lists of what can survive in the others, from the chunks that can hold any of it.
 
-One block a row. Cost: a read of the chunk maxima and of the chunks that survivors are in. Rows without a truncation and
-rows with many survivors are left to sampling_wide.py.
+One block a row. Cost: a read of the chunk maxima and of the chunks that survivors are in. Rows with a list are left to
+sampling_listed.py, rows without a truncation and rows with many survivors to sampling_wide.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from aphrodite.kernels.triton import sampling_record as r
 from aphrodite.kernels.triton.launch import direct_launch, launch_dependents, wait_for_producer
-from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, draw_listed, settle, top_shape
+from aphrodite.kernels.triton.sampling_draw import NO_TOKEN, settle
 from aphrodite.kernels.triton.sampling_measure import CHUNK, combine_pieces
 from aphrodite.kernels.triton.sampling_read import op_at, read_logits, value_of
 from aphrodite.kernels.triton.sampling_search import kth_largest
@@ -20,7 +20,7 @@ from aphrodite.kernels.triton.sampling_stages import (
     dynamic_temperature,
     is_threshold,
     number_at,
-    run_program,
+    save_sums,
     threshold,
 )
 
@@ -101,8 +101,7 @@ def choose_kernel(
     )
     if SETTLES:
         tl.debug_barrier()
-        mode = tl.load(state + r.MODE)
-        if (mode == r.DONE) | (mode == r.LISTED):
+        if tl.load(state + r.MODE) == r.DONE:
             history = history_ptr + row * history_stride
             outputs = out_tokens_ptr, out_ok_ptr, out_exhausted_ptr
             settle(record, position, entry, state, floats, counts, marks, history, outputs, LISTS)
@@ -155,7 +154,7 @@ def _choose(
             tl.store(state + r.MODE, r.DRAW_EDITED)
     elif LISTS:
         lists = chunks, values, tokens
-        _choose_from_list(
+        _list(
             logits, record, position, counts, marks, tops, top, pieces, lists, state, floats, vocab, num_pieces, PIECES
         )
 
@@ -178,7 +177,7 @@ def _bans_repeats(record, edits):
 
 
 @triton.jit
-def _choose_from_list(
+def _list(
     logits,
     record,
     position,
@@ -194,7 +193,7 @@ def _choose_from_list(
     num_pieces,
     PIECES: tl.constexpr,
 ):
-    _, values, tokens = lists
+    """Lists what can survive, and leaves what the program has to know beside that."""
     mass, weighted = tl.full([], 1.0, tl.float64), tl.full([], 0.0, tl.float64)
     left, deviation = tl.full([], 1.0, tl.float64), tl.full([], 0.0, tl.float64)
     if (tl.load(record + r.FLAGS) & r.STATS) != 0:
@@ -213,24 +212,11 @@ def _choose_from_list(
     if (found == 0) | (found > LIST_CAPACITY):
         tl.store(state + r.MODE, r.RUN_WIDE)
     else:
-        sums = mass, weighted, left, deviation
-        top = run_program(
-            record,
-            position,
-            first,
-            values,
-            tokens,
-            found,
-            top,
-            sums,
-            counts,
-            marks,
-            floats,
-            values,
-            False,
-            LIST_CAPACITY,
-        )
-        _finish_list(record, position, values, tokens, found, top, counts, state, floats)
+        tl.store(state + r.MODE, r.RUN_LIST)
+        tl.store(state + r.LISTED_COUNT, found)
+        tl.store(state + r.FIRST_OP, first)
+        tl.store(floats + r.TOP, top)
+        save_sums(floats, mass, weighted, left, deviation)
 
 
 @triton.jit
@@ -272,21 +258,6 @@ def _list_survivors(logits, record, counts, marks, tops, top, op, lowest, wanted
                 found = tl.full([], 0, tl.int32)
                 wanted = tl.full([], _MANY_CHUNKS, tl.int32)
     return found
-
-
-@triton.jit
-def _finish_list(record, position, values, tokens, found, top, counts, state, floats):
-    tl.debug_barrier()
-    tl.store(state + r.MODE, r.LISTED)
-    tl.store(state + r.LISTED_COUNT, found)
-    if tl.abs(top) < float("inf"):
-        top = top_shape(values, found, top, floats, LIST_CAPACITY)
-        chosen = draw_listed(record, position, values, tokens, found, top, floats, LIST_CAPACITY)
-        tl.store(state + r.TOKEN, tl.load(tokens + chosen))
-        tl.store(floats + r.CHOSEN, tl.load(values + chosen))
-        tl.store(state + r.OK, 1)
-    elif top == -float("inf"):
-        tl.store(state + r.EXHAUSTED, 1)
 
 
 @triton.jit

@@ -83,6 +83,7 @@ DRAW_EDITED = tl.constexpr(1)  # from the logits as they are read
 RUN_WIDE = tl.constexpr(2)  # its survivors may be too many for a list: run the program over the vocabulary
 DRAW_WORK = tl.constexpr(3)  # from the row's work buffer
 LISTED = tl.constexpr(4)  # as DONE; the survivors are in the row's list
+RUN_LIST = tl.constexpr(5)  # what may survive is in the row's list: run the program over that
 
 # Words of a row's state, and floats beside them.
 MODE = tl.constexpr(0)
@@ -91,13 +92,15 @@ OK = tl.constexpr(2)
 EXHAUSTED = tl.constexpr(3)
 LISTED_COUNT = tl.constexpr(4)
 ARRIVED = tl.constexpr(5)  # blocks that have drawn their share of the row
+FIRST_OP = tl.constexpr(6)  # of the program that is left for a list
 STATE_WORDS = tl.constexpr(8)
 TOP = tl.constexpr(0)  # the largest score without noise
 SHAPED = tl.constexpr(1)  # 1: adaptive-p's curve shapes the draw
 TARGET = tl.constexpr(2)
 NORMALIZER = tl.constexpr(3)  # of the distribution that adaptive-p or mirostat speaks of
 CHOSEN = tl.constexpr(4)  # the chosen token's logit in it
-STATE_FLOATS = tl.constexpr(8)
+SUMS = tl.constexpr(8)  # four float64 of two places each, see `run_program`
+STATE_FLOATS = tl.constexpr(16)
 
 # What a piece of a row says about all of it (`stats` of sampling_measure.py), relative to the piece's own maximum.
 PIECE_TOP = tl.constexpr(0)

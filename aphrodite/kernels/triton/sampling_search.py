@@ -166,14 +166,13 @@ def find_cut_wide(
         rounds = tl.where(met == 0, _ROUNDS, rounds + 1)
         if (met > 0) & (rounds >= _ROUNDS - 2):
             found = _between(values, count, top, offset, kind, low, high, spare, indices, LIST_BLOCK, CAPACITY)
-    cut, last = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    if found <= CAPACITY:
-        tl.debug_barrier()
-        rest = target - above
-        cut, place = find_cut(spare, found, top, offset, rest, kind, lowest_key(), highest_key(top), CAPACITY)
-        last = tl.load(indices + place)
-    else:
-        cut, last = find_cut(values, count, top, offset, target, kind, lowest_key(), highest_key(top), WAYS_BLOCK)
+    tl.debug_barrier()
+    listed = found <= CAPACITY
+    if listed:
+        values, count, target = spare, found, target - above
+    cut, last = find_cut(values, count, top, offset, target, kind, lowest_key(), highest_key(top), WAYS_BLOCK)
+    if listed:
+        last = tl.load(indices + last)
     return cut, last
 
 
@@ -203,21 +202,10 @@ def _between(values, count, top, offset, kind, low, high, spare, indices, BLOCK:
 
 
 @triton.jit
-def keep(values, count, top, offset, cut, last, kind, BLOCK: tl.constexpr):
-    """Mask what `find_cut` leaves out; returns the largest of what stays."""
-    left = tl.full([BLOCK], -float("inf"), tl.float32)
-    tl.debug_barrier()
-    begin = 0
-    while begin < count:
-        at = begin + tl.arange(0, BLOCK)
-        x = tl.load(values + at, at < count, other=-float("inf"))
-        key = key_of(x, top, offset, kind)
-        x = tl.where((key > cut) | ((key == cut) & (at <= last)), x, -float("inf"))
-        tl.store(values + at, x, at < count)
-        left = tl.maximum(left, x)
-        begin += BLOCK
-    tl.debug_barrier()
-    return tl.max(left, axis=0)
+def survives(x, at, top, offset, cut, last, kind):
+    """Whether values `x`, the entries `at`, stay behind the cut that `find_cut` found."""
+    key = key_of(x, top, offset, kind)
+    return (key > cut) | ((key == cut) & (at <= last))
 
 
 @triton.jit

@@ -18,8 +18,8 @@ from aphrodite.kernels.triton.sampling_search import (
     find_cut,
     find_cut_wide,
     highest_key,
-    keep,
     lowest_key,
+    survives,
 )
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -82,6 +82,23 @@ def deviation_of(values, count, top, left, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def save_sums(floats, mass, weighted, left, deviation):
+    """Leave a row's sums for the kernel that runs its program."""
+    sums = (floats + r.SUMS).to(tl.pointer_type(tl.float64))
+    tl.store(sums, mass)
+    tl.store(sums + 1, weighted)
+    tl.store(sums + 2, left)
+    tl.store(sums + 3, deviation)
+
+
+@triton.jit
+def saved_sums(floats):
+    """What `save_sums` left."""
+    sums = (floats + r.SUMS).to(tl.pointer_type(tl.float64))
+    return tl.load(sums), tl.load(sums + 1), tl.load(sums + 2), tl.load(sums + 3)
+
+
+@triton.jit
 def dynamic_temperature(op, mass, weighted, left):
     """What to divide by, float32. values: lowest, highest - lowest, exponent."""
     entropy = log(mass) - (weighted / mass).to(tl.float32)
@@ -134,67 +151,59 @@ def number_at(op, record, position, first):
 
 
 @triton.jit
-def _keep_at_least(values, count, lowest, BLOCK: tl.constexpr):
+def _change(
+    op,
+    code,
+    values,
+    tokens,
+    count,
+    top,
+    number,
+    cut,
+    last,
+    offset,
+    kind,
+    counts,
+    marks,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One pass in which an operation changes or masks the survivors; returns the largest of what is left.
+
+    All operations share it: compilers take longer the more loops a kernel has, and not in proportion.
+
+    Args:
+        number: the lowest logit that stays, a divisor, or the logarithm of XTC's threshold.
+        cut, last, offset, kind: of `find_cut`; of XTC `last` is the entry that it spares.
+    """
+    tops = tl.full([BLOCK], -float("inf"), tl.float32)
     tl.debug_barrier()
     begin = 0
     while begin < count:
         at = begin + tl.arange(0, BLOCK)
-        x = tl.load(values + at, at < count, other=-float("inf"))
-        tl.store(values + at, tl.where(x < lowest, -float("inf"), x), at < count)
-        begin += BLOCK
-    tl.debug_barrier()
-
-
-@triton.jit
-def _divide(values, count, divisor, BLOCK: tl.constexpr):
-    tl.debug_barrier()
-    begin = 0
-    while begin < count:
-        at = begin + tl.arange(0, BLOCK)
-        x = tl.load(values + at, at < count, other=-float("inf"))
-        tl.store(values + at, tl.div_rn(x, divisor + tl.zeros_like(x)), at < count)
-        begin += BLOCK
-    tl.debug_barrier()
-
-
-@triton.jit
-def _quadratic(op, values, count, top, BLOCK: tl.constexpr):
-    """values: k, s. Returns the largest, which a negative k or s may raise."""
-    k, s = value_of(op, 0), value_of(op, 1)
-    highest = tl.full([BLOCK], -float("inf"), tl.float32)
-    tl.debug_barrier()
-    begin = 0
-    while begin < count:
-        at = begin + tl.arange(0, BLOCK)
-        x = tl.load(values + at, at < count, other=-float("inf"))
-        distance = tl.maximum(x - top, _FARTHEST)
-        smoothed = tl.where(x == -float("inf"), x, top + distance * distance * (s * distance - k))
-        tl.store(values + at, smoothed, at < count)
-        highest = tl.maximum(highest, smoothed)
-        begin += BLOCK
-    tl.debug_barrier()
-    return tl.max(highest, axis=0)
-
-
-@triton.jit
-def _edit_all(op, values, tokens, count, top, counts, marks, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """An operation on single tokens; an n-gram ban is undone where it would leave nothing. Returns the largest."""
-    highest = top
-    tl.debug_barrier()
-    if (tl.load(op + r.CODE) != r.NO_REPEAT_NGRAM) | _leaves_some(values, tokens, count, marks, WIDE, BLOCK):
-        tops = tl.full([BLOCK], -float("inf"), tl.float32)
-        begin = 0
-        while begin < count:
-            at = begin + tl.arange(0, BLOCK)
-            mask = at < count
-            x = tl.load(values + at, mask, other=-float("inf"))
+        mask = at < count
+        x = tl.load(values + at, mask, other=-float("inf"))
+        if is_threshold(code):
+            x = tl.where(x < number, -float("inf"), x)
+        elif is_cut(code):
+            x = tl.where(survives(x, at, top, offset, cut, last, kind), x, -float("inf"))
+        elif code == r.DYNAMIC_TEMPERATURE:
+            x = tl.div_rn(x, number + tl.zeros_like(x))
+        elif code == r.QUADRATIC:  # values: k, s; negative ones may raise the largest
+            k, s = value_of(op, 0), value_of(op, 1)
+            distance = tl.maximum(x - top, _FARTHEST)
+            x = tl.where(x == -float("inf"), x, top + distance * distance * (s * distance - k))
+        elif code == r.XTC:
+            removed = (x - top >= number) & (at != last)
+            mark = tl.load(marks + token_at(tokens, at, mask, WIDE), mask & removed, other=0)
+            x = tl.where(removed & ((mark & r.PROTECTED) == 0), -float("inf"), x)
+        else:
             x = edit(op, x, token_at(tokens, at, mask, WIDE), mask, counts, marks)
-            tl.store(values + at, x, mask)
-            tops = tl.maximum(tops, x)
-            begin += BLOCK
-        highest = tl.max(tops, axis=0)
+        tl.store(values + at, x, mask)
+        tops = tl.maximum(tops, x)
+        begin += BLOCK
     tl.debug_barrier()
-    return highest
+    return tl.max(tops, axis=0)
 
 
 @triton.jit
@@ -213,42 +222,28 @@ def _leaves_some(values, tokens, count, marks, WIDE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _xtc(op, record, position, values, tokens, count, top, mass, marks, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """values: probability, logarithm of the threshold. Returns the largest of what stays."""
-    coin = tl.max(uniforms_at(record, position, _USE_XTC, tl.zeros([1], tl.int32)), axis=0)
-    highest = top
-    if coin < value_of(op, 0):
-        level = value_of(op, 1) + log(mass)
-        least, spared = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], -1, tl.int32)
-        begin = 0
-        while begin < count:
-            at = begin + tl.arange(0, BLOCK)
-            x = tl.load(values + at, at < count, other=-float("inf"))
-            chosen = (x > -float("inf")) & (x - top >= level) & (x <= least)
-            least, spared = tl.where(chosen, x, least), tl.where(chosen, at, spared)
-            begin += BLOCK
-        last = tl.max(tl.where(least == tl.min(least, axis=0), spared, -1), axis=0)
-        tops = tl.full([BLOCK], -float("inf"), tl.float32)
-        tl.debug_barrier()
-        begin = 0
-        while begin < count:
-            at = begin + tl.arange(0, BLOCK)
-            mask = at < count
-            x = tl.load(values + at, mask, other=-float("inf"))
-            removed = (x - top >= level) & (at != last)
-            mark = tl.load(marks + token_at(tokens, at, mask, WIDE), mask & removed, other=0)
-            x = tl.where(removed & ((mark & r.PROTECTED) == 0), -float("inf"), x)
-            tl.store(values + at, x, mask)
-            tops = tl.maximum(tops, x)
-            begin += BLOCK
-        tl.debug_barrier()
-        highest = tl.max(tops, axis=0)
-    return highest
+def _least_likely(values, count, top, level, BLOCK: tl.constexpr):
+    """The last of the entries with the smallest value that is at least `level` above the top, -1 if there is none."""
+    least, spared = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], -1, tl.int32)
+    begin = 0
+    while begin < count:
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(values + at, at < count, other=-float("inf"))
+        chosen = (x > -float("inf")) & (x - top >= level) & (x <= least)
+        least, spared = tl.where(chosen, x, least), tl.where(chosen, at, spared)
+        begin += BLOCK
+    return tl.max(tl.where(least == tl.min(least, axis=0), spared, -1), axis=0)
+
+
+@triton.jit
+def is_cut(code):
+    """Whether an operation keeps the first entries in some order."""
+    return (code == r.TOP_K) | (code == r.TOP_P) | (code == r.TYPICAL_P)
 
 
 @triton.jit
 def _cut(op, code, values, count, top, mass, weighted, left, spare, indices, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Top-k, top-p and typical-p. Returns the largest of what stays."""
+    """Where top-k, top-p and typical-p cut: `cut`, `last`, `offset` and `kind` of sampling_search.py."""
     kind, offset = tl.full([], BY_MASS, tl.int32), top
     share = value_of(op, 0)
     target = share.to(tl.float64)
@@ -268,7 +263,7 @@ def _cut(op, code, values, count, top, mass, weighted, left, spare, indices, WID
         )
     else:
         cut, last = find_cut(values, count, top, offset, target, kind, lowest_key(), highest_key(top), BLOCK)
-    return keep(values, count, top, offset, cut, last, kind, BLOCK)
+    return cut, last, offset, kind
 
 
 @triton.jit
@@ -308,34 +303,41 @@ def run_program(
             mass, weighted, left = first_mass, first_weighted, first_left
             if needs_sums(code) & (WIDE | (index > first)):
                 mass, weighted, left = sums_of(values, count, top, BLOCK)
+            changes, number = code != r.ADAPTIVE_P, tl.full([], 0.0, tl.float32)
+            cut, last = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+            offset, kind = top, tl.full([], BY_VALUE, tl.int32)
             if is_threshold(code):
                 deviation = first_deviation
                 if (code == r.TOP_NSIGMA) & (WIDE | (index > first)):
                     deviation = deviation_of(values, count, top, left, BLOCK)
-                number = tl.full([], 0.0, tl.float32)
                 if code == r.MIROSTAT:
                     number = number_at(op, record, position, 2 * value_of(op, 1))
-                lowest = threshold(op, code, top, mass, weighted, deviation, number)
-                _keep_at_least(values, count, lowest, BLOCK)
-                if code == r.MIROSTAT:
-                    mass, weighted, left = sums_of(values, count, top, BLOCK)
-                    tl.store(floats + r.NORMALIZER, top + log(mass))
-            elif (code == r.TOP_K) | (code == r.TOP_P) | (code == r.TYPICAL_P):
-                top = _cut(op, code, values, count, top, mass, weighted, left, spare, tokens, WIDE, BLOCK)
+                number = threshold(op, code, top, mass, weighted, deviation, number)
+            elif is_cut(code):
+                cut, last, offset, kind = _cut(
+                    op, code, values, count, top, mass, weighted, left, spare, tokens, WIDE, BLOCK
+                )
             elif code == r.DYNAMIC_TEMPERATURE:
-                divisor = dynamic_temperature(op, mass, weighted, left)
-                _divide(values, count, divisor, BLOCK)
-                top = tl.div_rn(top, divisor)
-            elif code == r.QUADRATIC:
-                top = _quadratic(op, values, count, top, BLOCK)
-            elif code == r.XTC:
-                top = _xtc(op, record, position, values, tokens, count, top, mass, marks, WIDE, BLOCK)
+                number = dynamic_temperature(op, mass, weighted, left)
+            elif code == r.XTC:  # values: probability, logarithm of the threshold
+                coin = tl.max(uniforms_at(record, position, _USE_XTC, tl.zeros([1], tl.int32)), axis=0)
+                changes = coin < value_of(op, 0)
+                if changes:
+                    number = value_of(op, 1) + log(mass)
+                    last = _least_likely(values, count, top, number, BLOCK)
+            elif code == r.NO_REPEAT_NGRAM:  # undone where it would leave nothing
+                changes = _leaves_some(values, tokens, count, marks, WIDE, BLOCK)
             elif code == r.ADAPTIVE_P:
                 average = number_at(op, record, position, value_of(op, 0))
                 tl.store(floats + r.SHAPED, 1.0)
                 tl.store(floats + r.TARGET, tl.minimum(tl.maximum(2 * value_of(op, 0) - average, 0.0), 1.0))
+            if changes:
+                top = _change(
+                    op, code, values, tokens, count, top, number, cut, last, offset, kind, counts, marks, WIDE, BLOCK
+                )
+            if code == r.MIROSTAT:
+                mass, weighted, left = sums_of(values, count, top, BLOCK)
+            if (code == r.MIROSTAT) | (code == r.ADAPTIVE_P):
                 tl.store(floats + r.NORMALIZER, top + log(mass))
-            else:
-                top = _edit_all(op, values, tokens, count, top, counts, marks, WIDE, BLOCK)
         index += 1
     return top

@@ -7,9 +7,10 @@ from typing import Any
 from compiling import TARGETS, KernelCase
 
 from aphrodite.kernels.triton.logprobs import take_kernel, weigh_kernel
-from aphrodite.kernels.triton.sampling import EXACT, MEASURE_REGISTERS
+from aphrodite.kernels.triton.sampling import EXACT, LISTING_REGISTERS, MEASURE_REGISTERS
 from aphrodite.kernels.triton.sampling_choose import choose_kernel
 from aphrodite.kernels.triton.sampling_history import mark_kernel
+from aphrodite.kernels.triton.sampling_listed import listed_kernel
 from aphrodite.kernels.triton.sampling_measure import measure_kernel
 from aphrodite.kernels.triton.sampling_report import report_kernel, settle_kernel
 from aphrodite.kernels.triton.sampling_wide import draw_kernel, widen_kernel
@@ -69,9 +70,10 @@ for _pdl in (False, True):
         _case(mark_kernel, warps=16, PDL=_pdl),
         _case(measure_kernel, warps=8, registers=MEASURE_REGISTERS, PDL=_pdl),
         _case(measure_kernel, "fp32", warps=8, registers=MEASURE_REGISTERS, PDL=_pdl),
-        _case(choose_kernel, warps=8, **_LISTED, SETTLES=True, PDL=_pdl),
+        _case(choose_kernel, warps=8, registers=LISTING_REGISTERS, **_LISTED, SETTLES=True, PDL=_pdl),
         _case(choose_kernel, warps=4, **_LISTED | {"LISTS": False}, SETTLES=True, PDL=_pdl),
-        # Two registers, outside of the passes; half the threads compile without (not timed).
-        _case(widen_kernel, warps=16, spills=8, SETTLES=True, PDL=_pdl),
+        _case(listed_kernel, warps=8, SETTLES=True, PDL=_pdl),
+        # Four registers, outside of the passes; half the threads compile without (not timed).
+        _case(widen_kernel, warps=16, spills=16, SETTLES=True, PDL=_pdl),
         _case(draw_kernel, warps=8, SETTLES=True, PDL=_pdl),
     ]
