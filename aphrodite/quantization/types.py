@@ -81,8 +81,10 @@ class RawTensor:
         return RawTensor(self.name, (len(data) // math.prod(self.shape[1:-1]), *self.shape[1:]), self.qtype, data)
 
     def regrouped(self, shape: tuple[int, ...], rows: np.ndarray | slice) -> RawTensor:
-        """Some rows, by their number whatever the dimensions, as a tensor of `shape`."""
-        return RawTensor(self.name, shape, self.qtype, self.data[rows])
+        """Some rows, by their number whatever the dimensions, as a tensor of `shape`; copied when they are read."""
+        if isinstance(rows, slice):
+            return RawTensor(self.name, shape, self.qtype, self.data[rows])
+        return ComputedTensor(self.name, shape, self.qtype, self.data.__getitem__, rows)
 
     def part(self, index: int) -> RawTensor:
         """One of the tensors `shape[1:]` that are stacked in this one."""
