@@ -58,8 +58,9 @@ positions uses its long factors unless it is served with its original context or
 - *Mixtures of experts.* A token reads the weights of its own experts only, on the CPU as on a GPU, where one token's \
 products run expert by expert and those of many are put together by expert, inside graphs. The router computes in \
 float32, and of experts with equal scores the first is chosen. On a GPU experts stay in the type in which they are \
-stored, as other matrices do ([formats](formats.md)), and `--quantization` applies to them; on a CPU 4-bit ones of \
-GGUF's Q4_0 and Q4_1 do, others are expanded. `--cpu-offload-gb` moves whole layers, not experts.
+stored, as other matrices do ([formats](formats.md)), and `--quantization` applies to them; so they do in the native \
+library of a CPU, which shares the products of all chosen experts out among its threads at once. On torch operations \
+4-bit ones of GGUF's Q4_0 and Q4_1 do, others are expanded. `--cpu-offload-gb` moves whole layers, not experts.
 - *GPT-OSS* has its experts in MXFP4, from safetensors and from GGUF; versions in 16 bits load, too.
 - *DeepSeek's latent attention* caches one vector a position and layer (576 values, a tenth or less of what their \
 heads' keys and values would take), which `models inspect` and the memory plan count. Prefix cache, prompts in chunks, \
@@ -74,7 +75,7 @@ are; on a GPU long prompts have keys and values expanded where that is less work
 NATIVE_FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm2"),
     *("glm", "glm4", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2", "olmo3", "stablelm", "cohere", "cohere2"),
-    "seed_oss",
+    *("seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "glm4_moe"),
 )
 
 

@@ -24,23 +24,22 @@ from aphrodite.kernels.cpu.program import (
     LOGITS,
     MAX_QUERY_GROUP,
     Activation,
-    GateKind,
     HeadNorm,
     KvType,
     NativeMemory,
-    NormKind,
     OpKind,
     Program,
-    ProgramBuilder,
     RowSet,
     StepDesc,
     tiles_bytes,
 )
 from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.spec import ModelSpec, RotarySpec
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.quantization.types import RawTensor
 from aphrodite.runner.inputs import ForwardInputs
-from aphrodite.runner.native_weights import DENSE, TiledWeights, tile_kind
+from aphrodite.runner.native_compiler import GATES, Compiler, compile_norm
+from aphrodite.runner.native_experts import compile_experts, expert_names, unknown_parts_of_experts
+from aphrodite.runner.native_weights import TiledWeights, tile_kind
 
 logger = logging.getLogger(__name__)
 
@@ -120,14 +119,14 @@ class NativeExecutor:
             return f"more than {MAX_QUERY_GROUP} query heads share a key head"
         for name in _linear_names(spec):
             tensor = weights[name]
-            rows, columns = tensor.shape
+            rows, columns = tensor.shape[-2:]
             if tiles_bytes(library, tile_kind(tensor), rows, columns) == 0:
                 block = max(BLOCK_COLUMNS, tensor.qtype.block_size)
                 return (
                     f"{name} is {tensor.qtype.name} [{rows}, {columns}]; it needs another type "
                     f"or a multiple of {block} columns"
                 )
-            if name.endswith(".gate.weight") and rows % BLOCK_COLUMNS != 0:
+            if name.endswith("gate.weight") and rows % BLOCK_COLUMNS != 0:
                 return f"{name} has {rows} rows, not a multiple of {BLOCK_COLUMNS}"
         return None
 
@@ -232,62 +231,9 @@ class NativeExecutor:
         return step, self._logits[:rows]
 
 
-class _Compiler:
-    """Turns names into operands of a program under construction."""
-
-    def __init__(self, weights: Mapping[str, RawTensor], packed: TiledWeights, activation: Activation) -> None:
-        self.builder = ProgramBuilder()
-        self._packs: dict[tuple[str, tuple[Activation, ...]], dict[Activation, int]] = {}
-        self._weights = weights
-        self._packed = packed
-        self._activation = activation
-
-    def packs(self, use: str, names: list[str], columns: int, rows: RowSet = RowSet.TOKENS) -> dict[Activation, int]:
-        """Packs of one input, one for each form that the named weights read; layers share those of the same use."""
-        kinds = tuple(dict.fromkeys(self._kind(name) for name in names))
-        if (use, kinds) not in self._packs:
-            self._packs[use, kinds] = {kind: self.builder.add_pack(kind, columns, rows) for kind in kinds}
-        return self._packs[use, kinds]
-
-    def weight(self, name: str, packs: dict[Activation, int], out_column: int = 0) -> int:
-        """A matrix that multiplies one of `packs`, with its bias, if it has one."""
-        tensor = self._weights[name]
-        bias = self._weights.get(name.removesuffix("weight") + "bias")
-        return self.builder.add_weight(
-            self._packed.address(name),
-            self._packed.kinds[name],
-            (tensor.shape[0], tensor.shape[1]),
-            pack=packs[self._kind(name)],
-            out_column=out_column,
-            bias=None if bias is None else _dense_vector(bias),
-        )
-
-    def table(self, name: str) -> int:
-        """A matrix whose rows are looked up."""
-        tensor = self._weights[name]
-        kind = self._packed.kinds[name]
-        return self.builder.add_weight(self._packed.address(name), kind, (tensor.shape[0], tensor.shape[1]))
-
-    def vector(self, name: str) -> int:
-        return self.builder.add_vector(_dense_vector(self._weights[name]))
-
-    def norm(self, spec: ModelSpec, name: str) -> tuple[int, NormKind]:
-        """A norm's weight, with its bias behind it, if it has one."""
-        vector = self.vector(f"{name}.weight")
-        if spec.norm == "rms":
-            return vector, NormKind.RMS
-        if not spec.norm_bias:
-            return vector, NormKind.LAYER
-        self.vector(f"{name}.bias")
-        return vector, NormKind.BIASED_LAYER
-
-    def _kind(self, name: str) -> Activation:
-        return Activation.FLOAT32 if self._packed.kinds[name] in DENSE else self._activation
-
-
 def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed: TiledWeights) -> Program:
     spec = executor.spec
-    compiler = _Compiler(weights, packed, _ACTIVATIONS[executor.activations])
+    compiler = Compiler(weights, packed, _ACTIVATIONS[executor.activations])
     builder = compiler.builder
     residual = builder.add_buffer(spec.hidden_size)
     qkv = builder.add_buffer((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
@@ -299,7 +245,11 @@ def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed:
     for layer in range(spec.num_layers):
         table = rotaries.index(spec.rotary_of(layer))
         _compile_attention(compiler, spec, layer, table, (residual, qkv, attended, part))
-        _compile_mlp(compiler, spec, layer, residual, part)
+        moe = spec.moe_of(layer)
+        if moe is not None:
+            compile_experts(compiler, spec, moe, layer, residual)
+        else:
+            _compile_mlp(compiler, spec, layer, residual, part)
     _compile_head(compiler, spec, residual)
     cos, sin = _stacked_tables(spec, rotaries, executor.max_model_len)
     return builder.build(
@@ -327,7 +277,7 @@ def _stacked_tables(
 
 
 def _compile_attention(
-    compiler: _Compiler, spec: ModelSpec, layer: int, table: int, buffers: tuple[int, int, int, int]
+    compiler: Compiler, spec: ModelSpec, layer: int, table: int, buffers: tuple[int, int, int, int]
 ) -> None:
     residual, qkv, attended, part = buffers
     builder, prefix = compiler.builder, f"layers.{layer}."
@@ -335,7 +285,7 @@ def _compile_attention(
     packs = _normed_packs(compiler, spec, layer, names)
     columns = (0, spec.num_heads * spec.head_dim, (spec.num_heads + spec.num_kv_heads) * spec.head_dim)
     projections = [compiler.weight(name, packs, column) for name, column in zip(names, columns, strict=True)]
-    _compile_norm(compiler, spec, residual, packs, f"{prefix}attn_norm")
+    compile_norm(compiler, spec, residual, packs, f"{prefix}attn_norm")
     builder.add_op(OpKind.LINEAR, output=qkv, weights=projections)
     # The operation reads the norm of q from this vector and the norm of k from the next.
     head_norms = [compiler.vector(f"{prefix}{part}_norm.weight") for part in "qk" if spec.qk_norm]
@@ -354,6 +304,8 @@ def _compile_attention(
         output=attended,
         layer=layer,
         window=spec.windows[layer] or 0,
+        vector=compiler.vector(f"{prefix}sinks.weight") if spec.attention_sinks else 0,
+        flag=int(spec.attention_sinks),
         value=spec.query_scale,
         bound=spec.attention_softcap,
     )
@@ -363,31 +315,7 @@ def _compile_attention(
     _compile_addition(compiler, spec, out, residual, part, f"{prefix}attn_post_norm")
 
 
-def _compile_norm(
-    compiler: _Compiler,
-    spec: ModelSpec,
-    source: int,
-    packs: Mapping[Activation, int],
-    name: str,
-    rows: RowSet = RowSet.TOKENS,
-) -> None:
-    """Packs what the next product reads: rows of `source`, normalised in models with norms before their parts."""
-    if spec.block == "post_norm" and rows is RowSet.TOKENS:
-        compiler.builder.add_op(OpKind.PACK, source=source, packs=list(packs.values()))
-        return
-    vector, kind = compiler.norm(spec, name)
-    compiler.builder.add_op(
-        OpKind.NORM,
-        rows=rows,
-        source=source,
-        packs=list(packs.values()),
-        vector=vector,
-        flag=kind,
-        value=spec.norm_eps,
-    )
-
-
-def _compile_addition(compiler: _Compiler, spec: ModelSpec, weight: int, residual: int, part: int, norm: str) -> None:
+def _compile_addition(compiler: Compiler, spec: ModelSpec, weight: int, residual: int, part: int, norm: str) -> None:
     """A product added to the residual stream, through `part` and a norm in models with norms behind their parts."""
     if part == residual:
         compiler.builder.add_op(OpKind.LINEAR, output=residual, weights=[weight], flag=1)
@@ -399,26 +327,25 @@ def _compile_addition(compiler: _Compiler, spec: ModelSpec, weight: int, residua
     )
 
 
-def _compile_mlp(compiler: _Compiler, spec: ModelSpec, layer: int, residual: int, part: int) -> None:
+def _compile_mlp(compiler: Compiler, spec: ModelSpec, layer: int, residual: int, part: int) -> None:
     builder, prefix, names = compiler.builder, f"layers.{layer}.", _gated_names(layer)
     packs = _normed_packs(compiler, spec, layer, names)
     if spec.block != "parallel":
-        _compile_norm(compiler, spec, residual, packs, f"{prefix}mlp_norm")
+        compile_norm(compiler, spec, residual, packs, f"{prefix}mlp_norm")
     down_packs = compiler.packs("gated", [f"{prefix}down.weight"], spec.intermediate_size)
-    kind = GateKind.SILU if spec.activation == "silu" else GateKind.GELU_TANH
     pair = [compiler.weight(name, packs) for name in names]
-    builder.add_op(OpKind.GATED, weights=pair, packs=list(down_packs.values()), flag=kind)
+    builder.add_op(OpKind.GATED, weights=pair, packs=list(down_packs.values()), flag=GATES[spec.activation])
     down = compiler.weight(f"{prefix}down.weight", down_packs)
     _compile_addition(compiler, spec, down, residual, part, f"{prefix}mlp_post_norm")
 
 
-def _compile_head(compiler: _Compiler, spec: ModelSpec, residual: int) -> None:
+def _compile_head(compiler: Compiler, spec: ModelSpec, residual: int) -> None:
     builder = compiler.builder
     name = "embed.weight" if spec.tied_head else "head.weight"
     packs = compiler.packs("last", [name], spec.hidden_size, RowSet.LOGITS)
     last = builder.add_buffer(spec.hidden_size)
     builder.add_op(OpKind.GATHER, rows=RowSet.LOGITS, source=residual, output=last)
-    _compile_norm(compiler, spec, last, packs, "norm", RowSet.LOGITS)
+    compile_norm(compiler, spec, last, packs, "norm", RowSet.LOGITS)
     head = compiler.weight(name, packs)
     builder.add_op(OpKind.LINEAR, rows=RowSet.LOGITS, output=LOGITS, weights=[head], bound=spec.logit_softcap)
     builder.add_op(OpKind.GATHER, rows=RowSet.HIDDEN, source=residual, output=last)
@@ -428,7 +355,7 @@ def _compile_head(compiler: _Compiler, spec: ModelSpec, residual: int) -> None:
     )
 
 
-def _normed_packs(compiler: _Compiler, spec: ModelSpec, layer: int, names: list[str]) -> dict[Activation, int]:
+def _normed_packs(compiler: Compiler, spec: ModelSpec, layer: int, names: list[str]) -> dict[Activation, int]:
     """What a layer's norm writes for the named weights; in parallel blocks one norm writes for all."""
     if spec.block == "parallel":
         names = [*(f"layers.{layer}.{part}.weight" for part in "qkv"), *_gated_names(layer)]
@@ -441,35 +368,25 @@ def _gated_names(layer: int) -> list[str]:
 
 def _unknown_parts(spec: ModelSpec) -> list[str]:
     """What the model has and programs have not."""
-    return [
+    found = [
         what
         for what, present in (
             ("latent attention", spec.mla is not None),
-            ("mixtures of experts", spec.moe is not None),
-            ("attention sinks", spec.attention_sinks),
             ("queries that grow with their position", spec.temperature_scale != 0.0),
         )
         if present
     ]
+    return found + unknown_parts_of_experts(spec)
 
 
 def _linear_names(spec: ModelSpec) -> list[str]:
     """Names of all matrices, in the order in which a step reads them."""
-    parts = ("q", "k", "v", "o", "gate", "up", "down")
-    names = [f"layers.{layer}.{part}.weight" for layer in range(spec.num_layers) for part in parts]
+    names: list[str] = []
+    for layer in range(spec.num_layers):
+        moe = spec.moe_of(layer)
+        parts = ["q", "k", "v", "o", *(("gate", "up", "down") if moe is None else expert_names(moe))]
+        names += [f"layers.{layer}.{part}.weight" for part in parts]
     return [*names, "embed.weight"] if spec.tied_head else [*names, "head.weight", "embed.weight"]
-
-
-def _dense_vector(tensor: RawTensor) -> np.ndarray:
-    """A stored vector as float32."""
-    data = np.ascontiguousarray(tensor.data).reshape(-1)
-    if tensor.qtype is QuantType.F32:
-        return data.view("<f4")
-    if tensor.qtype is QuantType.F16:
-        return data.view("<f2").astype(np.float32)
-    if tensor.qtype is QuantType.BF16:
-        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    raise ConfigError(f"{tensor.name} is {tensor.qtype.name}; norms and biases must be F32, F16 or BF16")
 
 
 # Of ForwardInputs' fields, in order.

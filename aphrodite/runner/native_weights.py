@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ from aphrodite.quantization.packed import (
     ScaledMatrix,
 )
 from aphrodite.quantization.repack import layout_of
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.quantization.types import QuantType, RawTensor, StackedTensor
 
 DENSE = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _ALIGNMENT = 64
@@ -35,11 +36,14 @@ _STEP = 32  # columns
 
 
 def tile_kind(raw: RawTensor) -> TileKind:
-    """What a matrix is kept in: its own blocks, or groups of integers of AWQ, GPTQ and their like.
+    """What a matrix, or a stack of them, is kept in: its own blocks, or groups of integers of AWQ, GPTQ and their like.
 
     Other packings, act-order, scales in float32 and groups that are no multiple of 32 are expanded to the 16-bit type
     of the packing.
     """
+    if isinstance(raw, StackedTensor):
+        kinds = {tile_kind(part) for part in raw.parts}
+        return kinds.pop() if len(kinds) == 1 else raw.qtype
     if isinstance(raw, PackedTensor):
         found = _group_kind(raw.matrix)
         if found is not None and found.number >= 0 and found.group % _STEP == 0:
@@ -48,7 +52,7 @@ def tile_kind(raw: RawTensor) -> TileKind:
 
 
 class TiledWeights:
-    """Matrices in tiles, in the order in which a step reads them."""
+    """Matrices in tiles, in the order in which a step reads them; those of a stack lie one behind the other."""
 
     def __init__(self, library: NativeLibrary, weights: Mapping[str, RawTensor], names: Sequence[str]) -> None:
         self.kinds: dict[str, TileKind] = {}
@@ -57,17 +61,21 @@ class TiledWeights:
         size = 0
         for name in names:
             tensor = weights[name]
-            rows, columns = tensor.shape
+            *stack, rows, columns = tensor.shape
             kind = tile_kind(tensor)
             self._places[name], self.kinds[name] = size, kind
             self.type_names.add(kind.name if isinstance(kind, QuantType) else tensor.type_name)
-            size += -(-tiles_bytes(library, kind, rows, columns) // _ALIGNMENT) * _ALIGNMENT
+            nbytes = math.prod(stack) * tiles_bytes(library, kind, rows, columns)
+            size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self.memory = NativeMemory(library, size)
         for name, kind in self.kinds.items():
-            if isinstance(kind, QuantType):
-                repack(library, weights[name], self.address(name))
-            else:
-                repack_groups(library, kind, *_integers(weights[name]), self.address(name))
+            tensor, address = weights[name], self.address(name)
+            for matrix in [tensor] if len(tensor.shape) == 2 else map(tensor.part, range(tensor.shape[0])):
+                if isinstance(kind, QuantType):
+                    repack(library, matrix, address)
+                else:
+                    repack_groups(library, kind, *_integers(matrix), address)
+                address += tiles_bytes(library, kind, matrix.shape[0], matrix.shape[1])
 
     def address(self, name: str) -> int:
         return self.memory.address + self._places[name]

@@ -138,7 +138,7 @@ def expert_keys(writer: Writer) -> None:
 
 def qwen2_moe_keys(writer: Writer) -> None:
     expert_keys(writer)
-    writer.add_expert_shared_feed_forward_length(80)
+    writer.add_expert_shared_feed_forward_length(160)
 
 
 def granite_moe_keys(writer: Writer) -> None:
@@ -192,7 +192,7 @@ def mixtral_keys(writer: Writer) -> None:
     writer.add_expert_used_count(2)
 
 
-EXPERTS = {"num_experts": 10, "num_experts_per_tok": 4, "moe_intermediate_size": 48}
+EXPERTS = {"num_experts": 10, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
 
 
 def deepseek_v2_keys(writer: Writer) -> None:
@@ -359,18 +359,15 @@ CASES: dict[str, Case] = {
         native=False,
     ),
     "mistral nemo": Case("Mistral", {"head_dim": 32, "sliding_window": None}, ARCH.LLAMA, nemo_keys, True, turning=32),
-    "mixtral": Case("Mixtral", {"num_local_experts": 4}, ARCH.LLAMA, mixtral_keys, True, native=False),
-    "qwen 2 moe": Case(
-        "Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 80}, ARCH.QWEN2MOE, qwen2_moe_keys, native=False
-    ),
-    "qwen 3 moe": Case("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}, ARCH.QWEN3MOE, expert_keys, native=False),
-    "qwen 3 moe with dense layers": Case("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}, native=False),
+    "mixtral": Case("Mixtral", {"num_local_experts": 4}, ARCH.LLAMA, mixtral_keys, True),
+    "qwen 2 moe": Case("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 160}, ARCH.QWEN2MOE, qwen2_moe_keys),
+    "qwen 3 moe": Case("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}, ARCH.QWEN3MOE, expert_keys),
+    "qwen 3 moe with dense layers": Case("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}),
     "olmoe": Case(
         "Olmoe",
         {"num_experts": 10, "num_experts_per_tok": 4},
         ARCH.OLMOE,
         olmoe_keys,
-        native=False,
     ),
     "gpt-oss": Case(
         "GptOss",
@@ -382,15 +379,13 @@ CASES: dict[str, Case] = {
         },
         ARCH.GPT_OSS,
         gpt_oss_keys,
-        native=False,
     ),
     "granite moe": Case(
         "GraniteMoeShared",
-        {**MULTIPLIERS, "num_local_experts": 6, "num_experts_per_tok": 3, "shared_intermediate_size": 80},
+        {**MULTIPLIERS, "num_local_experts": 6, "num_experts_per_tok": 3, "shared_intermediate_size": 96},
         ARCH.GRANITE_MOE,
         granite_moe_keys,
         permutes=True,
-        native=False,
     ),
     "deepseek v2 lite": Case(
         "DeepseekV2",
@@ -422,8 +417,9 @@ CASES: dict[str, Case] = {
     "glm 4.5": Case(
         "Glm4Moe",
         {
-            **{name: LATENTS[name] for name in ("first_k_dense_replace", "moe_intermediate_size", "n_routed_experts")},
+            **{name: LATENTS[name] for name in ("first_k_dense_replace", "n_routed_experts")},
             **NOTHING_FURTHER,
+            "moe_intermediate_size": 96,
             "n_shared_experts": 1,
             "num_experts_per_tok": 3,
             "routed_scaling_factor": 1.7,
@@ -432,7 +428,6 @@ CASES: dict[str, Case] = {
         },
         ARCH.GLM4_MOE,
         glm4_moe_keys,
-        native=False,
         turning=HEAD_DIM // 2,
     ),
     "glm 4.7 flash": Case(

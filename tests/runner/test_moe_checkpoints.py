@@ -102,11 +102,11 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     CASES["qwen 3 moe"].model().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
-    tensors["model.layers.2.mlp.experts.3.down_proj.weight"] = torch.zeros(96, 47)
+    tensors["model.layers.2.mlp.experts.3.down_proj.weight"] = torch.zeros(96, 63)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ModelFormatError, match=r"layers\.1\.mlp\.experts\.7\.up_proj\.weight") as error:
         open_checkpoint(tmp_path)
-    assert "layers.2.mlp.experts.3.down_proj.weight is [96, 47] instead of [96, 48]" in str(error.value)
+    assert "layers.2.mlp.experts.3.down_proj.weight is [96, 63] instead of [96, 64]" in str(error.value)
 
 
 def test_dummy_experts_load(tmp_path: Path) -> None:

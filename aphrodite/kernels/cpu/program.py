@@ -20,6 +20,7 @@ BLOCK_COLUMNS = 32
 TILE_ROWS = 16
 KV_BLOCK = 16
 MAX_QUERY_GROUP = 32
+MAX_CHOICES = 64
 LOGITS = -1
 HIDDEN = -2
 
@@ -61,14 +62,22 @@ class OpKind(enum.IntEnum):
     ATTENTION = 6
     GATHER = 7
     NORM_ADD = 8
+    ROUTE = 9
+    EXPERT_GATED = 10
+    EXPERT_LINEAR = 11
+    EXPERT_SUM = 12
 
 
 class RowSet(enum.IntEnum):
-    """Which rows an operation writes: all tokens, or those whose logits or hidden states are wanted."""
+    """Which rows an operation writes: all tokens, or those whose logits or hidden states are wanted.
+
+    PAIRS are those of packs of experts: a row for each token and choice, ordered by expert.
+    """
 
     TOKENS = 0
     LOGITS = 1
     HIDDEN = 2
+    PAIRS = 3
 
 
 class Activation(enum.IntEnum):
@@ -112,6 +121,15 @@ class HeadNorm(enum.IntEnum):
 class GateKind(enum.IntEnum):
     SILU = 0
     GELU_TANH = 1
+    BOUNDED_SWIGLU = 2
+
+
+class Scoring(enum.IntEnum):
+    """How a router's products become the weights of experts, as `MoeSpec.scoring`."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+    SOFTMAX_OF_CHOSEN = 2
 
 
 _STEP_ERRORS = {
@@ -149,14 +167,24 @@ class _PackDesc(ctypes.Structure):
     _fields_ = (("kind", ctypes.c_int32), ("rows", ctypes.c_int32), ("columns", ctypes.c_int64))
 
 
+class RoutingDesc(ctypes.Structure):
+    """How a layer's tokens choose their experts; `native/program.h` describes the fields."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("experts", "choices", "scoring", "normalize", "groups", "best_groups")),
+        *((name, ctypes.c_int32) for name in ("pair_score", "correction", "logits", "shared", "gate")),
+        ("scale", ctypes.c_float),
+    )
+
+
 _DIMENSIONS = ("vocab_size", "max_len", "num_layers", "heads", "kv_heads", "head_dim", "rotary_half", "kv_type")
-_ARRAYS = ("cos", "sin", "ops", "weights", "packs", "buffers", "vectors")
-_COUNTS = ("op_count", "weight_count", "pack_count", "buffer_count", "vector_count")
+_ARRAYS = ("cos", "sin", "ops", "weights", "packs", "buffers", "vectors", "routings")
+_COUNTS = ("op_count", "weight_count", "pack_count", "buffer_count", "vector_count", "routing_count")
 
 
 class _ProgramDesc(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in _DIMENSIONS),
+        *((name, ctypes.c_int64) for name in (*_DIMENSIONS, "choices")),
         *((name, ctypes.c_void_p) for name in _ARRAYS),
         *((name, ctypes.c_int64) for name in _COUNTS),
     )
@@ -275,6 +303,7 @@ class ProgramBuilder:
         self._buffers: list[int] = []
         self._vectors: list[np.ndarray] = []
         self._biases: list[np.ndarray] = []
+        self._routings: list[RoutingDesc] = []
 
     def add_buffer(self, width: int) -> int:
         """A float32 buffer [rows, width], width a multiple of 16."""
@@ -301,16 +330,26 @@ class ProgramBuilder:
         out_column: int = 0,
         bias: np.ndarray | None = None,
     ) -> int:
-        """A weight in tiles; in a product it multiplies `pack` and writes columns from `out_column` on."""
+        """A weight in tiles; in a product it multiplies `pack` and writes columns from `out_column` on.
+
+        Of a stack of matrices `shape` is that of each, and their biases are `[matrices, rows]`.
+        """
         bias_address = None
         if bias is not None:
-            padded = np.zeros(-(-shape[0] // TILE_ROWS) * TILE_ROWS, np.float32)
-            padded[: shape[0]] = bias
+            padded = np.zeros((*bias.shape[:-1], -(-shape[0] // TILE_ROWS) * TILE_ROWS), np.float32)
+            padded[..., : shape[0]] = bias
             self._biases.append(padded)
             bias_address = padded.ctypes.data
         number, group = _type_number(kind)
         self._weights.append(_WeightDesc(address, bias_address, *shape, group, out_column, number, pack))
         return len(self._weights) - 1
+
+    def add_routing(self, routing: RoutingDesc) -> int:
+        """How a layer's tokens choose; all layers have the same number of choices."""
+        if self._routings and routing.choices != self._routings[0].choices:
+            raise ValueError(f"{routing.choices} experts a token after {self._routings[0].choices}")
+        self._routings.append(routing)
+        return len(self._routings) - 1
 
     def add_op(
         self,
@@ -365,9 +404,12 @@ class ProgramBuilder:
         packs = (_PackDesc * len(self._packs))(*self._packs)
         buffers = (ctypes.c_int64 * len(self._buffers))(*self._buffers)
         vectors = (ctypes.c_void_p * len(self._vectors))(*(vector.ctypes.data for vector in self._vectors))
+        routings = (RoutingDesc * len(self._routings))(*self._routings)
         desc = _ProgramDesc(max_len=cos.shape[-2], rotary_half=cos.shape[-1], **dimensions)
+        desc.choices = self._routings[0].choices if self._routings else 0
         desc.cos, desc.sin = cos.ctypes.data, sin.ctypes.data
-        for name, array in (("op", ops), ("weight", weights), ("pack", packs), ("buffer", buffers)):
+        named = (("op", ops), ("weight", weights), ("pack", packs), ("buffer", buffers), ("routing", routings))
+        for name, array in named:
             setattr(desc, f"{name}s", ctypes.addressof(array))
             setattr(desc, f"{name}_count", len(array))
         desc.vectors, desc.vector_count = ctypes.addressof(vectors), len(vectors)

@@ -71,13 +71,22 @@ inline void start_rows(float* running, int rows, int head_dim) {
     for (int r = 0; r < rows; ++r) running[r * stride + head_dim] = -__builtin_inff();
 }
 
+// A row's sum of weights, together with that of its head's sink; both count from the row's maximum.
+inline float sum_with_sink(const AttentionShape& shape, int64_t head, const float* row) {
+    const float total = row[shape.head_dim + 1];
+    if (shape.sinks == nullptr) return total;
+    float sink[16];
+    store(sink, exp2(splat(shape.sinks[head] * kLog2E - row[shape.head_dim])));
+    return total + sink[0];
+}
+
 inline void finish_rows(const AttentionShape& shape, const AttentionTask& task, const float* running) {
     const int group = shape.heads / shape.kv_heads;
     for (int r = 0; r < task.count * group; ++r) {
         const float* row = running + r * (static_cast<int64_t>(shape.head_dim) + 2);
         const int64_t head = task.kv_head * group + r % group;
         float* out = task.out + r / group * shape.out_stride + head * shape.head_dim;
-        const Vec inverse = splat(1.0f / row[shape.head_dim + 1]);
+        const Vec inverse = splat(1.0f / sum_with_sink(shape, head, row));
         for (int d = 0; d < shape.head_dim; d += 16) store(out + d, mul(load(row + d), inverse));
     }
 }

@@ -13,7 +13,7 @@ namespace {
 
 constexpr Kernels kernel_table(const char* isa) {
     return {isa,         linear,           gated,             pack_group, rms_norm,         layer_norm,        rotate,  store_kv,
-            attend,      attend_tile,      merge_tiles,       dot_chains<true>, dot_chains<false>, kChains, read_all};
+            attend,      attend_tile,      merge_tiles,       add_weighted,     dot_chains<true>, dot_chains<false>, kChains, read_all};
 }
 
 }  // namespace

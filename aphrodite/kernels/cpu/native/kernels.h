@@ -65,7 +65,7 @@ struct Range {
     int64_t begin, end;
 };
 
-enum class GateKind : int32_t { Silu = 0, GeluTanh = 1 };
+enum class GateKind : int32_t { Silu = 0, GeluTanh = 1, BoundedSwiglu = 2 };
 
 // Two weights of one shape whose results are combined.
 struct GatedPair {
@@ -107,6 +107,7 @@ struct AttentionShape {
     int window;                    // 0: none
     float scale;                   // of q.k
     float bound;                   // scores become bound * tanh(score / bound); 0: none
+    const float* sinks;            // [heads], scores that take part in the softmax without a value; null: none
 };
 
 // Consecutive query positions of one sequence, for all query heads of one kv head.
@@ -144,6 +145,8 @@ struct Kernels {
     // Merges the partials of `tiles` tiles, in order, into task.out; partial of tile t at partials + t * stride.
     void (*merge_tiles)(const AttentionShape& shape, const AttentionTask& task, const float* partials, int64_t stride,
                         int64_t tiles, float* scratch);
+    // out += sum of weights[i] * rows[i], in order; columns are a multiple of 16
+    void (*add_weighted)(const float* const* rows, const float* weights, int count, int64_t columns, float* out);
     // Limits of the machine, for benchmarks (limits.h).
     int32_t (*dot_shorts)(int64_t iterations);
     int32_t (*dot_bytes)(int64_t iterations);

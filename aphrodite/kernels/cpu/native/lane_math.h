@@ -32,6 +32,15 @@ inline Vec gelu_tanh(Vec x) {
     return times_sigmoid(x, mul(cubic, splat(1.5957691216057308f)));
 }
 
+// GPT-OSS's gated activation (arXiv 2508.10925): gate * sigmoid(1.702 * gate) * (up + 1) of values bounded to 7, the
+// gate from above only. A NaN passes the bounds.
+inline Vec bounded_swiglu(Vec gate, Vec up) {
+    constexpr float kSlope = 1.702f, kLimit = 7.0f;
+    const Vec low = min(splat(kLimit), gate);
+    const Vec shifted = add(max(splat(-kLimit), min(splat(kLimit), up)), splat(1.0f));
+    return mul(times_sigmoid(low, mul(low, splat(kSlope))), shifted);
+}
+
 // bound * tanh(x / bound) = bound - 2 bound / (1 + exp(2 x / bound))
 inline Vec soft_bound(Vec x, float bound) {
     const Vec grown = exp2(mul(x, splat(2.0f * kLog2E / bound)));

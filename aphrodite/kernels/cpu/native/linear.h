@@ -346,6 +346,15 @@ void linear(const PackedRows& in, const TileWeight& weight, Range tiles, Range r
     }
 }
 
+inline Vec gate_values(GateKind kind, Vec gate, Vec up) {
+    switch (kind) {
+        case GateKind::Silu: return mul(silu(gate), up);
+        case GateKind::GeluTanh: return mul(gelu_tanh(gate), up);
+        case GateKind::BoundedSwiglu: return bounded_swiglu(gate, up);
+    }
+    return gate;
+}
+
 // Two tiles of both weights for one group of rows: product[width][32].
 inline void gated_block(const GatedPair& pair, int64_t block, int64_t row, int width, float* product) {
     const GroupKernel gate_kernel = find_kernel(pair.gate.type, pair.gate_in.kind, width);
@@ -357,10 +366,9 @@ inline void gated_block(const GatedPair& pair, int64_t block, int64_t row, int w
         up_kernel(pair.up.tiles + tile * pair.up.tile_bytes(), block_shape(pair.up),
                   group_words(pair.up_in, row), group_meta(pair.up_in, row), ups);
         for (int m = 0; m < width; ++m) {
-            const Vec gate = biased(gates + m * kTileRows, pair.gate, tile);
-            const Vec activated = pair.kind == GateKind::Silu ? silu(gate) : gelu_tanh(gate);
             store(product + m * kBlock + (tile % 2) * kTileRows,
-                  mul(activated, biased(ups + m * kTileRows, pair.up, tile)));
+                  gate_values(pair.kind, biased(gates + m * kTileRows, pair.gate, tile),
+                              biased(ups + m * kTileRows, pair.up, tile)));
         }
     }
 }

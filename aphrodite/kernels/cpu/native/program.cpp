@@ -46,6 +46,7 @@ void Program::prepare() {
         pack.words = pack_memory_[2 * i].get<int32_t>(copies * whole_lines(pack.rows * pack.row_words()));
         pack.meta = pack_memory_[2 * i + 1].get<float>(copies * whole_lines(pack.rows * pack.row_meta()));
     }
+    if (!routings_.empty()) routing_.prepare(routings_, step_.tokens, step_.threads);
     const int64_t widest = *std::max_element(widths_.begin(), widths_.end());
     norm_rows_ = norm_memory_.get<float>(step_.threads * kGroupRows * widest);
     attention_scratch_ =
@@ -115,6 +116,10 @@ void Program::run_op(const Op& op, Team& team, int worker) {
         case OpKind::Attention: return attention(op, team, worker);
         case OpKind::Gather: return gather(op, team, worker);
         case OpKind::NormAdd: return norm_add(op, team, worker);
+        case OpKind::Route: return route(op, team, worker);
+        case OpKind::ExpertGated: return expert_gated(op, team, worker);
+        case OpKind::ExpertLinear: return expert_linear(op, team, worker);
+        case OpKind::ExpertSum: return expert_sum(op, team, worker);
     }
 }
 
@@ -286,7 +291,8 @@ AttentionTask Program::task(const Op& op, const QueryTile& tile) const {
 void Program::attention(const Op& op, Team& team, int worker) {
     const AttentionShape shape{static_cast<int>(desc_.heads), static_cast<int>(desc_.kv_heads),
                                static_cast<int>(desc_.head_dim), widths_[op.input], widths_[op.output],
-                               kv_type(), op.window, op.value, op.bound};
+                               kv_type(), op.window, op.value, op.bound,
+                               op.flag != 0 ? vectors_[op.vector] : nullptr};
     float* scratch = attention_scratch_ + worker * attention_scratch(shape.head_dim);
     const int64_t count = static_cast<int64_t>(queries_.size());
     if (!split_tiles_) {

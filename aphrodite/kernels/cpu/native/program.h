@@ -18,8 +18,14 @@ enum class OpKind : int32_t {
     Attention = 6,  // output = attention of input's q over the cache of layer, value = scale, bound of scores
     Gather = 7,     // output row i = input row index[i], by the index of its RowSet
     NormAdd = 8,    // output += norm(input), value = eps, flag = NormKind; hidden states are set, not added to
+    // Mixtures of experts. layer = a RoutingDesc; weights are stacks, a matrix an expert; packs and results of experts
+    // have the rows of all (token, choice) pairs, ordered by expert.
+    Route = 9,          // chooses the experts of all tokens; packs = norm(input) of each one's tokens, as in Norm
+    ExpertGated = 10,   // packs = act(gate) * up of their experts, as in Gated
+    ExpertLinear = 11,  // output = their expert's weight x packs; a row of output holds all pairs of a token
+    ExpertSum = 12,     // output += results in input of a token's choices, weighed, and the shared experts'
 };
-constexpr int kOpKinds = 9;
+constexpr int kOpKinds = 13;
 
 // Root mean square with the weight `vector`; LayerNorm with it, without or with the bias `vector + 1`.
 enum class NormKind : int32_t { Rms = 0, Layer = 1, BiasedLayer = 2 };
@@ -28,8 +34,8 @@ enum class NormKind : int32_t { Rms = 0, Layer = 1, BiasedLayer = 2 };
 // by a weight of its own.
 enum class HeadNorm : int32_t { None = 0, Rms = 1, Width = 2, Layer = 3 };
 
-// All tokens, those whose logits are wanted, those whose hidden states are.
-enum class RowSet : int32_t { Tokens = 0, Logits = 1, Hidden = 2 };
+// All tokens, those whose logits are wanted, those whose hidden states are, tokens times `choices`.
+enum class RowSet : int32_t { Tokens = 0, Logits = 1, Hidden = 2, Pairs = 3 };
 
 constexpr int32_t kLogits = -1;  // as an output: the caller's logits
 constexpr int32_t kHidden = -2;  // the caller's hidden states
@@ -44,14 +50,15 @@ struct Op {
     int32_t vector;
     int32_t layer;
     int32_t window;
-    int32_t flag;          // Linear: accumulate; Gated: GateKind; RotaryKv: HeadNorm; norms: NormKind
+    int32_t flag;          // Linear: accumulate; Gated: GateKind; RotaryKv: HeadNorm; norms: NormKind; Attention: has
+                           // sinks, a vector
     float value;
     float bound;           // b where results become b * tanh(result / b); 0: none
 };
 
 struct WeightDesc {
-    const uint8_t* tiles;
-    const float* bias;     // [rows padded to 16] or null
+    const uint8_t* tiles;  // of a stack: matrix behind matrix
+    const float* bias;     // [rows padded to 16] or null, of a stack likewise
     int64_t rows, columns, group, out_column;
     int32_t type;
     int32_t pack;          // its input
@@ -63,9 +70,27 @@ struct PackDesc {
     int64_t columns;
 };
 
+enum class Scoring : int32_t { Softmax = 0, Sigmoid = 1, SoftmaxOfChosen = 2 };
+
+// How a layer's tokens choose their experts; the arithmetic is that of `MoeSpec` in aphrodite/models/spec.py.
+struct RoutingDesc {
+    int32_t experts, choices;
+    int32_t scoring;       // Scoring
+    int32_t normalize;     // scores of the chosen are divided by their sum
+    int32_t groups, best_groups;  // experts of the best groups only can be chosen
+    int32_t pair_score;    // a group is judged by the sum of its best two, not by its best
+    int32_t correction;    // vector that is added to scores for the choice, or -1
+    int32_t logits;        // buffer of the router's products
+    int32_t shared;        // buffer of the shared experts' results, weighed by the sigmoid of the logit at column
+                           // `gate`; -1: none
+    int32_t gate;
+    float scale;           // of the scores of the chosen
+};
+
 struct ProgramDesc {
     int64_t vocab_size, max_len, num_layers, heads, kv_heads, head_dim, rotary_half;
     int64_t kv_type;       // KvType
+    int64_t choices;       // experts a token, of all layers that have any
     const float* cos;      // [rotary tables, max_len, rotary_half]
     const float* sin;
     const Op* ops;
@@ -73,7 +98,8 @@ struct ProgramDesc {
     const PackDesc* packs;
     const int64_t* buffers;  // widths in floats
     const float* const* vectors;
-    int64_t op_count, weight_count, pack_count, buffer_count, vector_count;
+    const RoutingDesc* routings;
+    int64_t op_count, weight_count, pack_count, buffer_count, vector_count, routing_count;
 };
 
 // One step: T tokens of R sequences, as in aphrodite/runner/inputs.py.

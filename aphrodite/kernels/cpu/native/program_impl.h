@@ -4,6 +4,7 @@
 #include <new>
 #include <vector>
 
+#include "experts.h"
 #include "kernels.h"
 #include "program.h"
 #include "thread_pool.h"
@@ -63,6 +64,7 @@ public:
           pack_descs_(desc.packs, desc.packs + desc.pack_count),
           widths_(desc.buffers, desc.buffers + desc.buffer_count),
           vectors_(desc.vectors, desc.vectors + desc.vector_count),
+          routings_(desc.routings, desc.routings + desc.routing_count),
           buffer_memory_(desc.buffer_count),
           pack_memory_(2 * desc.pack_count),
           buffers_(desc.buffer_count),
@@ -89,7 +91,14 @@ private:
     void attention(const Op& op, Team& team, int worker);
     void gather(const Op& op, Team& team, int worker);
     void norm_add(const Op& op, Team& team, int worker);
+    void route(const Op& op, Team& team, int worker);
+    void expert_gated(const Op& op, Team& team, int worker);
+    void expert_linear(const Op& op, Team& team, int worker);
+    void expert_sum(const Op& op, Team& team, int worker);
 
+    template <class F>
+    void for_experts(Team& team, int worker, int64_t parts, int64_t step, F&& f);
+    void pack_expert_rows(const Op& op, int64_t group, int worker);
     void norm_row(const Op& op, const float* x, int64_t columns, float* out) const;
     void norm_width(const Op& op, Team& team, int worker);
     RowSpans spans(int64_t rows, int threads) const;
@@ -104,11 +113,18 @@ private:
     PackedRows pack_of(int64_t index, int worker) const;
     int64_t rows_of(int32_t set) const {
         if (set == static_cast<int32_t>(RowSet::Tokens)) return step_.tokens;
+        if (set == static_cast<int32_t>(RowSet::Pairs)) return step_.tokens * desc_.choices;
         return set == static_cast<int32_t>(RowSet::Logits) ? step_.logits_rows : step_.hidden_rows;
     }
     TileWeight weight(int64_t index) const {
         const WeightDesc& w = weights_[index];
         return {static_cast<Type>(w.type), w.tiles, w.rows, w.columns, w.group, w.out_column, w.bias};
+    }
+    TileWeight expert_weight(int64_t index, int64_t expert) const {
+        TileWeight found = weight(index);
+        found.tiles += expert * tile_count(found.rows) * found.tile_bytes();
+        if (found.bias != nullptr) found.bias += expert * tile_count(found.rows) * kTileRows;
+        return found;
     }
     char* layer_cache(int layer) const {
         return static_cast<char*>(step_.cache) + layer * step_.num_blocks * desc_.kv_heads * head_bytes();
@@ -124,6 +140,8 @@ private:
     std::vector<PackDesc> pack_descs_;
     std::vector<int64_t> widths_;
     std::vector<const float*> vectors_;
+    std::vector<RoutingDesc> routings_;
+    Routing routing_;  // of the layer that is computed
     std::vector<Scratch> buffer_memory_, pack_memory_;
     std::vector<float*> buffers_;
     std::vector<PackedRows> packs_;

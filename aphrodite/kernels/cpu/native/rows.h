@@ -110,6 +110,14 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
     }
 }
 
+void add_weighted(const float* const* rows, const float* weights, int count, int64_t columns, float* out) {
+    for (int64_t i = 0; i < columns; i += 16) {
+        Vec total = mul(load(rows[0] + i), splat(weights[0]));
+        for (int r = 1; r < count; ++r) total = fma(load(rows[r] + i), splat(weights[r]), total);
+        store(out + i, add(load(out + i), total));
+    }
+}
+
 void rotate(float* head, const float* cos, const float* sin, int64_t half_dim) {
     int64_t i = 0;
     for (; i + 16 <= half_dim; i += 16) {

@@ -120,6 +120,9 @@ inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
 inline Vec max(const Vec& a, const Vec& b) {
     return each<Vec>([&](int i) { return choose(a.v[i] > b.v[i], a.v[i], b.v[i]); });
 }
+inline Vec min(const Vec& a, const Vec& b) {
+    return each<Vec>([&](int i) { return choose(a.v[i] < b.v[i], a.v[i], b.v[i]); });
+}
 inline Int4 to_int4(Float4 a) {
     const Float4 magic = Float4{} + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer, to nearest even
     return (Int4)(a + magic) - (Int4)magic;
