@@ -84,7 +84,7 @@ def latent_decode_config(num_heads: int, dtype: torch.dtype, card: Card, *, fp8_
     if fp8_cache:
         return LatentDecodeConfig(heads, DecodeConfig(tile=16, num_warps=4, num_stages=2), False, 2)
     if card == "hopper":
-        return LatentDecodeConfig(heads, DecodeConfig(tile=64, num_warps=8, num_stages=3), True, 1)
+        return LatentDecodeConfig(heads, DecodeConfig(tile=64, num_warps=8, num_stages=2), True, 1)
     tile = 32 if num_heads % heads == 0 else 16  # masks take registers
     return LatentDecodeConfig(heads, DecodeConfig(tile=tile, num_warps=4, num_stages=2), False, 2)
 
@@ -214,13 +214,7 @@ def _latent_decode_kernel(
     table = block_tables + tl.load(record + 1).to(tl.int64) * table_stride
     start = tl.load(record + 2)
     end = tl.load(record + 3)
-    # Few programs run at once, so nothing may wait: Triton starts the loads of latents two tiles ahead, those of the
-    # table that give their addresses are started three ahead, and the turning keys, for which three tiles would leave
-    # no room in shared memory, one ahead into registers. Values that pass through two iterations do so by an operation
-    # that the compiler does not see through (`tl.where`): it does not pipeline loops otherwise.
     blocks = tile_blocks(table, start, end, TILE, BLOCK_SIZE)
-    second = tile_blocks(table, start + TILE, end, TILE, BLOCK_SIZE)
-    third = tile_blocks(table, start + 2 * TILE, end, TILE, BLOCK_SIZE)
     factor = score_factor(scale, 0.0, FORMAT)
 
     wait_for_producer(PDL)
@@ -246,18 +240,15 @@ def _latent_decode_kernel(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     within = tl.arange(0, TILE)
-    row = tile_rows(blocks, start, 0, TILE, 1, BLOCK_SIZE)
-    keys = load_part(cache, row, start + within < end, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)
     for base in range(start, end, TILE):
         seen = base + within < end
         row = tile_rows(blocks, base, 0, TILE, 1, BLOCK_SIZE)
+        blocks = tile_blocks(table, base + TILE, end, TILE, BLOCK_SIZE)
         latents = load_part(cache, row, seen, RANK + TURNING, 0, RANK, RANK_PAD, FORMAT)
-        row = tile_rows(second, base + TILE, 0, TILE, 1, BLOCK_SIZE)
-        there = base + TILE + within < end
-        next_keys = load_part(cache, row, there, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)
-        blocks = tl.where(base < end, second, 0)
-        second = tl.where(base < end, third, 0)
-        third = tile_blocks(table, base + 3 * TILE, end, TILE, BLOCK_SIZE)
+        # Both by way of the pipeline: with keys loaded ahead into registers (which leaves room for three stages of
+        # latents) results were wrong on Hopper, where Triton 3.6 then puts the fence between writing and multiplying
+        # them behind the barrier.
+        keys = load_part(cache, row, seen, RANK + TURNING, RANK, TURNING, TURNING_PAD, FORMAT)
         if POSITIONS_FIRST:
             scores = tl.dot(keys, q_turned, input_precision="ieee")
             scores = tl.dot(latents, q, scores, input_precision="ieee")
@@ -273,7 +264,6 @@ def _latent_decode_kernel(
             scores = tl.dot(q, tl.trans(latents), scores, input_precision="ieee")
             scores = tl.where(seen[None, :], scores, float("-inf"))
             acc, peak, total = accumulate(acc, peak, total, scores, latents, factor, False)
-        keys = next_keys
     if POSITIONS_FIRST:
         acc = tl.trans(acc)
     acc *= decoded_scale(FORMAT)
