@@ -53,4 +53,6 @@ def test_layers(device: torch.device, rows: int, dtype: torch.dtype) -> None:
             expected = (reference.silu_mul(expected) if gated else expected) + residual.double()
             found = linear(x, norm=norm, activation="silu" if gated else None, residual=residual)
             error = float((found.double() - expected).norm() / expected.norm())
-            assert error < (2e-3 if dtype == torch.float16 else 5e-6), (names, gated, error)
+            # The exponential of a gate is computed as a power of two: wrong by 2^-24 times the gate.
+            exact = 1e-5 if gated else 5e-6
+            assert error < (2e-3 if dtype == torch.float16 else exact), (names, gated, error)
