@@ -11,7 +11,6 @@ import difflib
 import math
 import os
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -197,6 +196,26 @@ class ServerSettings:
         example="http://localhost:8000",
     )
     root_path: str = _setting("", "Path prefix under which a proxy serves this server.", "Server", example="/llm")
+    models_dir: str | None = _setting(
+        None,
+        "Folder of models: each GGUF file and each folder of a checkpoint in it is a model that requests may name. It "
+        "is loaded when one does.",
+        "Several models", example="models",
+    )  # fmt: skip
+    models_memory: int | None = _setting(
+        None,
+        "Memory for all models that are loaded at the same time; auto is what is free at the start. Models that nobody "
+        "uses give way, the one first that was used least recently.",
+        "Several models", ge=1, le=2**63 - 1, unit="bytes", example="20GiB",
+    )  # fmt: skip
+    models_max: int | None = _setting(
+        None, "Most models that are loaded at the same time; auto is as many as fit.", "Several models", ge=1, le=1024
+    )
+    keep_alive: float | None = _setting(
+        None,
+        "Time without requests after which a model is unloaded; auto keeps it until its memory is needed.",
+        "Several models", ge=0, le=86400 * 3650, unit="seconds", example="5m",
+    )  # fmt: skip
     sampler_presets: str | None = _setting(
         None, "YAML file of sampler presets that requests may name, beside those that ship.", "Server",
         example="presets.yaml",
@@ -385,7 +404,7 @@ _UNIT_TEXT: dict[Unit, str] = {
     "plain": "a number",
     "tokens": "a number of tokens such as 4096, 32k or 32K",
     "bytes": "a size such as 4GiB",
-    "seconds": "a number of seconds",
+    "seconds": "a number of seconds, or a time such as 5m",
 }
 
 
@@ -442,12 +461,23 @@ def _parse_float(setting: Setting, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"{value!r} is not a number")
     try:
-        number = float(value)
+        seconds = parse_duration(value) if isinstance(value, str) and setting.meta.unit == "seconds" else None
+        number = float(value) if seconds is None else seconds
     except ValueError:
         raise ValueError(f"{value!r} is not a number") from None
     if not math.isfinite(number):
         raise ValueError(f"{value!r} is not finite")
     return number
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of a time with units (`90s`, `5m`, `1h30m`); None if it is none."""
+    if not re.fullmatch(r"(\d+(\.\d+)?(ms|s|m|h))+", text):
+        return None
+    return sum(float(count) * _DURATIONS[unit] for count, unit in re.findall(r"([\d.]+)(ms|s|m|h)", text))
+
+
+_DURATIONS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _parse_str(setting: Setting, value: object) -> str:
@@ -505,12 +535,35 @@ def parse_scaled(text: str, scales: Mapping[str, int]) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """One model of a configuration file's list.
+
+    Attributes:
+        values: the settings that it has for its own, by name.
+        pinned: it is loaded from the start and never gives way to others.
+        origin: where it stands.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    pinned: bool
+    values: Mapping[str, Any]
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Resolved settings; `origins` says where each one that is not a default came from."""
+    """Resolved settings.
+
+    Attributes:
+        origins: where each one that is not a default came from.
+        models: the configuration file's list of models, each with settings of its own.
+    """
 
     engine: EngineConfig
     server: ServerSettings
     origins: Mapping[str, str]
+    models: tuple[ModelEntry, ...] = ()
 
 
 def resolve(
@@ -530,17 +583,17 @@ def resolve(
         ConfigError: an unknown or wrong name or value, with its origin.
     """
     environ = os.environ if environ is None else environ
+    from aphrodite.config_file import read_config_file
+
     config_file = config_file or environ.get(CONFIG_ENV) or None
+    rows, models = ([], ()) if config_file is None else read_config_file(config_file)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    sources: list[Iterable[tuple[str, object, str]]] = [_from_environment(environ), _from_flags(flags or {})]
-    if config_file is not None:
-        sources.insert(0, read_config_file(config_file))
-    for source in sources:
+    for source in (rows, _from_environment(environ), _from_flags(flags or {})):
         for name, value, origin in source:
             values[name] = parse_value(settings_table()[name], value, origin)
             origins[name] = origin
-    return _build(values, origins)
+    return _build(values, origins, models)
 
 
 def make_engine_config(settings: Mapping[str, object]) -> EngineConfig:
@@ -558,11 +611,13 @@ def make_engine_config(settings: Mapping[str, object]) -> EngineConfig:
     return EngineConfig(**values)
 
 
-def _build(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings:
+def _build(values: Mapping[str, Any], origins: Mapping[str, str], models: tuple[ModelEntry, ...]) -> Settings:
     table = settings_table()
     engine = {name: value for name, value in values.items() if table[name].owner is EngineConfig}
     server = {name: value for name, value in values.items() if table[name].owner is ServerSettings}
-    return Settings(engine=EngineConfig(**engine), server=ServerSettings(**server), origins=dict(origins))
+    return Settings(
+        engine=EngineConfig(**engine), server=ServerSettings(**server), origins=dict(origins), models=models
+    )
 
 
 def _from_flags(flags: Mapping[str, object]) -> Iterable[tuple[str, object, str]]:
@@ -589,64 +644,3 @@ def _orchestrator_hint(variable: str) -> str:
     if re.fullmatch(r"APHRODITE_(PORT|SERVICE_)\w*", variable):
         return " Kubernetes sets it for a Service named aphrodite: rename the Service or set enableServiceLinks: false."
     return ""
-
-
-def read_config_file(path: str | Path) -> list[tuple[str, object, str]]:
-    """Read a YAML file of settings: (name, raw value, origin with its line) in file order.
-
-    Raises:
-        ConfigError: unreadable, not a mapping, an unknown or repeated key.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the configuration file {path}: {reason}.") from None
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return []
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: must hold `name: value` lines; see `aphrodite config init`.")
-        entries = [(key.value, loader.construct_object(value, deep=True), key.start_mark.line + 1)
-                   for key, value in node.value]  # fmt: skip
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
-    return _checked_keys(str(path), entries)
-
-
-def _checked_keys(path: str, entries: Iterable[tuple[object, object, int]]) -> list[tuple[str, object, str]]:
-    seen: dict[str, int] = {}
-    rows = []
-    for key, value, line in entries:
-        name = str(key).replace("-", "_")
-        if name not in settings_table():
-            raise ConfigError(f"{path}:{line}: {key} is not a setting.{did_you_mean(name, settings_table())}")
-        if name in seen:
-            raise ConfigError(f"{path}:{line}: {key} is already set in line {seen[name]}.")
-        seen[name] = line
-        rows.append((name, value, f"{path}:{line}: {key}"))
-    return rows
-
-
-def example_config() -> str:
-    """A YAML file of every setting, commented out, with its help and default."""
-    lines = ["# Settings of Aphrodite. Remove the # in front of a name to change it.",
-             "# Flags and APHRODITE_* variables of the same names take precedence over this file."]  # fmt: skip
-    group = ""
-    for setting in settings_table().values():
-        if setting.group != group:
-            group = setting.group
-            lines += ["", f"# ---- {group} " + "-" * (70 - len(group))]
-        lines += ["", *textwrap.wrap(setting.help, 98, initial_indent="# ", subsequent_indent="# ")]
-        if setting.choices:
-            lines.append("# One of: " + ", ".join(str(choice) for choice in setting.choices))
-        if setting.meta.example:
-            lines.append(f"# For example: {setting.meta.example}")
-        lines.append(f"#{setting.name}: {setting.default_text}")
-    return "\n".join(lines) + "\n"

@@ -15,7 +15,6 @@ from aphrodite.config import (
     OTHER_ENV,
     EngineConfig,
     ServerSettings,
-    example_config,
     format_value,
     make_engine_config,
     parse_scaled,
@@ -23,6 +22,7 @@ from aphrodite.config import (
     resolve,
     settings_table,
 )
+from aphrodite.config_file import example_config
 from aphrodite.errors import ConfigError
 
 
@@ -249,7 +249,7 @@ class TestExampleFile:
     def test_it_names_every_setting_once_and_sets_none(self):
         text = example_config()
         assert yaml.safe_load(text) is None
-        assert re.findall(r"(?m)^#(\w+):", text) == list(settings_table())
+        assert re.findall(r"(?m)^#(\w+):", text) == [*settings_table(), "models"]
 
     def test_without_the_marks_it_sets_exactly_the_defaults(self, tmp_path):
         text = re.sub(r"(?m)^#(?=\w+:)", "", example_config())

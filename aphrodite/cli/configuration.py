@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from aphrodite.cli.console import stdout
-from aphrodite.config import example_config, format_value, resolve, settings_table
+from aphrodite.config import format_value, resolve, settings_table
+from aphrodite.config_file import example_config
 from aphrodite.errors import ConfigError
 
 app = typer.Typer(name="config", help="Write or check a file of settings.", no_args_is_help=True)
@@ -45,5 +46,7 @@ def check(path: Annotated[Path, typer.Argument(help="YAML file of settings.", me
         )
         shown = "(hidden)" if row.meta.secret else format_value(row, value)
         console.print(f"{name}: {shown}", soft_wrap=True)
-    count = len(settings.origins)
+    if settings.models:
+        console.print(f"models: {', '.join(entry.name for entry in settings.models)}", soft_wrap=True)
+    count = len(settings.origins) + bool(settings.models)
     console.print(f"{path} is fine; it sets {count} {'name' if count == 1 else 'names'}.", soft_wrap=True)

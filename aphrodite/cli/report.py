@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from aphrodite.cli.console import stderr
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.progress import Progress, TaskID
 
     from aphrodite.engine.messages import EngineInfo
@@ -56,12 +58,24 @@ class StartReport:
             model: the name under which the API offers it.
             url: base address, without a path.
         """
-        self._stop_bars()
-        seconds = time.perf_counter() - self._began
         kernels = ", ".join(f"{name} {choice}" for name, choice in info.kernels.items())
         lines = [f"Model     {model} ({info.family})", *(line[:1].upper() + line[1:] for line in info.memory_plan)]
         if kernels:
             lines.append(f"Kernels   {kernels}")
+        self._ready(lines, model, url, needs_key=needs_key)
+
+    def ready_with_several(self, lines: Sequence[str], model: str, url: str, *, needs_key: bool) -> None:
+        """Say which models there are, and how to reach one of them.
+
+        Args:
+            lines: the models, in words.
+            model: one of them.
+        """
+        self._ready(lines, model, url, needs_key=needs_key)
+
+    def _ready(self, lines: Sequence[str], model: str, url: str, *, needs_key: bool) -> None:
+        self._stop_bars()
+        seconds = time.perf_counter() - self._began
         for line in lines:
             self._console.print(line, soft_wrap=True)
         ready = f"Ready after {seconds:.1f} s at {url} (documentation at {url}/docs). Try:"

@@ -1,7 +1,8 @@
-"""`run`: serve a model over HTTP."""
+"""`run`: serve a model over HTTP, or several."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -23,20 +24,25 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 def run(*, settings: Settings) -> None:
     """Serve a model over HTTP, in the protocols of OpenAI, KoboldAI, Anthropic, Ollama and llama.cpp.
 
-    Without MODEL the small default model is served, fetched once if it is not installed.
+    Without MODEL the small default model is served, fetched once if it is not installed. With --models-dir, or a list
+    of models in --config, several are served, each loaded when a request asks for it.
     """
     import asyncio
 
     from aphrodite.cli.report import StartReport
     from aphrodite.engine.preparation import resolve_model
     from aphrodite.logs import configure_logging
+    from aphrodite.model_list import has_several
 
     configure_logging(settings.engine.log_level)
+    several = has_several(settings)
     try:
-        # Here and not by the engine, whose start cannot be interrupted while it fetches a model.
-        settings = dataclasses.replace(settings, engine=resolve_model(settings.engine)[0])
+        if not several:
+            # Here and not by the engine, whose start cannot be interrupted while it fetches a model.
+            settings = dataclasses.replace(settings, engine=resolve_model(settings.engine)[0])
         with StartReport() as report, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            status = runner.run(_serve(settings, report))
+            serve = _serve_several if several else _serve
+            status = runner.run(serve(settings, report))
     except KeyboardInterrupt:  # while loading; the server handles its signals itself
         raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(status)
@@ -70,6 +76,24 @@ async def _serve(settings: Settings, report: StartReport) -> int:
         return int(await server.serve(ModelPool.of_engine(engine, config), config, sock, on_ready=ready))
     finally:
         await engine.close()
+
+
+async def _serve_several(settings: Settings, report: StartReport) -> int:
+    """Load what is to be there from the start, and serve."""
+    from aphrodite.model_list import offered_models
+    from aphrodite.server.run import bind_socket, serve
+    from aphrodite.server.several import open_pool, summary
+
+    offered = offered_models(settings)
+    config = _server_config(settings)
+    sock = bind_socket(config.host, config.port)
+    with contextlib.closing(sock):
+        async with open_pool(settings, config, offered) as pool:
+
+            def ready(url: str) -> None:
+                report.ready_with_several(summary(pool), pool.models[0].name, url, needs_key=bool(config.api_keys))
+
+            return await serve(pool, config, sock, on_ready=ready)
 
 
 def _server_config(settings: Settings) -> ServerConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aphrodite.chat.reasoning import ReasoningParserName
@@ -67,6 +67,19 @@ class ServerConfig:
     max_messages: int = 4096
     max_stored_responses: int = 4096
     max_stored_bytes: int = 64 * 2**20
+
+    def for_model(self, settings: ServerSettings) -> ServerConfig:
+        """This configuration with what one of several models may have for its own.
+
+        Raises:
+            ConfigError: there is no preset of the name.
+        """
+        return replace(
+            self,
+            preset=_chosen(settings.sampler_preset, self.presets),
+            tool_parser=None if settings.tool_parser == "auto" else settings.tool_parser,
+            reasoning_parser=None if settings.reasoning_parser == "auto" else settings.reasoning_parser,
+        )
 
     @classmethod
     def from_settings(cls, settings: ServerSettings) -> ServerConfig:

@@ -12,7 +12,8 @@ from aphrodite.server.config import ServerConfig
 from aphrodite.server.engine import Engine
 from aphrodite.server.lifecycle import Lifecycle
 from aphrodite.server.metrics import ModelMetrics, ServerMetrics
-from aphrodite.server.model_pool import LoadedModel, ModelPool, ServedModel
+from aphrodite.server.model_pool import ModelPool
+from aphrodite.server.served_model import LoadedModel, ServedModel
 from aphrodite.server.supervise import Supervisor
 
 
@@ -53,15 +54,22 @@ class ServerContext:
     supervisor: Supervisor
 
     async def resolve(self, request: Request, name: str | None) -> ModelContext:
-        """The model that a request names; None is the server's own choice. It stays until the request is answered.
+        """The model that a request names, loaded for it if need be; None is the one used last. It stays until the
+        request is answered.
 
         Raises:
-            ApiError: 404, no such model.
+            ApiError: 404, no such model; or it cannot be loaded.
+            ClientDisconnectedError: the client went away while the model was being loaded.
         """
         served = self.models.find(name)
-        loaded = await self.models.use(served)
         holds: ExitStack = request.scope["state"]["holds"]
-        holds.callback(loaded.end_use)
+
+        async def hold() -> LoadedModel:
+            loaded = await self.models.use(served)
+            holds.callback(loaded.end_use)
+            return loaded
+
+        loaded = await (hold() if served.state == "loaded" else self.supervisor.run(hold(), request.receive))
         return ModelContext(served.names[0] if name is None else name, served, loaded, self.supervisor)
 
 

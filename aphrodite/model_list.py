@@ -1,0 +1,173 @@
+"""Which models a server offers: MODEL, those of the configuration file's list, and those of a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aphrodite.config import EngineConfig, ModelEntry, ServerSettings, Settings, settings_table
+from aphrodite.errors import ConfigError
+from aphrodite.loading.checkpoint import SPLIT_NAME, checkpoint_name
+from aphrodite.loading.hub import parse_name
+from aphrodite.loading.repository import gguf_models
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OfferedModel:
+    """A model that requests may ask for, before it is loaded.
+
+    Attributes:
+        name: what it reports itself as.
+        aliases: what else it answers to.
+        engine: how it is loaded.
+        server: the server's settings, with those that it has for its own.
+        pinned: it is loaded from the start and never gives way to others.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    engine: EngineConfig
+    server: ServerSettings
+    pinned: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+def has_several(settings: Settings) -> bool:
+    """Whether a server of these settings offers several models, and loads them when they are asked for."""
+    return settings.server.models_dir is not None or bool(settings.models)
+
+
+def offered_models(settings: Settings) -> list[OfferedModel]:
+    """All models of a server that has several: MODEL first, then the list, then what else the folder holds.
+
+    Raises:
+        ConfigError: two models have one name, a listed one is nowhere, or there are none.
+    """
+    engine = settings.engine
+    if engine.served_model_name and engine.model is None:
+        raise ConfigError("--served-model-name names MODEL, and none was given: name models in the list `models`")
+    folder = {model.name: model for model in models_in_folder(settings)}
+    listed = [_listed(entry, settings, folder) for entry in settings.models]
+    models = [] if engine.model is None else [_main(settings)]
+    models += listed
+    used = {model.engine.model for model in models}
+    models += [model for model in folder.values() if model.engine.model not in used]
+    if not models:
+        raise ConfigError(f"{settings.server.models_dir} holds no GGUF file and no folder of a checkpoint")
+    return _without_clashes(models)
+
+
+def models_in_folder(settings: Settings) -> list[OfferedModel]:
+    """The models of `models_dir`, by name: GGUF files (split ones once), and folders of a checkpoint or of one GGUF.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    if settings.server.models_dir is None:
+        return []
+    root = Path(settings.server.models_dir).expanduser()
+    try:
+        entries = sorted(root.iterdir())
+        files = {entry.name: 0 for entry in entries if entry.is_file()}
+        found = [(_stem(model.files[0]), root / model.files[0]) for model in gguf_models(files)]
+        found += [(entry.name, entry) for entry in entries if entry.is_dir() and _is_model(entry)]
+    except OSError as error:
+        raise ConfigError(f"cannot read --models-dir {root}: {error.strerror}") from None
+    short: dict[str, int] = {}
+    for name, path in found:
+        if path.is_file():
+            short[short_name(name)] = short.get(short_name(name), 0) + 1
+    models = []
+    for name, path in found:
+        alias = short_name(name)
+        taken = alias == name or short.get(alias) != 1 or any(alias == other for other, _ in found)
+        models.append(_offered(settings, {"model": str(path)}, name, () if taken or path.is_dir() else (alias,)))
+    return models
+
+
+def hub_model(settings: Settings, name: str) -> OfferedModel | None:
+    """A model of the hub as one that the server offers; None where `name` names none."""
+    parsed = parse_name(name)
+    return None if parsed is None else _offered(settings, {"model": str(parsed)}, str(parsed))
+
+
+def short_name(name: str) -> str:
+    """A file's name without its quantization, as a single model is called."""
+    return re.sub(r"[.-](?:UD-)?(I?Q\d\w*|B?F16|F32|MXFP4\w*)$", "", name, flags=re.IGNORECASE)
+
+
+def _stem(file: str) -> str:
+    """The name of a GGUF file, or of what it is a part of."""
+    split = SPLIT_NAME.fullmatch(file)
+    return split[1] if split else file.removesuffix(".gguf")
+
+
+def _is_model(folder: Path) -> bool:
+    if (folder / "config.json").is_file():
+        return not (folder / "adapter_config.json").is_file()
+    return len(gguf_models({file.name: 0 for file in folder.glob("*.gguf")})) == 1
+
+
+def _main(settings: Settings) -> OfferedModel:
+    """MODEL itself."""
+    engine = settings.engine
+    text = engine.model or ""
+    path = Path(text)
+    given = engine.served_model_name
+    if parse_name(text) is not None:
+        name = text
+    else:
+        name = checkpoint_name(path) if path.is_dir() else short_name(_stem(path.name))
+    return _offered(settings, {}, given[0] if given else name, given[1:])
+
+
+def _listed(entry: ModelEntry, settings: Settings, folder: Mapping[str, OfferedModel]) -> OfferedModel:
+    values = dict(entry.values)
+    if values.get("model") is None:
+        known = next((model for model in folder.values() if entry.name in model.names), None)
+        if known is None:
+            where = f", and --models-dir has no model of its name: {', '.join(folder)[:500]}" if folder else ""
+            raise ConfigError(f"{entry.origin}: {entry.name} names no `model`{where}.")
+        values["model"] = known.engine.model
+    elif settings.server.models_dir is not None:  # a file of the folder goes by its name alone
+        inside = Path(settings.server.models_dir).expanduser() / values["model"]
+        values["model"] = str(inside) if inside.exists() else values["model"]
+    return _offered(settings, values, entry.name, entry.aliases, pinned=entry.pinned)
+
+
+def _offered(
+    settings: Settings, values: Mapping[str, Any], name: str, aliases: tuple[str, ...] = (), *, pinned: bool = False
+) -> OfferedModel:
+    """The model `name` with the settings of all, and `values` for its own."""
+    table = settings_table()
+    own = {key: value for key, value in values.items() if table[key].owner is EngineConfig}
+    of_server = {key: value for key, value in values.items() if table[key].owner is ServerSettings}
+    engine = dataclasses.replace(settings.engine, served_model_name=(name, *aliases), **own)
+    server = dataclasses.replace(settings.server, **of_server)
+    return OfferedModel(name=name, aliases=aliases, engine=engine, server=server, pinned=pinned)
+
+
+def _without_clashes(models: list[OfferedModel]) -> list[OfferedModel]:
+    """The models, if no two have one name.
+
+    Raises:
+        ConfigError: they do.
+    """
+    owners: dict[str, OfferedModel] = {}
+    for name, model in _all_names(models):
+        if name in owners:
+            raise ConfigError(f"two models are called {name!r}: {owners[name].engine.model} and {model.engine.model}")
+        owners[name] = model
+    return models
+
+
+def _all_names(models: list[OfferedModel]) -> Iterator[tuple[str, OfferedModel]]:
+    for model in models:
+        for name in model.names:
+            yield name, model
