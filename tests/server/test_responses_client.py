@@ -63,6 +63,7 @@ async def test_a_whole_answer(server: RunningServer) -> None:
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert answer.id.startswith("resp_")
     assert (answer.max_output_tokens, answer.temperature, answer.top_p) == (9, 0.5, 0.9)
+    assert (answer.presence_penalty, answer.frequency_penalty) == (0, 0)  # which Open Responses' clients demand
     assert (answer.metadata, answer.user, answer.instructions) == ({"a": "b"}, "me", "Be brief.")
     assert (answer.store, answer.service_tier, answer.truncation) == (True, "default", "disabled")
     assert answer.text.format.type == "text"
