@@ -29,6 +29,9 @@ Errors have the shape that a path's own clients expect: OpenAI's everywhere but 
 (`--api-key`) open every path alike, as `Authorization: Bearer KEY` or `X-API-Key: KEY`; `/health`, `/` and `/docs` need
 none.
 
+Bodies are JSON, sent with `Content-Type: application/json`. A request that comes from no web page may leave the type
+out, and name any on Ollama's paths, where `curl -d` is customary.
+
 This page is made from the routes: `python -m aphrodite.server.api_page > docs/api.md`.
 """
 

@@ -56,10 +56,11 @@ class Application:
         self.groups = route_groups(context)
         self.routes = [route for group in self.groups for route in group.routes]
         shapes = {route.path: group.error_shape for group in self.groups for route in group.routes}
+        any_type = frozenset(route.path for group in self.groups if group.any_type for route in group.routes)
         app: ASGIApp = Router(self.routes, redirect_slashes=False, default=_not_found)
         app = Gate(RequestHolds(app), models.dead, self.lifecycle)
         app = Authentication(app, config)
-        app = RequestLimits(app, config)
+        app = RequestLimits(app, config, any_type=any_type)
         app = Edge(app, metrics, shapes, log_requests=config.log_requests)
         # Outside of everything, so that pages of allowed origins can read errors too.
         self._app = _cors(app, config.cors_origins) if config.cors_origins else app
@@ -123,7 +124,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         RouteGroup("llama.cpp", llama_cpp),
         RouteGroup("KoboldAI", kobold_routes(context), kobold_error),
         RouteGroup("Anthropic", anthropic_routes(context), anthropic_error),
-        RouteGroup("Ollama", [*ollama_routes(context), *ollama_embedding_routes(context)], ollama_error),
+        RouteGroup("Ollama", [*ollama_routes(context), *ollama_embedding_routes(context)], ollama_error, any_type=True),
     ]
 
 

@@ -18,10 +18,15 @@ _DISCARD_SECONDS = 5.0
 
 
 class RequestLimits:
-    """ASGI wrapper around everything that reads a request."""
+    """ASGI wrapper around everything that reads a request.
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    Args:
+        any_type: paths whose clients send JSON under any content type.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, *, any_type: frozenset[str] = frozenset()) -> None:
         self._app = app
+        self._any_type = any_type
         self._hosts = AllowedHosts(config)
         self._max_body = config.max_body_bytes
         self._body_timeout = config.body_timeout
@@ -30,8 +35,8 @@ class RequestLimits:
         self._hosts.check([value for name, value in scope["headers"] if name == b"host"])
         headers = dict(scope["headers"])
         body = BoundedBody(receive, self._max_body, self._body_timeout)
-        if scope["method"] == "POST" and not _says_nothing(headers):
-            _check_content_type(headers.get(b"content-type", b""))
+        if scope["method"] == "POST":
+            _check_content_type(headers, lenient=scope["path"] in self._any_type)
         await body.check_length(headers.get(b"content-length"), waits=b"expect" in headers)
         await self._app(scope, body.receive, send)
 
@@ -84,15 +89,18 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _says_nothing(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether a request has no body and no type, and comes from no page: SillyTavern ends koboldcpp's runs so."""
-    bodiless = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
-    return bodiless and b"content-type" not in headers and b"origin" not in headers
+def _check_content_type(headers: Mapping[bytes, bytes], *, lenient: bool) -> None:
+    """Refuse what a page may have forged: browsers send JSON across origins only after asking, and anything else at
+    once, but never without saying that it comes from a page.
 
-
-def _check_content_type(value: bytes) -> None:
-    """Browsers send JSON across origins only after asking, so requiring it shuts out forged requests."""
-    if value.partition(b";")[0].strip().lower() != b"application/json":
+    Programs may leave the type out, as LiteLLM does for Ollama and SillyTavern where it ends a run of koboldcpp; a
+    `lenient` path takes any type from them, as `curl -d` sends a form's.
+    """
+    kind = headers.get(b"content-type")
+    from_page = b"origin" in headers or b"sec-fetch-site" in headers
+    if not from_page and (kind is None or lenient):
+        return
+    if kind is None or kind.partition(b";")[0].strip().lower() != b"application/json":
         raise ApiError(415, "Send the request with `Content-Type: application/json`.", code="unsupported_media_type")
 
 

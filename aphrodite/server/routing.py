@@ -16,11 +16,13 @@ Endpoint = Callable[[Request], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class RouteGroup:
-    """What one protocol has: its routes, and how its clients expect errors to look."""
+    """What one protocol has: its routes, how its clients expect errors to look, and whether they send JSON under any
+    content type."""
 
     protocol: str
     routes: list[Route]
     error_shape: ErrorShape = openai_error
+    any_type: bool = False
 
 
 def get(path: str, endpoint: Endpoint) -> Route:

@@ -100,6 +100,25 @@ async def test_only_json_is_posted(server: RunningServer, kind: str) -> None:
     assert server.engine.seen == []
 
 
+async def test_programs_may_leave_the_type_out_and_ollamas_may_send_any(server: RunningServer) -> None:
+    """LiteLLM sends Ollama's requests without a type, and Ollama's own examples are `curl -d`. A page cannot do that
+    without saying so."""
+    ollama = {"model": "fake/story", "prompt": "a", "stream": False, "options": {"num_predict": 1}}
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    untyped: dict[str, str] = {}
+    for path, body, headers in (
+        ("/v1/completions", {"prompt": "a"}, untyped),
+        ("/api/generate", ollama, untyped),
+        ("/api/generate", ollama, form),
+    ):
+        content = json.dumps(body).encode()
+        assert (await server.http.post(path, content=content, headers=headers)).status_code == 200, (path, headers)
+        for page in ({"origin": "null"}, {"origin": "http://evil.com"}, {"sec-fetch-site": "cross-site"}):
+            response = await server.http.post(path, content=content, headers={**headers, **page})
+            assert response.status_code == 415, (path, headers, page)
+    assert len(server.engine.seen) == 3
+
+
 async def test_parameters_of_the_content_type_do_not_matter(server: RunningServer) -> None:
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     assert (await server.http.post("/v1/completions", content=b'{"prompt":"a"}', headers=headers)).status_code == 200
