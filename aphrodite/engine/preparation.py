@@ -15,6 +15,7 @@ from aphrodite.engine.room import model_room
 from aphrodite.errors import InvalidRequestError
 from aphrodite.loading.checkpoint import checkpoint_name
 from aphrodite.loading.default_model import find_default_model
+from aphrodite.loading.downloads import Listener
 from aphrodite.loading.hub import fetch, parse_name
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.tokenizer import Tokenizer
@@ -22,12 +23,15 @@ from aphrodite.tokenizer.tokenizer import Tokenizer
 _SEED_MASK = (1 << 64) - 1
 
 
-def resolve_model(config: EngineConfig, *, allow_download: bool = True) -> tuple[EngineConfig, Path]:
+def resolve_model(
+    config: EngineConfig, *, allow_download: bool = True, listener: Listener | None = None
+) -> tuple[EngineConfig, Path]:
     """The configuration with `model` as a path on this machine, and that path. Fetches the default model, or one that
     is named as on the Hugging Face hub, if need be.
 
     Args:
         allow_download: otherwise the model has to be on this machine.
+        listener: hears how far the download of a model of the hub is.
 
     Raises:
         AphroditeError: the model is not on this machine and cannot be fetched.
@@ -40,6 +44,7 @@ def resolve_model(config: EngineConfig, *, allow_download: bool = True) -> tuple
             load_format=config.load_format,
             room=partial(model_room, config),
             allow_download=allow_download,
+            listener=listener,
         )
         return dataclasses.replace(config, model=str(path), load_format=load_format), path
     if config.model is None:

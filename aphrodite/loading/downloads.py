@@ -36,6 +36,7 @@ _LARGEST = 50 * 10**9  # bytes that the hub sends by HTTP
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Report = Callable[[int], None]  # bytes that have come since the last call; negative where they were dropped
+Listener = Callable[[int, int], None]  # bytes that have come, and of how many; called from several threads
 
 
 class Source(NamedTuple):
@@ -59,21 +60,30 @@ class DownloadError(AphroditeError):
         self.cause = cause
 
 
+class DownloadCancelledError(AphroditeError):
+    """Whoever listened to the download wants it no more, and said so by raising this."""
+
+
 class _Stopped(Exception):
     """The user has interrupted."""
 
 
-def download(source: Source, files: Mapping[str, int]) -> None:
+def download(source: Source, files: Mapping[str, int], listener: Listener | None = None) -> None:
     """Put `files` (path in the repository -> bytes) into the snapshot.
 
+    Args:
+        listener: hears how far it is.
+
     Raises:
+        DownloadCancelledError: raised by `listener`; what has come is kept.
         DownloadError: the hub refuses, or the connection breaks off again and again; what has come is kept.
         ConfigError: the disk is full, or the cache cannot be written.
     """
     total = sum(files.values())
     _check_disk(source.cache, total - _partial_bytes(source))
     stop = threading.Event()
-    with _progress(source.repo, total) as report, ThreadPoolExecutor(min(_PARALLEL, len(files))) as pool:
+    with _progress(source.repo, total) as shown, ThreadPoolExecutor(min(_PARALLEL, len(files))) as pool:
+        report = shown if listener is None else _told(shown, total, listener)
         futures = [pool.submit(_fetch, source, file, report, stop) for file in files]
         try:
             for future in futures:
@@ -242,6 +252,21 @@ def _is_passing(error: OSError) -> bool:
     if status is None:
         return isinstance(error, ConnectionError | TimeoutError)
     return status in (408, 429) or status >= 500
+
+
+def _told(shown: Report, total: int, listener: Listener) -> Report:
+    """`shown`, and `listener` told of the sum."""
+    lock, come = threading.Lock(), 0
+
+    def report(count: int) -> None:
+        nonlocal come
+        with lock:
+            come += count
+            now = come
+        shown(count)
+        listener(now, total)
+
+    return report
 
 
 @contextmanager

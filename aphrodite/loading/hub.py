@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.loading.checkpoint import LoadFormat
-from aphrodite.loading.downloads import DownloadError, Source, download
+from aphrodite.loading.downloads import DownloadError, Listener, Source, download
 from aphrodite.loading.model_cache import MAIN, find_snapshot, hub_cache, repository_folder, store_revision
 from aphrodite.loading.report import one_line
 from aphrodite.loading.repository import Room, Selection, select
@@ -85,6 +85,7 @@ def fetch(
     load_format: LoadFormat,
     room: Callable[[], Room],
     allow_download: bool = True,
+    listener: Listener | None = None,
 ) -> Fetched:
     """The model on this machine, downloaded as far as it is not yet here.
 
@@ -92,6 +93,7 @@ def fetch(
         load_format: what was asked for.
         room: see `select`.
         allow_download: otherwise only what is here counts.
+        listener: hears how far the download of weights is, and may end it (`DownloadCancelledError`).
 
     Raises:
         ConfigError: there is no such model or nothing in it to load; it is private, gated or out of reach and not
@@ -113,7 +115,7 @@ def fetch(
     )
     logger.info("%s: %s", name.repo, selection.reason)
     wanted = _sizes(name, listing, selection)
-    folder = _have(name, listing, cache, wanted)
+    folder = _have(name, listing, cache, wanted, listener)
     if listing.online:
         _remember(cache, name, listing)
     return Fetched(folder / selection.entry if selection.entry is not None else folder, selection.load_format)
@@ -225,7 +227,9 @@ def _sizes(name: ModelName, listing: _Listing, selection: Selection) -> dict[str
     return {file: listing.files[file] for file in selection.files}
 
 
-def _have(name: ModelName, listing: _Listing, cache: Path, files: Mapping[str, int]) -> Path:
+def _have(
+    name: ModelName, listing: _Listing, cache: Path, files: Mapping[str, int], listener: Listener | None = None
+) -> Path:
     """The snapshot's folder, with `files` in it."""
     folder = repository_folder(cache, name.repo)
     snapshot = folder / "snapshots" / listing.commit
@@ -233,7 +237,7 @@ def _have(name: ModelName, listing: _Listing, cache: Path, files: Mapping[str, i
     if missing:
         source = Source(name.repo, listing.commit, cache, os.environ.get("HF_ENDPOINT"))
         try:
-            download(source, missing)
+            download(source, missing, listener)
         except DownloadError as error:
             refusal = _refusal(name, error.cause)
             raise refusal or ConfigError(str(error)) from None

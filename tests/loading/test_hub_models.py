@@ -153,6 +153,29 @@ def test_an_interrupted_download_goes_on_where_it_broke_off(hub: Hub, monkeypatc
     assert [model.format for model in cached_models(hub_cache())] == ["GGUF"]
 
 
+def test_who_listens_hears_of_every_byte_and_may_end_it(hub: Hub) -> None:
+    heard: list[tuple[int, int]] = []
+    name, wanted = ModelName("writers/tiny-gguf", "Q8_0"), [10_000]
+
+    def listener(come: int, total: int) -> None:
+        heard.append((come, total))
+        if come >= wanted[0]:
+            raise downloads.DownloadCancelledError("enough")
+
+    def listened() -> Fetched:
+        room = Room(1 << 40, "memory")
+        return fetch(name, cache_dir=None, load_format="auto", room=lambda: room, listener=listener)
+
+    with pytest.raises(downloads.DownloadCancelledError, match="enough"):
+        listened()
+    assert heard[-1] == (10_000, 20_000)
+    heard.clear()
+    wanted[0] = 30_000
+    assert listened().path.read_bytes() == large(3, 20_000)
+    assert heard[0] == (10_000, 20_000)  # what had come before
+    assert heard[-1] == (20_000, 20_000)
+
+
 def test_a_broken_connection_is_taken_up_again(hub: Hub) -> None:
     hub.breaks = [9_000, 500, 0, 0, 0]
     assert get("writers/tiny-gguf:Q8_0").path.read_bytes() == large(3, 20_000)
