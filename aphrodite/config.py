@@ -226,6 +226,11 @@ class ServerSettings:
     max_body_bytes: int = _setting(
         32 * 2**20, "Largest request body.", "Server", ge=1024, le=2**32, unit="bytes", example="32MiB"
     )
+    response_store: int = _setting(
+        64 * 2**20,
+        "Memory for the latest answers of /v1/responses, which later requests may go on from; 0 keeps none.",
+        "Server", ge=0, le=2**40, unit="bytes", example="64MiB",
+    )  # fmt: skip
     shutdown_timeout: float = _setting(
         30.0, "Seconds that running requests get to finish after SIGTERM.", "Server", ge=0, le=86400, unit="seconds"
     )

@@ -26,12 +26,12 @@ class ServerConfig:
         preset: that of requests that name none and whose key has none.
         tool_parser: how answers call tools; None: as the chat template asks for it.
         reasoning_parser: how answers mark reasoning; None: as the chat template says.
+        response_store: bytes for the latest answers of /v1/responses, which others may go on from; 0 keeps none.
         root_path: prefix under which a proxy that strips it serves this server; shown in the OpenAPI document.
         shutdown_timeout: how long running requests may go on after SIGTERM.
         request_timeout: longest life of one generation; None is no limit.
         ping_interval: a stream that is silent for so long gets an SSE comment, so that proxies keep it.
         write_timeout: a client that does not read its stream for so long counts as gone.
-        max_stored_bytes: answers of /v1/responses that are kept for the next ones; 0 keeps none.
         health_timeout: how long a round trip through the engine loop may take before `/health` says 503.
     """
 
@@ -47,6 +47,7 @@ class ServerConfig:
     trust_request_chat_template: bool = False
     tool_parser: ToolParserName | None = None
     reasoning_parser: ReasoningParserName | None = None
+    response_store: int = 64 * 2**20
     log_requests: bool = False
 
     shutdown_timeout: float = 30.0
@@ -66,7 +67,6 @@ class ServerConfig:
     max_prompts: int = 1024
     max_messages: int = 4096
     max_stored_responses: int = 4096
-    max_stored_bytes: int = 64 * 2**20
 
     def for_model(self, settings: ServerSettings) -> ServerConfig:
         """This configuration with what one of several models may have for its own.
@@ -102,6 +102,7 @@ class ServerConfig:
             trust_request_chat_template=settings.trust_request_chat_template,
             tool_parser=None if settings.tool_parser == "auto" else settings.tool_parser,
             reasoning_parser=None if settings.reasoning_parser == "auto" else settings.reasoning_parser,
+            response_store=settings.response_store,
             log_requests=settings.log_requests,
             shutdown_timeout=settings.shutdown_timeout,
             request_timeout=settings.request_timeout,

@@ -280,7 +280,7 @@ async def test_a_key_sees_its_own_responses_only() -> None:
 
 
 async def test_nothing_is_kept_where_the_server_has_no_room() -> None:
-    async with running_server(max_stored_bytes=0) as server:
+    async with running_server(response_store=0) as server:
         answer = await ask(server, max_output_tokens=1)
         assert not answer.store
         with pytest.raises(openai.NotFoundError):

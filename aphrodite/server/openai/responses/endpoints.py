@@ -61,7 +61,7 @@ class ResponsesEndpoints:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         config = context.config
-        self._store = ResponseStore(max_responses=config.max_stored_responses, max_bytes=config.max_stored_bytes)
+        self._store = ResponseStore(max_responses=config.max_stored_responses, max_bytes=config.response_store)
 
     async def create(self, request: Request) -> Response | ASGIApp:
         """Answer a conversation of items."""
