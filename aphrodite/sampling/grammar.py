@@ -36,8 +36,9 @@ _LIMITS: Mapping[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# `oneOf` is taken for `anyOf`; between two tokens of JSON there is no more white space than a deep indentation.
-_JSON_DEFAULTS = {"coerce_one_of": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+# `oneOf` is taken for `anyOf`; between two tokens of JSON stands a space, or a line end and an indentation, as printers
+# write it. Small models that may put more there put nothing else until their tokens are spent.
+_JSON_DEFAULTS = {"coerce_one_of": True, "whitespace_pattern": r"[\x20\x09]|\x0D?\x0A[\x20\x09]{0,40}"}
 _MAX_COMPILED = 64
 _MAX_ERROR = 600  # characters
 # What masks of one answer may cost in all, before it ends: they hold up everyone's step.

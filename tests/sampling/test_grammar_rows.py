@@ -158,14 +158,19 @@ def test_choices_of_any_characters_and_number() -> None:
     assert not fits(grammar, "num")
 
 
-def test_white_space_in_json_is_bounded() -> None:
+def test_white_space_in_json_is_what_printers_write() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     flexible, tight = (
         Grammar("json_schema", json.dumps({**schema, **more}))
         for more in ({}, {"x-guidance": {"whitespace_flexible": False, "whitespace_pattern": None}})
     )
-    assert fits(flexible, '{\n        "a" :  1\n}')
-    assert not fits(flexible, '{"a":' + " " * 41 + "1}")
+    for indent in (None, 0, 2, 8, "\t"):
+        for separators in (None, (",", ":"), (" ,", " : ")):
+            text = json.dumps({"a": 1}, indent=indent, separators=separators)
+            assert fits(flexible, text)
+            assert fits(flexible, text.replace("\n", "\r\n"))
+    for text in ('{"a":  1}', '{\n\n"a":1}', '{"a":1 \n}', "{\n" + " " * 41 + '"a":1}'):
+        assert not fits(flexible, text)
     assert fits(tight, '{"a":1}')
     assert not fits(tight, '{"a": 1}')
 
