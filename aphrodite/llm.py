@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+import msgspec
+
+from aphrodite.chat.answer import AnswerFormat, raw_marks
 from aphrodite.chat.library import load_chat_template, recognised_chat_template
 from aphrodite.chat.negative import negative_messages
 from aphrodite.chat.stops import with_template_stops
@@ -220,7 +223,14 @@ class LLM:
         params = tokenize_words(params, self.tokenizer, info.vocab_size)
         params = tokenize_negative_prompt(params, self.tokenizer, info.max_model_len)
         check_guidance(ids, params, info)
-        return ids, params
+        return ids, self._with_marks(ids, params)
+
+    def _with_marks(self, ids: list[int], params: SamplingParams) -> SamplingParams:
+        """`params` with the marks that a budget of reasoning needs, where the prompt did not come with them."""
+        if params.thinking_token_budget is None or params.reasoning is not None or params.grammar is not None:
+            return params
+        prompt = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return msgspec.structs.replace(params, reasoning=raw_marks(self.chat_template.traits.reasoning, prompt))
 
     def _encode_chat(
         self, messages: Sequence[Message], params: SamplingParams, template: Mapping[str, Any]
@@ -230,7 +240,13 @@ class LLM:
         if wants_negative_prompt(params):
             negative = self.encode_chat(negative_messages(messages, params.negative_prompt), **template)
             params = with_negative_prompt(params, negative)
-        return self.encode_chat(messages, **template), params
+        text = self.chat_template.render([dict(message) for message in messages], **template)
+        budgeted = params.thinking_token_budget is not None and params.grammar is None
+        if budgeted and not template.get("continue_final_message"):
+            reasoning = self.chat_template.traits.reasoning
+            answers = AnswerFormat(reasoning, is_open=reasoning is not None and reasoning.is_open(text))
+            params = msgspec.structs.replace(params, reasoning=answers.marks_of_reasoning)
+        return self.tokenizer.encode(text, add_special_tokens=False), params
 
     def _add(
         self, ids: list[int], params: SamplingParams, request_id: str, *, whole: bool, pooling: Pooling | None = None

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aphrodite.chat.events import AnswerParser, Event, TextPiece
-from aphrodite.chat.harmony import MARKS, HarmonyParser
+from aphrodite.chat.harmony import FINAL_OPENING, MARKS, HarmonyParser
 from aphrodite.chat.reasoning import ReasoningParser, is_harmony
 from aphrodite.chat.tools.parser import ToolParser, marks_of
 from aphrodite.chat.traits import Reasoning, ToolFormat
+from aphrodite.sampling.table import ReasoningMarks
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,14 @@ class AnswerFormat:
         around = () if self.reasoning is None else (self.reasoning.start, self.reasoning.end)
         return (*around, *(marks_of(self.tool_format) if self.tool_format is not None else ()))
 
+    @property
+    def marks_of_reasoning(self) -> ReasoningMarks | None:
+        """What a sampler needs to know of reasoning in order to end it; None: there can be none."""
+        if self.reasoning is None or (self.is_text and not self.is_harmony):
+            return None
+        last_end = FINAL_OPENING if self.is_harmony else ""
+        return ReasoningMarks(self.reasoning.start, self.reasoning.end, self.is_open, last_end)
+
     def parser(self) -> AnswerParser:
         """A parser of one answer."""
         if self.is_harmony:
@@ -62,6 +71,14 @@ class AnswerFormat:
             return tools or _Text()
         reasoning = ReasoningParser(self.reasoning, is_open=self.is_open)
         return reasoning if tools is None else _Chain(reasoning, tools)
+
+
+def raw_marks(reasoning: Reasoning | None, prompt: str) -> ReasoningMarks | None:
+    """`marks_of_reasoning` of the answers to a text that no template made; None: the model marks none."""
+    if reasoning is None:
+        return None
+    is_open = prompt.rfind(reasoning.start) > prompt.rfind(reasoning.end)
+    return AnswerFormat(reasoning, is_open=is_open).marks_of_reasoning
 
 
 class _Text:

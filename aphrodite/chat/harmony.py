@@ -17,6 +17,8 @@ from aphrodite.chat.events import CallArguments, CallStart, Event, ReasoningPiec
 MARKS: Final = (
     "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>",
 )  # fmt: skip
+# What ends a message for good: the next one is the answer's text.
+FINAL_OPENING: Final = "<|end|><|start|>assistant<|channel|>final<|message|>"
 _HEADER_END: Final = "<|message|>"
 _BODY_ENDS: Final = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
 _BODY_END: Final = re.compile("|".join(map(re.escape, _BODY_ENDS)))

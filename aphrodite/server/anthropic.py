@@ -25,6 +25,7 @@ from aphrodite.server.errors import ApiError, invalid, prompt_as, unsupported
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, refuse_unsupported, sampling_params
 from aphrodite.server.openai.rendering import chat_prompt, render_chat
+from aphrodite.server.openai.tools import ToolUse
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
@@ -108,7 +109,7 @@ class MessagesEndpoints:
         params = sampling_params(body, MessagesFields, context.engine.model, base=base, preset=preset)
         if params.n != 1:
             raise unsupported("n", "a message is one answer; leave it out")
-        token_ids, params = await chat_prompt(_chat_fields(fields), params, context)
+        token_ids, params = await chat_prompt(_chat_fields(fields), params, context, ToolUse())
         answer = _Answer(context, Generation.of("msg", context.name, [token_ids], params), fields.stop_sequences)
         answer.warnings = field_warnings(body, MessagesFields, preset)
         headers = ignored_header(body, MessagesFields)
@@ -128,7 +129,7 @@ class MessagesEndpoints:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = _checked(CountTokensFields, body)
         context = await self._context.resolve(request, fields.model)
-        token_ids = await render_chat(_chat_fields(fields), context, bounded=False)
+        token_ids = await render_chat(_chat_fields(fields), context, ToolUse(), bounded=False)
         return json_response({"input_tokens": len(token_ids)})
 
 

@@ -10,11 +10,15 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgspec
+
+from aphrodite.chat.answer import raw_marks
+from aphrodite.chat.reasoning import reasoning_marks
 from aphrodite.engine.output import merge_outputs
 from aphrodite.errors import InvalidRequestError, QueueFullError, RequestFailedError
 from aphrodite.outputs import RequestOutput
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.server.body import BYTES_PER_TOKEN, BYTES_PER_TRACED_TOKEN
+from aphrodite.server.body import BYTES_PER_TOKEN, BYTES_PER_TRACED_TOKEN, off_loop
 from aphrodite.server.context import ModelContext
 from aphrodite.server.metrics import RequestTimer
 
@@ -134,11 +138,12 @@ async def _stream_prompt(
     context: ModelContext, generation: Generation, number: int
 ) -> AsyncGenerator[RequestOutput, None]:
     timer = RequestTimer(context.metrics, generation.params.n)
+    params = await _with_marks(context, generation, number)
     stream = cast(
         AsyncGenerator[RequestOutput, None],
         context.engine.generate(
             generation.prompts[number],
-            generation.params,
+            params,
             request_id=f"{generation.response_id}-{number}",
             priority=generation.priority,
             cache_salt=generation.cache_salt,
@@ -158,3 +163,17 @@ async def _stream_prompt(
     finally:
         timer.close()
         await stream.aclose()
+
+
+async def _with_marks(context: ModelContext, generation: Generation, number: int) -> SamplingParams:
+    """The request's parameters; a budget of reasoning needs its marks where a text that no template made goes on."""
+    params, prompt = generation.params, generation.prompts[number]
+    if params.thinking_token_budget is None or params.reasoning is not None or params.grammar is not None:
+        return params
+    engine = context.engine
+    reasoning = reasoning_marks(engine.chat_template.traits, context.config.reasoning_parser)
+    if reasoning is None:
+        return params
+    size = len(prompt) * BYTES_PER_TOKEN
+    text = await off_loop(size, lambda: engine.tokenizer.decode(prompt, skip_special_tokens=False))
+    return msgspec.structs.replace(params, reasoning=raw_marks(reasoning, text))

@@ -35,6 +35,7 @@ from aphrodite.server.generation import Generation, collect, stream_pieces
 from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, is_known_field, sampling_params
 from aphrodite.server.openai.rendering import chat_prompt
+from aphrodite.server.openai.tools import ToolUse
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import get, post
@@ -147,7 +148,7 @@ class OllamaEndpoints:
         if fields.messages == []:
             return _loaded(context.name, {"message": {"role": "assistant", "content": ""}})
         chat = ChatFields(messages=_messages(fields.messages))
-        token_ids, params = await chat_prompt(chat, params, context)
+        token_ids, params = await chat_prompt(chat, params, context, ToolUse())
         answer = _Answer(context, Generation.of("ollama", context.name, [token_ids], params), _as_message)
         return await self._respond(request, fields, answer, _ignored(body, fields))
 
@@ -210,7 +211,7 @@ async def _prompt(
         return [*earlier, *ids], params
     messages = [{"role": "system", "content": fields.system}] if fields.system else []
     chat = ChatFields(messages=[*messages, {"role": "user", "content": fields.prompt}])
-    token_ids, params = await chat_prompt(chat, params, context)
+    token_ids, params = await chat_prompt(chat, params, context, ToolUse())
     return [*earlier, *token_ids], params
 
 

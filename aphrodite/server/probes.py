@@ -14,6 +14,7 @@ from aphrodite.server.context import ServerContext
 from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import render_chat
+from aphrodite.server.openai.tools import ToolUse
 from aphrodite.server.responses import json_response
 
 
@@ -62,7 +63,7 @@ class ProbeEndpoints:
         context = await self._context.resolve(request, None)
         if isinstance(body.get("text"), list):
             chat = parse(ChatFields, {"messages": body["text"], "add_generation_prompt": False})
-            ids = await render_chat(chat, context, bounded=False)
+            ids = await render_chat(chat, context, ToolUse(), bounded=False)
         else:
             fields = parse(TabbyEncodeFields, body)
             ids = await encode(fields.text, context, field="text", special=fields.add_bos_token, bounded=False)

@@ -15,6 +15,7 @@ from aphrodite.server.errors import invalid
 from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import render_chat
+from aphrodite.server.openai.tools import read_tool_use
 from aphrodite.server.responses import json_response
 
 
@@ -71,7 +72,7 @@ class TokenizerEndpoints:
                 raise invalid("prompt", "send either prompt or messages")
             chat = parse(ChatFields, body)
             context = await self._context.resolve(request, chat.model)
-            token_ids = await render_chat(chat, context, bounded=False)
+            token_ids = await render_chat(chat, context, read_tool_use(chat), bounded=False)
         else:
             fields = parse(TokenizeFields, body)
             context = await self._context.resolve(request, fields.model)

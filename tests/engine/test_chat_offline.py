@@ -66,3 +66,16 @@ def test_a_named_template_takes_the_place_of_the_models(bare_model: Path) -> Non
             continue_final_message=True,
         )
         assert llm.tokenizer.decode(ids) == "S USER: a ASSISTANT: b"
+
+
+def test_a_budget_of_reasoning_in_chats_and_in_text(bare_model: Path) -> None:
+    params = SamplingParams(thinking_token_budget=3, max_tokens=15, seed=1, ignore_eos=True)
+    messages = [{"role": "user", "content": "Hi"}]
+    with LLM(bare_model, chat_template="deepseek-r1", **SETTINGS) as llm:  # its prompts end with <think>
+        closing = llm.tokenizer.encode("</think>", add_special_tokens=False)
+        outputs = llm.chat(messages, params, progress=False)
+        outputs += llm.generate(["a<think>b", "a<think>b</think>", "a"], params, progress=False)
+        streamed = "".join(piece.outputs[0].text for piece in llm.stream(messages, params))
+    answers = [output.outputs[0] for output in outputs]
+    assert [answer.token_ids[3 : 3 + len(closing)] == closing for answer in answers] == [True, True, False, False]
+    assert streamed == answers[0].text

@@ -9,6 +9,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from running import running_server
 from scripted import ScriptedEngine
 
+from aphrodite.sampling.table import ReasoningMarks
+
 MESSAGES = [{"role": "user", "content": "2+2?"}]
 THOUGHT = "<think>\nTwo and [TOOL_CALLS]two.\n</think>\n\nFour."
 
@@ -57,8 +59,10 @@ async def test_what_opens_or_leaves_out_reasoning() -> None:
         message = (await ask(server, extra_body={"include_reasoning": False})).choices[0].message
         assert message.content == "Four."
         assert not hasattr(message, "reasoning")
-        warned = await ask(server, reasoning_effort="none")
-        assert "cannot turn reasoning off" in warned.warnings[0]
+        none = await ask(server, reasoning_effort="none")  # the template cannot, so the sampler closes it
+        assert not hasattr(none, "warnings")
+        assert engine.seen[-1][1].thinking_token_budget == 0
+        assert engine.seen[-1][1].reasoning == ReasoningMarks("<think>", "</think>", True)
 
 
 async def test_a_parser_is_chosen_at_start() -> None:
@@ -91,3 +95,72 @@ async def test_effort_and_continued_answers() -> None:
         assert "Reasoning: high" in engine.prompt
     async with running_server() as server:
         assert "says nothing of reasoning" in (await ask(server, reasoning_effort="low")).warnings[0]
+
+
+BUDGET = {"extra_body": {"thinking_token_budget": 7}}
+
+
+async def seen(server: Any, **fields: Any) -> tuple[int | None, ReasoningMarks | None]:
+    """The budget and the marks that a request brings to the engine."""
+    await ask(server, **fields)
+    params = server.engine.seen[-1][1]
+    return params.thinking_token_budget, params.reasoning
+
+
+async def test_a_budget_comes_with_the_marks_that_end_it() -> None:
+    begun = [*MESSAGES, {"role": "assistant", "content": "Four"}]
+    async with running_server(ScriptedEngine("qwen-3", "Four.")) as server:
+        assert await seen(server, **BUDGET) == (7, ReasoningMarks("<think>", "</think>", False))
+        assert await seen(server) == (None, None)
+        thinking = {"chat_template_kwargs": {"enable_thinking": False}} | BUDGET["extra_body"]
+        assert await seen(server, extra_body=thinking) == (7, ReasoningMarks("<think>", "</think>", False))
+        assert await seen(server, reasoning_effort="none") == (None, None)  # the template turns it off
+        chosen = {"guided_choice": ["Four."]} | BUDGET["extra_body"]
+        assert await seen(server, extra_body=chosen) == (None, None)  # no reasoning fits
+        answer = await server.client.chat.completions.create(
+            model="fake/story", messages=begun, extra_body={"continue_final_message": True} | BUDGET["extra_body"]
+        )
+        assert answer.choices[0].message.content == "Four."
+        assert server.engine.seen[-1][1].thinking_token_budget is None
+        refused = await server.http.post(
+            "/v1/chat/completions",
+            json={"model": "fake/story", "messages": MESSAGES, "thinking_token_budget": "many"},
+        )
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "thinking_token_budget")
+    async with running_server(ScriptedEngine("deepseek-r1", "Two.</think>[]")) as server:
+        assert await seen(server, **BUDGET) == (7, ReasoningMarks("<think>", "</think>", True))
+        schema = {"guided_json": {"type": "array"}} | BUDGET["extra_body"]
+        assert await seen(server, extra_body=schema) == (7, ReasoningMarks("<think>", "</think>", True))
+    async with running_server(ScriptedEngine("gpt-oss", "<|channel|>analysis<|message|>Hm.")) as server:
+        budget, marks = await seen(server, **BUDGET)
+        assert marks is not None
+        assert (budget, marks.start, marks.end) == (7, "<|channel|>analysis<|message|>", "<|end|>")
+        assert marks.last_end.endswith("final<|message|>")
+
+
+async def test_templates_that_tell_of_budgets_are_told() -> None:
+    template = "{{ messages[-1].content }}{% if thinking_budget %} [{{ thinking_budget }}]{% endif %}<think></think>"
+    engine = ScriptedEngine(template, "Four.")
+    async with running_server(engine) as server:
+        await ask(server, **BUDGET)
+        assert engine.prompt.startswith("2+2? [7]")
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [("/v1/completions", "prompt"), ("/completion", "prompt"), ("/api/v1/generate", "prompt")],
+)
+async def test_budgets_where_a_text_goes_on(path: str, prompt: str) -> None:
+    """Raw text stays raw: its marks are in it."""
+    engine = ScriptedEngine("qwen-3", "Two.</think>Four.")
+    async with running_server(engine) as server:
+        for text, is_open in (("2+2?<think>Hm, ", True), ("<think>a</think>", False), ("2+2?", False)):
+            body = {prompt: text, "thinking_token_budget": 7}
+            answer = (await server.http.post(path, json=body)).json()
+            assert "warnings" not in answer
+            assert engine.seen[-1][1].reasoning == ReasoningMarks("<think>", "</think>", is_open)
+        await server.http.post(path, json={prompt: "x"})
+        assert engine.seen[-1][1].reasoning is None
+    async with running_server(ScriptedEngine("chatml", "Four.")) as server:
+        warned = await ask(server, **BUDGET)
+        assert "says nothing of reasoning" in warned.warnings[0]

@@ -4,110 +4,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import msgspec
-
 from aphrodite.chat.answer import AnswerFormat
 from aphrodite.chat.events import CallArguments, CallStart, Event, ParsedAnswer, ReasoningPiece, TextPiece
-from aphrodite.chat.reasoning import reasoning_marks
 from aphrodite.outputs import CompletionOutput
-from aphrodite.sampling.params import SamplingParams
-from aphrodite.server.context import ModelContext
-from aphrodite.server.errors import invalid
 from aphrodite.server.openai.finish import openai_finish_reason
-from aphrodite.server.openai.protocol import ChatFields
-from aphrodite.server.openai.rendering import template_of
-from aphrodite.server.openai.tools import ToolUse, behind_reasoning, read_tool_use
+from aphrodite.server.openai.tools import ToolUse
 from aphrodite.tokenizer.detokenizer import IncrementalDetokenizer
 from aphrodite.tokenizer.tokenizer import Tokenizer
-
-_TAIL = 32  # tokens: more than the opening of any answer's reasoning has
-
-
-def answer_reader(
-    fields: ChatFields, params: SamplingParams, prompt_token_ids: list[int], context: ModelContext
-) -> tuple[AnswerReader | None, SamplingParams]:
-    """What takes a conversation's answers apart, None if they are just text; `params` as it needs them.
-
-    Raises:
-        ApiError: 400: what the request says of tools is wrong, or at odds with the rest.
-    """
-    tokenizer = context.engine.tokenizer
-    tools = read_tool_use(fields)
-    answers = answer_format(fields, context, prompt_token_ids, tools)
-    params, answers = with_grammar(params, answers, tools, tokenizer)
-    if answers.plain:
-        return None, params
-    reader = AnswerReader(
-        answers,
-        tokenizer,
-        prompt_token_ids,
-        tools=tools,
-        show_special=not params.skip_special_tokens,
-        include_reasoning=fields.include_reasoning,
-    )
-    return reader, msgspec.structs.replace(params, skip_special_tokens=False)  # some are marks
-
-
-def answer_format(
-    fields: ChatFields, context: ModelContext, prompt_token_ids: list[int], tools: ToolUse
-) -> AnswerFormat:
-    """How the answers to a conversation are marked; see `AnswerFormat`."""
-    reasoned = _reasoning_format(fields, context, prompt_token_ids)
-    if not tools.tools:
-        return reasoned
-    if tools.required:  # under a grammar of our own, which is no harmony
-        plain = AnswerFormat() if reasoned.is_harmony else reasoned
-        return replace(plain, tool_format="json", schemas=tools.schemas)
-    chosen = context.config.tool_parser
-    if chosen == "none":
-        return reasoned
-    tool_format = chosen or template_of(fields, context).traits.tool_format or "json"
-    return replace(reasoned, tool_format=tool_format, schemas=tools.schemas)
-
-
-def with_grammar(
-    params: SamplingParams, answers: AnswerFormat, tools: ToolUse, tokenizer: Tokenizer
-) -> tuple[SamplingParams, AnswerFormat]:
-    """`params` with the grammar of calls that are demanded; a grammar leaves reasoning free where the prompt opened it.
-
-    Where it cannot, the answer is text from its beginning.
-
-    Raises:
-        ApiError: 400: the request demands calls, and another form of answer.
-    """
-    if tools.required:
-        if params.grammar is not None:
-            raise invalid("tool_choice", "demands calls, and the request another form of answer; send one of them")
-        params = msgspec.structs.replace(params, grammar=tools.grammar())
-    if params.grammar is None or not answers.is_open or answers.reasoning is None or answers.is_harmony:
-        return params, answers
-    behind = behind_reasoning(params.grammar, answers.reasoning, tokenizer)
-    if behind is None:
-        return params, replace(answers, is_open=False, is_text=True)
-    return msgspec.structs.replace(params, grammar=behind), answers
-
-
-def _reasoning_format(fields: ChatFields, context: ModelContext, prompt_token_ids: list[int]) -> AnswerFormat:
-    reasoning = reasoning_marks(template_of(fields, context).traits, context.config.reasoning_parser)
-    if reasoning is None:
-        return AnswerFormat()
-    if fields.continue_final_message:
-        begun = _text_of(fields.messages[-1])
-        is_open = begun.rfind(reasoning.start) > begun.rfind(reasoning.end)
-        return AnswerFormat(reasoning, is_open=is_open, is_text=bool(begun) and not is_open)
-    tail = context.engine.tokenizer.decode(prompt_token_ids[-_TAIL:], skip_special_tokens=False)
-    return AnswerFormat(reasoning, is_open=reasoning.is_open(tail))
-
-
-def _text_of(message: Any) -> str:
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
-    return content if isinstance(content, str) else ""
 
 
 class AnswerReader:

@@ -16,10 +16,11 @@ from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import invalid, prompt_as
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
-from aphrodite.server.openai.answers import AnswerReader, answer_reader
+from aphrodite.server.openai.answers import AnswerReader
 from aphrodite.server.openai.chunks import ChunkWriter
 from aphrodite.server.openai.finish import answer_extras, openai_finish_reason
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs, num_top_logprobs, prompt_logprobs
+from aphrodite.server.openai.preparing import prepare_chat
 from aphrodite.server.openai.protocol import (
     ChatFields,
     ignored_header,
@@ -27,7 +28,6 @@ from aphrodite.server.openai.protocol import (
     refuse_unsupported,
     sampling_params,
 )
-from aphrodite.server.openai.rendering import chat_prompt, effort_warning
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
@@ -51,14 +51,17 @@ class ChatEndpoint:
         refuse_best_of(fields.best_of, params.n)
         if params.prompt_logprobs is not None and fields.stream:
             raise invalid("prompt_logprobs", "come with whole answers only; leave out stream")
-        token_ids, params = await chat_prompt(fields, params, context)
-        reader, params = answer_reader(fields, params, token_ids, context)
+        chat = await prepare_chat(fields, params, context)
         generation = Generation.of(
-            "chatcmpl", context.name, [token_ids], params, priority=fields.priority, cache_salt=fields.cache_salt
+            "chatcmpl",
+            context.name,
+            [chat.token_ids],
+            chat.params,
+            priority=fields.priority,
+            cache_salt=fields.cache_salt,
         )
-        warnings = field_warnings(body, ChatFields, preset)
-        warnings += filter(None, [effort_warning(fields, context)])
-        answer = _Answer(context, generation, fields, reader, warnings)
+        warnings = [*field_warnings(body, ChatFields, preset), *chat.warnings]
+        answer = _Answer(context, generation, fields, chat.reader, warnings)
         headers = ignored_header(body, ChatFields)
         try:
             if fields.stream:

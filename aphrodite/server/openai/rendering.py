@@ -17,23 +17,26 @@ from aphrodite.server.errors import invalid, unsupported
 from aphrodite.server.openai.messages import read_messages, text_size
 from aphrodite.server.openai.prompts import encode, truncation
 from aphrodite.server.openai.protocol import ChatFields
-from aphrodite.server.openai.tools import read_tool_use
+from aphrodite.server.openai.tools import ToolUse
 
 _EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know three levels
 
 
 async def chat_prompt(
-    fields: ChatFields, params: SamplingParams, context: ModelContext
+    fields: ChatFields, params: SamplingParams, context: ModelContext, tools: ToolUse
 ) -> tuple[list[int], SamplingParams]:
     """The conversation's token ids; `params` with the template's stops and the ids that guidance moves away from."""
+    budget = params.thinking_token_budget
     engine = context.engine
     keep = truncation(
         fields.truncate_prompt_tokens, max_model_len=engine.model.max_model_len, max_tokens=params.max_tokens
     )
     last = slice(None) if keep is None else slice(-keep, None)
-    token_ids = await render_chat(fields, context, bounded=keep is None)
+    token_ids = await render_chat(fields, context, tools, bounded=keep is None, budget=budget)
     if wants_negative_prompt(params):
-        negative = await render_chat(fields, context, bounded=keep is None, negative=params.negative_prompt)
+        negative = await render_chat(
+            fields, context, tools, bounded=keep is None, budget=budget, negative=params.negative_prompt
+        )
         params = with_negative_prompt(params, negative[last])
     if fields.chat_template is None:  # who sends a template sends its stops too
         params = with_template_stops(params, engine.chat_template, engine.tokenizer, vocab_size=engine.model.vocab_size)
@@ -41,11 +44,19 @@ async def chat_prompt(
 
 
 async def render_chat(
-    fields: ChatFields, context: ModelContext, *, bounded: bool, negative: str | None = None
+    fields: ChatFields,
+    context: ModelContext,
+    tools: ToolUse,
+    *,
+    bounded: bool,
+    budget: int | None = None,
+    negative: str | None = None,
 ) -> list[int]:
     """Token ids of the rendered conversation; `bounded` refuses what cannot fit the context.
 
     Args:
+        tools: what `read_tool_use` says of the fields.
+        budget: of reasoning, for templates that tell the model of it.
         negative: instead the conversation that guidance moves away from, with this for a system message.
 
     Raises:
@@ -60,7 +71,6 @@ async def render_chat(
     if continues and messages[-1]["role"] != "assistant":
         raise invalid("continue_final_message", "needs the last message to be the assistant's")
     _check_template(fields, context)
-    tools = read_tool_use(fields).tools
     if negative is not None:
         messages = negative_messages(messages, negative)
 
@@ -69,13 +79,13 @@ async def render_chat(
             messages,
             add_generation_prompt=opens,
             continue_final_message=continues,
-            tools=tools,
+            tools=tools.tools,
             documents=fields.documents,
-            extra=_variables(fields),
+            extra=_variables(fields, budget),
         )
 
     # A template that came with the request may take long, whatever the messages' size; documents may be long.
-    thread = fields.chat_template is not None or bool(fields.documents or tools)
+    thread = fields.chat_template is not None or bool(fields.documents or tools.tools)
     size = THREAD_BYTES + 1 if thread else text_size(messages)
     try:
         text = await off_loop(size, render)
@@ -87,28 +97,16 @@ async def render_chat(
     return await encode(text, context, field=field, special=fields.add_special_tokens, bounded=bounded)
 
 
-def _variables(fields: ChatFields) -> dict[str, Any]:
+def _variables(fields: ChatFields, budget: int | None) -> dict[str, Any]:
     """What the template is told beside the messages; what the request says by the variables' own names holds."""
-    effort = fields.reasoning_effort
-    if effort is None:
-        return fields.chat_template_kwargs
-    thinking = {"enable_thinking": effort != "none"}
-    level = {} if effort == "none" else {"reasoning_effort": _EFFORTS.get(effort, effort)}
-    return {**thinking, **level, **fields.chat_template_kwargs}
-
-
-def effort_warning(fields: ChatFields, context: ModelContext) -> str | None:
-    """What to say of a `reasoning_effort` that the model's template has no use for."""
-    effort = fields.reasoning_effort
-    if effort is None:
-        return None
-    template = template_of(fields, context)
-    reasoning = template.traits.reasoning
-    if reasoning is None:
-        return f"`reasoning_effort` has no effect: {template.name} says nothing of reasoning."
-    if effort == "none" and reasoning.switch is None:
-        return f"`reasoning_effort` none has no effect: {template.name} cannot turn reasoning off."
-    return None
+    effort, told = fields.reasoning_effort, dict[str, Any]()
+    if budget is not None:
+        told["thinking_budget"] = budget
+    if effort is not None:
+        told["enable_thinking"] = effort != "none"
+    if effort not in (None, "none"):
+        told["reasoning_effort"] = _EFFORTS.get(effort, effort)
+    return told | fields.chat_template_kwargs
 
 
 def _check_template(fields: ChatFields, context: ModelContext) -> None:

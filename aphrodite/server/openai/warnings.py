@@ -15,8 +15,11 @@ from typing import Any
 
 import pydantic
 
-from aphrodite.sampling.params import canonical_names
+from aphrodite.chat.reasoning import reasoning_marks
+from aphrodite.chat.template import ChatTemplate
+from aphrodite.sampling.params import SamplingParams, canonical_names
 from aphrodite.sampling.presets import SamplerPreset
+from aphrodite.server.context import ModelContext
 from aphrodite.server.openai.protocol import is_known_field
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_lookup_num_tokens": ((0,), "drafts from the prompt"),
     "grammar_retain_state": ((), "grammars"),
     "loop_detect_window": ((0, -1), "the loop detection of TabbyAPI"),
-    "thinking_token_budget": ((-1,), "a limit on reasoning tokens"),
     "dry_max_ngram": ((), "a limit of the DRY search, which needs none here"),
     "dry_max_occurrences": ((), "a limit of the DRY search, which needs none here"),
     "dry_early_exit_match_len": ((), "a limit of the DRY search, which needs none here"),
@@ -73,6 +75,19 @@ def field_warnings(
         if len(found) == MAX_WARNINGS:
             break
     return found
+
+
+def budget_warnings(params: SamplingParams, context: ModelContext, template: ChatTemplate | None = None) -> list[str]:
+    """What to say of a budget of reasoning where answers do not mark it.
+
+    Args:
+        template: the request's own; None: the model's.
+    """
+    template = template or context.engine.chat_template
+    parser = context.config.reasoning_parser
+    if params.thinking_token_budget is None or reasoning_marks(template.traits, parser) is not None:
+        return []
+    return [f"`thinking_token_budget` has no effect: {template.name} says nothing of reasoning."]
 
 
 def _forced(fields: Mapping[str, Any], preset: SamplerPreset) -> list[str]:

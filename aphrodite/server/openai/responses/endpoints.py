@@ -18,10 +18,8 @@ from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import ApiError, invalid, prompt_as, unsupported
 from aphrodite.server.generation import Generation
-from aphrodite.server.openai.answers import answer_reader
 from aphrodite.server.openai.logprobs import num_top_logprobs
 from aphrodite.server.openai.protocol import ignored_header, refuse_best_of, refuse_unsupported, sampling_params
-from aphrodite.server.openai.rendering import effort_warning
 from aphrodite.server.openai.responses.answer import Answer, response_head
 from aphrodite.server.openai.responses.fields import (
     LOGPROBS,
@@ -72,11 +70,11 @@ class ResponsesEndpoints:
         owner = _owner(request)
         conversation = await self._conversation(fields, owner)
         prompt = await conversation_prompt(fields, conversation.items, params, context)
-        reader, params = answer_reader(prompt.chat, prompt.params, prompt.token_ids, context)
+        chat = prompt.chat
         generation = Generation(
-            new_id("resp"), context.name, [prompt.token_ids], params, fields.priority, fields.cache_salt
+            new_id("resp"), context.name, [chat.token_ids], chat.params, fields.priority, fields.cache_salt
         )
-        warnings = [*field_warnings(body, ResponsesFields, preset), *_warnings(fields, prompt, context)]
+        warnings = [*field_warnings(body, ResponsesFields, preset), *_warnings(fields, prompt)]
         is_stored = fields.store and self._store.enabled
         head = response_head(fields, generation, is_stored=is_stored, warnings=warnings)
 
@@ -84,7 +82,7 @@ class ResponsesEndpoints:
             asked = (*conversation.history, *stored(conversation.new))
             self._store.put(StoredResponse(generation.response_id, owner, body, asked, output))
 
-        answer = Answer(context, generation, fields, head, reader, keep if is_stored else None)
+        answer = Answer(context, generation, fields, head, chat.reader, keep if is_stored else None)
         headers = ignored_header(body, ResponsesFields)
         if fields.stream:
             timeout = context.config.write_timeout
@@ -247,11 +245,9 @@ def _params(
     return params
 
 
-def _warnings(fields: ResponsesFields, prompt: Prompt, context: ModelContext) -> list[str]:
+def _warnings(fields: ResponsesFields, prompt: Prompt) -> list[str]:
     warnings = field_notes(fields)
-    effort = effort_warning(prompt.chat, context)
-    if effort is not None:
-        warnings.append(effort.replace("reasoning_effort", "reasoning.effort"))
+    warnings += (text.replace("reasoning_effort", "reasoning.effort") for text in prompt.chat.warnings)
     if prompt.num_dropped:
         warnings.append(f"The conversation was too long: its first {prompt.num_dropped} items were left out.")
     return warnings

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from aphrodite.errors import InvalidRequestError
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.context import ModelContext
+from aphrodite.server.openai.preparing import PreparedChat, prepare_chat
 from aphrodite.server.openai.protocol import ChatFields
-from aphrodite.server.openai.rendering import chat_prompt, render_chat
+from aphrodite.server.openai.rendering import render_chat
 from aphrodite.server.openai.responses.conversation import chat_messages
 from aphrodite.server.openai.responses.fields import ResponsesFields, chat_fields
 from aphrodite.server.openai.responses.items import FunctionCallOutput, Item, Message
+from aphrodite.server.openai.tools import ToolUse, read_tool_use
 
 _ROOM = 8  # the share of the context that is left for an answer of no given length: 1 / 8
 
@@ -23,13 +25,10 @@ class Prompt:
 
     Attributes:
         chat: the chat completion that it is.
-        params: with the template's stops, and what guidance moves away from.
         num_dropped: how many items were left out for the others to fit.
     """
 
-    chat: ChatFields
-    token_ids: list[int]
-    params: SamplingParams
+    chat: PreparedChat
     num_dropped: int
 
 
@@ -42,18 +41,18 @@ async def conversation_prompt(
         ApiError, InvalidRequestError: 400, naming the field.
     """
     kept = await _fitting(fields, items, params, context) if fields.truncation == "auto" else items
-    chat = _chat(fields, kept)
     try:
-        token_ids, params = await chat_prompt(chat, params, context)
+        chat = await prepare_chat(_chat(fields, kept), params, context)
     except InvalidRequestError as error:
         raise _as_input(error) from None
-    return Prompt(chat, token_ids, params, len(items) - len(kept))
+    return Prompt(chat, len(items) - len(kept))
 
 
 async def count_input_tokens(fields: ResponsesFields, items: Sequence[Item], context: ModelContext) -> int:
     """How many tokens the conversation has, as generation would see it before it is truncated."""
+    chat = _chat(fields, items)
     try:
-        return len(await render_chat(_chat(fields, items), context, bounded=False))
+        return len(await render_chat(chat, context, read_tool_use(chat), bounded=False))
     except InvalidRequestError as error:
         raise _as_input(error) from None
 
@@ -77,19 +76,20 @@ async def _fitting(
     room = length // _ROOM if params.max_tokens is None else params.max_tokens
     limit = length - min(room, length // 2)
     forms = [items, *(_without_start(items, start) for start in _starts(items))]
+    tools = read_tool_use(_chat(fields, items))
     low, high = 0, len(forms) - 1  # what does not fit at all is refused where it is rendered
     while low < high:
         middle = (low + high) // 2
-        if await _fits(_chat(fields, forms[middle]), limit, context):
+        if await _fits(_chat(fields, forms[middle]), limit, context, tools):
             high = middle
         else:
             low = middle + 1
     return forms[low]
 
 
-async def _fits(chat: ChatFields, limit: int, context: ModelContext) -> bool:
+async def _fits(chat: ChatFields, limit: int, context: ModelContext, tools: ToolUse) -> bool:
     try:
-        return len(await render_chat(chat, context, bounded=True)) <= limit
+        return len(await render_chat(chat, context, tools, bounded=True)) <= limit
     except InvalidRequestError as error:
         if error.code != "context_length_exceeded":
             raise _as_input(error) from None
