@@ -38,6 +38,8 @@ from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_s
 from aphrodite.kernels.triton.linear import Epilogue, _output
 
 # Steps of a warp are unrolled, some 150 instructions each; the instruction cache holds little more than these.
+# Chunk numbers are handed to functions as values and not as constants, for each of which Triton would go through the
+# function again; later passes find the constants.
 MAX_STEPS = 32
 
 
@@ -238,7 +240,9 @@ def _int4_row_kernel(
     queue = ()  # type: Any
     for ahead in gl.static_range(DEPTH):
         queue = queue + (
-            _load_words(words, scales, ahead * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma),
+            _load_words(
+                words, scales, gl.to_tensor(ahead * K_WARPS), strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma
+            ),
         )
     gammas = ()  # type: Any
     if HAS_NORM:
@@ -259,10 +263,9 @@ def _int4_row_kernel(
     for step in gl.static_range(steps):
         loaded, zeros, factors = queue[0]
         if step + DEPTH < steps:
+            ahead = gl.to_tensor((step + DEPTH) * K_WARPS)
             queue = queue[1:] + (
-                _load_words(
-                    words, scales, (step + DEPTH) * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma
-                ),
+                _load_words(words, scales, ahead, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma),
             )
         else:
             queue = queue[1:]
@@ -351,7 +354,9 @@ def _int4_rows_kernel(
     queue = ()  # type: Any
     for ahead in gl.static_range(DEPTH):
         queue = queue + (
-            _load_words(words, scales, ahead * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma),
+            _load_words(
+                words, scales, gl.to_tensor(ahead * K_WARPS), strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma
+            ),
         )
     # Buffers of their own, so that a copy into one is not taken to touch the others.
     ring = ()  # type: Any
@@ -360,7 +365,7 @@ def _int4_rows_kernel(
     wait_for_producer(PDL)
     EARLY: gl.constexpr = HAS_RESIDUAL and ACTIVATION is None
     for ahead in gl.static_range(STAGES - 1):
-        _copy_rows(x, x_stride, M, ring[ahead], ahead * K_WARPS, in_features, S, K_WARPS)
+        _copy_rows(x, x_stride, M, ring[ahead], gl.to_tensor(ahead * K_WARPS), in_features, S, K_WARPS)
         async_copy.commit_group()
     if EARLY:
         addend = residual_tile(residual, M, out_features, strip, N_WARPS, gl.SliceLayout(0, mma))
@@ -368,25 +373,16 @@ def _int4_rows_kernel(
     for step in gl.static_range(steps):
         loaded, zeros, factors = queue[0]
         if step + DEPTH < steps:
+            ahead = gl.to_tensor((step + DEPTH) * K_WARPS)
             queue = queue[1:] + (
-                _load_words(
-                    words, scales, (step + DEPTH) * K_WARPS, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma
-                ),
+                _load_words(words, scales, ahead, strip, strips, chunks, GROUP, N_WARPS, K_WARPS, mma),
             )
         else:
             queue = queue[1:]
         async_copy.wait_group(STAGES - 2)
         if step + STAGES - 1 < steps:
-            _copy_rows(
-                x,
-                x_stride,
-                M,
-                ring[(step + STAGES - 1) % STAGES],
-                (step + STAGES - 1) * K_WARPS,
-                in_features,
-                S,
-                K_WARPS,
-            )
+            part = gl.to_tensor((step + STAGES - 1) * K_WARPS)
+            _copy_rows(x, x_stride, M, ring[(step + STAGES - 1) % STAGES], part, in_features, S, K_WARPS)
         async_copy.commit_group()
         a = _weight_operand(loaded, zeros, dtype, 2, GROUP, N_WARPS, K_WARPS, mma)
         b = ring[step % STAGES].load(gl.DotOperandLayout(1, mma, 2))
