@@ -37,7 +37,8 @@ class RequestOutput:
 
     `prompt_logprobs` has one entry a prompt token, the first None, and comes with the first piece.
     `queue_seconds` is how long the request waited for its first step. `embedding` is the prompt's, if that was asked
-    for in place of answers: `[hidden_size]` float32 as they lie in memory, neither cut nor normalised.
+    for in place of answers: `[hidden_size]` float32 as they lie in memory, neither cut nor normalised. Where progress
+    was asked for, pieces without answers come first; they tell `num_computed`, the prompt tokens computed or cached.
     """
 
     request_id: str
@@ -49,3 +50,4 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     queue_seconds: float | None = None
     embedding: bytes | None = None
+    num_computed: int = 0

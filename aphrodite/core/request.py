@@ -38,6 +38,7 @@ class RequestUpdate(NamedTuple):
     warning: str | None = None  # what the guard could not keep out of the answer
     queue_seconds: float | None = None  # with a request's first news: from its coming to its first step
     embedding: bytes | None = None  # [hidden_size] float32 as they lie in memory, if asked for, with the end
+    num_computed: int = 0  # prompt tokens computed or found so far, if asked for, while there is no token yet
 
 
 class OutputToken(NamedTuple):
@@ -96,6 +97,7 @@ class Request:
     guard: TokenGuard | None = None
     negative_prompt_ids: list[int] | None = None  # its tokens are chosen with guidance; see `core/guidance.py`
     pooling: Pooling | None = None  # of a request that only computes its prompt: what makes its embedding
+    tells_progress: bool = False  # of computing its prompt, after each step of it
 
     # Set by the scheduler when the request is added.
     tokens: array[int] = field(init=False)  # int32, known ones: prompt and output

@@ -509,9 +509,11 @@ class Scheduler:
             if not request.samples and step.start + step.count == request.num_prompt_tokens:
                 ended = self._end(request, "length", prompt_logprobs=prompt_logprobs)
                 return ended if row.embedding is None else ended._replace(embedding=row.embedding)
-            if prompt_logprobs is None:
+            if prompt_logprobs is None and not request.tells_progress:
                 return None
-            return RequestUpdate(request.request_id, [], None, prompt_logprobs, None, None, request.num_cached_tokens)
+            cached, computed = request.num_cached_tokens, request.tells_progress * (step.start + step.count)
+            update = RequestUpdate(request.request_id, [], None, prompt_logprobs, None, None, cached)
+            return update._replace(num_computed=computed)
         token = row.token_id
         if token is None:
             raise RuntimeError(f"row {step.row} of request {request.request_id} brought no token")

@@ -170,10 +170,12 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        progress: bool = False,
     ) -> AsyncIterator[RequestOutput]:
         """Stream a request's answers piece by piece. Closing the iterator aborts the request.
 
-        `request_id` is a label that comes back in the pieces; it identifies nothing inside the engine.
+        `request_id` is a label that comes back in the pieces; it identifies nothing inside the engine. With `progress`
+        pieces without answers tell how far a prompt of several steps is.
 
         Raises:
             InvalidRequestError: a parameter or the prompt is out of bounds, or the grammar cannot be used.
@@ -190,7 +192,7 @@ class AsyncEngine:
             limit = self.info.max_model_len
             params = await asyncio.to_thread(tokenize_negative_prompt, params, self.tokenizer, limit)
         check_guidance(prompt_token_ids, params, self.info)
-        consumer = self._submit(prompt_token_ids, params, request_id, priority, cache_salt)
+        consumer = self._submit(prompt_token_ids, params, request_id, priority, cache_salt, progress=progress)
         stream = consumer.stream
         try:
             while True:
@@ -228,7 +230,7 @@ class AsyncEngine:
         check_embedding(params, info)
         self._check(prompt_token_ids, PROMPT_ONLY)
         pooling = params.pooling or info.pooling
-        consumer = self._submit(prompt_token_ids, PROMPT_ONLY, request_id, priority, cache_salt, pooling)
+        consumer = self._submit(prompt_token_ids, PROMPT_ONLY, request_id, priority, cache_salt, pooling=pooling)
         try:
             await consumer.event.wait()
         finally:
@@ -276,7 +278,9 @@ class AsyncEngine:
         request_id: str,
         priority: int,
         cache_salt: str | None,
+        *,
         pooling: Pooling | None = None,
+        progress: bool = False,
     ) -> _Consumer:
         self._check_alive()
         self._check_queue(params.n)
@@ -285,7 +289,7 @@ class AsyncEngine:
         for answer_id in answer_ids:
             self._consumers[answer_id] = consumer
         seeds = answer_seeds(params, secrets.randbits(64))
-        self._process.send(AddRequest(answer_ids, seeds, prompt, params, priority, cache_salt, pooling))
+        self._process.send(AddRequest(answer_ids, seeds, prompt, params, priority, cache_salt, pooling, progress))
         return consumer
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:

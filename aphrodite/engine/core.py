@@ -59,6 +59,7 @@ class EngineCore:
                 cache_salt=message.cache_salt.encode() if message.cache_salt is not None else None,
                 negative_prompt_ids=negative_prompt(message.params, message.prompt_token_ids),
                 pooling=message.pooling,
+                tells_progress=message.progress,
             )
             for request_id, seed in zip(message.request_ids, message.seeds, strict=True)
         ]

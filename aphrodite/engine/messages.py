@@ -23,6 +23,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", array_like=True):
     priority: int
     cache_salt: str | None
     pooling: Pooling | None = None  # no answer: the prompt's embedding
+    progress: bool = False  # updates tell how much of the prompt is computed
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort", array_like=True):

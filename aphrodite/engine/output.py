@@ -308,17 +308,18 @@ class RequestStream:
             self._unfinished -= 1
             if update.finish_reason is None:
                 self.aborts.append(update.request_id)
-        if piece is None:
+        if piece is None and not update.num_computed:
             return None
         return RequestOutput(
             request_id=self.request_id,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[piece],
+            outputs=[] if piece is None else [piece],
             finished=self._unfinished == 0,
             num_cached_tokens=self._num_cached_tokens,
             prompt_logprobs=None if self._prompt_logprobs is None else self._take_prompt_logprobs(),
             queue_seconds=self._queue_seconds,
             embedding=update.embedding,
+            num_computed=update.num_computed,
         )
 
     def _take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:

@@ -40,8 +40,8 @@ _NOTES = {
 `/v1/models` is also what clients of TabbyAPI, koboldcpp and llama.cpp read. Chat answers have `tool_calls` and, beside
 their text, `reasoning_content`: [templates.md](templates.md#reasoning-tools-documents). `/v1/responses` keeps its
 latest answers in memory for `previous_response_id`, apart for each API key; functions are the only tools.
-`/v1/embeddings` pools as the checkpoint says, a decoder that says nothing at its last token; `pooling` (mean, last, cls)
-and `normalize` choose otherwise.""",
+`/v1/embeddings` pools as the checkpoint says, a decoder that says nothing at its last token; `pooling` (mean, last,
+cls) and `normalize` choose otherwise.""",
     "Aphrodite": "`/health` goes through the engine's loop: an engine that hangs is not healthy.",
     "vLLM; llama.cpp": """\
 vLLM's clients send `prompt` and read `count` and `tokens`; llama.cpp's send `content`, and read `tokens` or, of

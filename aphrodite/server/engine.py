@@ -62,8 +62,12 @@ class Engine(Protocol):
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        progress: bool = False,
     ) -> AsyncIterator[RequestOutput]:
         """Stream a request's pieces; closing the iterator frees the request.
+
+        Args:
+            progress: pieces without answers tell how much of the prompt is computed.
 
         Raises:
             InvalidRequestError, QueueFullError, EngineDeadError: with the first item where possible.

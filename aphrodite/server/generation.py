@@ -33,6 +33,7 @@ class Generation:
     params: SamplingParams
     priority: int
     cache_salt: str | None
+    progress: bool = False  # pieces without answers tell how much of a prompt is computed
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -45,9 +46,10 @@ class Generation:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        progress: bool = False,
     ) -> Generation:
         """`prefix` opens the response's id, which is always the server's own."""
-        return cls(f"{prefix}-{uuid.uuid4().hex}", model, prompts, params, priority, cache_salt)
+        return cls(f"{prefix}-{uuid.uuid4().hex}", model, prompts, params, priority, cache_salt, progress)
 
     def head(self, kind: str) -> dict[str, Any]:
         """The keys that the response and each of its chunks open with."""
@@ -59,17 +61,22 @@ class Generation:
 
 
 class UsageCounter:
-    """Token counts of all of a request's prompts and answers."""
+    """Token counts and times of all of a request's prompts and answers. Its clock runs from its making."""
 
     def __init__(self, prompts: list[list[int]]) -> None:
-        self._prompt_tokens = sum(map(len, prompts))
+        self._lengths = [len(prompt) for prompt in prompts]
+        self._prompt_tokens = sum(self._lengths)
         self._cached: dict[int, int] = {}
         self._generated: dict[tuple[int, int], int] = {}
+        self._began = time.perf_counter()
+        self._spans: dict[int, tuple[float, float]] = {}  # of a prompt: when its first step began, its first token came
 
     def observe(self, prompt: int, output: RequestOutput) -> None:
         self._cached[prompt] = output.num_cached_tokens
         for answer in output.outputs:
             self._generated[prompt, answer.index] = answer.num_tokens
+        if prompt not in self._spans and output.outputs:
+            self._spans[prompt] = (self._start(output), time.perf_counter())
 
     def usage(self) -> dict[str, Any]:
         completion_tokens = sum(self._generated.values())
@@ -79,6 +86,38 @@ class UsageCounter:
             "total_tokens": self._prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
+
+    def timings(self) -> dict[str, float]:
+        """llama.cpp's `timings` so far; of several prompts, from the first step of one to the first token of each."""
+        cached = sum(self._cached.values())
+        now = time.perf_counter()
+        began = min((start for start, _ in self._spans.values()), default=now)
+        first = max((first for _, first in self._spans.values()), default=now)
+        return {
+            "cache_n": cached,
+            **_rates("prompt", self._prompt_tokens - cached, first - began),
+            **_rates("predicted", sum(self._generated.values()), now - first),
+        }
+
+    def progress(self, prompt: int, output: RequestOutput) -> dict[str, float]:
+        """llama.cpp's `prompt_progress` as of `output`; once there is an answer, all is done."""
+        total = self._lengths[prompt]
+        done = total if output.outputs else output.num_computed
+        elapsed = round((time.perf_counter() - self._start(output)) * 1e3)
+        return {"total": total, "cache": output.num_cached_tokens, "processed": done, "time_ms": elapsed}
+
+    def _start(self, output: RequestOutput) -> float:
+        """When the first step of a prompt began."""
+        return self._began + (output.queue_seconds or 0.0)
+
+
+def _rates(kind: str, count: int, seconds: float) -> dict[str, float]:
+    return {
+        f"{kind}_n": count,
+        f"{kind}_ms": seconds * 1e3,
+        f"{kind}_per_token_ms": seconds * 1e3 / count if count else 0.0,
+        f"{kind}_per_second": count / seconds if seconds > 0 else 0.0,
+    }
 
 
 async def stream_pieces(
@@ -147,12 +186,14 @@ async def _stream_prompt(
             request_id=f"{generation.response_id}-{number}",
             priority=generation.priority,
             cache_salt=generation.cache_salt,
+            progress=generation.progress,
         ),
     )
     try:
         with context.loaded.hold():
             async for output in stream:
-                timer.observe(output)
+                if output.outputs:  # otherwise it tells progress
+                    timer.observe(output)
                 for answer in output.outputs:
                     if answer.finish_reason in ("error", "abort"):
                         raise RequestFailedError(answer.error or "the engine ended the request")

@@ -6,9 +6,8 @@ model's recommendation.
 
 from __future__ import annotations
 
-import time
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,7 +26,14 @@ from aphrodite.server.errors import unsupported
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs
 from aphrodite.server.openai.prompts import read_prompts
-from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported, sampling_params
+from aphrodite.server.openai.protocol import (
+    ReturnProgress,
+    TimingsPerToken,
+    ignored_header,
+    refuse_unsupported,
+    sampling_params,
+)
+from aphrodite.server.openai.telemetry import Telemetry
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
@@ -45,6 +51,8 @@ class LlamaCppFields(pydantic.BaseModel):
     stream: bool = Field(default=False, description="Send the answer piece by piece as server-sent events.")
     n_probs: int = Field(default=0, description="Add so many most likely tokens at each position.", ge=0, lt=2**31)
     return_tokens: bool = Field(default=False, description="Add the answer's token ids.")
+    timings_per_token: TimingsPerToken = False
+    return_progress: ReturnProgress = False
     preset: str | None = Field(default=None, description="A sampler preset of /v1/presets.", max_length=256)
     model: str | None = Field(default=None, description="A name from /v1/models; by default the model's own.")
     cache_prompt: bool = Field(default=True, description="Has no meaning here: prefixes are always cached.")
@@ -82,7 +90,8 @@ class CompletionEndpoint:
         prompts = await read_prompts(fields.prompt, context, add_special_tokens=True, truncate=None)
         if len(prompts) > 1 or params.n > 1:
             raise unsupported("prompt" if len(prompts) > 1 else "n", "one prompt and one answer; use /v1/completions")
-        generation = Generation.of("cmpl", context.name, [prompts[0].token_ids], params)
+        progress = fields.stream and fields.return_progress
+        generation = Generation.of("cmpl", context.name, [prompts[0].token_ids], params, progress=progress)
         warnings = field_warnings(body, LlamaCppFields, preset)
         answer = _Answer(context, generation, fields, warnings)
         headers = ignored_header(body, LlamaCppFields)
@@ -103,8 +112,6 @@ class _Answer:
     generation: Generation
     fields: LlamaCppFields
     warnings: list[str]
-    began: float = field(default_factory=time.perf_counter)
-    first: float | None = None
 
     async def whole(self) -> bytes:
         """The response's body."""
@@ -116,16 +123,23 @@ class _Answer:
     async def stream(self, events: EventStream) -> None:
         """Write the answer's events."""
         counter = UsageCounter(self.generation.prompts)
+        telemetry = Telemetry(counter, per_token=self.fields.timings_per_token, progress=self.fields.return_progress)
         pieces = stream_pieces(self.context, self.generation)
         async with aclosing(pieces):
             async for number, output in pieces:
-                self.first = self.first or time.perf_counter()
                 counter.observe(number, output)
-                (answer,) = output.outputs
-                piece = self._piece(answer)
-                if answer.finish_reason is not None:
-                    piece |= self._end(answer, counter)
-                await events.write(event(msgspec.json.encode(piece)))
+                data = telemetry.progress(number, output, self._progress)
+                for answer in output.outputs:
+                    piece = self._piece(answer) | telemetry.timings(finished=False)
+                    if answer.finish_reason is not None:
+                        piece |= self._end(answer, counter)
+                    data += event(msgspec.json.encode(piece))
+                await events.write(data)
+
+    def _progress(self, beside: dict[str, Any]) -> bytes:
+        piece = {"index": 0, "content": "", "tokens": [], "stop": False, "id_slot": -1, "tokens_predicted": 0}
+        (prompt,) = self.generation.prompts
+        return event(msgspec.json.encode({**piece, "tokens_evaluated": len(prompt), **beside}))
 
     def _piece(self, answer: CompletionOutput) -> dict[str, Any]:
         piece: dict[str, Any] = {"index": 0, "content": answer.text, "id_slot": -1, "stop": False}
@@ -160,20 +174,6 @@ class _Answer:
             "tokens_predicted": answer.num_tokens,
             "tokens_evaluated": usage["prompt_tokens"],
             "tokens_cached": usage["prompt_tokens_details"]["cached_tokens"],
-            "timings": self._timings(usage["prompt_tokens"], answer.num_tokens),
+            "timings": counter.timings(),
             **extra,
-        }
-
-    def _timings(self, num_prompt: int, num_answer: int) -> dict[str, float]:
-        """Milliseconds of the prompt, waiting included, and of the answer; a whole answer does not tell them apart."""
-        now = time.perf_counter()
-        first = self.first or now
-        prompt, predicted = (first - self.began) * 1e3, (now - first) * 1e3
-        return {
-            "prompt_n": num_prompt,
-            "prompt_ms": prompt,
-            "prompt_per_second": num_prompt / prompt * 1e3 if prompt else 0.0,
-            "predicted_n": num_answer,
-            "predicted_ms": predicted,
-            "predicted_per_second": num_answer / predicted * 1e3 if predicted else 0.0,
         }

@@ -118,6 +118,7 @@ class FakeEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        progress: bool = False,
     ) -> AsyncIterator[RequestOutput]:
         self._admit(prompt_token_ids, params)
         self.seen.append((prompt_token_ids, params, priority, cache_salt))
@@ -128,6 +129,10 @@ class FakeEngine:
         try:
             ids = [str(index) for index in range(params.n)]
             stream = RequestStream(request_id, ids, prompt_token_ids, params, self.tokenizer)
+            for computed in range(8, len(prompt_token_ids) if progress else 0, 8):
+                piece = stream.push(RequestUpdate(ids[0], [], num_cached_tokens=4, num_computed=computed))
+                assert piece is not None
+                yield piece
             for step in itertools.count():
                 await self._wait(step)
                 for index, answer_id in enumerate(ids):

@@ -28,6 +28,7 @@ from aphrodite.server.openai.protocol import (
     refuse_unsupported,
     sampling_params,
 )
+from aphrodite.server.openai.telemetry import Telemetry
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
@@ -59,6 +60,7 @@ class ChatEndpoint:
             chat.params,
             priority=fields.priority,
             cache_salt=fields.cache_salt,
+            progress=fields.stream and fields.return_progress,
         )
         warnings = [*field_warnings(body, ChatFields, preset), *chat.warnings]
         answer = _Answer(context, generation, fields, chat.reader, warnings)
@@ -118,6 +120,8 @@ class _Answer:
             body["prompt_token_ids"] = output.prompt_token_ids
         if output.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self._names)
+        if self._fields.return_timings or self._fields.timings_per_token:
+            body["timings"] = counter.timings()
         if self._warnings:
             body["warnings"] = self._warnings
         return msgspec.json.encode(body)
@@ -138,41 +142,41 @@ class _Answer:
             warnings=self._warnings,
         )
         counter = UsageCounter(self._generation.prompts)
-        counting = counter if options.continuous_usage_stats else None
+        telemetry = Telemetry.of(self._fields, counter)
         params = self._generation.params
         detailed = params.logprobs is not None or params.sampler_trace or self._fields.return_token_ids
-        plain = not detailed and counting is None and self._reader is None
+        plain = not detailed and not telemetry.every_chunk and self._reader is None
         opened: set[int] = set()
         pieces = stream_pieces(self._context, self._generation)
         async with aclosing(pieces):
             async for _, output in pieces:
                 counter.observe(0, output)
-                data = b""
+                data = telemetry.progress(0, output, lambda beside: writer.choice(0, {}, beside=beside))
                 for answer in output.outputs:
                     if answer.index not in opened:
                         opened.add(answer.index)
-                        data += self._opening(writer, output, answer.index, counting)
+                        data += self._opening(writer, output, answer.index, telemetry)
                     if plain and answer.finish_reason is None:
                         data += writer.text(answer.index, answer.text)
                     elif self._reader is None:
-                        data += self._chunk(writer, answer, answer.text, counting)
+                        data += self._chunk(writer, answer, answer.text, telemetry)
                     else:
-                        data += self._chunks(writer, answer, self._reader, counting, detailed=detailed)
+                        data += self._chunks(writer, answer, self._reader, telemetry, detailed=detailed)
                 await events.write(data)
         if options.include_usage:
-            await events.write(writer.usage(self._usage(counter)))
+            await events.write(writer.usage(self._usage(counter), telemetry.timings(finished=True)))
 
-    def _opening(self, writer: ChunkWriter, output: RequestOutput, index: int, counting: UsageCounter | None) -> bytes:
+    def _opening(self, writer: ChunkWriter, output: RequestOutput, index: int, telemetry: Telemetry) -> bytes:
         """A choice's first chunk: whose turn it is."""
         beside = {"prompt_token_ids": output.prompt_token_ids} if self._fields.return_token_ids else None
-        return writer.choice(index, None, usage=counting.usage() if counting else None, beside=beside)
+        return writer.choice(index, None, usage=telemetry.usage(), beside=beside)
 
     def _chunks(
         self,
         writer: ChunkWriter,
         answer: CompletionOutput,
         reader: AnswerReader,
-        counting: UsageCounter | None,
+        telemetry: Telemetry,
         *,
         detailed: bool,
     ) -> bytes:
@@ -180,20 +184,21 @@ class _Answer:
         deltas = [reader.delta(event) for event in reader.read(answer)]
         if answer.finish_reason is not None or (detailed and not deltas):
             deltas.append({})
-        usage = counting.usage() if counting else None
-        data = b"".join(writer.choice(answer.index, piece, usage=usage) for piece in deltas[:-1])
-        return data + self._chunk(writer, answer, deltas[-1], counting) if deltas else b""
+        usage, beside = telemetry.usage(), telemetry.timings(finished=False)
+        data = b"".join(writer.choice(answer.index, piece, usage=usage, beside=beside) for piece in deltas[:-1])
+        return data + self._chunk(writer, answer, deltas[-1], telemetry) if deltas else b""
 
     def _chunk(
-        self, writer: ChunkWriter, answer: CompletionOutput, piece: str | dict[str, Any], counting: UsageCounter | None
+        self, writer: ChunkWriter, answer: CompletionOutput, piece: str | dict[str, Any], telemetry: Telemetry
     ) -> bytes:
         return writer.choice(
             answer.index,
             piece,
             logprobs=chat_logprobs(answer.logprobs, self._names) if answer.logprobs is not None else None,
             finish_reason=self._finish_reason(answer),
-            usage=counting.usage() if counting else None,
+            usage=telemetry.usage(),
             extra=self._extra(answer),
+            beside=telemetry.timings(finished=answer.finish_reason is not None),
         )
 
     def _choice(self, answer: CompletionOutput) -> dict[str, Any]:

@@ -64,9 +64,9 @@ class ChunkWriter:
         choice = {"index": index, **self._wrap(text), "logprobs": logprobs, "finish_reason": finish_reason}
         return self._event([choice | extra if extra else choice], usage, beside)
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
+    def usage(self, usage: dict[str, Any], beside: dict[str, Any] | None = None) -> bytes:
         """The event after the last choice's end."""
-        return self._event([], usage)
+        return self._event([], usage, beside)
 
     def _event(
         self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, beside: dict[str, Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -35,6 +36,7 @@ from aphrodite.server.openai.protocol import (
     refuse_unsupported,
     sampling_params,
 )
+from aphrodite.server.openai.telemetry import Telemetry
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
@@ -82,6 +84,7 @@ class CompletionEndpoint:
             params,
             priority=fields.priority,
             cache_salt=fields.cache_salt,
+            progress=fields.stream and fields.return_progress,
         )
         warnings = field_warnings(body, CompletionFields, preset)
         answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs, warnings)
@@ -132,6 +135,8 @@ class _Answer:
         outputs, counter = await collect(self._context, self._generation)
         self._prompt_entries = {number: output.prompt_logprobs for number, output in enumerate(outputs)}
         usage = counter.usage()
+        timed = self._fields.return_timings or self._fields.timings_per_token
+        timings = {"timings": counter.timings()} if timed else {}
 
         def build() -> bytes:
             choices = [
@@ -139,7 +144,7 @@ class _Answer:
                 for number, output in enumerate(outputs)
                 for answer in output.outputs
             ]
-            body = {**self._generation.head("text_completion"), "choices": choices, "usage": usage}
+            body = {**self._generation.head("text_completion"), "choices": choices, "usage": usage, **timings}
             if self._warnings:
                 body["warnings"] = self._warnings
             return msgspec.json.encode(body)
@@ -156,10 +161,10 @@ class _Answer:
             warnings=self._warnings,
         )
         counter = UsageCounter(self._generation.prompts)
-        counting = counter if options.continuous_usage_stats else None
+        telemetry = Telemetry.of(self._fields, counter)
         params = self._generation.params
         detailed = params.logprobs is not None or params.sampler_trace or self._fields.return_token_ids
-        plain = not detailed and counting is None
+        plain = not detailed and not telemetry.every_chunk
         n = self._generation.params.n
         states: dict[int, _ChoiceState] = {}
         pieces = stream_pieces(self._context, self._generation)
@@ -168,7 +173,7 @@ class _Answer:
                 counter.observe(number, output)
                 if output.prompt_logprobs is not None:
                     self._prompt_entries[number] = output.prompt_logprobs
-                data = b""
+                data = telemetry.progress(number, output, partial(_progress_chunk, writer, number * n))
                 for answer in output.outputs:
                     index = number * n + answer.index
                     if plain and answer.finish_reason is None and (index in states or not self._fields.echo):
@@ -177,10 +182,10 @@ class _Answer:
                     state = states.get(index)
                     if state is None:
                         state = states[index] = self._open_choice()
-                    data += self._chunk(writer, number, output, answer, state, counting)
+                    data += self._chunk(writer, number, output, answer, state, telemetry)
                 await events.write(data)
         if options.include_usage:
-            await events.write(writer.usage(counter.usage()))
+            await events.write(writer.usage(counter.usage(), telemetry.timings(finished=True)))
 
     def _open_choice(self) -> _ChoiceState:
         return _ChoiceState(TextOffsets(self._names, self._silent), 0)
@@ -192,7 +197,7 @@ class _Answer:
         output: RequestOutput,
         answer: CompletionOutput,
         state: _ChoiceState,
-        counting: UsageCounter | None,
+        telemetry: Telemetry,
     ) -> bytes:
         """A chunk that is more than a piece of text; the first of a choice with `echo` brings the prompt."""
         text = answer.text
@@ -215,8 +220,9 @@ class _Answer:
             text,
             logprobs=logprobs,
             finish_reason=openai_finish_reason(answer),
-            usage=counting.usage() if counting else None,
+            usage=telemetry.usage(),
             extra=extra,
+            beside=telemetry.timings(finished=answer.finish_reason is not None),
         )
 
     def _choice(self, number: int, output: RequestOutput, answer: CompletionOutput) -> dict[str, Any]:
@@ -266,3 +272,7 @@ class _Answer:
         entries = self._prompt_entries.get(number) or [None] * len(ids)
         offsets = TextOffsets(self._names, silent)
         return text, completion_logprobs(entries, ids, self._names, offsets, len(text))
+
+
+def _progress_chunk(writer: ChunkWriter, index: int, beside: dict[str, Any]) -> bytes:
+    return writer.choice(index, "", beside=beside)

@@ -52,6 +52,15 @@ _MESSAGES_SCHEMA = {
 TOOL_CHOICE_SCHEMA = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]}
 
 
+ReturnTimings = Annotated[
+    bool, Field(description="Tell at the end how long prompt and answer took: timings, as llama.cpp does.")
+]
+TimingsPerToken = Annotated[bool, Field(description="Tell it with every chunk of a stream as well.")]
+ReturnProgress = Annotated[
+    bool, Field(description="A stream tells after each step how much of the prompt is computed: prompt_progress.")
+]
+
+
 class StreamOptions(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
@@ -92,6 +101,9 @@ class CompletionFields(GenerationFields):
     )
     echo: bool = Field(default=False, description="Put the prompt before the answer.")
     add_special_tokens: bool = Field(default=True, description="Let the tokenizer add begin-of-sequence and the like.")
+    return_timings: ReturnTimings = False
+    timings_per_token: TimingsPerToken = False
+    return_progress: ReturnProgress = False
 
 
 class ConversationFields(GenerationFields):
@@ -123,6 +135,9 @@ class ChatFields(ConversationFields):
     messages: Annotated[Any, WithJsonSchema(_MESSAGES_SCHEMA)] = Field(description="The conversation so far.")
     logprobs: bool = Field(default=False, description="Add log-probabilities of the answer's tokens.")
     top_logprobs: int | None = Field(default=None, description="And of so many most likely tokens.", ge=0, lt=_INT64)
+    return_timings: ReturnTimings = False
+    timings_per_token: TimingsPerToken = False
+    return_progress: ReturnProgress = False
     tools: list[dict[str, Any]] = Field(
         default=[], description="Functions that the model may call, with JSON schemas of their parameters."
     )
