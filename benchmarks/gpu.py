@@ -89,6 +89,7 @@ FIGURES: dict[str, dict[str, tuple[float | None, float | None]]] = {
         "ttft": (None, 47.9),
         "mixed": (None, 8_872),
     },
+    "llama-3.1-70b-awq": {"decode-1": (45, None)},
     "qwen3-0.6b": {
         "start": (None, 67.8),
         "decode-1": (800, 599),
@@ -296,7 +297,7 @@ def measure(options: argparse.Namespace, config: Path, ceilings: Ceilings | None
     rows: list[Row] = []
     with loaded(options, config) as (llm, start):
         print("Kernels: " + "; ".join(f"{name}: {choice}" for name, choice in llm.describe().items()))
-        print("Memory: " + "; ".join(llm.info.memory_plan))
+        print("Memory: " + "; ".join(llm.info.memory_plan), flush=True)
         if chosen("start", options.only):
             rows.append(Row(case="start", value=start, unit="s", milliseconds=start * 1e3))
         bench = Bench(llm, spec, ceilings)
