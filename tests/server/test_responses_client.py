@@ -305,6 +305,16 @@ async def test_every_sampler_and_what_we_say_beyond(server: RunningServer) -> No
     await client.close()
 
 
+async def test_times_and_the_prompts_progress(server: RunningServer) -> None:
+    events = await told(server, max_output_tokens=3, extra_body={"return_progress": True, "return_timings": True})
+    prompt = len(server.engine.seen[-1][0])
+    progress = [event.prompt_progress["processed"] for event in events if hasattr(event, "prompt_progress")]
+    assert progress == [*range(8, prompt, 8), prompt]
+    assert {event.type for event in events[1 : 2 + len(progress)]} == {"response.in_progress"}
+    assert events[-1].response.timings["predicted_n"] == 3
+    assert not hasattr(await ask(server, max_output_tokens=1), "timings")
+
+
 async def test_long_conversations_lose_their_beginning_if_they_may(server: RunningServer) -> None:
     talk = [{"role": "developer", "content": "Rule."}]
     for number in range(30):

@@ -38,7 +38,9 @@ ACCEPTED: dict[str, set[str]] = {
     "safety_identifier": {"text", "empty text"},
     "prompt_cache_key": {"text", "empty text"},
     "service_tier": set(),
-    "background": set(),
+    "background": {"true"},
+    "return_timings": {"true"},
+    "return_progress": {"true"},
     "conversation": {"0", "empty text", "empty list", "empty object"},
     "prompt": {"0", "empty text", "empty list", "empty object"},
     "context_management": {"empty list"},
@@ -144,7 +146,7 @@ async def test_items(server: RunningServer, items: Any, param: str) -> None:
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"context_management": [{"type": "compaction"}]}, "context_management"),
@@ -192,8 +194,9 @@ async def test_lists_of_input_items(server: RunningServer) -> None:
     ):  # fmt: skip
         response = await server.http.get(f"{path}/input_items?{query}")
         assert (response.status_code, response.json()["error"]["param"]) == (400, param), query
-    response = await server.http.get(f"{path}?stream=true")
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "stream")
+    for query, param in (("stream=true", "stream"), ("stream=true&starting_after=x", "starting_after")):
+        response = await server.http.get(f"{path}?{query}")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 async def test_what_the_engine_refuses_keeps_its_status() -> None:

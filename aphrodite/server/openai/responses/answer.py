@@ -27,9 +27,6 @@ from aphrodite.server.openai.responses.output import OutputBuilder, StreamEvent
 from aphrodite.server.openai.responses.store import StoredItem, stored
 from aphrodite.server.sse import EventStream, StreamFormat, named_event
 
-Keep = Callable[[bytes, tuple[StoredItem, ...]], None]
-"""Takes a response's body and its items once it is complete."""
-
 _ERROR_CODES = {429: "rate_limit_exceeded"}  # OpenAI's clients know no others that would fit
 
 
@@ -44,7 +41,7 @@ def response_head(
         "created_at": generation.created,
         "completed_at": None,
         "status": "in_progress",
-        "background": False,
+        "background": fields.background,
         "error": None,
         "frequency_penalty": params.frequency_penalty,
         "incomplete_details": None,
@@ -76,7 +73,7 @@ def response_head(
 
 
 @dataclass(frozen=True, slots=True)
-class _Ending:
+class Ending:
     """The end of an answer: its last events, and the whole of it."""
 
     events: list[StreamEvent]
@@ -85,13 +82,20 @@ class _Ending:
     items: tuple[StoredItem, ...]
 
 
+Keep = Callable[[Ending, tuple[bytes, ...]], None]
+"""Stores the end of an answer, with its events if they may be told again."""
+
+
 class Answer:
     """One request's answer, streamed or whole.
 
     Args:
         head: what it says from its beginning.
         reader: takes the answer apart; None: it is text.
-        keep: stores it once it is complete; None: it is not to be stored.
+        keep: stores it once it is complete, None: nothing does.
+
+    Attributes:
+        ending: None until it is complete.
     """
 
     def __init__(
@@ -108,7 +112,9 @@ class Answer:
         self._head = head
         self._reader = reader
         self._keep = keep
+        self.ending: Ending | None = None
         self._token_ids = fields.return_token_ids
+        self._timed = fields.return_timings
         self._names = TokenNames(context.engine.tokenizer, as_ids=fields.return_tokens_as_token_ids)
         self._builder = OutputBuilder(_new_call_id if reader is None else reader.call_id)
         self._counter = UsageCounter(generation.prompts)
@@ -129,16 +135,38 @@ class Answer:
 
     async def stream(self, events: EventStream) -> None:
         """Write the response's events."""
+        async with aclosing(self.events()) as told:
+            async for lines in told:
+                await events.write(b"".join(lines))
+
+    async def events(self) -> AsyncGenerator[list[bytes], None]:
+        """The response's events on the wire as they come, one an entry; the last one has the whole of it."""
         try:
             async with aclosing(self._told()) as told:
                 async for piece in told:
-                    if data := self._encoded(piece):
-                        await events.write(data)
+                    if lines := self._encoded(piece):
+                        yield lines
         except InvalidRequestError as error:
             raise prompt_as(error, "input") from None
         ending = await self._end()
         last = {"type": f"response.{ending.status}", "response": msgspec.Raw(ending.body)}
-        await events.write(self._encoded([*ending.events, last]))
+        yield self._encoded([*ending.events, last])
+
+    def snapshot(self) -> bytes:
+        """The body of a response that is not complete."""
+        return msgspec.json.encode(self._head | {"status": "in_progress" if self._num_sent else "queued"})
+
+    def stop(self, error: ApiError | None) -> list[bytes]:
+        """The last event of a response that will not be complete: it failed; None: it was cancelled."""
+        items = self._builder.items
+        response = self._head | {"output": items, "status": "cancelled" if error is None else "failed"}
+        if error is not None:
+            code = "server_error" if error.status >= 500 else _ERROR_CODES.get(error.status, "invalid_prompt")
+            response["error"] = {"code": code, "message": error.message}
+        body = msgspec.json.encode(response)
+        self.ending = Ending([], response["status"], body, stored(items))
+        kind = "response.incomplete" if error is None else "response.failed"  # there is none for what was cancelled
+        return self._encoded([{"type": kind, "response": msgspec.Raw(body)}])
 
     async def _told(self) -> AsyncGenerator[list[StreamEvent], None]:
         """What each piece of the answer brings."""
@@ -151,16 +179,25 @@ class Answer:
                 if not detailed:
                     self._pieces.clear()
                 self._pieces.append(output)
-                (answer,) = output.outputs
-                logprobs = [] if answer.logprobs is None else chat_logprobs(answer.logprobs, self._names)["content"]
-                yield self._builder.feed(self._read(answer), logprobs)
+                told = self._progress(output) if self._generation.progress else []
+                for answer in output.outputs:
+                    logprobs = [] if answer.logprobs is None else chat_logprobs(answer.logprobs, self._names)["content"]
+                    told += self._builder.feed(self._read(answer), logprobs)
+                yield told
+
+    def _progress(self, output: RequestOutput) -> list[StreamEvent]:
+        """How much of the prompt is computed, until the answer begins; OpenAI has no event of its own for it."""
+        if self._builder.begun:
+            return []
+        progress = self._counter.progress(0, output)
+        return [{"type": "response.in_progress", "response": self._head, "prompt_progress": progress}]
 
     def _read(self, answer: CompletionOutput) -> list[Event]:
         if self._reader is not None:
             return self._reader.read(answer)
         return [TextPiece(answer.text)] if answer.text else []
 
-    def _encoded(self, told: list[StreamEvent]) -> bytes:
+    def _encoded(self, told: list[StreamEvent]) -> list[bytes]:
         """Events on the wire, numbered; those that open a response before the first."""
         if not self._num_sent:
             opening = [{"type": f"response.{name}", "response": self._head} for name in ("created", "in_progress")]
@@ -169,17 +206,17 @@ class Answer:
         for event in told:
             lines.append(named_event(event["type"], msgspec.json.encode({**event, "sequence_number": self._num_sent})))
             self._num_sent += 1
-        return b"".join(lines)
+        return lines
 
-    async def _end(self) -> _Ending:
-        """The end of an answer that was read; stores it."""
+    async def _end(self) -> Ending:
+        """The end of an answer that was read, stored if it is to be."""
         size = self._generation.body_bytes(self._counter.usage()["total_tokens"])
-        ending = await off_loop(size, self._ending)
+        self.ending = await off_loop(size, self._ending)
         if self._keep is not None:
-            self._keep(ending.body, ending.items)
-        return ending
+            self._keep(self.ending, ())
+        return self.ending
 
-    def _ending(self) -> _Ending:
+    def _ending(self) -> Ending:
         output = merge_outputs(self._pieces)
         (answer,) = output.outputs
         incomplete = answer.finish_reason == "length"
@@ -194,7 +231,7 @@ class Answer:
             "usage": self._usage(),
             **self._details(output, answer),
         }
-        return _Ending(events, status, msgspec.json.encode(response), stored(items))
+        return Ending(events, status, msgspec.json.encode(response), stored(items))
 
     def _details(self, output: RequestOutput, answer: CompletionOutput) -> dict[str, Any]:
         """What a response says beyond OpenAI's."""
@@ -203,6 +240,8 @@ class Answer:
             details["warnings"] = [*self._head.get("warnings", ()), *answer.warnings]
         if self._token_ids:
             details["prompt_token_ids"] = output.prompt_token_ids
+        if self._timed:
+            details["timings"] = self._counter.timings()
         if output.prompt_logprobs is not None:
             details["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self._names)
         return details
@@ -222,10 +261,7 @@ class Answer:
         }
 
     def _failure(self, error: ApiError) -> bytes:
-        """The last event of an answer that failed."""
-        code = "server_error" if error.status >= 500 else _ERROR_CODES.get(error.status, "invalid_prompt")
-        told = {"error": {"code": code, "message": error.message}, "output": self._builder.items}
-        return self._encoded([{"type": "response.failed", "response": self._head | told | {"status": "failed"}}])
+        return b"".join(self.stop(error))
 
 
 def _new_call_id() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,12 @@ from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.presets import SamplerPreset
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
-from aphrodite.server.errors import ApiError, invalid, prompt_as, unsupported
+from aphrodite.server.errors import ApiError, Headers, invalid, prompt_as, unsupported
 from aphrodite.server.generation import Generation
 from aphrodite.server.openai.logprobs import num_top_logprobs
 from aphrodite.server.openai.protocol import ignored_header, refuse_best_of, refuse_unsupported, sampling_params
-from aphrodite.server.openai.responses.answer import Answer, response_head
+from aphrodite.server.openai.responses.answer import Answer, Ending, Keep, response_head
+from aphrodite.server.openai.responses.background import BackgroundAnswer
 from aphrodite.server.openai.responses.fields import (
     LOGPROBS,
     ResponsesFields,
@@ -36,7 +39,7 @@ from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import delete, get, post
-from aphrodite.server.sse import EventResponse
+from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, named_event
 
 _PAGE = 20  # input items that are listed at once
 _MAX_PAGE = 100
@@ -58,6 +61,7 @@ def responses_routes(context: ServerContext) -> list[Route]:
 class ResponsesEndpoints:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
+        self._running: dict[str, BackgroundAnswer] = {}
         config = context.config
         self._store = ResponseStore(max_responses=config.max_stored_responses, max_bytes=config.response_store)
 
@@ -72,23 +76,31 @@ class ResponsesEndpoints:
         prompt = await conversation_prompt(fields, conversation.items, params, context)
         chat = prompt.chat
         generation = Generation(
-            new_id("resp"), context.name, [chat.token_ids], chat.params, fields.priority, fields.cache_salt
+            new_id("resp"),
+            context.name,
+            [chat.token_ids],
+            chat.params,
+            fields.priority,
+            fields.cache_salt,
+            progress=fields.stream and fields.return_progress,
         )
         warnings = [*field_warnings(body, ResponsesFields, preset), *_warnings(fields, prompt)]
         is_stored = fields.store and self._store.enabled
         head = response_head(fields, generation, is_stored=is_stored, warnings=warnings)
 
-        def keep(body: bytes, output: tuple[StoredItem, ...]) -> None:
+        def keep(ending: Ending, events: tuple[bytes, ...]) -> None:
             asked = (*conversation.history, *stored(conversation.new))
-            self._store.put(StoredResponse(generation.response_id, owner, body, asked, output))
+            self._store.put(StoredResponse(generation.response_id, owner, ending.body, asked, ending.items, events))
 
-        answer = Answer(context, generation, fields, head, chat.reader, keep if is_stored else None)
         headers = ignored_header(body, ResponsesFields)
+        if fields.background:
+            if not is_stored:
+                raise invalid("background", "needs store to be true, and a server that stores responses")
+            answer = Answer(context, generation, fields, head, chat.reader, None)
+            return self._in_background(answer, keep, generation.response_id, context, headers, stream=fields.stream)
+        answer = Answer(context, generation, fields, head, chat.reader, keep if is_stored else None)
         if fields.stream:
-            timeout = context.config.write_timeout
-            return EventResponse(
-                answer.stream, context.supervisor, write_timeout=timeout, headers=headers, format=answer.format
-            )
+            return self._streamed(answer.stream, answer.format, headers)
         try:
             whole = await context.supervisor.run(answer.whole(), request.receive)
         except InvalidRequestError as error:
@@ -103,22 +115,39 @@ class ResponsesEndpoints:
         num_tokens = await count_input_tokens(fields, conversation.items, context)
         return json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
 
-    async def show(self, request: Request) -> Response:
-        """A stored response."""
-        if request.query_params.get("stream", "false") not in ("false", "0"):
-            raise unsupported("stream", "a stored response comes whole; leave it out")
-        return json_response(self._stored(request).body)
+    async def show(self, request: Request) -> Response | ASGIApp:
+        """A stored response, or its events once more if it is computed in the background."""
+        response = self._stored(request)
+        running = self._running.get(response.id)
+        if request.query_params.get("stream", "false") in ("false", "0"):
+            return json_response(response.body if running is None else running.snapshot())
+        begin = _number(request, "starting_after", -1, range(-1, 2**31)) + 1
+        if running is not None:
+            return self._followed(running, begin)
+        if not response.events:
+            raise unsupported("stream", "only what is computed in the background is told again; leave it out")
+
+        async def tell(events: EventStream) -> None:
+            await events.write(b"".join(response.events[begin:]))
+
+        return self._streamed(tell, _FORMAT)
 
     async def delete(self, request: Request) -> Response:
         """Forget a stored response."""
         response = self._stored(request)
+        if (running := self._running.get(response.id)) is not None:
+            await running.cancel()
         self._store.delete(response.owner, response.id)
         return json_response({"id": response.id, "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
-        """Refused: only answers in the background could be cancelled, and there are none."""
-        self._stored(request)
-        raise invalid(None, "Only a response with background true can be cancelled; to end a stream, close it.")
+        """End an answer that is computed in the background."""
+        response = self._stored(request)
+        if (running := self._running.get(response.id)) is not None:
+            await running.cancel()
+        elif not response.events:
+            raise invalid(None, "Only a response with background true can be cancelled; to end a stream, close it.")
+        return json_response(self._stored(request).body)
 
     async def input_items(self, request: Request) -> Response:
         """The conversation that a stored response answers, a page at a time."""
@@ -129,12 +158,10 @@ class ResponsesEndpoints:
             raise invalid("order", "must be asc or desc")
         if order == "desc":
             items.reverse()
-        limit = query.get("limit", str(_PAGE))
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= _MAX_PAGE):
-            raise invalid("limit", f"must be 1 to {_MAX_PAGE}")
+        limit = _number(request, "limit", _PAGE, range(1, _MAX_PAGE + 1))
         after = query.get("after")
         begin = 0 if after is None else _behind(items, after)
-        page = items[begin : begin + int(limit)]
+        page = items[begin : begin + limit]
         return json_response(
             {
                 "object": "list",
@@ -144,6 +171,33 @@ class ResponsesEndpoints:
                 "has_more": begin + len(page) < len(items),
             }
         )
+
+    def _in_background(
+        self, answer: Answer, keep: Keep, name: str, context: ModelContext, headers: Headers, *, stream: bool
+    ) -> Response | ASGIApp:
+        """Begin to compute an answer; say that it is under way, or tell of it while somebody listens."""
+        hold = ExitStack()
+        hold.enter_context(context.loaded.hold())
+        hold.callback(self._running.pop, name, None)
+        running = self._running[name] = BackgroundAnswer(answer, keep, hold)
+        begun = running.snapshot()
+        keep(Ending([], "queued", begun, ()), ())
+        running.start(context.supervisor, name)
+        return self._followed(running, 0, headers) if stream else json_response(begun, headers)
+
+    def _followed(self, running: BackgroundAnswer, begin: int, headers: Headers = ()) -> EventResponse:
+        async def tell(events: EventStream) -> None:
+            async with aclosing(running.follow(begin)) as told:
+                async for data in told:
+                    await events.write(data)
+
+        return self._streamed(tell, _FORMAT, headers)
+
+    def _streamed(
+        self, produce: Callable[[EventStream], Coroutine[Any, Any, None]], format: StreamFormat, headers: Headers = ()
+    ) -> EventResponse:
+        timeout = self._context.config.write_timeout
+        return EventResponse(produce, self._context.supervisor, write_timeout=timeout, headers=headers, format=format)
 
     async def _read(self, request: Request) -> tuple[dict[str, Any], ResponsesFields]:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
@@ -194,6 +248,9 @@ class ResponsesEndpoints:
         if name is None:
             return ()
         response = self._store.get(owner, name)
+        if response is not None and response.id in self._running:
+            why = "is still being computed; wait until its status is completed"
+            raise invalid("previous_response_id", why, code="previous_response_not_completed")
         if response is None:
             raise ApiError(
                 400,
@@ -251,6 +308,24 @@ def _warnings(fields: ResponsesFields, prompt: Prompt) -> list[str]:
     if prompt.num_dropped:
         warnings.append(f"The conversation was too long: its first {prompt.num_dropped} items were left out.")
     return warnings
+
+
+def _number(request: Request, name: str, default: int, allowed: range) -> int:
+    """An integer of the path's query."""
+    text = request.query_params.get(name, str(default))
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 12 and int(text) in allowed):
+        raise invalid(name, f"must be {allowed[0]} to {allowed[-1]}")
+    return int(text)
+
+
+def _failed(error: ApiError) -> bytes:
+    """The event of what went wrong while events were told again."""
+    told = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    return named_event("error", msgspec.json.encode({**told, "sequence_number": 0}))
+
+
+_FORMAT = StreamFormat(mark=b"", failure=_failed)
 
 
 def _behind(items: list[StoredItem], name: str) -> int:

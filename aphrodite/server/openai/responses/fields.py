@@ -11,7 +11,14 @@ from aphrodite.errors import InvalidRequestError
 from aphrodite.sampling.grammar_fields import read_grammar
 from aphrodite.sampling.table import Grammar
 from aphrodite.server.errors import unsupported
-from aphrodite.server.openai.protocol import TOOL_CHOICE_SCHEMA, ChatFields, ConversationFields, ReasoningEffort
+from aphrodite.server.openai.protocol import (
+    TOOL_CHOICE_SCHEMA,
+    ChatFields,
+    ConversationFields,
+    ReasoningEffort,
+    ReturnProgress,
+    ReturnTimings,
+)
 from aphrodite.server.openai.tools import read_function
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -34,7 +41,6 @@ _Include = Literal[
     "code_interpreter_call.outputs",
 ]
 _REFUSED: Final = {
-    "background": "answers are not computed in the background; leave it out and stream",
     "conversation": "conversations are not kept under names; send previous_response_id",
     "prompt": "there are no stored prompts; send instructions and input",
     "context_management": 'nothing is compacted; send truncation "auto"',
@@ -111,7 +117,11 @@ class ResponsesFields(ConversationFields):
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = Field(
         default=None, description="There is one tier: default."
     )
-    background: bool = Field(default=False, description="Only false.")
+    return_timings: ReturnTimings = False
+    return_progress: ReturnProgress = False
+    background: bool = Field(
+        default=False, description="Answer whether or not somebody listens; needs store. GET tells what came of it."
+    )
     conversation: Any = Field(default=None, description="Only null.")
     prompt: Any = Field(default=None, description="Only null.")
     context_management: list[Any] | None = Field(default=None, description="Only null or an empty list.")

@@ -68,6 +68,11 @@ class OutputBuilder:
         return told + self._close("incomplete" if incomplete else "completed")
 
     @property
+    def begun(self) -> bool:
+        """Whether there is anything of the answer."""
+        return self._num_begun > 0
+
+    @property
     def _num_begun(self) -> int:
         return len(self.items) + (self._open is not None)
 

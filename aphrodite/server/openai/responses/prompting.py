@@ -75,21 +75,26 @@ async def _fitting(
     length = context.engine.model.max_model_len
     room = length // _ROOM if params.max_tokens is None else params.max_tokens
     limit = length - min(room, length // 2)
-    forms = [items, *(_without_start(items, start) for start in _starts(items))]
     tools = read_tool_use(_chat(fields, items))
-    low, high = 0, len(forms) - 1  # what does not fit at all is refused where it is rendered
+
+    async def fits(start: int) -> bool:
+        chat = _chat(fields, _from(items, start))
+        return await _fits(chat, limit, context, tools, params.thinking_token_budget)
+
+    starts = [0, *_starts(items)]
+    low, high = 0, len(starts) - 1  # what does not fit at all is refused where it is rendered
     while low < high:
         middle = (low + high) // 2
-        if await _fits(_chat(fields, forms[middle]), limit, context, tools):
+        if await fits(starts[middle]):
             high = middle
         else:
             low = middle + 1
-    return forms[low]
+    return _from(items, starts[low])
 
 
-async def _fits(chat: ChatFields, limit: int, context: ModelContext, tools: ToolUse) -> bool:
+async def _fits(chat: ChatFields, limit: int, context: ModelContext, tools: ToolUse, budget: int | None) -> bool:
     try:
-        return len(await render_chat(chat, context, tools, bounded=True)) <= limit
+        return len(await render_chat(chat, context, tools, bounded=True, budget=budget)) <= limit
     except InvalidRequestError as error:
         if error.code != "context_length_exceeded":
             raise _as_input(error) from None
@@ -107,7 +112,7 @@ def _starts(items: Sequence[Item]) -> list[int]:
     return starts
 
 
-def _without_start(items: Sequence[Item], start: int) -> list[Item]:
+def _from(items: Sequence[Item], start: int) -> list[Item]:
     """The items from `start` on, and the system messages before them."""
     told = [item for item in items[:start] if isinstance(item, Message) and item.role in ("system", "developer")]
     return [*told, *items[start:]]

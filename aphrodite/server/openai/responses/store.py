@@ -43,6 +43,7 @@ class StoredResponse:
         body: the response as its client got it, in JSON.
         input_items: the conversation that was answered, oldest first.
         output_items: the answer.
+        events: those of an answer in the background, which may be told again.
     """
 
     id: str
@@ -50,6 +51,7 @@ class StoredResponse:
     body: bytes
     input_items: tuple[StoredItem, ...]
     output_items: tuple[StoredItem, ...]
+    events: tuple[bytes, ...] = ()
 
     @property
     def items(self) -> tuple[StoredItem, ...]:
@@ -60,7 +62,8 @@ class StoredResponse:
     def size(self) -> int:
         """Bytes besides those of its items."""
         mentioned = len(self.input_items) + len(self.output_items)
-        return len(self.body) + mentioned * _PLACE_BYTES + _OVERHEAD_BYTES
+        told = sum(map(len, self.events))
+        return len(self.body) + told + (mentioned + len(self.events)) * _PLACE_BYTES + _OVERHEAD_BYTES
 
 
 class ResponseStore:
@@ -94,7 +97,12 @@ class ResponseStore:
         return self._max_responses > 0 and self._max_bytes > 0
 
     def put(self, response: StoredResponse) -> None:
-        """Keep a response; the oldest ones go. One that is larger than everything may be is not kept."""
+        """Keep a response, instead of what there was of it before; the oldest ones go.
+
+        One that is larger than everything may be is not kept.
+        """
+        if response.id in self._responses:
+            self._drop(response.id)
         self._responses[response.id] = response
         self._bytes += response.size
         for item in response.items:
