@@ -12,7 +12,19 @@ from running import RunningServer, running_server
 
 from aphrodite.errors import QueueFullError
 
+TOOL = {"name": "f", "input_schema": {"type": "object"}}
 MESSAGES: Any = [{"role": "user", "content": "Tell me a story."}]
+
+
+def said(block: dict[str, Any]) -> dict[str, Any]:
+    """A conversation in which the assistant's message has one block."""
+    return {"messages": [*MESSAGES, {"role": "assistant", "content": [block]}]}
+
+
+def heard(block: dict[str, Any], more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A conversation that ends with a block of the user's, behind a call named b."""
+    call = {"type": "tool_use", "id": "b", "name": "f", "input": {}}
+    return {"messages": [*said(call)["messages"], {"role": "user", "content": [{**block, **(more or {})}]}]}
 
 
 @pytest.fixture
@@ -90,8 +102,50 @@ async def test_tokens_are_counted_as_generation_would(server: RunningServer, cli
         ({"system": 3}, "system"),
         ({"temperature": -1}, "temperature"),
         ({"stop_sequences": "x"}, "stop_sequences"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"tools": {}}, "tools"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
+        ({"tools": [{"name": "f", "input_schema": []}]}, "tools[0].input_schema"),
+        ({"tools": [{"input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [{"name": "f g", "input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [{"name": "f", "input_schema": {}, "description": 3}]}, "tools[0].description"),
+        ({"tools": [{"name": "bash", "type": "bash_20250124"}]}, "tools[0].type"),
+        ({"tools": [TOOL] * 2}, "two tools"),
+        ({"tools": [{"name": f"f{i}", "input_schema": {}} for i in range(513)]}, "512"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tool_choice": {"type": "must"}, "tools": [TOOL]}, "tool_choice.type"),
+        ({"tool_choice": {"type": ["any"]}, "tools": [TOOL]}, "tool_choice.type"),
+        ({"tool_choice": {"type": "tool"}, "tools": [TOOL]}, "tool_choice.name"),
+        ({"tool_choice": {"type": "tool", "name": "g"}, "tools": [TOOL]}, "none of the tools"),
+        ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": 1}, "tools": [TOOL]}, "disable_parallel"),
+        ({"tool_choice": {"type": "any"}, "tools": [TOOL], "guided_choice": ["x"]}, "tool_choice"),
+        ({"thinking": True}, "thinking"),
+        ({"thinking": {"type": "on"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": "many"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": True}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2**31}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "adaptive", "budget_tokens": 3}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "adaptive", "display": "loud"}}, "thinking.display"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
+        ({"output_config": {"effort": "some"}}, "output_config.effort"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": 3}}}, "output_config.format"),
+        (said({"type": "tool_use", "id": "a", "name": "f"}), "content[0].input"),
+        (said({"type": "tool_use", "id": 3, "name": "f", "input": {}}), "content[0].id"),
+        (said({"type": "tool_use", "id": "a", "name": "f", "input": {}}), "messages[1]"),
+        (said({"type": "thinking"}), "content[0].thinking"),
+        (said({"type": "thinking", "thinking": "", "signature": 3}), "content[0].signature"),
+        (said({"type": "thinking", "thinking": "", "signature": "aphrodite.thinking:?"}), "content[0].signature"),
+        (said({"type": "redacted_thinking"}), "content[0].data"),
+        (said({"type": "server_tool_use", "id": "a", "name": "web_search", "input": {}}), "content[0]"),
+        (heard({"type": "tool_result", "content": "x"}), "content[0].tool_use_id"),
+        (heard({"type": "tool_result", "tool_use_id": "a", "content": "x"}), "no tool_use"),
+        (heard({"type": "tool_result", "tool_use_id": "b", "content": "x"}, {"is_error": 3}), "content[0].is_error"),
+        (heard({"type": "tool_result", "tool_use_id": "b", "content": 3}), "content[0].content"),
+        (heard({"type": "tool_result", "tool_use_id": "b", "content": [{"type": "image"}]}), "content[0].content[0]"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "512"),
     ],
 )

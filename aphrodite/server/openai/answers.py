@@ -26,6 +26,9 @@ class AnswerReader:
         tools: what the request says of tools.
         show_special: special tokens stay in the text.
         include_reasoning: reasoning is told; else it is left out.
+
+    Attributes:
+        short_ids: ids of calls have the form that Mistral's templates demand when they come back.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class AnswerReader:
         include_reasoning: bool,
     ) -> None:
         self._tools = tools
-        self._short_ids = answers.tool_format == "mistral"
+        self.short_ids = answers.tool_format == "mistral"
         self._format = answers
         self._tokenizer = tokenizer
         self._prompt_token_ids = prompt_token_ids
@@ -103,7 +106,7 @@ class AnswerReader:
 
     def call_id(self) -> str:
         """A call's id; Mistral's templates demand nine letters and digits when it comes back."""
-        return uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
+        return uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
 
     def usage_details(self) -> dict[str, Any]:
         """`completion_tokens_details` of all answers."""
