@@ -26,9 +26,11 @@ from aphrodite.server.limits import RequestLimits
 from aphrodite.server.llama_cpp import llama_cpp_routes
 from aphrodite.server.llama_cpp_embed import llama_cpp_embedding_routes
 from aphrodite.server.metrics import MetricsPage, ServerMetrics
+from aphrodite.server.model_admin import kobold_admin_routes, router_admin_routes, tabby_admin_routes
 from aphrodite.server.model_pool import ModelPool
-from aphrodite.server.ollama import ollama_error, ollama_routes
+from aphrodite.server.ollama import ollama_routes
 from aphrodite.server.ollama_embed import ollama_embedding_routes
+from aphrodite.server.ollama_format import ollama_error
 from aphrodite.server.openai.chat import ChatEndpoint
 from aphrodite.server.openai.completions import CompletionEndpoint
 from aphrodite.server.openai.models import ModelsEndpoint
@@ -109,12 +111,15 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         post("/v1/token/decode", probes.decode),
         get("/v1/auth/permission", probes.permission),
         get("/.well-known/serviceinfo", probes.service_info),
+        *tabby_admin_routes(context),
     ]
     llama_cpp = [
         *llama_cpp_routes(context),
         *llama_cpp_embedding_routes(context),
         get("/props", probes.props),
         get("/slots", probes.slots),
+        get("/models", models.list),
+        *router_admin_routes(context),
     ]
     return [
         RouteGroup("OpenAI", openai),
@@ -122,7 +127,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         RouteGroup("vLLM; llama.cpp", vllm),
         RouteGroup("TabbyAPI", tabby),
         RouteGroup("llama.cpp", llama_cpp),
-        RouteGroup("KoboldAI", kobold_routes(context), kobold_error),
+        RouteGroup("KoboldAI", [*kobold_routes(context), *kobold_admin_routes(context)], kobold_error),
         RouteGroup("Anthropic", anthropic_routes(context), anthropic_error),
         RouteGroup("Ollama", [*ollama_routes(context), *ollama_embedding_routes(context)], ollama_error, any_type=True),
     ]

@@ -53,6 +53,10 @@ class ServerContext:
     lifecycle: Lifecycle
     supervisor: Supervisor
 
+    def current(self) -> LoadedModel | None:
+        """The model that was used last, if it is loaded: for those who look and load nothing."""
+        return self.models.find(None).loaded if self.models.models else None
+
     async def resolve(self, request: Request, name: str | None) -> ModelContext:
         """The model that a request names, loaded for it if need be; None is the one used last. It stays until the
         request is answered.

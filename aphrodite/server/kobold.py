@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from aphrodite.engine.messages import EngineStats
 from aphrodite.engine.output import merge_outputs
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
@@ -414,8 +415,7 @@ class FactEndpoints:
 
     async def model(self, request: Request) -> Response:
         """The model's name."""
-        context = await self._context.resolve(request, None)
-        return json_response({"result": f"aphrodite/{context.name}"})
+        return json_response({"result": f"aphrodite/{self._context.models.find(None).name}"})
 
     async def api_version(self, request: Request) -> Response:
         """The version of KoboldAI's API."""
@@ -435,7 +435,7 @@ class FactEndpoints:
                 "protected": protected,
                 "llm": True,
                 **missing,
-                "admin": 0,
+                "admin": 2 if self._context.config.admin_keys else 0,
             }
         )
 
@@ -463,8 +463,8 @@ class FactEndpoints:
 
     async def performance(self, request: Request) -> Response:
         """How the latest run went, and what waits."""
-        context = await self._context.resolve(request, None)
-        seen, stats = self._generate.performance, context.engine.stats()
+        loaded = self._context.current()
+        seen, stats = self._generate.performance, EngineStats() if loaded is None else loaded.engine.stats()
         now = time.monotonic()
         running = stats.num_running + stats.num_waiting
         return json_response(

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aphrodite.engine.client import ProgressCallback
 from aphrodite.engine.estimate import MemoryEstimate, estimate_memory
+from aphrodite.errors import AphroditeError, ConfigError
+from aphrodite.loading.downloads import Listener
+from aphrodite.loading.hub import parse_name
 from aphrodite.model_list import OfferedModel
 from aphrodite.server.engine import Engine
+from aphrodite.server.served_model import ModelFacts
 
 if TYPE_CHECKING:
     from aphrodite.config import EngineConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
@@ -41,6 +49,23 @@ class ModelLoader(Protocol):
 
         Raises:
             AphroditeError: it cannot be found, fetched or read.
+        """
+
+    async def describe(self, offered: OfferedModel) -> ModelFacts | None:
+        """What a model on this machine says of itself; None where it cannot be told without loading it."""
+
+    async def fetch(self, offered: OfferedModel, listener: Listener) -> None:
+        """Have a model of the hub on this machine.
+
+        Raises:
+            AphroditeError: it cannot be fetched.
+        """
+
+    async def delete(self, offered: OfferedModel) -> None:
+        """Remove a model of the hub from this machine.
+
+        Raises:
+            AphroditeError: it is not there, or cannot be removed.
         """
 
     async def start(self, prepared: Prepared, progress: ProgressCallback) -> Started:
@@ -74,6 +99,33 @@ class EngineLoader:
 
         return await asyncio.to_thread(look)
 
+    async def describe(self, offered: OfferedModel) -> ModelFacts | None:
+        def look() -> ModelFacts | None:
+            try:
+                return _facts(offered)
+            except AphroditeError as error:
+                logger.info("%s cannot be described before it is loaded: %s", offered.name, error)
+                return None
+
+        return await asyncio.to_thread(look)
+
+    async def fetch(self, offered: OfferedModel, listener: Listener) -> None:
+        from aphrodite.engine.preparation import resolve_model
+
+        await asyncio.to_thread(lambda: resolve_model(offered.engine, listener=listener))
+
+    async def delete(self, offered: OfferedModel) -> None:
+        from aphrodite.loading.model_cache import hub_cache, plan_removal, remove
+
+        def work() -> None:
+            name = parse_name(offered.engine.model or "")
+            if name is None:
+                raise ConfigError(f"{offered.name} is not in the cache of fetched models")
+            cache = hub_cache(offered.engine.cache_dir)
+            remove(plan_removal(cache, name.repo, variant=name.variant, revision=name.revision))
+
+        await asyncio.to_thread(work)
+
     async def start(self, prepared: Prepared, progress: ProgressCallback) -> Started:
         from aphrodite.engine.async_engine import AsyncEngine
 
@@ -83,3 +135,30 @@ class EngineLoader:
         engine = await AsyncEngine.start(config, progress)
         info = engine.info
         return Started(engine, info.weight_bytes + info.num_blocks * info.kv_bytes_per_block + estimate.beside)
+
+
+def _facts(offered: OfferedModel) -> ModelFacts:
+    """What the headers, the tokenizer and the template of a model on this machine say.
+
+    Raises:
+        AphroditeError: it is not here, or cannot be opened.
+    """
+    from aphrodite.chat.library import load_chat_template, recognised_chat_template
+    from aphrodite.engine.preparation import model_root, resolve_model
+    from aphrodite.engine.sampling_defaults import sampling_defaults
+    from aphrodite.loading.checkpoint import open_checkpoint
+    from aphrodite.tokenizer.loader import load_tokenizer
+
+    config, path = resolve_model(offered.engine, allow_download=False)
+    checkpoint = open_checkpoint(path, load_format=config.load_format)
+    tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path)
+    template = load_chat_template(config.chat_template, tokenizer) or recognised_chat_template(
+        tokenizer, name=f"{checkpoint.name} {path.name}", family=checkpoint.spec.family
+    )
+    return ModelFacts(
+        root=model_root(path),
+        max_model_len=config.max_model_len or checkpoint.spec.max_position,
+        vocab_size=checkpoint.spec.vocab_size,
+        sampling_defaults=sampling_defaults(checkpoint.generation_defaults, source=config.generation_config),
+        chat_template=template,
+    )

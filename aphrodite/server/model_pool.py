@@ -8,20 +8,25 @@ recently. Who gives way answers the requests that it has, and takes no new ones;
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
+import math
 import re
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from aphrodite.errors import AphroditeError, EngineDeadError
+from aphrodite.loading.downloads import DownloadCancelledError, Listener
 from aphrodite.model_list import OfferedModel
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.engine import Engine
-from aphrodite.server.errors import NO_RETRY, ApiError, retry_after
+from aphrodite.server.errors import NO_RETRY, ApiError, invalid, retry_after
 from aphrodite.server.model_loader import ModelLoader, Prepared
-from aphrodite.server.served_model import LoadedModel, LoadFailure, LoadProgress, ServedModel
+from aphrodite.server.served_model import LoadedModel, LoadFailure, LoadProgress, ModelFacts, ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +61,14 @@ class ModelPool:
         limits: PoolLimits = PoolLimits(),
         *,
         discover: Callable[[], Iterable[OfferedModel]] = tuple,
+        recognise: Callable[[str], OfferedModel | None] = lambda name: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             loader: None for a server whose only engine runs already.
             discover: lists the models of a folder, which may have more of them than at the start.
+            recognise: the model of a name on the hub.
             clock: seconds.
         """
         self.models: list[ServedModel] = []
@@ -70,9 +77,12 @@ class ModelPool:
         self._loader = loader
         self._limits = limits
         self._discover = discover
+        self._recognise = recognise
         self._clock = clock
-        self._looked = -REFRESH_SECONDS
+        self._looked = -math.inf
+        self._uses = itertools.count(1)
         self._turn = asyncio.Lock()  # who loads or unloads
+        self._fetching = asyncio.Lock()
         self._due = asyncio.Event()  # a model has become idle, and may expire
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -132,7 +142,7 @@ class ModelPool:
         Raises:
             ApiError: 404, no such model.
         """
-        if name is None:
+        if name is None and self.models:
             loaded = [model for model in self.models if model.loaded is not None and not model.leaving]
             return max(loaded or self.models, key=lambda model: model.used)
         for attempt in range(2):
@@ -143,10 +153,75 @@ class ModelPool:
                 self.refresh()
         raise ApiError(
             404,
-            f"The model {name[:200]!r} does not exist here. This server has: {', '.join(self.names)}.",
+            f"The model {(name or '')[:200]!r} does not exist here. This server has:"
+            f" {', '.join(self.names) or 'none yet'}.",
             param="model",
             code="model_not_found",
         )
+
+    def find_or_offer(self, name: str) -> ServedModel:
+        """The model of a name, be it one on the hub that was not offered yet: for whoever may change what there is.
+
+        Raises:
+            ApiError: 404, no such model.
+        """
+        offered = self._recognise(name) if self.loads and name not in self.names else None
+        return self.find(name) if offered is None else self.offer(offered)
+
+    async def facts(self, model: ServedModel) -> ModelFacts | None:
+        """What is known of a model, found out without loading it; None where that cannot be."""
+        if model.facts is None and self._loader is not None and model.offered is not None:
+            model.facts = await self._loader.describe(model.offered)
+        return model.facts
+
+    async def fetch(self, name: str, listener: Listener) -> ServedModel:
+        """Fetch a model of the hub, and offer it.
+
+        Args:
+            listener: hears how far it is, in several threads.
+
+        Raises:
+            ApiError: 400, no name of a model on the hub, or the server has one model and lives with it; 502, it cannot
+                be fetched.
+        """
+        if self._loader is None:
+            raise only_one()
+        offered = self._recognise(name)
+        if offered is None:
+            raise invalid("model", f"{name[:200]!r} is not the name of a model on the hub, as ORG/NAME is")
+        gone = threading.Event()
+
+        def heard(come: int, total: int) -> None:
+            if gone.is_set():
+                raise DownloadCancelledError(f"nobody waits for {name} any more")
+            listener(come, total)
+
+        try:
+            async with self._fetching:
+                await self._loader.fetch(offered, heard)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+        except AphroditeError as error:
+            logger.warning("%s cannot be fetched: %s", name, error)
+            message = f"The model {name!r} cannot be fetched: {_FOLDERS.sub('', str(error))}"
+            raise ApiError(502, message, param="model", code="model_fetch_failed", headers=NO_RETRY) from None
+        return self.offer(offered)
+
+    async def delete(self, model: ServedModel) -> None:
+        """Unload a model, offer it no more, and remove its files from the cache of fetched models.
+
+        Raises:
+            ApiError: 400, the server has one model and lives with it; or it was not fetched from a hub.
+            AphroditeError: the cache does not have it.
+        """
+        if self._loader is None or model.offered is None:
+            raise only_one()
+        if self._recognise(str(model.offered.engine.model)) is None:
+            raise invalid("model", f"{model.name} was not fetched from a hub: whoever put it there removes its files")
+        await self.unload(model)
+        await self._loader.delete(model.offered)
+        self.models.remove(model)
 
     # --- using them ---------------------------------------------------------------------------------------------
 
@@ -160,7 +235,7 @@ class ModelPool:
         if self.dead.is_set():
             raise EngineDeadError("the engine process has ended")
         loaded = model.loaded
-        model.used = self._clock()
+        model.used = next(self._uses)
         if loaded is None or model.leaving or loaded.engine.dead.is_set():
             return await self._wait(model)
         loaded.keep_alive = self._keep_alive(model)
@@ -173,6 +248,13 @@ class ModelPool:
             model.loaded.keep_alive = seconds
             self._idle(model.loaded)
 
+    def seconds_left(self, model: ServedModel) -> float | None:
+        """Until a loaded model is unloaded, if nobody asks for it; None is never."""
+        loaded = model.loaded
+        if loaded is None or loaded.keep_alive is None:
+            return None
+        return loaded.keep_alive if loaded.expires is None else max(0.0, loaded.expires - self._clock())
+
     async def load(self, model: ServedModel) -> None:
         """Load a model before a request asks for it.
 
@@ -180,6 +262,15 @@ class ModelPool:
             ApiError: it cannot be loaded, or too many wait already.
         """
         (await self.use(model)).end_use()
+
+    def begin_load(self, model: ServedModel) -> None:
+        """Have a model loaded while nobody waits for it; what becomes of it its state and its failure tell."""
+
+        async def load() -> None:
+            with contextlib.suppress(ApiError):  # which the log has
+                await self.load(model)
+
+        self._keep(load())
 
     async def unload(self, model: ServedModel) -> None:
         """End a model's engine once it has answered the requests that it has; those that come meanwhile load it again.
@@ -197,12 +288,6 @@ class ModelPool:
                     await self._end(model)
                 finally:
                     model.leaving = False
-
-    async def remove(self, model: ServedModel) -> None:
-        """Unload a model, and offer it no more."""
-        await self.unload(model)
-        if model in self.models and len(self.models) > 1:
-            self.models.remove(model)
 
     async def expire(self) -> None:
         """Unload every model whose time without requests is over."""
@@ -276,13 +361,13 @@ class ModelPool:
             self._fail(model, error)
         finally:
             model.loading = None
-            model.set_progress(None)
+            model.progress.set(None)
 
     async def _start(self, model: ServedModel, loader: ModelLoader, prepared: Prepared) -> None:
         logger.info("loading %s", model.name)
 
         def report(label: str, done: int, total: int) -> None:
-            model.set_progress(LoadProgress(label, done, total))
+            model.progress.set(LoadProgress(label, done, total))
 
         engine, memory = await loader.start(prepared, report)
         loaded = LoadedModel(engine, memory, lambda: self._idle(loaded))

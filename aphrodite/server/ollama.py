@@ -7,12 +7,10 @@ Durations are nanoseconds.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -26,22 +24,23 @@ from starlette.types import ASGIApp
 from aphrodite.errors import InvalidRequestError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.grammar_fields import json_schema
-from aphrodite.sampling.params import SamplingParams, to_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.table import Grammar
 from aphrodite.server.body import parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
-from aphrodite.server.errors import ApiError, Headers, invalid, unsupported
+from aphrodite.server.errors import Headers, unsupported
 from aphrodite.server.generation import Generation, collect, stream_pieces
+from aphrodite.server.ollama_format import LINES, keep_alive_seconds, line, timestamp, untagged
+from aphrodite.server.ollama_models import ollama_model_routes
 from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, is_known_field, sampling_params
 from aphrodite.server.openai.rendering import chat_prompt
 from aphrodite.server.openai.tools import ToolUse
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
-from aphrodite.server.routing import get, post
-from aphrodite.server.sse import EventResponse, EventStream, StreamFormat
+from aphrodite.server.routing import post
+from aphrodite.server.sse import EventResponse, EventStream
 
-VERSION = "0.12.0"  # of Ollama, whose API this is; clients ask for it to know what they may send
 _MESSAGES = {"type": "array", "items": {"type": "object"}}
 
 
@@ -66,7 +65,11 @@ class OllamaFields(pydantic.BaseModel):
     stream: bool = Field(default=True, description="Send the answer piece by piece, a line of JSON each.")
     options: dict[str, Any] = Field(default={}, description="Sampling parameters.")
     preset: str | None = Field(default=None, description="A sampler preset of /v1/presets.", max_length=256)
-    keep_alive: Any = Field(default=None, description="Has no meaning here: the model stays loaded.")
+    keep_alive: Any = Field(
+        default=None,
+        description="How long the model stays without requests, where the server has several: seconds, or a time such "
+        "as 5m; 0 unloads it behind the answer, below 0 it stays for ever.",
+    )
     format: Any = Field(default=None, description='"json", or a JSON schema that the answer has to fit.')
     think: bool = Field(default=False, description="Must be false: what a model thinks is part of its text here.")
 
@@ -90,47 +93,14 @@ class OllamaGenerateFields(OllamaFields):
     template: str = Field(default="", description="Must be empty: the server's template holds.")
 
 
-class ShowFields(pydantic.BaseModel):
-    """`POST /api/show`."""
-
-    model_config = pydantic.ConfigDict(strict=True, frozen=True)
-
-    model: str | None = Field(default=None, description="A name from /api/tags.")
-    name: str | None = Field(default=None, description="The same, as older clients call it.")
-
-
-def ollama_error(error: ApiError) -> dict[str, Any]:
-    """An error as Ollama writes it."""
-    return {"error": error.message}
-
-
-def _line(value: Mapping[str, Any]) -> bytes:
-    return msgspec.json.encode(value) + b"\n"
-
-
-def _failure(error: ApiError) -> bytes:
-    return _line(ollama_error(error))
-
-
-_FORMAT = StreamFormat(media_type=b"application/x-ndjson", mark=b"", ping=b"", failure=_failure)
-
-
 def ollama_routes(context: ServerContext) -> list[Route]:
     """All of the protocol's routes."""
-    generate, models = OllamaEndpoints(context), OllamaModels(context)
+    generate = OllamaEndpoints(context)
     return [
         post("/api/chat", generate.chat),
         post("/api/generate", generate.generate),
-        get("/api/tags", models.tags),
-        get("/api/ps", models.running),
-        post("/api/show", models.show),
-        get("/api/version", models.version),
+        *ollama_model_routes(context),
     ]
-
-
-def untagged(context: ServerContext, name: str) -> str:
-    """The name of a model as the server knows it: an Ollama name's tag `latest` may be left out, or be too much."""
-    return name if name in context.models.names else name.removesuffix(":latest")
 
 
 class OllamaEndpoints:
@@ -143,10 +113,12 @@ class OllamaEndpoints:
         fields = parse(OllamaChatFields, body)
         if fields.tools:
             raise unsupported("tools", "tool calls are not supported yet; leave it out")
-        context = await self._context.resolve(request, untagged(self._context, fields.model))
+        if fields.messages == [] and self._unloads(fields):
+            return _empty(fields.model, "unload", _as_message(""))
+        context = await self._resolve(request, fields)
         params = _params(request, fields, context)
         if fields.messages == []:
-            return _loaded(context.name, {"message": {"role": "assistant", "content": ""}})
+            return _empty(context.name, "load", _as_message(""))
         chat = ChatFields(messages=_messages(fields.messages))
         token_ids, params = await chat_prompt(chat, params, context, ToolUse())
         answer = _Answer(context, Generation.of("ollama", context.name, [token_ids], params), _as_message)
@@ -159,14 +131,33 @@ class OllamaEndpoints:
         for name in ("suffix", "images", "template"):
             if getattr(fields, name):
                 raise unsupported(name, "is not supported here; leave it out")
-        context = await self._context.resolve(request, untagged(self._context, fields.model))
+        is_empty = not fields.prompt and not fields.context
+        if is_empty and self._unloads(fields):
+            return _empty(fields.model, "unload", _as_response(""))
+        context = await self._resolve(request, fields)
         params = _params(request, fields, context)
-        if not fields.prompt and not fields.context:
-            return _loaded(context.name, {"response": ""})
+        if is_empty:
+            return _empty(context.name, "load", _as_response(""))
         token_ids, params = await _prompt(fields, params, context)
         generation = Generation.of("ollama", context.name, [token_ids], params)
         answer = _Answer(context, generation, _as_response, tells_context=True)
         return await self._respond(request, fields, answer, _ignored(body, fields))
+
+    async def _resolve(self, request: Request, fields: OllamaFields) -> ModelContext:
+        """The model, which stays as long without requests as this one says."""
+        wanted = None if fields.keep_alive is None else (keep_alive_seconds(fields.keep_alive),)
+        context = await self._context.resolve(request, untagged(self._context, fields.model))
+        if wanted is not None:
+            self._context.models.set_keep_alive(context.served, wanted[0])
+        return context
+
+    def _unloads(self, fields: OllamaFields) -> bool:
+        """Whether a request without a text asks to unload its model, which happens once nobody uses it."""
+        if fields.keep_alive is None or keep_alive_seconds(fields.keep_alive) != 0:
+            return False
+        pool = self._context.models
+        pool.set_keep_alive(pool.find(untagged(self._context, fields.model)), 0.0)
+        return True
 
     async def _respond(
         self, request: Request, fields: OllamaFields, answer: _Answer, headers: Headers
@@ -175,7 +166,7 @@ class OllamaEndpoints:
         if fields.stream:
             timeout = context.config.write_timeout
             return EventResponse(
-                answer.stream, context.supervisor, write_timeout=timeout, headers=headers, format=_FORMAT
+                answer.stream, context.supervisor, write_timeout=timeout, headers=headers, format=LINES
             )
         whole = await context.supervisor.run(answer.whole(), request.receive)
         return json_response(whole, headers)
@@ -238,10 +229,10 @@ def _as_response(text: str) -> dict[str, Any]:
     return {"response": text}
 
 
-def _loaded(model: str, empty: Mapping[str, Any]) -> Response:
-    """A request without a text asks that the model be loaded, which it is."""
-    head = {"model": model, "created_at": _now(), **empty}
-    return json_response({**head, "done": True, "done_reason": "load"})
+def _empty(model: str, reason: str, nothing: Mapping[str, Any]) -> Response:
+    """A request without a text asks that the model be loaded, or unloaded, which it is."""
+    head = {"model": model, "created_at": timestamp(), **nothing}
+    return json_response({**head, "done": True, "done_reason": reason})
 
 
 @dataclass(slots=True)
@@ -272,13 +263,13 @@ class _Answer:
     def _lines(self, output: RequestOutput, token_ids: list[int]) -> bytes:
         (answer,) = output.outputs
         token_ids += answer.token_ids
-        data = _line({**self._head(), **self.write(answer.text), "done": False}) if answer.text else b""
+        data = line({**self._head(), **self.write(answer.text), "done": False}) if answer.text else b""
         if answer.finish_reason is not None:
-            data += _line(self._end(answer, "", token_ids))
+            data += line(self._end(answer, "", token_ids))
         return data
 
     def _head(self) -> dict[str, Any]:
-        return {"model": self.generation.model, "created_at": _now()}
+        return {"model": self.generation.model, "created_at": timestamp()}
 
     def _end(self, answer: CompletionOutput, text: str, token_ids: list[int]) -> dict[str, Any]:
         now = time.perf_counter()
@@ -300,84 +291,11 @@ class _Answer:
         }
 
 
-class OllamaModels:
-    """What clients ask about models."""
-
-    def __init__(self, context: ServerContext) -> None:
-        self._context = context
-
-    async def tags(self, request: Request) -> Response:
-        """The models that can be asked for."""
-        return json_response({"models": [self._card(name) for name in self._context.models.names]})
-
-    async def running(self, request: Request) -> Response:
-        """The models that are loaded."""
-        loaded = [model.names[0] for model in self._context.models.models if model.loaded is not None]
-        extra = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}
-        return json_response({"models": [{**self._card(name), **extra} for name in loaded]})
-
-    async def show(self, request: Request) -> Response:
-        """One model: its template, its recommended parameters, its context."""
-        fields = parse(ShowFields, await read_object(request, max_depth=self._context.config.max_json_depth))
-        name = fields.model or fields.name
-        if name is None:
-            raise invalid("model", "this field is required", code="missing_required_parameter")
-        context = await self._context.resolve(request, untagged(self._context, name))
-        model = context.engine.model
-        parameters = "\n".join(f"{key} {value}" for key, value in to_mapping(model.sampling_defaults).items())
-        return json_response(
-            {
-                "modelfile": f"# served by Aphrodite Engine\nFROM {model.root}",
-                "parameters": parameters,
-                "template": context.engine.chat_template.source,
-                "details": _details(),
-                "model_info": {
-                    "general.architecture": "aphrodite",
-                    "general.basename": context.served.names[0],
-                    "aphrodite.context_length": model.max_model_len,
-                    "aphrodite.vocab_size": model.vocab_size,
-                },
-                "capabilities": ["completion"],
-            }
-        )
-
-    async def version(self, request: Request) -> Response:
-        """The version of Ollama whose API this is."""
-        return json_response({"version": VERSION})
-
-    def _card(self, name: str) -> dict[str, Any]:
-        served = self._context.models.find(name)
-        root = "" if served.facts is None else served.facts.model.root
-        return {
-            "name": name,
-            "model": name,
-            "modified_at": datetime.fromtimestamp(served.created, UTC).isoformat().replace("+00:00", "Z"),
-            "size": 0,
-            "digest": hashlib.sha256(f"{root} {name}".encode()).hexdigest(),
-            "details": _details(),
-        }
-
-
 def _grammar(wanted: Any) -> Grammar | None:
     """What `format` asks for."""
     if wanted is None or wanted == "" or wanted == {}:
         return None
     return Grammar("json_object", "") if wanted == "json" else json_schema(wanted, "format")
-
-
-def _details() -> dict[str, Any]:
-    return {
-        "parent_model": "",
-        "format": "",
-        "family": "",
-        "families": [],
-        "parameter_size": "",
-        "quantization_level": "",
-    }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _nanoseconds(seconds: float) -> int:

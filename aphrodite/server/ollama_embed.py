@@ -16,7 +16,7 @@ from aphrodite.engine.embedding import EmbeddingOutput, EmbeddingParams
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.embeddings import as_numbers, embed, json_bytes, num_tokens, read_inputs
-from aphrodite.server.ollama import untagged
+from aphrodite.server.ollama_format import untagged
 from aphrodite.server.openai.protocol import ignored_header
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import post

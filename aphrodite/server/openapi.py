@@ -19,8 +19,16 @@ from aphrodite.server.embeddings import EmbeddingFields
 from aphrodite.server.kobold import KoboldFields, KoboldKeyFields, KoboldTextFields, KoboldTokensFields
 from aphrodite.server.llama_cpp import LlamaCppFields
 from aphrodite.server.llama_cpp_embed import LlamaCppEmbeddingFields
-from aphrodite.server.ollama import OllamaChatFields, OllamaGenerateFields, ShowFields
+from aphrodite.server.model_admin import (
+    DownloadFields,
+    ReloadFields,
+    RouterFields,
+    TabbyLoadFields,
+    TabbyUnloadFields,
+)
+from aphrodite.server.ollama import OllamaChatFields, OllamaGenerateFields
 from aphrodite.server.ollama_embed import OllamaEmbeddingsFields, OllamaEmbedFields
+from aphrodite.server.ollama_models import ModelFields, PullFields
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.openai.responses.fields import ResponsesFields
 from aphrodite.server.probes import TabbyDecodeFields, TabbyEncodeFields
@@ -56,7 +64,15 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/api/generate": (OllamaGenerateFields, False),
     "/api/embed": (OllamaEmbedFields, False),
     "/api/embeddings": (OllamaEmbeddingsFields, False),
-    "/api/show": (ShowFields, False),
+    "/api/show": (ModelFields, False),
+    "/api/pull": (PullFields, False),
+    "/api/delete": (ModelFields, False),
+    "/api/admin/reload_config": (ReloadFields, False),
+    "/v1/model/load": (TabbyLoadFields, False),
+    "/v1/model/unload": (TabbyUnloadFields, False),
+    "/v1/model/download": (DownloadFields, False),
+    "/models/load": (RouterFields, False),
+    "/models/unload": (RouterFields, False),
     "/api/extra/tokencount": (KoboldTextFields, False),
     "/api/extra/tokenize": (KoboldTextFields, False),
     "/api/extra/detokenize": (KoboldTokensFields, False),

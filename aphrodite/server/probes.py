@@ -11,6 +11,7 @@ import aphrodite
 from aphrodite.server.auth import is_admin
 from aphrodite.server.body import BYTES_PER_TOKEN, off_loop, parse, read_object
 from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import ApiError
 from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import render_chat
@@ -42,6 +43,8 @@ class ProbeEndpoints:
 
     async def model(self, request: Request) -> Response:
         """The model that is loaded, as TabbyAPI describes it."""
+        if self._context.current() is None:
+            raise ApiError(400, "No model is loaded. A request that names one loads it.", code="no_model_loaded")
         context = await self._context.resolve(request, None)
         model = context.engine.model
         template = context.engine.chat_template
@@ -111,8 +114,10 @@ class ProbeEndpoints:
 
     async def slots(self, request: Request) -> Response:
         """A slot for each answer that can run, and how many do."""
-        engine = (await self._context.resolve(request, None)).engine
-        model, running = engine.model, engine.stats().num_running
+        loaded = self._context.current()
+        if loaded is None:
+            return json_response([])
+        model, running = loaded.engine.model, loaded.engine.stats().num_running
         slots = [
             {"id": number, "n_ctx": model.max_model_len, "is_processing": number < running}
             for number in range(model.max_num_seqs)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from aphrodite.server.config import ServerConfig
-from aphrodite.server.engine import Engine, ModelInfo
+from aphrodite.server.engine import Engine
 from aphrodite.server.errors import ApiError
 from aphrodite.server.metrics import ModelMetrics
 
 if TYPE_CHECKING:
     from aphrodite.chat.template import ChatTemplate
     from aphrodite.model_list import OfferedModel
+    from aphrodite.sampling.params import SamplingParams
 
 ModelState = Literal["loaded", "loading", "unloading", "unloaded"]
 
@@ -72,10 +73,30 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What stays known of a model that has been loaded once."""
+    """What is known of a model even while it is not loaded."""
 
-    model: ModelInfo
+    root: str
+    max_model_len: int
+    vocab_size: int
+    sampling_defaults: SamplingParams
     chat_template: ChatTemplate
+
+
+class ProgressFeed:
+    """How far something is, for those who follow it. `latest` is None while nothing goes on."""
+
+    def __init__(self) -> None:
+        self.latest: LoadProgress | None = None
+        self._changed = asyncio.Event()
+
+    def set(self, latest: LoadProgress | None) -> None:
+        self.latest = latest
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Return at the next change."""
+        await self._changed.wait()
 
 
 class LoadFailure(NamedTuple):
@@ -93,10 +114,10 @@ class ServedModel:
         config: the server's settings, with the model's own sampler preset and parsers.
         offered: how it is loaded; None where its engine was started before the server.
         metrics: counts of its answers, whether it is loaded or not.
-        facts: what was found out when it was last loaded.
+        facts: what was found out when it was last loaded, or looked at; None before.
         loaded: its engine while that runs.
         leaving: it gives way to another, and takes no new requests.
-        used: when a request asked for it last, by the pool's clock.
+        used: the number of the pool's latest request for it.
         waiters: requests that wait until it is loaded.
         abandoned: set while none does.
         progress: how far loading is, while it is being loaded.
@@ -111,13 +132,12 @@ class ServedModel:
         self.facts: ModelFacts | None = None
         self.loaded: LoadedModel | None = None
         self.leaving = False
-        self.used = 0.0
+        self.used = 0
         self.failure: LoadFailure | None = None
-        self.progress: LoadProgress | None = None
+        self.progress = ProgressFeed()
         self.waiters: list[asyncio.Future[LoadedModel]] = []
         self.abandoned = asyncio.Event()
         self.loading: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
 
     @property
     def name(self) -> str:
@@ -137,15 +157,8 @@ class ServedModel:
 
     def set_loaded(self, loaded: LoadedModel) -> None:
         engine = loaded.engine
-        self.facts = ModelFacts(engine.model, engine.chat_template)
+        known = engine.model
+        self.facts = ModelFacts(
+            known.root, known.max_model_len, known.vocab_size, known.sampling_defaults, engine.chat_template
+        )
         self.loaded, self.failure = loaded, None
-        self.set_progress(None)
-
-    def set_progress(self, progress: LoadProgress | None) -> None:
-        self.progress = progress
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def progressed(self) -> None:
-        """Return when loading has gone on."""
-        await self._changed.wait()

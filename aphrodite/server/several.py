@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from aphrodite.config import Settings
 from aphrodite.errors import ConfigError
-from aphrodite.model_list import OfferedModel, models_in_folder
+from aphrodite.model_list import OfferedModel, hub_model, models_in_folder
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.errors import ApiError
 from aphrodite.server.model_loader import EngineLoader
@@ -34,7 +34,11 @@ async def open_pool(
         on_gpu=room.where == "GPU memory",
         alone=limits.max_loaded == 1,
     )
-    pool = ModelPool(config, loader, limits, discover=lambda: models_in_folder(settings))
+
+    def recognise(name: str) -> OfferedModel | None:
+        return hub_model(settings, name)
+
+    pool = ModelPool(config, loader, limits, discover=lambda: models_in_folder(settings), recognise=recognise)
     try:
         for each in offered:
             pool.offer(each)

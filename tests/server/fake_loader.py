@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass, field
 
-from fake_engine import FakeEngine, FakeModel
+from fake_engine import TEMPLATE, FakeEngine, FakeModel
 
+from aphrodite.chat.template import ChatTemplate
 from aphrodite.config import EngineConfig, ServerSettings
 from aphrodite.engine.client import ProgressCallback
 from aphrodite.engine.estimate import MemoryEstimate
+from aphrodite.loading.downloads import Listener
 from aphrodite.model_list import OfferedModel
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.model_loader import Prepared, Started
 from aphrodite.server.model_pool import ModelPool, PoolLimits
+from aphrodite.server.served_model import ModelFacts
 
 GIB = 1 << 30
 
@@ -43,6 +48,8 @@ class FakeLoader:
     hold_after: int | None = None  # of the engines that are started
     started: list[str] = field(default_factory=list)
     engines: dict[str, FakeEngine] = field(default_factory=dict)
+    described: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -51,6 +58,20 @@ class FakeLoader:
     async def prepare(self, offered: OfferedModel) -> Prepared:
         size = self.sizes.get(str(offered.engine.model), GIB)
         return Prepared(offered.engine, MemoryEstimate(size, 0, 0))
+
+    async def describe(self, offered: OfferedModel) -> ModelFacts | None:
+        self.described.append(offered.name)
+        return ModelFacts(f"{offered.name}.gguf", 4096, 258, SamplingParams(), ChatTemplate(TEMPLATE))
+
+    async def fetch(self, offered: OfferedModel, listener: Listener) -> None:
+        if offered.name in self.fails:
+            raise self.fails[offered.name]
+        for come in range(0, 101, 10):
+            listener(come, 100)
+            await asyncio.sleep(0)
+
+    async def delete(self, offered: OfferedModel) -> None:
+        self.deleted.append(offered.name)
 
     async def start(self, prepared: Prepared, progress: ProgressCallback) -> Started:
         path = str(prepared.config.model)
@@ -75,12 +96,16 @@ def offered(name: str, *aliases: str, pinned: bool = False, **settings: object) 
     )  # fmt: skip
 
 
+def on_hub(name: str) -> OfferedModel | None:
+    return offered(name) if re.fullmatch(r"[\w-]+/[\w-]+(:\w+)?", name) else None
+
+
 def pool_of(
     loader: FakeLoader, *models: OfferedModel, config: ServerConfig | None = None, clock: Clock | None = None,
     max_loaded: int | None = None, max_waiting: int = 256,
 ) -> ModelPool:  # fmt: skip
     limits = PoolLimits(max_loaded, max_waiting)
-    pool = ModelPool(config or ServerConfig(), loader, limits, clock=clock or Clock())
+    pool = ModelPool(config or ServerConfig(), loader, limits, recognise=on_hub, clock=clock or Clock())
     for model in models:
         pool.offer(model)
     return pool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,12 +35,14 @@ class RunningServer:
 
 
 @asynccontextmanager
-async def running_server(engine: FakeEngine | None = None, **settings: object) -> AsyncIterator[RunningServer]:
-    """Serve on a free port until the block ends."""
+async def running_server(
+    engine: FakeEngine | None = None, make_pool: Callable[[ServerConfig], ModelPool] | None = None, **settings: object
+) -> AsyncIterator[RunningServer]:
+    """Serve on a free port until the block ends: `engine`, or the models of a pool."""
     engine = engine or FakeEngine()
     config = ServerConfig(host="127.0.0.1", port=0, shutdown_timeout=0.0, **settings)
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    pool = ModelPool.of_engine(engine, config)
+    pool = make_pool(config) if make_pool else ModelPool.of_engine(engine, config)
     task = asyncio.ensure_future(serve(pool, config, bind_socket("127.0.0.1", 0), on_ready=ready.set_result))
     await asyncio.wait((ready, task), return_when=asyncio.FIRST_COMPLETED)
     try:
@@ -50,5 +52,6 @@ async def running_server(engine: FakeEngine | None = None, **settings: object) -
             if "client" in vars(server):
                 await server.client.close()
     finally:
-        engine.dead.set()
+        pool.dead.set()  # which with one model is that of its engine
         await task
+        await pool.close()

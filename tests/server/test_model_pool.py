@@ -38,13 +38,13 @@ async def test_two_requests_for_a_model_that_loads_share_one_load() -> None:
     uses = [asyncio.ensure_future(pool.use(model)) for _ in range(5)]
     await settled()
     assert model.state == "loading"
-    assert model.progress == ("loading weights", 1, 2)
+    assert model.progress.latest == ("loading weights", 1, 2)
     loader.gate.set()
     engines = [loaded.engine for loaded in await asyncio.gather(*uses)]
     assert all(engine is loader.engines["a"] for engine in engines)
     assert loader.started == ["a"]
     assert model.facts is not None
-    assert model.facts.model.name == "a"
+    assert model.facts.root == "a"
 
 
 async def test_the_least_recently_used_of_the_idle_ones_gives_way() -> None:

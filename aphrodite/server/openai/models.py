@@ -10,6 +10,7 @@ from starlette.responses import Response
 from aphrodite.sampling.params import to_mapping
 from aphrodite.server.context import ServerContext
 from aphrodite.server.responses import json_response
+from aphrodite.server.served_model import ServedModel
 
 
 class ModelsEndpoint:
@@ -18,6 +19,7 @@ class ModelsEndpoint:
 
     async def list(self, request: Request) -> Response:
         """The names this server answers to."""
+        self._context.models.refresh()
         cards = [self._card(name) for name in self._context.models.names]
         return json_response({"object": "list", "data": cards})
 
@@ -28,18 +30,28 @@ class ModelsEndpoint:
     def _card(self, name: str) -> dict[str, Any]:
         served = self._context.models.find(name)
         first, facts = served.names[0], served.facts
-        card = {
+        card: dict[str, Any] = {
             "id": name,
             "object": "model",
             "created": served.created,
             "owned_by": "aphrodite",
             "parent": None if name == first else first,
         }
+        if self._context.models.loads:
+            card["status"] = _status(served)
         if facts is None:
             return card
         return {
             **card,
-            "root": facts.model.root,
-            "max_model_len": facts.model.max_model_len,
-            "sampling_defaults": to_mapping(facts.model.sampling_defaults),
+            "root": facts.root,
+            "max_model_len": facts.max_model_len,
+            "sampling_defaults": to_mapping(facts.sampling_defaults),
         }
+
+
+def _status(model: ServedModel) -> dict[str, Any]:
+    """Whether the model is loaded, as llama.cpp's router says it."""
+    failed = {} if model.failure is None else {"failed": True, "message": model.failure.error.message}
+    latest = model.progress.latest
+    progress = {} if latest is None else {"bytes": latest.done, "total_bytes": latest.total}
+    return {"value": model.state, **failed, **progress}

@@ -1,0 +1,61 @@
+"""How Ollama writes answers: lines of JSON, times, durations and names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from aphrodite.config import parse_duration
+from aphrodite.server.context import ServerContext
+from aphrodite.server.errors import ApiError, invalid
+from aphrodite.server.sse import StreamFormat
+
+_MAX_DURATION = 32  # characters
+
+
+def ollama_error(error: ApiError) -> dict[str, Any]:
+    """An error as Ollama writes it."""
+    return {"error": error.message}
+
+
+def line(value: Mapping[str, Any]) -> bytes:
+    """One piece of a stream."""
+    return msgspec.json.encode(value) + b"\n"
+
+
+def _failure(error: ApiError) -> bytes:
+    return line(ollama_error(error))
+
+
+LINES = StreamFormat(media_type=b"application/x-ndjson", mark=b"", ping=b"", failure=_failure)
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """A moment, in Unix seconds; by default this one."""
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def untagged(context: ServerContext, name: str) -> str:
+    """The name of a model as the server knows it: an Ollama name's tag `latest` may be left out, or be too much."""
+    return name if name in context.models.names else name.removesuffix(":latest")
+
+
+def keep_alive_seconds(value: Any) -> float | None:
+    """How long a request wants its model to stay: seconds, or a time such as 5m; below 0 is for ever (None).
+
+    Raises:
+        ApiError: 400, it is neither.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if value >= 0 else None
+    if isinstance(value, str) and len(value) <= _MAX_DURATION:
+        text = value.strip()
+        sign, text = text.startswith("-"), text.removeprefix("-")
+        seconds = float(text) if text.isascii() and text.isdigit() else parse_duration(text)
+        if seconds is not None:
+            return None if sign and seconds else seconds
+    raise invalid("keep_alive", "must be seconds, or a time such as 5m; below 0 is for ever", code="invalid_type")
