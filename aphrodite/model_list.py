@@ -47,7 +47,7 @@ def offered_models(settings: Settings) -> list[OfferedModel]:
     """All models of a server that has several: MODEL first, then the list, then what else the folder holds.
 
     Raises:
-        ConfigError: two models have one name, a listed one is nowhere, or there are none.
+        ConfigError: two models have one name, a listed one is nowhere, or there are none and none can come.
     """
     engine = settings.engine
     if engine.served_model_name and engine.model is None:
@@ -58,7 +58,7 @@ def offered_models(settings: Settings) -> list[OfferedModel]:
     models += listed
     used = {model.engine.model for model in models}
     models += [model for model in folder.values() if model.engine.model not in used]
-    if not models:
+    if not models and not settings.server.admin_key:  # with one, models can be fetched
         raise ConfigError(f"{settings.server.models_dir} holds no GGUF file and no folder of a checkpoint")
     return _without_clashes(models)
 

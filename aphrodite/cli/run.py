@@ -91,7 +91,8 @@ async def _serve_several(settings: Settings, report: StartReport) -> int:
         async with open_pool(settings, config, offered) as pool:
 
             def ready(url: str) -> None:
-                report.ready_with_several(summary(pool), pool.models[0].name, url, needs_key=bool(config.api_keys))
+                name = pool.models[0].name if pool.models else "MODEL"
+                report.ready_with_several(summary(pool), name, url, needs_key=bool(config.api_keys))
 
             return await serve(pool, config, sock, on_ready=ready)
 

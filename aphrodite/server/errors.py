@@ -94,7 +94,7 @@ def shutting_down() -> ApiError:
 
 def engine_dead() -> ApiError:
     return ApiError(
-        503, "The engine has stopped; the server is going down.", code="engine_dead", headers=retry_after(10)
+        503, "The model's engine has stopped; try again in a moment.", code="engine_dead", headers=retry_after(10)
     )
 
 

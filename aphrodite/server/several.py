@@ -65,6 +65,6 @@ def summary(pool: ModelPool) -> list[str]:
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     memory = "" if pool.budget is None else f" in at most {size_text(pool.budget)}"
     return [
-        f"Models    {', '.join(names[:20])}{more}",
+        f"Models    {', '.join(names[:20]) or 'none yet'}{more}",
         f"Loaded    {', '.join(loaded) or 'none yet'}; others when a request asks for them{memory}",
     ]

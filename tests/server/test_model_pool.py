@@ -290,6 +290,13 @@ async def test_without_a_name_the_model_used_last_is_meant() -> None:
     assert pool.find(None).name == "b"
 
 
+async def test_a_server_without_models_says_so() -> None:
+    pool = pool_of(FakeLoader())
+    for name in (None, "a"):
+        with pytest.raises(ApiError, match="none yet"):
+            pool.find(name)
+
+
 async def test_a_folder_that_gains_a_model_is_looked_at_when_a_name_is_unknown() -> None:
     clock: Any = Clock()
     folder = [offered("a")]
