@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
 
 
 class TextPiece(NamedTuple):
@@ -59,6 +61,14 @@ class ToolCall:
 
     name: str
     arguments: str = ""
+
+    def arguments_object(self) -> dict[str, Any] | None:
+        """The arguments as the object that they describe; None: they are none."""
+        try:
+            value = msgspec.json.decode(self.arguments or "{}")
+        except (msgspec.DecodeError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from aphrodite.chat.events import CallArguments, CallStart, Event, ReasoningPiece, TextPiece
+from aphrodite.chat.events import CallArguments, CallStart, Event, ReasoningPiece, TextPiece, ToolCall
 from aphrodite.outputs import CompletionOutput
 from aphrodite.server.anthropic_reading import signature_of
 from aphrodite.server.body import off_loop
@@ -106,7 +106,8 @@ class _Block:
     def whole(self, *, shown: bool) -> dict[str, Any]:
         text = "".join(self.texts)
         if self.kind == "tool_use":
-            return self.opening() | {"input": _arguments(text)}
+            arguments = ToolCall(self.name, text).arguments_object()
+            return self.opening() | {"input": {INVALID_JSON: text} if arguments is None else arguments}
         if self.kind == "thinking":
             signature = signature_of(text, carried=not shown)
             return {"type": "thinking", "thinking": text if shown else "", "signature": signature}
@@ -225,12 +226,3 @@ class Answer:
 def event(name: str, **content: Any) -> bytes:
     """An event on the wire."""
     return named_event(name, msgspec.json.encode({"type": name, **content}))
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """The object that a call's arguments are; what is none, as of a call that was cut off, is kept as text."""
-    try:
-        value = msgspec.json.decode(text or "{}")
-    except (msgspec.DecodeError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {INVALID_JSON: text}

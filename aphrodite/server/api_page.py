@@ -54,12 +54,12 @@ KoboldAI's API with koboldcpp's additions. `memory` stands before the prompt, wh
 fixed values, and `max_length` is 512. Errors are `{"detail": {"msg", "type", "param"}}`; in a stream they come as
 `event: error`.""",
     "Anthropic": """\
-A last message of the assistant is continued. Blocks are text, `tool_use`, `tool_result` (a failed one's text begins with
-`Error: `) and `thinking`, whose signatures are ours; another server's are taken, and its `redacted_thinking` is left
-out. Tools are those that clients run themselves. Thinking is off unless `thinking` says otherwise; `budget_tokens` is
-[`thinking_token_budget`](samplers.md#thinking_token_budget), of any size. Arguments of a call that was cut off come as
-`{"INVALID_JSON": text}`. `output_config` has `effort` and a `format` of kind `json_schema`. Sampling parameters go by
-their own names. Errors are `{"type": "error", "error": {"type", "message"}}`.""",
+A last message of the assistant is continued. Blocks are text, `tool_use`, `tool_result` (a failed one's text begins
+with `Error: `) and `thinking`, whose signatures are ours; another server's are taken, and its `redacted_thinking` is
+left out. Tools are those that clients run themselves. Thinking is off unless `thinking` says otherwise; `budget_tokens`
+is [`thinking_token_budget`](samplers.md#thinking_token_budget), of any size. Arguments of a call that was cut off come
+as `{"INVALID_JSON": text}`. `output_config` has `effort` and a `format` of kind `json_schema`. Sampling parameters go
+by their own names. Errors are `{"type": "error", "error": {"type", "message"}}`.""",
     "Ollama": """\
 Sampling parameters stand in `options`, all of them under any of their names; `num_predict` below 0 is no limit. Streams
 are lines of JSON, and errors `{"error"}`. Names may end in `:latest`.""",

@@ -34,7 +34,7 @@ from aphrodite.server.openai.finish import openai_finish_reason
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs
 from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported, sampling_params
-from aphrodite.server.openai.warnings import field_warnings
+from aphrodite.server.openai.warnings import budget_warnings, field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import get, post
@@ -282,7 +282,7 @@ class GenerateEndpoints:
         params = sampling_params(body, KoboldFields, model, base=_base(fields, length, context), preset=preset)
         token_ids = await _prompt(fields, max(1, limit - (params.max_tokens or 0)), context)
         generation = Generation.of("kobold", context.name, [token_ids], params)
-        warnings = field_warnings(body, KoboldFields, preset)
+        warnings = field_warnings(body, KoboldFields, preset) + budget_warnings(params, context)
         return _Job(context, generation, fields, warnings, ignored_header(body, KoboldFields))
 
     async def _pieces(self, job: _Job) -> AsyncGenerator[RequestOutput, None]:

@@ -34,7 +34,7 @@ from aphrodite.server.openai.protocol import (
     sampling_params,
 )
 from aphrodite.server.openai.telemetry import Telemetry
-from aphrodite.server.openai.warnings import field_warnings
+from aphrodite.server.openai.warnings import budget_warnings, field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import post
@@ -92,7 +92,7 @@ class CompletionEndpoint:
             raise unsupported("prompt" if len(prompts) > 1 else "n", "one prompt and one answer; use /v1/completions")
         progress = fields.stream and fields.return_progress
         generation = Generation.of("cmpl", context.name, [prompts[0].token_ids], params, progress=progress)
-        warnings = field_warnings(body, LlamaCppFields, preset)
+        warnings = field_warnings(body, LlamaCppFields, preset) + budget_warnings(params, context)
         answer = _Answer(context, generation, fields, warnings)
         headers = ignored_header(body, LlamaCppFields)
         if fields.stream:

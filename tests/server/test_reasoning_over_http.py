@@ -162,5 +162,7 @@ async def test_budgets_where_a_text_goes_on(path: str, prompt: str) -> None:
         await server.http.post(path, json={prompt: "x"})
         assert engine.seen[-1][1].reasoning is None
     async with running_server(ScriptedEngine("chatml", "Four.")) as server:
+        answer = (await server.http.post(path, json={prompt: "2+2?", "thinking_token_budget": 7})).json()
+        assert "says nothing of reasoning" in answer["warnings"][0]
         warned = await ask(server, **BUDGET)
         assert "says nothing of reasoning" in warned.warnings[0]

@@ -37,7 +37,7 @@ from aphrodite.server.openai.protocol import (
     sampling_params,
 )
 from aphrodite.server.openai.telemetry import Telemetry
-from aphrodite.server.openai.warnings import field_warnings
+from aphrodite.server.openai.warnings import budget_warnings, field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.sse import EventResponse, EventStream
@@ -86,7 +86,7 @@ class CompletionEndpoint:
             cache_salt=fields.cache_salt,
             progress=fields.stream and fields.return_progress,
         )
-        warnings = field_warnings(body, CompletionFields, preset)
+        warnings = field_warnings(body, CompletionFields, preset) + budget_warnings(params, context)
         answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs, warnings)
         headers = ignored_header(body, CompletionFields)
         if fields.stream:
