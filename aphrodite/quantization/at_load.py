@@ -197,14 +197,15 @@ def _nf4(values: torch.Tensor) -> CodebookGroups:
 
 
 def _in_blocks(raw: RawTensor, qtype: QuantType) -> RawTensor:
-    """`raw` in blocks of 32, which are made each time that they are read."""
-    flat = raw.regrouped((raw.data.shape[0], raw.shape[-1]), slice(None))
+    """`raw` in blocks of 32, which are made each time that they are read; of a stack those of the matrix that is."""
+    if len(raw.shape) == 3:
+        return StackedTensor(raw.name, [_in_blocks(raw.part(number), qtype) for number in range(raw.shape[0])])
 
     def read(rows: np.ndarray) -> np.ndarray:
         data = np.empty((len(rows), qtype.row_bytes(raw.shape[-1])), np.uint8)
         step = max(1, (1 << 18) // raw.shape[-1])
         for first in range(0, len(rows), step):
-            values = torch.from_numpy(dequantize(flat.take_rows(rows[first : first + step])))
+            values = torch.from_numpy(dequantize(raw.take_rows(rows[first : first + step])))
             data[first : first + step] = quantize_blocks(values, qtype)
         return data
 

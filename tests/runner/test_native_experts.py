@@ -17,6 +17,7 @@ from test_native_executor import Sequences
 from aphrodite.kernels.cpu import library
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.models.spec import ModelSpec, MoeSpec, RotarySpec
+from aphrodite.quantization.at_load import QuantizedWeights
 from aphrodite.quantization.packed import GptqMatrix, PackedTensor
 from aphrodite.quantization.types import QuantType, RawTensor, StackedTensor
 from aphrodite.runner.native import NativeExecutor
@@ -179,6 +180,15 @@ def test_experts_of_gptq_stay_in_groups(bits: int) -> None:
         weights[name] = StackedTensor(name, parts)
     executor = assert_equals_torch(spec, weights, 1e-4)
     assert executor.describe()["weights"] == f"F16, F32, GPTQ {bits}-bit"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granite moe", "gpt-oss"])
+def test_experts_quantized_at_load(name: str, tmp_path: Path) -> None:
+    """Experts apart, two projections in one tensor, and alternating rows of transposed matrices."""
+    CASES[name].model().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    executor = assert_equals_torch(checkpoint.spec, QuantizedWeights(checkpoint.weights, "int4", on_host=True), 1e-4)
+    assert executor.describe()["weights"] == "F32, Q4_1"
 
 
 def gptq_matrix(bits: int, rows: int, columns: int, seed: int) -> GptqMatrix:
