@@ -107,7 +107,7 @@ def dummy_weights(
             load = partial(_ones, name, shape)
             parameters[name] = Parameter(shape, QuantType.F32, load)
         elif isinstance(packing, BlockPacking) and (kind := _block_type(name, shape, packing, spec.num_layers)):
-            parameters[name] = Parameter(shape, kind, partial(_noise_in_blocks, name, (shape[0], shape[1]), kind, seed))
+            parameters[name] = Parameter(shape, kind, partial(_noise_in_blocks, name, shape, kind, seed))
         elif isinstance(packing, GroupPacking) and _is_packed(name, shape, packing):
             parameters[name] = _packed_noise(name, shape, qtype, packing, seed)
         else:
@@ -151,7 +151,8 @@ def _packed_noise(name: str, shape: tuple[int, ...], qtype: QuantType, packing: 
 def _block_type(name: str, shape: tuple[int, ...], packing: BlockPacking, num_layers: int) -> QuantType | None:
     """A matrix's type, None where it stays dense."""
     kind = packing.more if _counts_more(name, num_layers) else packing.most
-    return kind if len(shape) == 2 and "router" not in name and shape[1] % kind.block_size == 0 else None
+    matrix = name.endswith(".weight") and (len(shape) == 2 or ".expert_" in name) and "router" not in name
+    return kind if matrix and shape[-1] % kind.block_size == 0 else None
 
 
 def _counts_more(name: str, num_layers: int) -> bool:
@@ -161,10 +162,10 @@ def _counts_more(name: str, num_layers: int) -> bool:
         return parts[0] == "head"
     layer, eighth = int(parts[1]), num_layers // 8
     chosen = layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
-    return chosen and parts[2] in ("v", "down")
+    return chosen and parts[2] in ("v", "down", "shared_down", "expert_down")
 
 
-def _noise_in_blocks(name: str, shape: tuple[int, int], qtype: QuantType, seed: int) -> NoiseTensor:
+def _noise_in_blocks(name: str, shape: tuple[int, ...], qtype: QuantType, seed: int) -> NoiseTensor:
     own = zlib.crc32(f"{seed}:{name}".encode())
 
     def make() -> np.ndarray:
@@ -172,7 +173,8 @@ def _noise_in_blocks(name: str, shape: tuple[int, int], qtype: QuantType, seed: 
 
         from aphrodite.quantization.noise import noise_blocks
 
-        data: np.ndarray = noise_blocks(qtype, shape, STANDARD_DEVIATION, own, torch.device("cpu")).numpy()
+        rows = math.prod(shape[:-1])
+        data: np.ndarray = noise_blocks(qtype, (rows, shape[-1]), STANDARD_DEVIATION, own, torch.device("cpu")).numpy()
         return data
 
     return NoiseTensor(name, shape, qtype, standard_deviation=STANDARD_DEVIATION, seed=own, make=make)
