@@ -124,9 +124,8 @@ def test_an_empty_folder_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no GGUF file"):
         offered_models(settings(tmp_path, models_dir=str(tmp_path / "empty")))
-    assert (
-        offered_models(settings(tmp_path, models_dir=str(tmp_path / "empty"), admin_key=["k"])) == []
-    )  # to be fetched
+    with_key = settings(tmp_path, models_dir=str(tmp_path / "empty"), admin_key=["k"])
+    assert offered_models(with_key) == []  # they can be fetched
 
 
 def test_a_model_of_the_hub_goes_by_its_whole_name(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class ServerContext:
             holds.callback(loaded.end_use)
             return loaded
 
-        loaded = await (hold() if served.state == "loaded" else self.supervisor.run(hold(), request.receive))
+        loaded = await (hold() if served.is_ready else self.supervisor.run(hold(), request.receive))
         return ModelContext(served.names[0] if name is None else name, served, loaded, self.supervisor)
 
 

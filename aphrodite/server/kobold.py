@@ -435,7 +435,7 @@ class FactEndpoints:
                 "protected": protected,
                 "llm": True,
                 **missing,
-                "admin": 2 if self._context.config.admin_keys else 0,
+                "admin": 2 if self._context.config.admin_keys and self._context.models.loads else 0,
             }
         )
 

@@ -161,6 +161,7 @@ class MetricsPage:
     def collect(self) -> Iterator[Metric]:
         """The families of one scrape (prometheus_client's collector interface)."""
         yield from self._engine_families()
+        yield from self._load_families()
         yield from self._answer_families()
         yield from self._latency_families()
         yield self._http_family()
@@ -169,13 +170,24 @@ class MetricsPage:
         """What the engines that run say of themselves."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        running = [(model.names[0], model.loaded.engine.stats()) for model in self._models.models if model.loaded]
+        running = [(model.name, model.loaded.engine.stats()) for model in self._models.models if model.loaded]
         for kind, rows in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _TOTALS)):
             for name, doc, field in rows:
                 family = kind(f"aphrodite:{name}", doc, labels=["model_name"])
                 for model, stats in running:
                     family.add_metric([model], getattr(stats, field))
                 yield family
+
+    def _load_families(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        loaded = GaugeMetricFamily("aphrodite:model_loaded", "1 if the model is loaded.", labels=["model_name"])
+        loads = CounterMetricFamily("aphrodite:model_loads", "Times the model was loaded.", labels=["model_name"])
+        for model in self._models.models:
+            loaded.add_metric([model.name], float(model.loaded is not None))
+            loads.add_metric([model.name], model.num_loads)
+        yield loaded
+        yield loads
 
     def _answer_families(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily
@@ -186,14 +198,14 @@ class MetricsPage:
         ):
             family = CounterMetricFamily(f"aphrodite:{name}", doc, labels=["model_name"])
             for model in self._models.models:
-                family.add_metric([model.names[0]], getattr(model.metrics, name))
+                family.add_metric([model.name], getattr(model.metrics, name))
             yield family
         finished = CounterMetricFamily(
             "aphrodite:request_success", "Answers by why they ended.", labels=["model_name", "finished_reason"]
         )
         for model in self._models.models:
             for reason, count in model.metrics.finished.items():
-                finished.add_metric([model.names[0], reason], count)
+                finished.add_metric([model.name, reason], count)
         yield finished
 
     def _latency_families(self) -> Iterator[Metric]:
@@ -208,7 +220,7 @@ class MetricsPage:
             family = HistogramMetricFamily(f"aphrodite:{name}", doc, labels=["model_name"])
             for model in self._models.models:
                 histogram: Histogram = getattr(model.metrics, field)
-                family.add_metric([model.names[0]], histogram.cumulative(), histogram.total)
+                family.add_metric([model.name], histogram.cumulative(), histogram.total)
             yield family
 
     def _http_family(self) -> Metric:

@@ -44,8 +44,8 @@ class ModelLoader(Protocol):
     def budget(self) -> int | None:
         """Bytes for all models together; None is no limit."""
 
-    async def prepare(self, offered: OfferedModel) -> Prepared:
-        """Look at the model, fetching it where it is not on this machine yet.
+    async def prepare(self, offered: OfferedModel, progress: ProgressCallback) -> Prepared:
+        """Look at the model, fetching it where it is not on this machine yet, of which `progress` hears.
 
         Raises:
             AphroditeError: it cannot be found, fetched or read.
@@ -89,11 +89,16 @@ class EngineLoader:
     on_gpu: bool
     alone: bool
 
-    async def prepare(self, offered: OfferedModel) -> Prepared:
+    async def prepare(self, offered: OfferedModel, progress: ProgressCallback) -> Prepared:
         from aphrodite.engine.preparation import resolve_model
 
+        loop = asyncio.get_running_loop()
+
+        def listener(come: int, total: int) -> None:  # in the download's threads
+            loop.call_soon_threadsafe(progress, "fetching", come, total)
+
         def look() -> Prepared:
-            config, _ = resolve_model(offered.engine)
+            config, _ = resolve_model(offered.engine, listener=listener)
             on_gpu = self.on_gpu and config.device != "cpu"
             return Prepared(config, estimate_memory(config, budget=self.budget, on_gpu=on_gpu, alone=self.alone))
 

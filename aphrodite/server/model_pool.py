@@ -26,7 +26,7 @@ from aphrodite.server.config import ServerConfig
 from aphrodite.server.engine import Engine
 from aphrodite.server.errors import NO_RETRY, ApiError, invalid, retry_after
 from aphrodite.server.model_loader import ModelLoader, Prepared
-from aphrodite.server.served_model import LoadedModel, LoadFailure, LoadProgress, ModelFacts, ServedModel
+from aphrodite.server.served_model import LoadedModel, LoadFailure, ModelFacts, ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -234,9 +234,9 @@ class ModelPool:
         """
         if self.dead.is_set():
             raise EngineDeadError("the engine process has ended")
-        loaded = model.loaded
         model.used = next(self._uses)
-        if loaded is None or model.leaving or loaded.engine.dead.is_set():
+        loaded = model.loaded
+        if loaded is None or not model.is_ready:
             return await self._wait(model)
         loaded.keep_alive = self._keep_alive(model)
         loaded.begin_use()
@@ -347,7 +347,7 @@ class ModelPool:
         try:
             if self._loader is None or model.offered is None:
                 raise EngineDeadError("the engine process has ended")
-            prepared = await self._loader.prepare(model.offered)
+            prepared = await self._loader.prepare(model.offered, model.progress.report)
             async with self._turn:
                 while model.waiters:
                     if model.loaded is not None and model.loaded.engine.dead.is_set():
@@ -365,11 +365,7 @@ class ModelPool:
 
     async def _start(self, model: ServedModel, loader: ModelLoader, prepared: Prepared) -> None:
         logger.info("loading %s", model.name)
-
-        def report(label: str, done: int, total: int) -> None:
-            model.progress.set(LoadProgress(label, done, total))
-
-        engine, memory = await loader.start(prepared, report)
+        engine, memory = await loader.start(prepared, model.progress.report)
         loaded = LoadedModel(engine, memory, lambda: self._idle(loaded))
         model.set_loaded(loaded)
         self._keep(self._watch(model, loaded))

@@ -30,7 +30,15 @@ from aphrodite.server.body import parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import Headers, unsupported
 from aphrodite.server.generation import Generation, collect, stream_pieces
-from aphrodite.server.ollama_format import LINES, keep_alive_seconds, line, timestamp, untagged
+from aphrodite.server.ollama_format import (
+    KEEP_ALIVE,
+    LINES,
+    keep_alive_seconds,
+    line,
+    resolve_ollama,
+    timestamp,
+    untagged,
+)
 from aphrodite.server.ollama_models import ollama_model_routes
 from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, is_known_field, sampling_params
@@ -65,11 +73,7 @@ class OllamaFields(pydantic.BaseModel):
     stream: bool = Field(default=True, description="Send the answer piece by piece, a line of JSON each.")
     options: dict[str, Any] = Field(default={}, description="Sampling parameters.")
     preset: str | None = Field(default=None, description="A sampler preset of /v1/presets.", max_length=256)
-    keep_alive: Any = Field(
-        default=None,
-        description="How long the model stays without requests, where the server has several: seconds, or a time such "
-        "as 5m; 0 unloads it behind the answer, below 0 it stays for ever.",
-    )
+    keep_alive: Any = KEEP_ALIVE
     format: Any = Field(default=None, description='"json", or a JSON schema that the answer has to fit.')
     think: bool = Field(default=False, description="Must be false: what a model thinks is part of its text here.")
 
@@ -115,7 +119,7 @@ class OllamaEndpoints:
             raise unsupported("tools", "tool calls are not supported yet; leave it out")
         if fields.messages == [] and self._unloads(fields):
             return _empty(fields.model, "unload", _as_message(""))
-        context = await self._resolve(request, fields)
+        context = await resolve_ollama(self._context, request, fields.model, fields.keep_alive)
         params = _params(request, fields, context)
         if fields.messages == []:
             return _empty(context.name, "load", _as_message(""))
@@ -134,7 +138,7 @@ class OllamaEndpoints:
         is_empty = not fields.prompt and not fields.context
         if is_empty and self._unloads(fields):
             return _empty(fields.model, "unload", _as_response(""))
-        context = await self._resolve(request, fields)
+        context = await resolve_ollama(self._context, request, fields.model, fields.keep_alive)
         params = _params(request, fields, context)
         if is_empty:
             return _empty(context.name, "load", _as_response(""))
@@ -142,14 +146,6 @@ class OllamaEndpoints:
         generation = Generation.of("ollama", context.name, [token_ids], params)
         answer = _Answer(context, generation, _as_response, tells_context=True)
         return await self._respond(request, fields, answer, _ignored(body, fields))
-
-    async def _resolve(self, request: Request, fields: OllamaFields) -> ModelContext:
-        """The model, which stays as long without requests as this one says."""
-        wanted = None if fields.keep_alive is None else (keep_alive_seconds(fields.keep_alive),)
-        context = await self._context.resolve(request, untagged(self._context, fields.model))
-        if wanted is not None:
-            self._context.models.set_keep_alive(context.served, wanted[0])
-        return context
 
     def _unloads(self, fields: OllamaFields) -> bool:
         """Whether a request without a text asks to unload its model, which happens once nobody uses it."""

@@ -14,9 +14,9 @@ from starlette.routing import Route
 
 from aphrodite.engine.embedding import EmbeddingOutput, EmbeddingParams
 from aphrodite.server.body import off_loop, parse, read_object
-from aphrodite.server.context import ModelContext, ServerContext
+from aphrodite.server.context import ServerContext
 from aphrodite.server.embeddings import as_numbers, embed, json_bytes, num_tokens, read_inputs
-from aphrodite.server.ollama_format import untagged
+from aphrodite.server.ollama_format import KEEP_ALIVE, resolve_ollama
 from aphrodite.server.openai.protocol import ignored_header
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import post
@@ -29,7 +29,7 @@ class OllamaEmbeddingFields(pydantic.BaseModel):
 
     model: str = Field(description="A name from /api/tags.")
     options: dict[str, Any] = Field(default={}, description="Has no meaning here.")
-    keep_alive: Any = Field(default=None, description="Has no meaning here.")
+    keep_alive: Any = KEEP_ALIVE
 
 
 class OllamaEmbedFields(OllamaEmbeddingFields):
@@ -61,7 +61,7 @@ class OllamaEmbeddingEndpoints:
         began = time.perf_counter()
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(OllamaEmbedFields, body)
-        context = await self._resolve(request, fields.model)
+        context = await resolve_ollama(self._context, request, fields.model, fields.keep_alive)
         texts = [fields.input] if isinstance(fields.input, str) else fields.input
         outputs: list[EmbeddingOutput] = []
         if texts:
@@ -86,13 +86,10 @@ class OllamaEmbeddingEndpoints:
         """Embed a text, without making its length 1."""
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(OllamaEmbeddingsFields, body)
-        context = await self._resolve(request, fields.model)
+        context = await resolve_ollama(self._context, request, fields.model, fields.keep_alive)
         values: list[float] = []
         if fields.prompt:
             inputs = await read_inputs(fields.prompt, context, field="prompt", special=True, truncate=True)
             (output,) = await embed(request, context, inputs, EmbeddingParams(normalize=False))
             values = as_numbers(output.values)
         return json_response({"embedding": values}, ignored_header(body, OllamaEmbeddingsFields))
-
-    async def _resolve(self, request: Request, name: str) -> ModelContext:
-        return await self._context.resolve(request, untagged(self._context, name))

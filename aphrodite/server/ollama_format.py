@@ -7,13 +7,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from pydantic import Field
+from starlette.requests import Request
 
 from aphrodite.config import parse_duration
-from aphrodite.server.context import ServerContext
+from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import ApiError, invalid
 from aphrodite.server.sse import StreamFormat
 
 _MAX_DURATION = 32  # characters
+KEEP_ALIVE: Any = Field(
+    default=None,
+    description="How long the model stays without requests, where the server has several: seconds, or a time such as "
+    "5m; 0 unloads it behind the answer, below 0 it stays for ever.",
+)
 
 
 def ollama_error(error: ApiError) -> dict[str, Any]:
@@ -42,6 +49,19 @@ def timestamp(seconds: float | None = None) -> str:
 def untagged(context: ServerContext, name: str) -> str:
     """The name of a model as the server knows it: an Ollama name's tag `latest` may be left out, or be too much."""
     return name if name in context.models.names else name.removesuffix(":latest")
+
+
+async def resolve_ollama(context: ServerContext, request: Request, name: str, keep_alive: Any) -> ModelContext:
+    """The model of a request, which stays as long without further ones as this one says.
+
+    Raises:
+        ApiError: 400, `keep_alive` is wrong; or see `ServerContext.resolve`.
+    """
+    wanted = None if keep_alive is None else (keep_alive_seconds(keep_alive),)
+    model = await context.resolve(request, untagged(context, name))
+    if wanted is not None:
+        context.models.set_keep_alive(model.served, wanted[0])
+    return model
 
 
 def keep_alive_seconds(value: Any) -> float | None:

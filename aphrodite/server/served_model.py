@@ -94,6 +94,9 @@ class ProgressFeed:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def report(self, label: str, done: int, total: int) -> None:
+        self.set(LoadProgress(label, done, total))
+
     async def wait(self) -> None:
         """Return at the next change."""
         await self._changed.wait()
@@ -117,6 +120,7 @@ class ServedModel:
         facts: what was found out when it was last loaded, or looked at; None before.
         loaded: its engine while that runs.
         leaving: it gives way to another, and takes no new requests.
+        num_loads: how often it was loaded.
         used: the number of the pool's latest request for it.
         waiters: requests that wait until it is loaded.
         abandoned: set while none does.
@@ -132,6 +136,7 @@ class ServedModel:
         self.facts: ModelFacts | None = None
         self.loaded: LoadedModel | None = None
         self.leaving = False
+        self.num_loads = 0
         self.used = 0
         self.failure: LoadFailure | None = None
         self.progress = ProgressFeed()
@@ -155,6 +160,11 @@ class ServedModel:
             return "loaded"
         return "unloaded" if self.loading is None else "loading"
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request can use it at once."""
+        return self.loaded is not None and not self.leaving and not self.loaded.engine.dead.is_set()
+
     def set_loaded(self, loaded: LoadedModel) -> None:
         engine = loaded.engine
         known = engine.model
@@ -162,3 +172,4 @@ class ServedModel:
             known.root, known.max_model_len, known.vocab_size, known.sampling_defaults, engine.chat_template
         )
         self.loaded, self.failure = loaded, None
+        self.num_loads += 1

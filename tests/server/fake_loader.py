@@ -55,7 +55,7 @@ class FakeLoader:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def prepare(self, offered: OfferedModel) -> Prepared:
+    async def prepare(self, offered: OfferedModel, progress: ProgressCallback) -> Prepared:
         size = self.sizes.get(str(offered.engine.model), GIB)
         return Prepared(offered.engine, MemoryEstimate(size, 0, 0))
 

@@ -166,6 +166,8 @@ async def test_lists_say_what_is_loaded_and_load_nothing(several: Several) -> No
     page = (await several.http.get("/metrics")).text
     assert 'aphrodite:num_requests_running{model_name="b"}' in page
     assert 'aphrodite:num_requests_running{model_name="a"}' not in page
+    assert 'aphrodite:model_loaded{model_name="a"} 0.0' in page
+    assert 'aphrodite:model_loads_total{model_name="b"} 1.0' in page
     assert 'aphrodite:generation_tokens_total{model_name="b"} 4.0' in page
     assert several.loader.started == ["b"]
 
@@ -297,6 +299,8 @@ async def test_ollama_says_how_long_a_model_stays(several: Several) -> None:
     assert several.loaded() == []
     assert (await client.generate("c", keep_alive=0)).done_reason == "unload"
     assert several.loader.started == ["a", "b"]
+    await client.embed("a", "text", keep_alive="1m")
+    assert several.pool.seconds_left(several.pool.find("a")) == 60
     for wrong in ("soon", True, [5], "9" * 400):
         answer = await several.http.post("/api/generate", json={"model": "a", "prompt": "a", "keep_alive": wrong})
         assert answer.status_code == 400
