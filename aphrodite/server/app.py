@@ -23,7 +23,7 @@ from aphrodite.server.health import HealthEndpoint, version
 from aphrodite.server.kobold import kobold_error, kobold_routes
 from aphrodite.server.lifecycle import Gate, Lifecycle
 from aphrodite.server.limits import RequestLimits
-from aphrodite.server.llama_cpp import llama_cpp_routes
+from aphrodite.server.llama_cpp import llama_cpp_error, llama_cpp_routes
 from aphrodite.server.llama_cpp_embed import llama_cpp_embedding_routes
 from aphrodite.server.metrics import MetricsPage, ServerMetrics
 from aphrodite.server.model_admin import kobold_admin_routes, router_admin_routes, tabby_admin_routes
@@ -126,7 +126,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         RouteGroup("Aphrodite", own),
         RouteGroup("vLLM; llama.cpp", vllm),
         RouteGroup("TabbyAPI", tabby),
-        RouteGroup("llama.cpp", llama_cpp),
+        RouteGroup("llama.cpp", llama_cpp, llama_cpp_error),
         RouteGroup("KoboldAI", [*kobold_routes(context), *kobold_admin_routes(context)], kobold_error),
         RouteGroup("Anthropic", anthropic_routes(context), anthropic_error),
         RouteGroup("Ollama", [*ollama_routes(context), *ollama_embedding_routes(context)], ollama_error, any_type=True),

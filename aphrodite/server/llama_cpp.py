@@ -22,7 +22,7 @@ from aphrodite.core.plan import TokenLogprobs
 from aphrodite.outputs import CompletionOutput
 from aphrodite.server.body import off_loop, parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
-from aphrodite.server.errors import unsupported
+from aphrodite.server.errors import ApiError, unsupported
 from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs
 from aphrodite.server.openai.prompts import read_prompts
@@ -60,7 +60,20 @@ class LlamaCppFields(pydantic.BaseModel):
     n_keep: int = Field(default=0, description="Has no meaning here: prompts are not shifted.")
 
 
-_FORMAT = StreamFormat(mark=b"")
+_KINDS = {401: "authentication_error", 404: "not_found_error", 503: "unavailable_error"}
+
+
+def llama_cpp_error(error: ApiError) -> dict[str, Any]:
+    """An error as llama.cpp writes it: `code` is the status. Which field is wrong stands beside that."""
+    kind = "not_supported_error" if error.code == "unsupported_parameter" else _KINDS.get(error.status, error.kind)
+    return {"error": {"code": error.status, "message": error.message, "type": kind, "param": error.param}}
+
+
+def _failure(error: ApiError) -> bytes:
+    return event(error.encode(llama_cpp_error))
+
+
+_FORMAT = StreamFormat(mark=b"", failure=_failure)
 
 
 def llama_cpp_routes(context: ServerContext) -> list[Route]:
