@@ -246,6 +246,10 @@ class ServerSettings:
         60.0, "Seconds after which a client that does not read its stream counts as gone.", "Server",
         ge=0.1, le=86400, unit="seconds",
     )  # fmt: skip
+    stream_resume_seconds: float = _setting(
+        60.0, "Seconds that a stream asked for with `resumable` waits for a client that lost it; 0 keeps none.",
+        "Server", ge=0, le=86400, unit="seconds",
+    )  # fmt: skip
     health_timeout: float = _setting(
         10.0, "Seconds that the engine's loop may take to answer before /health says 503.", "Server",
         ge=0.1, le=86400, unit="seconds",

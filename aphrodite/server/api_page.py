@@ -16,6 +16,7 @@ from aphrodite.server.config import ServerConfig
 from aphrodite.server.context import ServerContext
 from aphrodite.server.lifecycle import Lifecycle
 from aphrodite.server.metrics import ServerMetrics
+from aphrodite.server.resumable import StreamStore
 from aphrodite.server.supervise import Supervisor
 
 _HEAD = """\
@@ -42,7 +43,10 @@ their text, `reasoning_content`: [templates.md](templates.md#reasoning-tools-doc
 latest answers in memory for `previous_response_id`, apart for each API key; functions are the only tools.
 `/v1/embeddings` pools as the checkpoint says, a decoder that says nothing at its last token; `pooling` (mean, last,
 cls) and `normalize` choose otherwise.""",
-    "Aphrodite": "`/health` goes through the engine's loop: an engine that hangs is not healthy.",
+    "Aphrodite": """\
+`/health` goes through the engine's loop: an engine that hangs is not healthy. A stream that was asked for with
+`resumable` numbers its events; a client that lost it goes on at `/v1/streams/{id}`, with the response's id and
+`Last-Event-ID`, for `--stream-resume-seconds`.""",
     "vLLM; llama.cpp": """\
 vLLM's clients send `prompt` and read `count` and `tokens`; llama.cpp's send `content`, and read `tokens` or, of
 `/detokenize`, `content`. Both are answered.""",
@@ -70,7 +74,9 @@ def api_page() -> str:
     """The page as Markdown."""
     lifecycle, config = Lifecycle(), ServerConfig()
     models = cast(Any, None)  # routes are made, and none is called
-    context = ServerContext(models, config, ServerMetrics(), lifecycle, Supervisor(lifecycle, config))
+    supervisor = Supervisor(lifecycle, config)
+    streams = StreamStore(config.stream_resume_seconds, supervisor, write_timeout=config.write_timeout)
+    context = ServerContext(models, config, ServerMetrics(), lifecycle, supervisor, streams)
     parts = [_HEAD]
     for group in route_groups(context):
         rows = [f"| {_method(route)} | `{route.path}` | {_summary(route.endpoint)} |" for route in group.routes]

@@ -37,7 +37,8 @@ from aphrodite.server.openai.models import ModelsEndpoint
 from aphrodite.server.openai.responses.endpoints import responses_routes
 from aphrodite.server.presets import PresetsEndpoint
 from aphrodite.server.probes import ProbeEndpoints
-from aphrodite.server.routing import RouteGroup, get, post
+from aphrodite.server.resumable import StreamStore
+from aphrodite.server.routing import RouteGroup, delete, get, post
 from aphrodite.server.supervise import Supervisor
 from aphrodite.server.tokenize import TokenizerEndpoints
 
@@ -54,7 +55,9 @@ class Application:
     def __init__(self, models: ModelPool, config: ServerConfig) -> None:
         self.lifecycle = Lifecycle()
         metrics = ServerMetrics()
-        context = ServerContext(models, config, metrics, self.lifecycle, Supervisor(self.lifecycle, config))
+        supervisor = Supervisor(self.lifecycle, config)
+        streams = StreamStore(config.stream_resume_seconds, supervisor, write_timeout=config.write_timeout)
+        context = ServerContext(models, config, metrics, self.lifecycle, supervisor, streams)
         self.groups = route_groups(context)
         self.routes = [route for group in self.groups for route in group.routes]
         shapes = {route.path: group.error_shape for group in self.groups for route in group.routes}
@@ -88,6 +91,8 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
     ]
     own = [
         get("/v1/presets", PresetsEndpoint(context).list),
+        get("/v1/streams/{stream_id}", context.streams.show),
+        delete("/v1/streams/{stream_id}", context.streams.delete),
         get("/health", HealthEndpoint(context).health),
         get("/version", version),
         get("/metrics", MetricsPage(context.models, context.metrics).show),
@@ -142,7 +147,7 @@ def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
         app,
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["authorization", "content-type", "x-api-key"],
-        expose_headers=["x-request-id", "x-ignored-fields"],
+        allow_headers=["authorization", "content-type", "x-api-key", "last-event-id"],
+        expose_headers=["x-request-id", "x-ignored-fields", "x-stream-id"],
         max_age=600,
     )

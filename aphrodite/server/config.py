@@ -32,6 +32,7 @@ class ServerConfig:
         request_timeout: longest life of one generation; None is no limit.
         ping_interval: a stream that is silent for so long gets an SSE comment, so that proxies keep it.
         write_timeout: a client that does not read its stream for so long counts as gone.
+        stream_resume_seconds: how long a resumable stream waits while nobody listens; 0: there are none.
         health_timeout: how long a round trip through the engine loop may take before `/health` says 503.
     """
 
@@ -54,6 +55,7 @@ class ServerConfig:
     request_timeout: float | None = None
     ping_interval: float = 10.0
     write_timeout: float = 60.0
+    stream_resume_seconds: float = 60.0
     health_timeout: float = 10.0
     header_timeout: float = 15.0
     body_timeout: float = 60.0
@@ -108,6 +110,7 @@ class ServerConfig:
             request_timeout=settings.request_timeout,
             ping_interval=settings.ping_interval,
             write_timeout=settings.write_timeout,
+            stream_resume_seconds=settings.stream_resume_seconds,
             health_timeout=settings.health_timeout,
             max_body_bytes=settings.max_body_bytes,
         )

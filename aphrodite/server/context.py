@@ -13,6 +13,7 @@ from aphrodite.server.engine import Engine
 from aphrodite.server.lifecycle import Lifecycle
 from aphrodite.server.metrics import ModelMetrics, ServerMetrics
 from aphrodite.server.model_pool import ModelPool
+from aphrodite.server.resumable import StreamStore
 from aphrodite.server.served_model import LoadedModel, ServedModel
 from aphrodite.server.supervise import Supervisor
 
@@ -52,6 +53,7 @@ class ServerContext:
     metrics: ServerMetrics
     lifecycle: Lifecycle
     supervisor: Supervisor
+    streams: StreamStore
 
     def current(self) -> LoadedModel | None:
         """The model that was used last, if it is loaded: for those who look and load nothing."""

@@ -79,6 +79,7 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
 }
 _TEXT_TYPES = {"/": "text/html", "/docs": "text/html", "/metrics": "text/plain"}
 _STREAMING = (
+    "/v1/streams/{stream_id}",
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/responses",
@@ -87,6 +88,14 @@ _STREAMING = (
     "/completions",
     "/api/extra/generate/stream",
 )
+
+_HEADER_PARAMETERS = {
+    ("GET", "/v1/streams/{stream_id}"): {
+        "name": "Last-Event-ID",
+        "in": "header",
+        "schema": {"type": "integer", "minimum": 0},
+    }
+}
 
 _ERROR_SCHEMA = {
     "type": "object",
@@ -155,6 +164,8 @@ def _operation(route: Route) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             for name in route.param_convertors
         ]
+    if (method, route.path) in _HEADER_PARAMETERS:
+        operation["parameters"].append(_HEADER_PARAMETERS[method, route.path])
     return {method.lower(): operation}
 
 

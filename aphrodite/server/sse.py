@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
@@ -46,6 +46,13 @@ class StreamFormat:
 
 
 OPENAI_FORMAT = StreamFormat()
+
+
+class EventSink(Protocol):
+    """Where an answer's events go."""
+
+    async def write(self, data: bytes) -> None:
+        """Take whole events."""
 
 
 class EventStream:

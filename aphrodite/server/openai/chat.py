@@ -32,7 +32,8 @@ from aphrodite.server.openai.telemetry import Telemetry
 from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
-from aphrodite.server.sse import EventResponse, EventStream
+from aphrodite.server.resumable import refuse_resumable
+from aphrodite.server.sse import EventSink
 
 
 class ChatEndpoint:
@@ -67,9 +68,10 @@ class ChatEndpoint:
         headers = ignored_header(body, ChatFields)
         try:
             if fields.stream:
-                return EventResponse(
-                    answer.stream, context.supervisor, write_timeout=context.config.write_timeout, headers=headers
+                return self._context.streams.response(
+                    request, generation.response_id, answer.stream, headers, resumable=fields.resumable
                 )
+            refuse_resumable(fields.resumable)
             whole = await context.supervisor.run(answer.whole(), request.receive)
         except InvalidRequestError as error:
             raise prompt_as(error, "messages") from None
@@ -126,14 +128,14 @@ class _Answer:
             body["warnings"] = self._warnings
         return msgspec.json.encode(body)
 
-    async def stream(self, events: EventStream) -> None:
+    async def stream(self, events: EventSink) -> None:
         """Write the response's chunks, the end mark excepted."""
         try:
             await self._stream(events)
         except InvalidRequestError as error:
             raise prompt_as(error, "messages") from None
 
-    async def _stream(self, events: EventStream) -> None:
+    async def _stream(self, events: EventSink) -> None:
         options = self._fields.stream_options
         writer = ChunkWriter(
             self._generation.head("chat.completion.chunk"),

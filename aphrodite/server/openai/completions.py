@@ -40,7 +40,8 @@ from aphrodite.server.openai.telemetry import Telemetry
 from aphrodite.server.openai.warnings import budget_warnings, field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
-from aphrodite.server.sse import EventResponse, EventStream
+from aphrodite.server.resumable import refuse_resumable
+from aphrodite.server.sse import EventSink
 
 _MAX_TOKENS = 16  # where the client says nothing
 
@@ -90,9 +91,10 @@ class CompletionEndpoint:
         answer = _Answer(context, generation, fields, prompts, wants_prompt_logprobs, warnings)
         headers = ignored_header(body, CompletionFields)
         if fields.stream:
-            return EventResponse(
-                answer.stream, context.supervisor, write_timeout=context.config.write_timeout, headers=headers
+            return self._context.streams.response(
+                request, generation.response_id, answer.stream, headers, resumable=fields.resumable
             )
+        refuse_resumable(fields.resumable)
         whole = await context.supervisor.run(answer.whole(), request.receive)
         return json_response(whole, headers)
 
@@ -151,7 +153,7 @@ class _Answer:
 
         return await off_loop(self._generation.body_bytes(usage["total_tokens"]), build)
 
-    async def stream(self, events: EventStream) -> None:
+    async def stream(self, events: EventSink) -> None:
         """Write the response's chunks, the end mark excepted."""
         options = self._fields.stream_options
         writer = ChunkWriter(

@@ -59,6 +59,13 @@ TimingsPerToken = Annotated[bool, Field(description="Tell it with every chunk of
 ReturnProgress = Annotated[
     bool, Field(description="A stream tells after each step how much of the prompt is computed: prompt_progress.")
 ]
+Resumable = Annotated[
+    bool,
+    Field(
+        description="The stream outlives its connection: GET /v1/streams/{id}, with the response's id and Last-Event-ID,"
+        " goes on behind that event."
+    ),
+]
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -104,6 +111,7 @@ class CompletionFields(GenerationFields):
     return_timings: ReturnTimings = False
     timings_per_token: TimingsPerToken = False
     return_progress: ReturnProgress = False
+    resumable: Resumable = False
 
 
 class ConversationFields(GenerationFields):
@@ -138,6 +146,7 @@ class ChatFields(ConversationFields):
     return_timings: ReturnTimings = False
     timings_per_token: TimingsPerToken = False
     return_progress: ReturnProgress = False
+    resumable: Resumable = False
     tools: list[dict[str, Any]] = Field(
         default=[], description="Functions that the model may call, with JSON schemas of their parameters."
     )
