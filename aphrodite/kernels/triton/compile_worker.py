@@ -91,7 +91,8 @@ def _gluon_tiles(dtype: torch.dtype, block: list[int]) -> object:
     from triton.experimental.gluon.language import NVMMASharedLayout  # not in every Triton
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize)
+    width = min(block[-1] * dtype.itemsize, 128)
+    layout = NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * dtype.itemsize)
     return TensorDescriptor(Pointer(dtype, 0), block, [block[-1], 1], block, layout)
 
 
