@@ -245,6 +245,20 @@ class TestPython:
         assert "sesame" not in repr(resolve({"api_key": ["sesame"]}, environ={}))
 
 
+class TestTimes:
+    @pytest.mark.parametrize(
+        ("text", "seconds"),
+        [("5m", 300.0), ("1h30m", 5400.0), ("90s", 90.0), ("1.5h", 5400.0), ("250ms", 0.25), ("7", 7.0)],
+    )
+    def test_times_have_units(self, text, seconds):
+        assert resolve({"keep_alive": text}, environ={}).server.keep_alive == seconds
+
+    @pytest.mark.parametrize("text", ["5 m", "m", "5x", "-5m", "5m-", "1e400"])
+    def test_what_is_none_is_refused(self, text):
+        with pytest.raises(ConfigError, match="a time such as 5m"):
+            resolve({"keep_alive": text}, environ={})
+
+
 class TestExampleFile:
     def test_it_names_every_setting_once_and_sets_none(self):
         text = example_config()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,23 @@ async def test_a_model_that_always_stays_has_to_fit_at_the_start(folder: Path) -
     with pytest.raises(ConfigError, match=r"needs .* there are 64\.0 MiB for models \(--models-memory\)"):
         async with open_pool(settings, ServerConfig(), offered_models(settings)):
             pass
+
+
+def test_the_command_serves_a_folder_and_loads_nothing_by_itself(folder: Path) -> None:
+    command = [sys.executable, "-m", "aphrodite.cli", "run", "--models-dir", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    told = ""
+    while "Ready after" not in told:
+        line = process.stderr.readline()
+        assert line, told
+        told += line
+    assert "Models    broken, tale.Q4_1, verse" in told
+    url = told.rpartition(" s at ")[2].split()[0]
+    names = [card["id"] for card in httpx.get(f"{url}/v1/models").json()["data"]]
+    assert names == ["broken", "tale.Q4_1", "tale", "verse"]
+    assert httpx.post(f"{url}/v1/model/load", json={"model_name": "verse"}).status_code == 403
+    assert len(psutil.Process(process.pid).children()) == 0
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+    process.stderr.close()
