@@ -84,20 +84,13 @@ def serve(core: EngineCore, *, embed: bool = True) -> tuple[dict[str, np.ndarray
     return embeddings, tokens
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 96}, {"enable_graphs": False}], ids=str)
-def test_embeddings_are_those_of_the_cpu(make_core: Any, settings: dict[str, Any]) -> None:
+def test_embeddings_are_those_of_the_cpu(make_core: Any) -> None:
+    """In chunks, in one start: that of an engine on a GPU is what takes long here."""
     expected, story = serve(make_core(device="cpu", executor="torch"))
-    core = make_core(device="cuda", **settings)
+    core = make_core(device="cuda", max_num_batched_tokens=96, max_num_seqs=8)
     found, tokens = serve(core)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=2e-3, err_msg=name)
         assert found[name] @ values / np.linalg.norm(found[name]) / np.linalg.norm(values) > 1 - 1e-6
     assert tokens == story == serve(core, embed=False)[1]
-
-
-def test_short_types_stay_close(make_core: Any) -> None:
-    expected, _ = serve(make_core(device="cpu", executor="torch"))
-    found, _ = serve(make_core(device="cuda", dtype="bfloat16"))
-    for name, values in expected.items():
-        assert found[name] @ values / np.linalg.norm(found[name]) / np.linalg.norm(values) > 0.995
