@@ -37,6 +37,8 @@ def init(
 @app.command("check")
 def check(path: Annotated[Path, typer.Argument(help="YAML file of settings.", metavar="FILE")]) -> None:
     """Check a file of settings and print what it sets."""
+    from aphrodite.model_list import has_several, offered_models
+
     settings = resolve(config_file=path, environ={})
     console = stdout()
     for name in settings.origins:
@@ -46,7 +48,7 @@ def check(path: Annotated[Path, typer.Argument(help="YAML file of settings.", me
         )
         shown = "(hidden)" if row.meta.secret else format_value(row, value)
         console.print(f"{name}: {shown}", soft_wrap=True)
-    if settings.models:
-        console.print(f"models: {', '.join(entry.name for entry in settings.models)}", soft_wrap=True)
+    if has_several(settings):
+        console.print(f"models offered: {', '.join(model.name for model in offered_models(settings))}", soft_wrap=True)
     count = len(settings.origins) + bool(settings.models)
     console.print(f"{path} is fine; it sets {count} {'name' if count == 1 else 'names'}.", soft_wrap=True)

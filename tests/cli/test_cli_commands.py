@@ -152,6 +152,18 @@ class TestConfigCommands:
         assert "kv_cache_memory: 2GiB" in result.stdout
         assert "sesame" not in result.stdout
 
+    def test_check_tells_which_models_are_offered(self, monkeypatch, capsys, tmp_path):
+        path = tmp_path / "a.yaml"
+        (tmp_path / "tale.gguf").touch()
+        path.write_text(f"models_dir: {tmp_path}\nmodels: [{{name: writer, model: ORG/NAME}}]\n")
+        result = runner.invoke(app, ["config", "check", str(path)])
+        assert result.exit_code == 0
+        assert "models offered: writer, tale" in result.stdout
+        assert "it sets 2 names" in result.stdout
+        path.write_text("models: [{name: writer}]\n")
+        code, error = run_main(monkeypatch, capsys, "config", "check", str(path))
+        assert (code, "names no `model`" in error) == (1, True)
+
     def test_init_does_not_replace_a_file(self, monkeypatch, capsys, tmp_path):
         path = tmp_path / "a.yaml"
         path.write_text("port: 1\n")
