@@ -73,7 +73,9 @@ async def _serve(settings: Settings, report: StartReport) -> int:
         def ready(url: str) -> None:
             report.ready(engine.info, engine.model.name, url, needs_key=bool(config.api_keys))
 
-        return int(await server.serve(ModelPool.of_engine(engine, config), config, sock, on_ready=ready))
+        info = engine.info
+        memory = info.weight_bytes + info.num_blocks * info.kv_bytes_per_block
+        return int(await server.serve(ModelPool.of_engine(engine, config, memory=memory), config, sock, on_ready=ready))
     finally:
         await engine.close()
 

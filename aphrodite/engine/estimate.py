@@ -60,6 +60,8 @@ def estimate_memory(config: EngineConfig, *, budget: int, on_gpu: bool, alone: b
         return MemoryEstimate(weights, shared if config.kv_cache_memory is None else config.kv_cache_memory, beside)
     ratio = _QUANTIZED.get(config.quantization)
     weights = facts.weight_bytes if ratio is None else min(facts.weight_bytes, int(facts.parameters * ratio))
+    if on_gpu:
+        weights = max(0, weights - int(config.cpu_offload_gb * (1 << 30)))
     token = facts.kv_bytes_per_token * _KV_BYTES.get(config.kv_cache_dtype, 1.0)
     length = config.max_model_len or facts.max_position
     if config.kv_cache_memory is not None:

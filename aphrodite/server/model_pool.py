@@ -37,9 +37,11 @@ _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s'\"]+/)+")
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """Attributes:
-    max_loaded: most models that are loaded at the same time; None is as many as fit.
-    max_waiting: requests that may wait for models; further ones are refused.
+    """How much of it there may be.
+
+    Attributes:
+        max_loaded: most models that are loaded at the same time; None is as many as fit.
+        max_waiting: requests that may wait for models; further ones are refused.
     """
 
     max_loaded: int | None = None
@@ -87,12 +89,16 @@ class ModelPool:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
-    def of_engine(cls, engine: Engine, config: ServerConfig) -> ModelPool:
-        """The pool of a server that has one model, whose engine runs and lives as long as the server."""
+    def of_engine(cls, engine: Engine, config: ServerConfig, *, memory: int = 0) -> ModelPool:
+        """The pool of a server that has one model, whose engine runs and lives as long as the server.
+
+        Args:
+            memory: bytes that it takes.
+        """
         pool = cls(config)
         pool.dead = engine.dead
         model = ServedModel((engine.model.name, *engine.model.aliases), config)
-        model.set_loaded(LoadedModel(engine))
+        model.set_loaded(LoadedModel(engine, memory))
         pool.models.append(model)
         return pool
 
@@ -151,13 +157,7 @@ class ModelPool:
                     return model
             if not attempt:
                 self.refresh()
-        raise ApiError(
-            404,
-            f"The model {(name or '')[:200]!r} does not exist here. This server has:"
-            f" {', '.join(self.names) or 'none yet'}.",
-            param="model",
-            code="model_not_found",
-        )
+        raise self._unknown(name or "")
 
     def find_or_offer(self, name: str) -> ServedModel:
         """The model of a name, be it one on the hub that was not offered yet: for whoever may change what there is.
@@ -209,19 +209,22 @@ class ModelPool:
         return self.offer(offered)
 
     async def delete(self, model: ServedModel) -> None:
-        """Unload a model, offer it no more, and remove its files from the cache of fetched models.
+        """Offer a model no more, unload it, and remove its files from the cache of fetched models.
 
         Raises:
             ApiError: 400, the server has one model and lives with it; or it was not fetched from a hub.
-            AphroditeError: the cache does not have it.
         """
         if self._loader is None or model.offered is None:
             raise only_one()
         if self._recognise(str(model.offered.engine.model)) is None:
             raise invalid("model", f"{model.name} was not fetched from a hub: whoever put it there removes its files")
+        self.models.remove(model)  # first, so that nobody loads it any more
         await self.unload(model)
-        await self._loader.delete(model.offered)
-        self.models.remove(model)
+        try:
+            await self._loader.delete(model.offered)
+        except AphroditeError as error:
+            logger.info("nothing was removed: %s", error)
+            raise self._unknown(model.name) from None
 
     # --- using them ---------------------------------------------------------------------------------------------
 
@@ -261,6 +264,7 @@ class ModelPool:
         Raises:
             ApiError: it cannot be loaded, or too many wait already.
         """
+        model.failure = None  # whoever asks for this wants it tried
         (await self.use(model)).end_use()
 
     def begin_load(self, model: ServedModel) -> None:
@@ -350,6 +354,8 @@ class ModelPool:
             prepared = await self._loader.prepare(model.offered, model.progress.report)
             async with self._turn:
                 while model.waiters:
+                    if model not in self.models:
+                        raise self._unknown(model.name)
                     if model.loaded is not None and model.loaded.engine.dead.is_set():
                         await self._end(model)
                     if model.loaded is None and await self._make_room(model, prepared):
@@ -489,6 +495,11 @@ class ModelPool:
                     await self._due.wait()
             except TimeoutError:
                 await self.expire()
+
+    def _unknown(self, name: str) -> ApiError:
+        has = ", ".join(self.names) or "none yet"
+        message = f"The model {name[:200]!r} does not exist here. This server has: {has}."
+        return ApiError(404, message, param="model", code="model_not_found")
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run `work` for as long as the pool is open."""

@@ -166,6 +166,9 @@ async def test_a_load_that_fails_fails_its_requests_only_and_is_not_repeated_at_
         await once(pool, "b")
     assert loader.started == ["a", "/models/secret/b.gguf"]
     assert not using.engine.dead.is_set()
+    with pytest.raises(ApiError):
+        await pool.load(pool.find("b"))  # which somebody asked for on purpose
+    assert loader.started.count("/models/secret/b.gguf") == 2
     clock.now += FAILURE_SECONDS + 1
     del loader.fails["/models/secret/b.gguf"]
     await once(pool, "b")
@@ -249,6 +252,25 @@ async def test_unloading_waits_for_what_runs_and_those_who_come_load_again() -> 
     await unloading
     assert (await late).engine is not using.engine
     assert loader.started == ["a", "a"]
+
+
+async def test_whoever_waits_for_a_model_that_is_removed_is_told() -> None:
+    loader = FakeLoader()
+    pool = pool_of(loader, offered("ORG/A"), offered("b"))
+    model = pool.find("ORG/A")
+    using = await pool.use(model)
+    removing = asyncio.ensure_future(pool.delete(model))
+    await settled()
+    late = asyncio.ensure_future(pool.use(model))
+    await settled()
+    using.end_use()
+    await removing
+    with pytest.raises(ApiError) as refusal:
+        await late
+    assert refusal.value.status == 404
+    assert loader.started == ["ORG/A"]
+    assert loader.engines["ORG/A"].dead.is_set()
+    assert pool.names == ["b"]
 
 
 async def test_too_many_who_wait_are_told_to_come_back() -> None:
