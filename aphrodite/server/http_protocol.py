@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from aphrodite.server.config import ServerConfig
+from aphrodite.server.connections import watch_peer
 from aphrodite.server.errors import CLOSE, ApiError, Headers, retry_after
+
+# A connection with more requests than these behind the one that is being answered is not read on.
+_MAX_PIPELINED = 16
 
 
 class HeaderLimitError(Exception):
@@ -16,7 +20,11 @@ class HeaderLimitError(Exception):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. `limits` is set on the subclass that `bounded_protocol` makes."""
+    """One connection. `limits` is set on the subclass that `bounded_protocol` makes.
+
+    uvicorn tells only the request that arrived last of a client that has left, and reads no more once one waits behind
+    another: the one that is being answered would go on for nobody.
+    """
 
     limits: ServerConfig
 
@@ -27,9 +35,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._parsed_bytes = 0  # of complete lines
         self._refusal: ApiError | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        self._answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            watch_peer(sock, self.limits.write_timeout)
         if len(self.connections) > self.limits.max_connections:
             self._refuse(
                 ApiError(503, "Too many connections.", code="too_many_connections", headers=retry_after(1) + CLOSE)
@@ -39,6 +51,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -73,6 +89,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_head_timer()
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answered = self.cycle
+        elif len(self.pipeline) <= _MAX_PIPELINED:
+            self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        self._answered = self.pipeline[-1][0] if self.pipeline else None
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(self._refusal or ApiError(400, msg, code="invalid_http", headers=CLOSE))

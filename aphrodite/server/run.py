@@ -16,6 +16,7 @@ import uvicorn
 from aphrodite.errors import ConfigError
 from aphrodite.server.app import Application
 from aphrodite.server.config import ServerConfig
+from aphrodite.server.connections import allow_connections
 from aphrodite.server.errors import engine_dead, shutting_down
 from aphrodite.server.http_protocol import bounded_protocol
 from aphrodite.server.lifecycle import Lifecycle
@@ -51,6 +52,7 @@ async def serve(
         ConfigError: the address cannot be bound.
     """
     sock = sock or bind_socket(config.host, config.port)
+    allow_connections(config.max_connections)
     app = Application(models, config)
     server = _Server(_uvicorn_config(app, config), lambda: on_ready(_url(sock, config)) if on_ready else None)
     signals = _Signals()
