@@ -28,7 +28,11 @@ server, offline.
 
 Errors have the shape that a path's own clients expect: OpenAI's everywhere but where a section says otherwise. Keys
 (`--api-key`) open every path alike, as `Authorization: Bearer KEY` or `X-API-Key: KEY`; `/health`, `/` and `/docs` need
-none.
+none. What changes the server (loading, unloading, fetching and removing models) needs the `--admin-key`, also as
+`X-Admin-Key: KEY`, and is closed without one.
+
+A `model` field chooses among several models, and loads what it names: [several_models.md](several_models.md). Where the
+protocol has no such field, or a request leaves it out, the one used last is meant.
 
 Bodies are JSON, sent with `Content-Type: application/json`. A request that comes from no web page may leave the type
 out, and name any on Ollama's paths, where `curl -d` is customary.
@@ -50,8 +54,12 @@ cls) and `normalize` choose otherwise.""",
     "vLLM; llama.cpp": """\
 vLLM's clients send `prompt` and read `count` and `tokens`; llama.cpp's send `content`, and read `tokens` or, of
 `/detokenize`, `content`. Both are answered.""",
-    "TabbyAPI": "`/v1/token/encode` takes a text or a list of messages.",
-    "llama.cpp": "A slot stands for each answer that can run at once; requests are not bound to one.",
+    "TabbyAPI": """\
+`/v1/token/encode` takes a text or a list of messages. `/v1/model/load` and `download` answer with events that tell how
+far they are.""",
+    "llama.cpp": """\
+A slot stands for each answer that can run at once; requests are not bound to one. `/models` tells of each model whether
+it is loaded.""",
     "KoboldAI": """\
 KoboldAI's API with koboldcpp's additions. `memory` stands before the prompt, which loses its beginning to make room;
 `genkey` names a run for `check` and `abort`. What a request leaves open is the model's recommendation, not koboldcpp's
@@ -66,7 +74,8 @@ as `{"INVALID_JSON": text}`. `output_config` has `effort` and a `format` of kind
 by their own names. Errors are `{"type": "error", "error": {"type", "message"}}`.""",
     "Ollama": """\
 Sampling parameters stand in `options`, all of them under any of their names; `num_predict` below 0 is no limit. Streams
-are lines of JSON, and errors `{"error"}`. Names may end in `:latest`.""",
+are lines of JSON, and errors `{"error"}`. Names may end in `:latest`. Models are pulled from the Hugging Face hub:
+`ORG/NAME:Q4_K_M`, with or without `hf.co/` before it.""",
 }
 
 
