@@ -35,6 +35,7 @@ LoadFormat = Literal["auto", "gguf", "safetensors", "dummy"]
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _QUANT_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_TRUNK = "model."
 _DTYPES = {
     "float32": QuantType.F32,
     "float16": QuantType.F16,
@@ -228,6 +229,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
     stored = read_tensors(path)
     if is_wrapped(config):
         stored = text_tensors(str(directory), stored)
+    stored = _of_causal_model(stored, family.hf.names.checkpoint_name("embed.weight"))
     if family.predicts_further:
         stored = without_further_layers(str(directory), stored, family.hf.names, spec.num_layers)
     tensors = unpack_tensors(stored, config, directory)
@@ -247,6 +249,15 @@ def _open_safetensors(path: Path) -> Checkpoint:
         harmless=lambda name: name.endswith("rotary_emb.inv_freq") or _is_zero_bias(tensors[name]),
     )
     return _described(directory, "safetensors", config, spec, weights)
+
+
+def _of_causal_model(stored: dict[str, StoredTensor], embedding: str) -> dict[str, StoredTensor]:
+    """The tensors under the names that a model with an output head has: embedding models are often saved without one,
+    and without the prefix of what stands before it. `embedding` is the name of the input embedding with it."""
+    bare = embedding.removeprefix(_TRUNK)
+    if embedding in stored or bare not in stored or bare == embedding:
+        return stored
+    return {_TRUNK + name: tensor for name, tensor in stored.items()}
 
 
 def _same_bytes(a: RawTensor, b: RawTensor) -> bool:

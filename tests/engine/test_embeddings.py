@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def test_non_finite_states_fail_their_own_request(model: Path, tmp_path: Path) -
 @pytest.fixture(scope="module")
 def llm(smollm2_path: Path) -> Iterator[LLM]:
     with LLM(
-        smollm2_path, device="cpu", executor="torch", dtype="float32", kv_cache_memory=1 << 26, max_model_len=256
+        smollm2_path, device="cpu", executor="torch", dtype="float32", kv_cache_memory=1 << 26, max_model_len=64
     ) as loaded:
         yield loaded
 
@@ -214,7 +215,7 @@ def test_dimensions_are_cut_before_the_length_is_made_one(llm: LLM) -> None:
     [
         ("text", EmbeddingParams(dimensions=577), "1 to 576"),
         ("text", EmbeddingParams(dimensions=0), "1 to 576"),
-        ([1] * 257, EmbeddingParams(), "257 in the prompt"),
+        ([1] * 65, EmbeddingParams(), "65 in the prompt"),
         ([], EmbeddingParams(), "empty"),
         ([49152], EmbeddingParams(), "outside the vocabulary"),
     ],
@@ -225,5 +226,31 @@ def test_what_cannot_be_embedded_is_refused(llm: LLM, prompt: Any, params: Embed
 
 
 def test_a_context_full_of_text_is_embedded(llm: LLM) -> None:
-    (output,) = llm.embed([[5] * 256], progress=False)
-    assert len(output.prompt_token_ids) == 256
+    (output,) = llm.embed([[5] * 64], progress=False)
+    assert len(output.prompt_token_ids) == 64
+
+
+def test_an_embedding_model_is_served_as_its_files_say(tmp_path: Path, smollm2_path: Path) -> None:
+    """As Qwen3-Embedding is published: without a head, names without a prefix, and sentence-transformers' files."""
+    torch.manual_seed(5)
+    config = transformers.Qwen3Config(
+        vocab_size=211, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.15, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.Qwen3Model(config).eval()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "architectures": ["Qwen3ForCausalLM"]}))
+    kinds = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+    steps = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds]
+    (tmp_path / "modules.json").write_text(json.dumps(steps))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    with LLM(
+        tmp_path, tokenizer=str(smollm2_path), device="cpu", dtype="float32", kv_cache_memory=1 << 22, max_model_len=128
+    ) as llm:
+        assert (llm.info.embedding.pooling, llm.info.embedding.normalize, llm.info.embedding.size) == ("mean", True, 64)
+        (found,) = llm.embed([PROMPTS[3]], progress=False)
+    with torch.no_grad():
+        mean = model(torch.tensor([PROMPTS[3]])).last_hidden_state[0].double().mean(dim=0).numpy()
+    np.testing.assert_allclose(found.values, mean / np.linalg.norm(mean), atol=1e-5)
