@@ -11,6 +11,7 @@ logger = logging.getLogger(__name__)
 # For everything that is no client's connection: the model's files, the engine's sockets, logs.
 _SPARE_FILES = 512
 _KEEP_ALIVE_PROBES = 3
+_LONGEST_WATCH = 7200.0  # seconds; the system takes no more than about four times as much
 
 
 def allow_connections(count: int) -> None:
@@ -41,6 +42,7 @@ def watch_peer(sock: socket.socket, seconds: float) -> None:
 
     A peer that lost its network says no goodbye: without this its answer would be computed to the end.
     """
+    seconds = min(seconds, _LONGEST_WATCH)
     options = {
         "TCP_KEEPIDLE": max(1, round(seconds / 2)),
         "TCP_KEEPINTVL": max(1, round(seconds / 2 / _KEEP_ALIVE_PROBES)),

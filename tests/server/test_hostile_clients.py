@@ -163,6 +163,9 @@ async def test_of_a_key_that_comes_twice_the_last_holds(server: RunningServer) -
 
 def test_a_silent_peer_is_gone_after_a_while() -> None:
     with socket.socket() as sock:
+        watch_peer(sock, 1e12)
+        watch_peer(sock, 0.001)
+    with socket.socket() as sock:
         watch_peer(sock, 60)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
