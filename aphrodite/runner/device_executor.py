@@ -17,6 +17,7 @@ from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.errors import ConfigError
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
+from aphrodite.layers.lora import AdapterRoom
 from aphrodite.models.decoder import Decoder, attention_shape, attention_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
@@ -74,7 +75,11 @@ class DeviceExecutor:
         device: torch.device,
         offload_bytes: int = 0,
         fp8: bool = False,
+        adapters: AdapterRoom | None = None,
     ) -> None:
+        if adapters is not None:
+            raise ConfigError("adapters are computed on the CPU only; --device cpu serves them")
+        self.adapters = None
         self.spec = spec
         self.block_size = block_size
         self.device = device

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from aphrodite.models.shape import ModelShape
 from aphrodite.runner.inputs import DeviceInputs, ForwardInputs, HostLengths, StepSize
+
+if TYPE_CHECKING:
+    from aphrodite.loading.lora import Adapter
+
+
+class AdapterStore(Protocol):
+    """Adapters of a model, known by their numbers, and the slots that steps are computed with.
+
+    `add` may run beside everything else; all others are called in the order of steps, by whoever runs these.
+    """
+
+    def add(self, number: int, adapter: Adapter) -> None:
+        """Take an adapter that fits the model and the room that was made for it, whose tensors may go afterwards.
+
+        Raises:
+            ModelFormatError: a value is not representable in the compute type.
+        """
+
+    def remove(self, number: int) -> None:
+        """Let go of an adapter that no step uses any more, wherever it lies."""
+
+    def place(self, slot: int, number: int) -> None:
+        """Compute with the adapter whatever rows have this slot from now on."""
+
+
+def place_adapter(executor: ModelExecutor | DeviceModelExecutor, slot: int, number: int) -> None:
+    """Put an adapter into a slot of an executor that a plan names one for."""
+    if executor.adapters is None:
+        raise RuntimeError("a plan names an adapter, and no room was made for any")
+    executor.adapters.place(slot, number)
 
 
 class ModelExecutor(Protocol):
@@ -51,6 +81,10 @@ class ModelExecutor(Protocol):
         Returns:
             Logits `[L, vocab]` and hidden states `[H, hidden_size]`, both float32.
         """
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """None where no room was made for any."""
 
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""
@@ -123,6 +157,10 @@ class DeviceModelExecutor(Protocol):
         Returns:
             Logits `[L, vocab]` and hidden states `[H, hidden_size]`, both of the compute dtype.
         """
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """None where no room was made for any."""
 
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""

@@ -23,6 +23,7 @@ class ForwardInputs(NamedTuple):
     context_lens: torch.Tensor  # [R] int32, positions in the cache after this step
     block_tables: torch.Tensor  # [R, max_blocks] int32, row-contiguous (stride(0) may exceed max_blocks)
     logits_index: torch.Tensor  # [L] int32, token rows whose logits are wanted, ascending
+    adapters: torch.Tensor | None = None  # [R] int32, slot of each sequence's adapter, -1: none; None: nobody has one
 
 
 class HostLengths(NamedTuple):

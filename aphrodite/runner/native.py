@@ -33,10 +33,12 @@ from aphrodite.kernels.cpu.program import (
     StepDesc,
     tiles_bytes,
 )
+from aphrodite.layers.lora import AdapterRoom
 from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import RawTensor
 from aphrodite.runner.inputs import ForwardInputs
+from aphrodite.runner.native_adapters import NativeAdapters, PairTable
 from aphrodite.runner.native_compiler import GATES, Compiler, compile_norm
 from aphrodite.runner.native_experts import compile_experts, expert_names, unknown_parts_of_experts
 from aphrodite.runner.native_weights import TiledWeights, tile_kind
@@ -62,6 +64,7 @@ class NativeExecutor:
             "float16" and quicker, for its attention multiplies integers; the others' attention is float32.
         threads: workers of a step, None for all cores of the process.
         isa: a lower instruction set than the best ("avx2", "portable"), for tests and comparison.
+        adapters: what to have ready for them, None for none.
 
     Raises:
         ConfigError: the executor declines (see `declines`) or `isa` cannot run here.
@@ -78,6 +81,7 @@ class NativeExecutor:
         kv_dtype: KvDtype = "int16",
         threads: int | None = None,
         isa: str | None = None,
+        adapters: AdapterRoom | None = None,
     ) -> None:
         reason = self.declines(spec, weights, block_size=block_size)
         library = native_library.load()
@@ -97,7 +101,11 @@ class NativeExecutor:
         library.cdll.aph_set_default_threads(self.threads)
         self._library = library
         self._weights = TiledWeights(library, weights, _linear_names(spec))
-        self._program = _compile(self, weights, self._weights)
+        compiler = Compiler(weights, self._weights, _ACTIVATIONS[activations])
+        self._program = _compile(self, compiler)
+        self.adapters = None
+        if adapters is not None:
+            self.adapters = NativeAdapters(adapters.slots, compiler.weight_numbers, compiler.builder.num_weights)
         self._cache: NativeMemory | None = None
         self._num_blocks = 0
         self._logits = torch.empty(0)
@@ -170,9 +178,11 @@ class NativeExecutor:
             raise RuntimeError("allocate_kv_cache must be called before forward")
         step, logits = self._describe(inputs, self._cache)
         index = index.to(torch.int32).contiguous()
+        table = self._adapt(step)
         hidden = torch.empty(len(index), self.spec.hidden_size)
         step.hidden_index, step.hidden_rows, step.hidden = index.data_ptr(), len(index), hidden.data_ptr()
         self._program.run(step)
+        del table  # nobody else may hold what the step was computed with
         # The norm's weight holds the scale of logits, which only the output head should see.
         return logits, hidden.div_(self.spec.logit_scale)
 
@@ -201,8 +211,18 @@ class NativeExecutor:
             self._described = (inputs, *self._describe(inputs, self._cache))
         _, step, logits = self._described
         step.nanoseconds = nanoseconds
+        table = self._adapt(step)
         self._program.run(step)
+        del table  # nobody else may hold what the step was computed with
         return logits
+
+    def _adapt(self, step: StepDesc) -> PairTable | None:
+        """Let a step read the adapters that lie in the slots now; the caller holds on to them until it is over."""
+        if self.adapters is None or not step.adapter_slots:
+            return None
+        table = self.adapters.table
+        step.adapter_pairs, step.adapter_count = ctypes.addressof(table.pairs), self.adapters.num_slots
+        return table
 
     def _describe(self, inputs: ForwardInputs, cache: NativeMemory) -> tuple[StepDesc, torch.Tensor]:
         """The library's view of a step, and where its logits go."""
@@ -227,13 +247,13 @@ class NativeExecutor:
             cache.address,
             self._num_blocks,
             self.threads,
+            adapter_slots=None if inputs.adapters is None else inputs.adapters.data_ptr(),
         )
         return step, self._logits[:rows]
 
 
-def _compile(executor: NativeExecutor, weights: Mapping[str, RawTensor], packed: TiledWeights) -> Program:
+def _compile(executor: NativeExecutor, compiler: Compiler) -> Program:
     spec = executor.spec
-    compiler = Compiler(weights, packed, _ACTIVATIONS[executor.activations])
     builder = compiler.builder
     residual = builder.add_buffer(spec.hidden_size)
     qkv = builder.add_buffer((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
@@ -390,16 +410,20 @@ def _linear_names(spec: ModelSpec) -> list[str]:
 
 
 # Of ForwardInputs' fields, in order.
-_INPUT_TYPES = (torch.int32, torch.int32, torch.int64, torch.int32, torch.int32, torch.int32, torch.int32)
+_INPUT_TYPES = (torch.int32, torch.int32, torch.int64, torch.int32, torch.int32, torch.int32, torch.int32, torch.int32)
 
 
 def _check_layout(inputs: ForwardInputs) -> None:
     """The library reads raw memory, so types and lengths must be what it takes them for."""
     for tensor, dtype in zip(inputs, _INPUT_TYPES, strict=True):
+        if tensor is None:  # nobody has an adapter
+            continue
         # The stride of a dimension with one entry means nothing, and numpy may say 0.
         if tensor.dtype is not dtype or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
             raise ValueError(f"a step's tensor is {tensor.dtype} with strides {tensor.stride()}, not dense {dtype}")
     tokens, sequences = inputs.token_ids.shape[0], inputs.context_lens.shape[0]
     lengths = (inputs.positions.shape[0], inputs.slot_mapping.shape[0], inputs.query_start.shape[0] - 1)
+    if inputs.adapters is not None and inputs.adapters.shape[0] != sequences:
+        raise ValueError(f"a step of {sequences} sequences names {inputs.adapters.shape[0]} slots of adapters")
     if lengths != (tokens, tokens, sequences) or inputs.block_tables.shape[0] != sequences:
         raise ValueError(f"a step of {tokens} tokens and {sequences} sequences has tensors of other lengths {lengths}")

@@ -25,6 +25,7 @@ class Compiler:
         self._weights = weights
         self._packed = packed
         self._activation = activation
+        self.weight_numbers: dict[str, int] = {}  # of matrices that are multiplied, by their modules
 
     def buffer(self, use: str, width: int) -> int:
         """A buffer that layers share, its width rounded up to whole lanes."""
@@ -43,7 +44,7 @@ class Compiler:
         """A matrix, or a stack of them, that multiplies one of `packs`, with its bias, if it has one."""
         rows, columns = self._weights[name].shape[-2:]
         bias = self._weights.get(name.removesuffix("weight") + "bias")
-        return self.builder.add_weight(
+        number = self.builder.add_weight(
             self._packed.address(name),
             self._packed.kinds[name],
             (rows, columns),
@@ -51,6 +52,8 @@ class Compiler:
             out_column=out_column,
             bias=None if bias is None else dense_vector(bias).reshape(bias.shape),
         )
+        self.weight_numbers[name.removesuffix(".weight")] = number
+        return number
 
     def table(self, name: str) -> int:
         """A matrix whose rows are looked up."""

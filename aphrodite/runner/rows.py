@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from aphrodite.core.plan import RowStep, StepPlan
+from aphrodite.core.plan import NO_ADAPTER, RowStep, StepPlan
 from aphrodite.runner.inputs import ForwardInputs
 
 # Columns that a decoding batch's block tables have to spare when they are made.
@@ -36,7 +36,8 @@ class Rows:
         self._num_prompt = self.num_prompt.numpy()
         self._block_tables = np.zeros((num_rows, max_blocks), dtype=np.int32)
         self._block_counts = [0] * num_rows
-        self._decoding = _DecodeBatch([], 0, self._token_ids, self._block_tables, block_size)
+        self._adapters = np.full(num_rows, NO_ADAPTER, dtype=np.int32)  # slots
+        self._decoding = _DecodeBatch([], 0, self._token_ids, self._block_tables, block_size, None)
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what the plan changes: new prompts and block tables."""
@@ -45,6 +46,9 @@ class Rows:
             self._token_ids[start.row, : len(prompt)] = prompt
             self._num_prompt[start.row] = len(prompt)
             self._block_counts[start.row] = 0
+            if self._adapters[start.row] != start.adapter_slot:
+                self._adapters[start.row] = start.adapter_slot
+                self._decoding.rows = []  # it has the slots of its rows
         for step in plan.steps:
             if step.reset_blocks:
                 self._block_counts[step.row] = 0
@@ -63,7 +67,8 @@ class Rows:
         batch = self._decoding
         if rows != batch.rows or num_blocks > batch.max_blocks:
             width = min(num_blocks + _SPARE_BLOCKS, self._block_tables.shape[1])
-            batch = _DecodeBatch(rows, width, self._token_ids, self._block_tables, self.block_size)
+            adapters = self._adapters_of(np.array(rows, dtype=np.intp))
+            batch = _DecodeBatch(rows, width, self._token_ids, self._block_tables, self.block_size, adapters)
             self._decoding = batch
             batch.copy_tables(range(len(rows)))
         else:
@@ -93,7 +98,13 @@ class Rows:
             context_lens=torch.from_numpy(context_lens),
             block_tables=torch.from_numpy(self._block_tables[rows, :num_blocks]),
             logits_index=torch.from_numpy(logits_index),
+            adapters=self._adapters_of(rows),
         )
+
+    def _adapters_of(self, rows: np.ndarray) -> torch.Tensor | None:
+        """`[R]` slots of `rows`; None if none has an adapter."""
+        slots = self._adapters[rows]
+        return torch.from_numpy(slots) if (slots != NO_ADAPTER).any() else None
 
     def append(self, rows: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
         """Write the sampled `token_ids` at `positions` of `rows`."""
@@ -111,10 +122,17 @@ class _DecodeBatch:
     Args:
         max_blocks: columns of its block tables.
         token_ids, block_tables: those of all rows.
+        adapters: slots of its rows, None if none has an adapter.
     """
 
     def __init__(
-        self, rows: list[int], max_blocks: int, token_ids: np.ndarray, block_tables: np.ndarray, block_size: int
+        self,
+        rows: list[int],
+        max_blocks: int,
+        token_ids: np.ndarray,
+        block_tables: np.ndarray,
+        block_size: int,
+        adapters: torch.Tensor | None,
     ) -> None:
         count = len(rows)
         self.rows = rows
@@ -130,6 +148,7 @@ class _DecodeBatch:
             context_lens=torch.zeros(count, dtype=torch.int32),
             block_tables=torch.zeros(count, max_blocks, dtype=torch.int32),
             logits_index=torch.arange(count, dtype=torch.int32),
+            adapters=adapters,
         )
         self._tables = self._inputs.block_tables.numpy()
         self._token_ids = self._inputs.token_ids.numpy().data

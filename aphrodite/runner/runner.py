@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
-from aphrodite.runner.executor import ModelExecutor
+from aphrodite.runner.executor import ModelExecutor, place_adapter
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.pooling import HiddenLayout, Pooler, part_sums
 from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, logits_layout
@@ -84,6 +84,8 @@ class Runner:
             self._thread.shutdown(wait=True)
 
     def _run(self, plan: StepPlan) -> Outcome:
+        for slot, adapter in plan.adapters:
+            place_adapter(self.executor, slot, adapter)
         self.rows.apply(plan)
         self._requests.apply(plan)
         self._pooler.apply(plan)

@@ -22,7 +22,9 @@ from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
 from aphrodite.layers.invariant import ROW_MULTIPLE, row_blocks
 from aphrodite.layers.linear import DenseLinear
+from aphrodite.layers.lora import AdapterRoom, TorchAdapters
 from aphrodite.layers.mla import LatentProjection
+from aphrodite.models.adapters import with_adapters
 from aphrodite.models.decoder import Decoder, attention_shape, attention_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
@@ -42,6 +44,7 @@ class TorchExecutor:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        adapters: AdapterRoom | None = None,
     ) -> None:
         """Load `weights` (canonical names) onto `device`.
 
@@ -52,6 +55,7 @@ class TorchExecutor:
             max_model_len: positions beyond this are never asked for.
             dtype: of dense weights, activations and KV cache.
             device: where everything lies and runs.
+            adapters: what to have ready for them, None for none.
 
         Raises:
             ModelFormatError: weights are missing, of the wrong shape or not representable in `dtype`.
@@ -64,6 +68,10 @@ class TorchExecutor:
         loaded = load_weights(spec, weights, dtype, device)
         transform = attention_transform(spec, loaded, max_model_len)
         self._attention, self._attention_choice = choose_attention(self._shape, transform)
+        self._weights = loaded
+        self.adapters = None if adapters is None else TorchAdapters(adapters.slots, dtype)
+        if self.adapters is not None:
+            loaded = with_adapters(spec, loaded, self.adapters.wrap)
         self._decoder = Decoder(spec, loaded)
         self._cache: KVCache | None = None
         core = self._attention.core if isinstance(self._attention, TorchLatentAttention) else self._attention
@@ -73,7 +81,7 @@ class TorchExecutor:
 
     @property
     def weight_bytes(self) -> int:
-        return self._decoder.weights.nbytes
+        return self._weights.nbytes
 
     @property
     def kv_bytes_per_block(self) -> int:
@@ -102,7 +110,10 @@ class TorchExecutor:
 
     def _residual(self, inputs: ForwardInputs, cache: KVCache) -> torch.Tensor:
         step = self._attention.begin_step(inputs._replace(positions=self._pad(inputs.positions)), cache)
-        return self._decoder.forward(self._pad(inputs.token_ids), step)
+        if self.adapters is None:
+            return self._decoder.forward(self._pad(inputs.token_ids), step)
+        with self.adapters.step(inputs.adapters, inputs.query_start):
+            return self._decoder.forward(self._pad(inputs.token_ids), step)
 
     def _logits(self, inputs: ForwardInputs, residual: torch.Tensor) -> torch.Tensor:
         wanted = inputs.logits_index.shape[0]
@@ -112,7 +123,7 @@ class TorchExecutor:
         return logits[:wanted].float()
 
     def describe(self) -> dict[str, str]:
-        weights = self._decoder.weights
+        weights = self._weights
         layouts = Counter(str(product.choice) for layer in weights.layers for product in layer.products)
         return {
             "executor": f"torch {torch.__version__} on {self.device}, {short_name(self._dtype)}",
@@ -133,7 +144,7 @@ class TorchExecutor:
         with torch.inference_mode():
             blocks = {
                 row_blocks(part.weight)
-                for product in self._decoder.weights.products
+                for product in self._weights.products
                 for part in (product.parts if isinstance(product, LatentProjection) else (product,))
                 if isinstance(part, DenseLinear)
             }

@@ -93,6 +93,10 @@ class TransformersExecutor:
     def kv_bytes_per_block(self) -> int:
         return self._shape.bytes_per_block
 
+    @property
+    def adapters(self) -> None:
+        """Which modules of transformers' code an adapter may add to is not known."""
+
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate the cache; called once, before the first forward."""
         self._cache = self._attention.allocate(num_blocks)
@@ -176,7 +180,7 @@ class TransformersExecutor:
 
     def _on_device(self, inputs: ForwardInputs, spans: list[_Span]) -> ForwardInputs | DeviceInputs:
         """A step's inputs as the executor gets them on its device."""
-        inputs = ForwardInputs(*(tensor.to(self.device) for tensor in inputs))
+        inputs = ForwardInputs(*(tensor.to(self.device) for tensor in inputs if tensor is not None))
         if self.device.type == "cpu":
             return inputs
         query = np.array([span.end - span.start for span in spans], np.int32)

@@ -101,7 +101,7 @@ class Harness:
         logits = np.zeros((len(inputs.logits_index), self.vocab_size), np.float32)
         self.program.run(
             StepDesc(
-                *(tensor.data_ptr() for tensor in inputs),
+                *(tensor.data_ptr() for tensor in inputs if tensor is not None),
                 len(inputs.token_ids),
                 len(inputs.context_lens),
                 inputs.block_tables.stride(0),

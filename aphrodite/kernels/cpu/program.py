@@ -140,6 +140,7 @@ _STEP_ERRORS = {
     5: "slot_mapping points outside the KV cache",
     6: "logits_index names a row outside the step",
     8: "hidden_index names a row outside the step",
+    9: "a sequence's adapter has no slot",
 }
 _OUT_OF_MEMORY = 7
 
@@ -205,6 +206,21 @@ class StepDesc(ctypes.Structure):
         ("hidden_index", ctypes.c_void_p),
         ("hidden_rows", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
+        ("adapter_slots", ctypes.c_void_p),
+        ("adapter_pairs", ctypes.c_void_p),
+        ("adapter_count", ctypes.c_int64),
+    )
+
+
+class LowRankDesc(ctypes.Structure):
+    """What an adapter adds to the product with one weight (`native/low_rank.h`); all zeros: nothing."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -304,6 +320,10 @@ class ProgramBuilder:
         self._vectors: list[np.ndarray] = []
         self._biases: list[np.ndarray] = []
         self._routings: list[RoutingDesc] = []
+
+    @property
+    def num_weights(self) -> int:
+        return len(self._weights)
 
     def add_buffer(self, width: int) -> int:
         """A float32 buffer [rows, width], width a multiple of 16."""

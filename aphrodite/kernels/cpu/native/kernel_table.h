@@ -3,6 +3,8 @@
 #include "lane_math.h"
 // the order matters: each uses the ones above
 #include "rows.h"
+// what adapters add to products
+#include "low_rank_rows.h"
 // products pack their results
 #include "attention.h"
 #include "limits.h"
@@ -12,7 +14,7 @@ namespace aph {
 namespace {
 
 constexpr Kernels kernel_table(const char* isa) {
-    return {isa,         linear,           gated,             pack_group, rms_norm,         layer_norm,        rotate,  store_kv,
+    return {isa,         linear,           gated,             shrink,           pack_group, rms_norm,         layer_norm,        rotate,  store_kv,
             attend,      attend_tile,      merge_tiles,       add_weighted,     dot_chains<true>, dot_chains<false>, kChains, read_all};
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "low_rank.h"
 
 namespace aph {
 
@@ -57,6 +58,7 @@ struct TileWeight {
     int64_t group;      // columns of integer groups
     int64_t out_column;
     const float* bias;  // [rows] or null
+    const AdapterRows* adapters = nullptr;  // that add to its products; null: none
     int64_t tile_bytes() const { return type_info(type).tile_bytes(columns, group); }
 };
 
@@ -127,6 +129,9 @@ struct Kernels {
     void (*linear)(const PackedRows& in, const TileWeight& weight, Range tiles, Range rows, const LinearOut& out);
     // act(in * gate) * (in * up), packed: blocks of 32 columns, that is, of two tiles.
     void (*gated)(const GatedPair& pair, Range blocks, Range rows, const PackedRows* packs, int pack_count);
+    // low[row][rank] = scale * A x for the given ranks of a block's rows; `scratch` is [kAdapterRows][columns].
+    void (*shrink)(const PackedRows& in, const LowRank& pair, Range ranks, const AdapterBlock& block, float* scratch,
+                   float* low, int64_t width);
     // Packs the rows of group `group`: columns of x, row r at x + r * stride.
     void (*pack)(const float* x, int64_t stride, int64_t group, const PackedRows& out);
     // out = x / sqrt(mean(x^2) + eps) * weight; columns are a multiple of 16, out may be x

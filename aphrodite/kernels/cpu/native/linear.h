@@ -311,9 +311,11 @@ GroupKernel find_kernel(Type type, Activation kind, int width) {
 inline const int32_t* group_words(const PackedRows& in, int64_t row) { return in.words + row * in.row_words(); }
 inline const float* group_meta(const PackedRows& in, int64_t row) { return in.meta + row * in.row_meta(); }
 
-inline Vec biased(const float* result, const TileWeight& weight, int64_t tile) {
-    const Vec value = load(result);
-    return weight.bias == nullptr ? value : add(value, load(weight.bias + tile * kTileRows));
+// A tile's result for a row, with the weight's bias and what an adapter adds.
+inline Vec completed(const float* result, const TileWeight& weight, int64_t tile, int64_t row) {
+    Vec value = load(result);
+    if (weight.bias != nullptr) value = add(value, load(weight.bias + tile * kTileRows));
+    return weight.adapters == nullptr ? value : adapted(value, *weight.adapters, tile, row);
 }
 
 // Adds bias, bounds, and adds the old value where asked for; a weight's last tile may end in rows of padding.
@@ -321,7 +323,7 @@ inline void write_tile(const float* result, const TileWeight& weight, int64_t ti
     const int64_t column = tile * kTileRows;
     const int64_t left = weight.rows - column;
     float* target = out.data + row * out.stride + weight.out_column + column;
-    Vec value = biased(result, weight, tile);
+    Vec value = completed(result, weight, tile, row);
     if (out.bound > 0) value = soft_bound(value, out.bound);
     if (left >= kTileRows) {
         store(target, out.accumulate ? add(load(target), value) : value);
@@ -367,8 +369,8 @@ inline void gated_block(const GatedPair& pair, int64_t block, int64_t row, int w
                   group_words(pair.up_in, row), group_meta(pair.up_in, row), ups);
         for (int m = 0; m < width; ++m) {
             store(product + m * kBlock + (tile % 2) * kTileRows,
-                  gate_values(pair.kind, biased(gates + m * kTileRows, pair.gate, tile),
-                              biased(ups + m * kTileRows, pair.up, tile)));
+                  gate_values(pair.kind, completed(gates + m * kTileRows, pair.gate, tile, row + m),
+                              completed(ups + m * kTileRows, pair.up, tile, row + m)));
         }
     }
 }

@@ -33,6 +33,8 @@ StepError Program::check(const StepDesc& step) const {
         if (step.logits_index[i] < 0 || step.logits_index[i] >= step.tokens) return StepError::LogitsIndex;
     for (int64_t i = 0; i < step.hidden_rows; ++i)
         if (step.hidden_index[i] < 0 || step.hidden_index[i] >= step.tokens) return StepError::HiddenIndex;
+    for (int64_t r = 0; step.adapter_slots != nullptr && r < step.sequences; ++r)
+        if (step.adapter_slots[r] < -1 || step.adapter_slots[r] >= step.adapter_count) return StepError::Adapters;
     return StepError::None;
 }
 
@@ -88,6 +90,7 @@ StepError Program::run(const StepDesc& step) {
     step_.threads = std::max<int64_t>(1, std::min<int64_t>(step.threads, kMaxThreads));
     prepare();
     plan_attention();
+    plan_adapters();
     run_region(
         static_cast<int>(step_.threads),
         [](void* context, Team& team, int worker) {
@@ -202,6 +205,12 @@ void Program::linear(const Op& op, Team& team, int worker) {
     constexpr int64_t kMostTiles = 8;
     int64_t tiles = 0;
     for (int i = 0; i < op.weight_count; ++i) tiles += tile_count(weights_[op.first_weight + i].rows);
+    AdapterRows adapters[kMostAdapted];
+    const bool adapting = adapts(op);
+    if (adapting) {
+        shrink_adapters(op, team, worker);
+        for (int i = 0; i < op.weight_count; ++i) adapters[i] = adapter_rows(op, i);
+    }
     const RowSpans spans = this->spans(rows_of(op.rows), team.size());
     const int64_t step = std::clamp<int64_t>(tiles * spans.count / (12 * team.size()), 1, kMostTiles);
     int64_t chunks = 0;
@@ -213,7 +222,8 @@ void Program::linear(const Op& op, Team& team, int worker) {
     team.phase(worker, chunks * spans.count, [&](int64_t index) {
         int64_t chunk = index % chunks;
         for (int i = 0; i < op.weight_count; ++i) {
-            const TileWeight w = weight(op.first_weight + i);
+            TileWeight w = weight(op.first_weight + i);
+            if (adapting) w.adapters = &adapters[i];
             const int64_t count = tile_count(w.rows), own = ceil_div(count, step);
             if (chunk < own) {
                 const PackedRows in = pack_of(weights_[op.first_weight + i].pack, worker);
@@ -227,9 +237,16 @@ void Program::linear(const Op& op, Team& team, int worker) {
 
 void Program::gated(const Op& op, Team& team, int worker) {
     constexpr int64_t kMostBlocks = 2;
-    const GatedPair pair{weight(op.first_weight), weight(op.first_weight + 1),
-                         pack_of(weights_[op.first_weight].pack, worker),
-                         pack_of(weights_[op.first_weight + 1].pack, worker), static_cast<GateKind>(op.flag)};
+    GatedPair pair{weight(op.first_weight), weight(op.first_weight + 1),
+                   pack_of(weights_[op.first_weight].pack, worker),
+                   pack_of(weights_[op.first_weight + 1].pack, worker), static_cast<GateKind>(op.flag)};
+    AdapterRows adapters[2];
+    if (adapts(op)) {
+        shrink_adapters(op, team, worker);
+        for (int i = 0; i < 2; ++i) adapters[i] = adapter_rows(op, i);
+        pair.gate.adapters = &adapters[0];
+        pair.up.adapters = &adapters[1];
+    }
     const RowSpans spans = this->spans(rows_of(op.rows), team.size());
     const int64_t blocks = pair.gate.rows / kBlock, step = spans.count > 1 ? kMostBlocks : 1;
     const int64_t chunks = ceil_div(blocks, step);

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "low_rank.h"
+
 namespace aph {
 
 enum class OpKind : int32_t {
@@ -120,6 +122,9 @@ struct StepDesc {
     const int32_t* hidden_index;
     int64_t hidden_rows;
     float* hidden;         // [hidden_rows, width of the input of the operation that writes it]
+    const int32_t* adapter_slots;   // [sequences], -1: none; null: no sequence has an adapter
+    const LowRank* adapter_pairs;   // [adapter_count][weight_count]
+    int64_t adapter_count;
 };
 
 enum class StepError : int32_t {
@@ -132,6 +137,7 @@ enum class StepError : int32_t {
     LogitsIndex = 6,
     Memory = 7,
     HiddenIndex = 8,
+    Adapters = 9,
 };
 
 }  // namespace aph

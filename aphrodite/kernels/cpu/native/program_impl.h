@@ -91,6 +91,15 @@ private:
     void attention(const Op& op, Team& team, int worker);
     void gather(const Op& op, Team& team, int worker);
     void norm_add(const Op& op, Team& team, int worker);
+
+    // Adapters: program_adapters.cpp.
+    void plan_adapters();
+    bool adapts(const Op& op) const;  // whether a row's adapter adds to one of its products
+    void shrink_adapters(const Op& op, Team& team, int worker);
+    AdapterRows adapter_rows(const Op& op, int i) const;  // of its i-th weight
+    const LowRank& pair_of(int64_t slot, int64_t weight) const {
+        return step_.adapter_pairs[slot * static_cast<int64_t>(weights_.size()) + weight];
+    }
     void route(const Op& op, Team& team, int worker);
     void expert_gated(const Op& op, Team& team, int worker);
     void expert_linear(const Op& op, Team& team, int worker);
@@ -150,6 +159,13 @@ private:
     float* attention_scratch_ = nullptr;
     float* partials_ = nullptr;
     float* norm_rows_ = nullptr;
+    static constexpr int kMostAdapted = 3;  // weights of an operation that adapters may add to: q, k and v
+    Scratch low_memory_, adapter_memory_;
+    std::vector<int32_t> token_slots_;
+    std::vector<AdapterBlock> adapter_blocks_;
+    float* low_ = nullptr;           // [weights of the operation][tokens][most_rank_]
+    float* adapter_rows_ = nullptr;  // of each worker [kAdapterRows][adapter_columns_]
+    int64_t most_rank_ = 0, adapter_columns_ = 0;
     std::vector<QueryTile> queries_;
     bool split_tiles_ = false;
     int64_t most_tiles_ = 0, partial_stride_ = 0;
