@@ -173,9 +173,9 @@ def test_non_finite_states_fail_their_own_request(model: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def llm(smollm2_path: Path) -> Iterator[LLM]:
-    with LLM(
-        smollm2_path, device="cpu", executor="torch", dtype="float32", kv_cache_memory=1 << 26, max_model_len=64
-    ) as loaded:
+    """Exact but for rounding."""
+    exact = {"activations": "float32", "kv_cache_dtype": "float32"}
+    with LLM(smollm2_path, device="cpu", kv_cache_memory=1 << 26, max_model_len=64, **exact) as loaded:
         yield loaded
 
 
@@ -237,7 +237,8 @@ def test_an_embedding_model_is_served_as_its_files_say(tmp_path: Path, smollm2_p
         vocab_size=211, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, initializer_range=0.15, tie_word_embeddings=True,
     )  # fmt: skip
-    model = transformers.Qwen3Model(config).eval()
+    model: Any = transformers.Qwen3Model(config)
+    model.eval()
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**saved, "architectures": ["Qwen3ForCausalLM"]}))
