@@ -26,6 +26,7 @@ except ImportError as error:
     ) from (error)
 from openai.resources.chat import AsyncChat, Chat
 from openai.resources.completions import AsyncCompletions, Completions
+from openai.resources.embeddings import AsyncEmbeddings, Embeddings
 from openai.resources.responses import AsyncResponses, Responses
 
 DEFAULT_URL = "http://127.0.0.1:2242/v1"
@@ -56,6 +57,12 @@ class OpenAI(openai.OpenAI):
         return completions
 
     @cached_property
+    def embeddings(self) -> Embeddings:
+        embeddings = Embeddings(self)
+        _take_fields(embeddings, "create", known=_embedding_fields)
+        return embeddings
+
+    @cached_property
     def responses(self) -> Responses:
         responses = Responses(self)
         _take_fields(responses, "create", "parse", "stream")
@@ -81,6 +88,12 @@ class AsyncOpenAI(openai.AsyncOpenAI):
         return completions
 
     @cached_property
+    def embeddings(self) -> AsyncEmbeddings:
+        embeddings = AsyncEmbeddings(self)
+        _take_fields(embeddings, "create", known=_embedding_fields)
+        return embeddings
+
+    @cached_property
     def responses(self) -> AsyncResponses:
         responses = AsyncResponses(self)
         _take_fields(responses, "create", "parse", "stream")
@@ -95,29 +108,6 @@ def _api_key(given: str | None) -> str:
     return given or os.environ.get("APHRODITE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
 
 
-def _take_fields(resource: object, *methods: str) -> None:
-    """Have methods of an openai resource take this engine's fields.
-
-    They are replaced on the object, so what openai derives of them (`with_raw_response` and the like) takes them too.
-    """
-    for name in methods:
-        setattr(resource, name, _taking_fields(getattr(resource, name)))
-
-
-def _taking_fields(method: Callable[..., Any]) -> Callable[..., Any]:
-    own = inspect.signature(method).parameters
-
-    @wraps(method)
-    def call(*args: Any, **fields: Any) -> Any:
-        names = [name for name in fields if name not in own and name in _engine_fields()]
-        if names:
-            extra = {name: fields.pop(name) for name in names}
-            fields["extra_body"] = {**extra, **(fields.get("extra_body") or {})}
-        return method(*args, **fields)
-
-    return call
-
-
 @cache
 def _engine_fields() -> frozenset[str]:
     """Every field of the generation endpoints, the samplers' aliases included."""
@@ -127,3 +117,34 @@ def _engine_fields() -> frozenset[str]:
 
     endpoints = (ChatFields, CompletionFields, ResponsesFields)
     return frozenset({*canonical_names(), *(name for fields in endpoints for name in fields.model_fields)})
+
+
+@cache
+def _embedding_fields() -> frozenset[str]:
+    """Every field of the embedding endpoint."""
+    from aphrodite.server.embeddings import EmbeddingFields
+
+    return frozenset(EmbeddingFields.model_fields)
+
+
+def _take_fields(resource: object, *methods: str, known: Callable[[], frozenset[str]] = _engine_fields) -> None:
+    """Have methods of an openai resource take this engine's fields.
+
+    They are replaced on the object, so what openai derives of them (`with_raw_response` and the like) takes them too.
+    """
+    for name in methods:
+        setattr(resource, name, _taking_fields(getattr(resource, name), known))
+
+
+def _taking_fields(method: Callable[..., Any], known: Callable[[], frozenset[str]]) -> Callable[..., Any]:
+    own = inspect.signature(method).parameters
+
+    @wraps(method)
+    def call(*args: Any, **fields: Any) -> Any:
+        names = [name for name in fields if name not in own and name in known()]
+        if names:
+            extra = {name: fields.pop(name) for name in names}
+            fields["extra_body"] = {**extra, **(fields.get("extra_body") or {})}
+        return method(*args, **fields)
+
+    return call

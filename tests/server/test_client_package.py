@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from fake_engine import STORY
+from fake_engine import STORY, raw_state
 from running import RunningServer
 
 from aphrodite import AsyncOpenAI, OpenAI
@@ -38,6 +38,15 @@ async def test_completions_take_them_too_streamed(server: RunningServer, client:
     assert text == STORY.encode()[:16].decode()
     assert server.engine.seen[-1][1].top_a == 0.2
     assert len(server.engine.seen[-1][0]) == 3
+
+
+async def test_embeddings_take_their_own_fields(server: RunningServer, client: AsyncOpenAI) -> None:
+    found = await client.embeddings.create(
+        model="fake/story", input=[97, 98], encoding_format="float", pooling="cls", normalize=False
+    )
+    assert found.data[0].embedding == pytest.approx(raw_state(97))
+    with pytest.raises(TypeError, match="min_p"):
+        await client.embeddings.create(model="fake/story", input="a", min_p=0.1)
 
 
 async def test_what_openai_derives_of_its_methods_takes_them(server: RunningServer, client: AsyncOpenAI) -> None:
