@@ -48,6 +48,7 @@ class FakeLoader:
     hold_after: int | None = None  # of the engines that are started
     started: list[str] = field(default_factory=list)
     engines: dict[str, FakeEngine] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
     described: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
 
@@ -81,6 +82,9 @@ class FakeLoader:
         if path in self.fails:
             raise self.fails[path]
         length = prepared.config.max_model_len or 512
+        taken = sum(self.taken[other] for other, engine in self.engines.items() if not engine.dead.is_set())
+        assert self.budget is None or taken + prepared.estimate.total <= self.budget
+        self.taken[path] = prepared.estimate.total
         engine = FakeEngine(FakeModel(path, (), root=path, max_model_len=length), hold_after=self.hold_after)
         self.engines[path] = engine
         return Started(engine, prepared.estimate.total)

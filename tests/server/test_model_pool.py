@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -271,6 +272,62 @@ async def test_whoever_waits_for_a_model_that_is_removed_is_told() -> None:
     assert loader.started == ["ORG/A"]
     assert loader.engines["ORG/A"].dead.is_set()
     assert pool.names == ["b"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_whatever_comes_the_budget_holds_and_nobody_is_forgotten(seed: int) -> None:
+    """Clients that use, leave early, unload and let time pass, and engines that die, in any order."""
+    rng, clock = random.Random(seed), Clock()
+    names = [f"model-{number}" for number in range(6)]
+    sizes = {name: rng.randint(1, 4) * GIB for name in names}
+    loader = FakeLoader(budget=6 * GIB, sizes=sizes)
+    models = [offered(name, keep_alive=rng.choice([None, 5.0]), pinned=name == "model-0") for name in names]
+    sizes["model-0"] = GIB
+    pool = pool_of(loader, *models, clock=clock, max_loaded=rng.choice([None, 2, 3]))
+    answered = 0
+    killed: dict[int, FakeEngine] = {}
+
+    async def client() -> None:
+        nonlocal answered
+        for _ in range(15):
+            use = asyncio.ensure_future(pool.use(pool.find(rng.choice(names))))
+            for _ in range(rng.randint(0, 6)):
+                await asyncio.sleep(0)
+            if rng.random() < 0.2:
+                use.cancel()
+            try:
+                loaded = await use
+            except asyncio.CancelledError:
+                continue
+            for _ in range(rng.randint(0, 4)):
+                await asyncio.sleep(0)
+                assert not loaded.engine.dead.is_set() or id(loaded.engine) in killed
+            loaded.end_use()
+            answered += 1
+
+    async def trouble() -> None:
+        for _ in range(40):
+            for _ in range(5):
+                await asyncio.sleep(0)
+            clock.now += rng.random() * 4
+            await rng.choice([pool.expire, lambda: pool.unload(pool.find(rng.choice(names))), kill])()
+
+    async def kill() -> None:
+        running = [model.loaded.engine for model in pool.models if model.loaded is not None]
+        if running:
+            victim = rng.choice(running)
+            killed[id(victim)] = victim
+            victim.dead.set()
+
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(client() for _ in range(10)), trouble())
+    assert answered > 80
+    assert not any(model.waiters or model.leaving or model.loading for model in pool.models)
+    assert all(model.loaded is None or model.loaded.idle.is_set() for model in pool.models)
+    running = {path for path, engine in loader.engines.items() if not engine.dead.is_set()}
+    assert running == set(loaded_names(pool))
+    assert sum(sizes[name] for name in loaded_names(pool)) <= 6 * GIB
+    await pool.close()
 
 
 async def test_too_many_who_wait_are_told_to_come_back() -> None:
