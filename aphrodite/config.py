@@ -143,6 +143,24 @@ class EngineConfig:
         True, "Keep the KV cache of earlier texts, so that a shared beginning is not computed again.", "Memory"
     )
 
+    lora: tuple[str, ...] = _setting(
+        (),
+        "LoRA adapters as NAME=PATH, a PEFT folder or a GGUF adapter; requests choose one by its name as their model.",
+        "Adapters", example="poet=adapters/poet",
+    )  # fmt: skip
+    enable_lora: bool = _setting(
+        False, "Make room for adapters that are loaded later; --lora makes it, too.", "Adapters"
+    )
+    max_loras: int | None = _setting(
+        None,
+        "Different adapters that a step may be computed with; auto is one for each of --lora, from 4 to 8. Requests "
+        "for more of them wait.",
+        "Adapters", ge=1, le=64,
+    )  # fmt: skip
+    max_lora_rank: int | None = _setting(
+        None, "Largest rank of an adapter; auto is that of those in --lora, and at least 16.", "Adapters", ge=1, le=128
+    )
+
     max_num_seqs: int | None = _setting(
         None, "Most sequences that run at the same time; auto is 64 on a CPU, 256 on a GPU.", "Scheduling",
         ge=1, le=65536,

@@ -31,7 +31,8 @@ from aphrodite.engine.embedding import (
     embedding_of,
 )
 from aphrodite.engine.grammar_check import GrammarChecker
-from aphrodite.engine.messages import AddRequest, EngineStats
+from aphrodite.engine.loaded_adapters import LoadedAdapter, LoadedAdapters
+from aphrodite.engine.messages import AdapterNews, AddRequest, EngineStats
 from aphrodite.engine.output import RequestStream, merge_outputs
 from aphrodite.engine.preparation import (
     answer_seeds,
@@ -43,7 +44,7 @@ from aphrodite.engine.preparation import (
     wants_negative_prompt,
     with_negative_prompt,
 )
-from aphrodite.errors import InvalidRequestError
+from aphrodite.errors import AphroditeError, InvalidRequestError
 from aphrodite.outputs import RequestOutput
 from aphrodite.progress import generation_progress
 from aphrodite.sampling.params import SamplingParams, validate
@@ -78,6 +79,7 @@ class LLM:
         self.memory = built.memory
         tokenizer_path = Path(self.config.tokenizer) if self.config.tokenizer else path
         self._grammars = GrammarChecker(tokenizer_path, built.info.vocab_size)
+        self.adapters = LoadedAdapters(self.config.lora, built.info.adapters)
         self._core = built.core
         self._streams: dict[str, RequestStream] = {}  # by answer id
         self._answer_numbers = itertools.count()
@@ -95,12 +97,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer every prompt (text or token ids); results come in the order of the prompts.
 
         Args:
             params: one for all prompts or one each; None takes the model's own defaults.
+            adapter: name of the adapter that computes all, or one each, where None is the model alone.
             progress: show a progress bar with the rate.
 
         Raises:
@@ -116,8 +120,17 @@ class LLM:
                 f"{len(prompt_list)} prompts came with {len(params_list)} sampling parameters: send one, or one each",
                 param="params",
             )
+        adapters = [adapter] * len(prompt_list) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(prompt_list):
+            raise InvalidRequestError(
+                f"{len(prompt_list)} prompts came with {len(adapters)} adapters: send one, or one each", param="adapter"
+            )
+        numbers = [self.adapters.number(name) for name in adapters]
         checked = [self._check(*pair) for pair in zip(prompt_list, params_list, strict=True)]
-        streams = [self._add(ids, one, str(number), whole=True) for number, (ids, one) in enumerate(checked)]
+        streams = [
+            self._add(ids, one, str(index), whole=True, adapter=number)
+            for index, ((ids, one), number) in enumerate(zip(checked, numbers, strict=True))
+        ]
         outputs = self._run(streams, progress=progress)
         for prompt, output in zip(prompt_list, outputs, strict=True):
             output.prompt = prompt if isinstance(prompt, str) else None
@@ -128,12 +141,14 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         progress: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several at once.
 
         Args:
+            adapter: name of the adapter that computes them.
             template: passed to `ChatTemplate.render`, for example `continue_final_message=True`.
 
         Raises:
@@ -143,17 +158,22 @@ class LLM:
         conversations = cast(Sequence[Sequence[Message]], [messages] if one else messages)
         params = params or self.sampling_defaults
         encoded = [self._encode_chat(conversation, params, template) for conversation in conversations]
-        return self.generate([ids for ids, _ in encoded], [guided for _, guided in encoded], progress=progress)
+        prompts, guided = [ids for ids, _ in encoded], [params for _, params in encoded]
+        return self.generate(prompts, guided, adapter=adapter, progress=progress)
 
     def stream(
-        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Iterator[RequestOutput]:
         """Answer one prompt or conversation piece by piece. Closing the iterator aborts the answer."""
         params = params or self.sampling_defaults
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt, params = self._encode_chat(prompt, params, {})  # type: ignore[arg-type]
         ids, params = self._check(prompt, params)  # type: ignore[arg-type]
-        stream = self._add(ids, params, "stream", whole=False)
+        stream = self._add(ids, params, "stream", whole=False, adapter=self.adapters.number(adapter))
         try:
             while not stream.finished:
                 yield from (piece for owner, piece in self._push(self._core.step()) if owner is stream)
@@ -188,6 +208,30 @@ class LLM:
         """
         text = self.chat_template.render([dict(message) for message in messages], **template)
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def load_adapter(self, name: str, path: str | Path) -> LoadedAdapter:
+        """Load an adapter, a PEFT folder or a GGUF file, by whose name `generate` computes with it from then on.
+
+        Raises:
+            InvalidRequestError: the name is taken.
+            ConfigError: the adapter does not fit the model, cannot be read, or there is no room for any.
+        """
+        number = self.adapters.begin(name, str(path))
+        try:
+            news = AdapterNews(number, adapter=self._core.adapters.load_now(number, str(path)))
+        except AphroditeError as error:
+            news = AdapterNews(number, error=str(error))
+        adapter = self.adapters.arrived(news)
+        assert adapter is not None
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Compute no further answer with an adapter; it goes when those that are being computed have ended.
+
+        Raises:
+            InvalidRequestError: there is none of this name.
+        """
+        self._core.adapters.unload(self.adapters.leave(name))
 
     def stats(self) -> EngineStats:
         return self._core.stats()
@@ -249,13 +293,20 @@ class LLM:
         return self.tokenizer.encode(text, add_special_tokens=False), params
 
     def _add(
-        self, ids: list[int], params: SamplingParams, request_id: str, *, whole: bool, pooling: Pooling | None = None
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        whole: bool,
+        pooling: Pooling | None = None,
+        adapter: int | None = None,
     ) -> RequestStream:
         answer_ids = [str(next(self._answer_numbers)) for _ in range(params.n)]
         stream = RequestStream(request_id, answer_ids, ids, params, self.tokenizer, whole=whole)
         self._streams.update(dict.fromkeys(answer_ids, stream))
         seeds = answer_seeds(params, secrets.randbits(64))
-        self._core.add(AddRequest(answer_ids, seeds, ids, params, priority=0, cache_salt=None, pooling=pooling))
+        self._core.add(AddRequest(answer_ids, seeds, ids, params, 0, None, pooling, adapter=adapter))
         return stream
 
     def _push(self, updates: list[RequestUpdate]) -> list[tuple[RequestStream, RequestOutput]]:

@@ -151,6 +151,11 @@ class Scheduler:
         return len(self._requests) - self.num_waiting
 
     @property
+    def next_step_id(self) -> int:
+        """Of the plan that is made next."""
+        return self._next_step_id
+
+    @property
     def num_inflight(self) -> int:
         """Plans made and not yet committed."""
         return len(self._inflight)

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from aphrodite.chat.library import load_chat_template, recognised_chat_template
 from aphrodite.chat.template import ChatTemplate
@@ -24,17 +25,21 @@ from aphrodite.engine.embedding import (
     embedding_of,
 )
 from aphrodite.engine.grammar_check import GrammarChecker
+from aphrodite.engine.loaded_adapters import LoadedAdapter, LoadedAdapters
 from aphrodite.engine.messages import (
     AbortRequests,
+    AdapterNews,
     AddRequest,
     EmbeddingInfo,
     EngineInfo,
     EngineStats,
     Fatal,
+    LoadAdapter,
     Ping,
     Pong,
     ResetPrefixCache,
     StepOutputs,
+    UnloadAdapter,
 )
 from aphrodite.engine.output import RequestStream
 from aphrodite.engine.preparation import (
@@ -47,7 +52,7 @@ from aphrodite.engine.preparation import (
     tokenize_words,
     wants_negative_prompt,
 )
-from aphrodite.errors import EngineDeadError, QueueFullError
+from aphrodite.errors import AphroditeError, EngineDeadError, QueueFullError
 from aphrodite.outputs import RequestOutput
 from aphrodite.sampling.params import SamplingParams, validate
 from aphrodite.tokenizer.loader import load_tokenizer
@@ -92,6 +97,7 @@ class AsyncEngine:
         model: what is served.
         tokenizer, chat_template: the model's, or a template of the library that suits it.
         info: what the engine process said of itself.
+        adapters: those that requests may name.
         dead: set when the engine process is gone; every request then fails with `EngineDeadError`.
     """
 
@@ -123,6 +129,7 @@ class AsyncEngine:
             sampling_defaults=info.sampling_defaults,
             embedding=info.embedding,
         )
+        self.adapters = LoadedAdapters(config.lora, info.adapters)
         self.dead = asyncio.Event()
         self._config = config
         self._process = process
@@ -132,6 +139,7 @@ class AsyncEngine:
         self._answer_numbers = itertools.count()
         self._ping_numbers = itertools.count()
         self._pongs: dict[int, asyncio.Future[None]] = {}
+        self._adapter_news: dict[int, asyncio.Future[LoadedAdapter | None]] = {}
         self._reader = asyncio.create_task(self._read(), name="engine-reader")
 
     @classmethod
@@ -170,12 +178,15 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str | None = None,
         progress: bool = False,
     ) -> AsyncIterator[RequestOutput]:
         """Stream a request's answers piece by piece. Closing the iterator aborts the request.
 
-        `request_id` is a label that comes back in the pieces; it identifies nothing inside the engine. With `progress`
-        pieces without answers tell how far a prompt of several steps is.
+        Args:
+            request_id: a label that comes back in the pieces; it identifies nothing inside the engine.
+            adapter: name of the adapter that computes them, None for the model alone.
+            progress: pieces without answers tell how far a prompt of several steps is.
 
         Raises:
             InvalidRequestError: a parameter or the prompt is out of bounds, or the grammar cannot be used.
@@ -192,7 +203,10 @@ class AsyncEngine:
             limit = self.info.max_model_len
             params = await asyncio.to_thread(tokenize_negative_prompt, params, self.tokenizer, limit)
         check_guidance(prompt_token_ids, params, self.info)
-        consumer = self._submit(prompt_token_ids, params, request_id, priority, cache_salt, progress=progress)
+        number = self.adapters.number(adapter)
+        consumer = self._submit(
+            prompt_token_ids, params, request_id, priority, cache_salt, progress=progress, adapter=number
+        )
         stream = consumer.stream
         try:
             while True:
@@ -216,8 +230,9 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> EmbeddingOutput:
-        """One prompt's embedding. Cancelling it aborts the request.
+        """One prompt's embedding, by the adapter of that name if one is given. Cancelling it aborts the request.
 
         Raises:
             InvalidRequestError: a parameter or the prompt is out of bounds, or the model makes no embeddings.
@@ -230,7 +245,10 @@ class AsyncEngine:
         check_embedding(params, info)
         self._check(prompt_token_ids, PROMPT_ONLY)
         pooling = params.pooling or info.pooling
-        consumer = self._submit(prompt_token_ids, PROMPT_ONLY, request_id, priority, cache_salt, pooling=pooling)
+        number = self.adapters.number(adapter)
+        consumer = self._submit(
+            prompt_token_ids, PROMPT_ONLY, request_id, priority, cache_salt, pooling=pooling, adapter=number
+        )
         try:
             await consumer.event.wait()
         finally:
@@ -260,6 +278,37 @@ class AsyncEngine:
         finally:
             self._pongs.pop(number, None)
 
+    async def load_adapter(self, name: str, path: str) -> LoadedAdapter:
+        """Load an adapter, a PEFT folder or a GGUF file, that requests may name from then on.
+
+        Raises:
+            InvalidRequestError: the name is taken.
+            ConfigError: the adapter does not fit the model, cannot be read, or there is no room for any.
+            EngineDeadError: the engine is gone.
+        """
+        self._check_alive()
+        number = self.adapters.begin(name, path)
+        adapter = await self._hear_of(number, LoadAdapter(number, path))
+        assert adapter is not None
+        return adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        """Offer an adapter to no further request, and wait until those that use it have ended and it is gone.
+
+        Raises:
+            InvalidRequestError: there is none of this name.
+            EngineDeadError: the engine is gone.
+        """
+        self._check_alive()
+        number = self.adapters.leave(name)
+        await self._hear_of(number, UnloadAdapter(number))
+
+    async def _hear_of(self, number: int, message: LoadAdapter | UnloadAdapter) -> LoadedAdapter | None:
+        heard: asyncio.Future[LoadedAdapter | None] = asyncio.get_running_loop().create_future()
+        self._adapter_news[number] = heard
+        self._process.send(message)
+        return await heard
+
     async def reset_prefix_cache(self) -> None:
         self._check_alive()
         self._process.send(ResetPrefixCache())
@@ -281,6 +330,7 @@ class AsyncEngine:
         *,
         pooling: Pooling | None = None,
         progress: bool = False,
+        adapter: int | None = None,
     ) -> _Consumer:
         self._check_alive()
         self._check_queue(params.n)
@@ -289,7 +339,9 @@ class AsyncEngine:
         for answer_id in answer_ids:
             self._consumers[answer_id] = consumer
         seeds = answer_seeds(params, secrets.randbits(64))
-        self._process.send(AddRequest(answer_ids, seeds, prompt, params, priority, cache_salt, pooling, progress))
+        self._process.send(
+            AddRequest(answer_ids, seeds, prompt, params, priority, cache_salt, pooling, progress, adapter)
+        )
         return consumer
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
@@ -328,6 +380,8 @@ class AsyncEngine:
                 match message:
                     case StepOutputs():
                         self._deliver(message)
+                    case AdapterNews():
+                        self._note_adapter(message)
                     case Pong():
                         if (answered := self._pongs.get(message.number)) and not answered.done():
                             answered.set_result(None)
@@ -359,12 +413,25 @@ class AsyncEngine:
                 consumer.pieces.append(piece)
                 consumer.event.set()
 
+    def _note_adapter(self, news: AdapterNews) -> None:
+        heard = self._adapter_news.pop(news.number, None)
+        waiting = heard is not None and not heard.done()  # whoever asked may be gone
+        try:
+            adapter = self.adapters.arrived(news)
+        except AphroditeError as error:
+            if heard is not None and waiting:
+                heard.set_exception(error)
+            return
+        if heard is not None and waiting:
+            heard.set_result(adapter)
+
     def _die(self, error: EngineDeadError) -> None:
         self.dead.set()
         for consumer in set(self._consumers.values()):
             consumer.error = error
             consumer.event.set()
         self._consumers.clear()
-        for answered in self._pongs.values():
+        waiting: list[asyncio.Future[Any]] = [*self._pongs.values(), *self._adapter_news.values()]
+        for answered in waiting:
             if not answered.done():
                 answered.set_exception(error)

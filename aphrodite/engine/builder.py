@@ -17,11 +17,14 @@ from aphrodite.config import EngineConfig
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import EmbeddingInfo, EngineInfo
+from aphrodite.engine.preparation import named_adapters
 from aphrodite.engine.sampling_defaults import sampling_defaults
 from aphrodite.errors import ConfigError
 from aphrodite.layers.dense import short_name
+from aphrodite.layers.lora import AdapterRoom
 from aphrodite.loading.checkpoint import Checkpoint
 from aphrodite.loading.foreign import open_described
+from aphrodite.loading.lora import MAX_RANK, Adapter, read_adapter
 from aphrodite.loading.pooling import pooling_from_directory, pooling_from_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.at_load import QuantizedWeights
@@ -43,6 +46,11 @@ ProgressCallback = Callable[[str, int, int], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES = {**_DTYPES, "fp8": torch.float8_e4m3fn}
+
+
+# Where nothing was asked for.
+LEAST_RANK = 16
+LEAST_ADAPTERS, MOST_ADAPTERS = 4, 8
 
 
 class StepLimits(NamedTuple):
@@ -85,11 +93,12 @@ def build_engine(
         raise ConfigError("no model was named")
     checkpoint = open_described(config.model, load_format=config.load_format)
     defaults = sampling_defaults(checkpoint.generation_defaults, source=config.generation_config)
+    adapters, room = _adapters(config, checkpoint)
     eos = frozenset(checkpoint.generation_defaults.eos_token_ids).union(eos_token_ids)
     if _serves_on_gpu(config):
-        runner, memory, limits = _build_on_device(config, checkpoint, eos, tokenizer, progress)
+        runner, memory, limits = _build_on_device(config, checkpoint, eos, tokenizer, progress, room)
     else:
-        runner, memory, limits = _build_on_host(config, checkpoint, eos, tokenizer, progress)
+        runner, memory, limits = _build_on_host(config, checkpoint, eos, tokenizer, progress, room)
     executor = runner.executor
     scheduler = Scheduler(
         SchedulerConfig(
@@ -102,8 +111,11 @@ def build_engine(
             policy=config.scheduling_policy,
             eos_token_ids=eos,
             max_queued_requests=None,  # the front ends refuse, before a request crosses to the engine
+            max_loras=0 if room is None else room.slots,
         )
     )
+    core = EngineCore(scheduler, runner, tokenizer, room=room)
+    loaded = [core.adapters.take(number, adapter) for number, adapter in enumerate(adapters)]
     info = EngineInfo(
         model=checkpoint.name,
         family=checkpoint.spec.family,
@@ -120,8 +132,10 @@ def build_engine(
         load_seconds=time.perf_counter() - began,
         sampling_defaults=defaults,
         embedding=_embedding(checkpoint, executor),
+        adapters=loaded,
+        max_loras=scheduler.config.max_loras,
     )
-    return BuiltEngine(EngineCore(scheduler, runner, tokenizer), info, memory)
+    return BuiltEngine(core, info, memory)
 
 
 def _embedding(checkpoint: Checkpoint | ForeignLoader, executor: Executor) -> EmbeddingInfo:
@@ -140,6 +154,20 @@ def _embedding(checkpoint: Checkpoint | ForeignLoader, executor: Executor) -> Em
     )
 
 
+def _adapters(config: EngineConfig, checkpoint: Checkpoint | ForeignLoader) -> tuple[list[Adapter], AdapterRoom | None]:
+    """The adapters of the setting `lora`, whose headers fit the model, and the room to make for all that may come."""
+    named = named_adapters(config.lora)
+    if not named and not config.enable_lora:
+        return [], None
+    if not isinstance(checkpoint, Checkpoint):
+        raise ConfigError(_not_for_foreign("--lora" if named else "--enable-lora", checkpoint))
+    limit = config.max_lora_rank or MAX_RANK
+    adapters = [read_adapter(path, checkpoint.spec, max_rank=limit) for path in named.values()]
+    rank = config.max_lora_rank or max([LEAST_RANK, *(adapter.rank for adapter in adapters)])
+    slots = config.max_loras or min(max(len(adapters), LEAST_ADAPTERS), MOST_ADAPTERS)
+    return adapters, AdapterRoom(slots, rank)
+
+
 class _Built(NamedTuple):
     runner: DataPlane
     memory: MemoryPlan
@@ -152,10 +180,11 @@ def _build_on_host(
     eos_token_ids: frozenset[int],
     tokenizer: Tokenizer | None,
     progress: ProgressCallback | None,
+    adapters: AdapterRoom | None,
 ) -> _Built:
     limits = _limits(config, HOST_DEFAULTS)
     wanted_model_len = config.max_model_len or checkpoint.spec.max_position
-    executor = _host_executor(config, checkpoint, wanted_model_len, progress)
+    executor = _host_executor(config, checkpoint, wanted_model_len, progress, adapters)
     memory = plan_memory(
         weight_bytes=executor.weight_bytes,
         kv_bytes_per_block=executor.kv_bytes_per_block,
@@ -182,6 +211,7 @@ def _host_executor(
     checkpoint: Checkpoint | ForeignLoader,
     max_model_len: int,
     progress: ProgressCallback | None,
+    adapters: AdapterRoom | None,
 ) -> ModelExecutor:
     """The native library where it can run this model, else torch; an explicit choice is never replaced."""
     if config.executor == "triton":
@@ -214,6 +244,7 @@ def _host_executor(
             activations=config.activations,
             kv_dtype=_native_kv_dtype(config),
             threads=threads,
+            adapters=adapters,
         )
     if config.executor == "auto":
         logger.warning("serving with torch operations instead of the native kernels: %s", reason)
@@ -226,6 +257,7 @@ def _host_executor(
         max_model_len=max_model_len,
         dtype=dtype,
         device=torch.device("cpu"),
+        adapters=adapters,
     )
 
 
@@ -294,6 +326,7 @@ def _build_on_device(
     eos_token_ids: frozenset[int],
     tokenizer: Tokenizer | None,
     progress: ProgressCallback | None,
+    adapters: AdapterRoom | None,
 ) -> _Built:
     from aphrodite.runner.device_runner import DeviceRunner  # Triton is there only where a GPU is
 
@@ -304,7 +337,7 @@ def _build_on_device(
     wanted_model_len = config.max_model_len or spec.max_position
     device = torch.device("cuda", torch.cuda.current_device())
     free_before, total = platforms.memory(device)
-    executor = _device_executor(config, checkpoint, wanted_model_len, device, progress)
+    executor = _device_executor(config, checkpoint, wanted_model_len, device, progress, adapters)
     workspace = device_workspace(
         spec,
         total=total,
@@ -348,6 +381,7 @@ def _device_executor(
     max_model_len: int,
     device: torch.device,
     progress: ProgressCallback | None,
+    adapters: AdapterRoom | None,
 ) -> DeviceModelExecutor:
     fp8 = config.quantization == "fp8"
     dtype = _DTYPES.get(config.dtype) or (torch.bfloat16 if fp8 else _device_dtype(checkpoint))
@@ -365,6 +399,7 @@ def _device_executor(
             device=device,
             offload_bytes=int(config.cpu_offload_gb * (1 << 30)),
             fp8=fp8,
+            adapters=adapters,
         )
     from aphrodite.runner.transformers_executor import TransformersExecutor
 

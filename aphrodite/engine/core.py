@@ -12,10 +12,12 @@ from typing import Any
 from aphrodite.core.plan import RowResult, StepPlan, StepResult
 from aphrodite.core.request import Request, RequestUpdate
 from aphrodite.core.scheduler import Scheduler
+from aphrodite.engine.adapters import EngineAdapters
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.phrase_bans import PhraseGuard, has_bans
 from aphrodite.engine.preparation import negative_prompt
 from aphrodite.errors import InvalidRequestError, QueueFullError
+from aphrodite.layers.lora import AdapterRoom
 from aphrodite.runner.data_plane import DataPlane
 from aphrodite.runner.results import Outcome
 from aphrodite.tokenizer.tokenizer import Tokenizer
@@ -31,11 +33,24 @@ class EngineCore:
 
     Args:
         tokenizer: for requests with bans on their text; without it those are answered by an error.
+        room: what adapters there is room for.
+
+    Attributes:
+        adapters: those that are loaded.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: DataPlane, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: DataPlane,
+        tokenizer: Tokenizer | None = None,
+        *,
+        room: AdapterRoom | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        executor = runner.executor
+        self.adapters = EngineAdapters(executor.adapters, executor.spec, room, scheduler, self._wants_adapter)
         self._tokenizer = tokenizer
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._refused: list[RequestUpdate] = []
@@ -60,12 +75,14 @@ class EngineCore:
                 negative_prompt_ids=negative_prompt(message.params, message.prompt_token_ids),
                 pooling=message.pooling,
                 tells_progress=message.progress,
+                adapter=message.adapter,
             )
             for request_id, seed in zip(message.request_ids, message.seeds, strict=True)
         ]
         now = time.perf_counter()
         self._came.update((request_id, now) for request_id in message.request_ids)
         try:
+            self.adapters.check(message.adapter)
             if has_bans(message.params):
                 for request in group:
                     request.guard = self._phrase_guard(message)
@@ -125,7 +142,8 @@ class EngineCore:
             self._queued.pop(request_id, None)
 
     def has_work(self) -> bool:
-        return bool(self._in_flight or self._refused or self._preparing) or self.scheduler.has_unfinished()
+        busy = self._in_flight or self._refused or self._preparing or self.adapters.busy
+        return bool(busy) or self.scheduler.has_unfinished()
 
     def step(self) -> list[RequestUpdate]:
         """Launch as far ahead as the runner's depth allows, then collect and commit the oldest step."""
@@ -149,7 +167,15 @@ class EngineCore:
             self._num_steps += 1
             self._forward_seconds.append(outcome.forward_seconds)
             self._host_seconds.append(time.perf_counter() - began - outcome.waited_seconds)
+        if self.adapters.busy:
+            oldest = self._in_flight[0][0].step_id if self._in_flight else None
+            self.adapters.advance(oldest, idle=not self.scheduler.has_unfinished())
         return updates
+
+    def _wants_adapter(self, number: int) -> bool:
+        """Whether a request that has not ended is computed with the adapter."""
+        preparing = (request for group, _ in self._preparing for request in group)
+        return self.scheduler.uses_adapter(number) or any(request.adapter == number for request in preparing)
 
     def _with_queue_times(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
         if not self._queued:
@@ -188,6 +214,7 @@ class EngineCore:
             self._collect(*self._in_flight.popleft())
         if self._preparer is not None:
             self._preparer.shutdown(wait=True, cancel_futures=True)
+        self.adapters.close()
         self.runner.close()
 
 

@@ -24,6 +24,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", array_like=True):
     cache_salt: str | None
     pooling: Pooling | None = None  # no answer: the prompt's embedding
     progress: bool = False  # updates tell how much of the prompt is computed
+    adapter: int | None = None  # number of the adapter that computes it
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -40,11 +41,24 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset", array_like=True
     pass
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter", array_like=True):
+    """Answered by `AdapterNews`."""
+
+    number: int  # new with every adapter
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter", array_like=True):
+    """Answered by `AdapterNews` when the requests that use it have ended."""
+
+    number: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
     pass
 
 
-ToEngine = AddRequest | AbortRequests | Ping | ResetPrefixCache | Shutdown
+ToEngine = AddRequest | AbortRequests | Ping | ResetPrefixCache | LoadAdapter | UnloadAdapter | Shutdown
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress", array_like=True):
@@ -62,6 +76,14 @@ class EmbeddingInfo(msgspec.Struct, frozen=True, array_like=True):
     pooling: Pooling  # where a request names none
     normalize: bool  # the same, to length 1
     declined: str | None  # why it makes none
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, array_like=True):
+    """A loaded adapter."""
+
+    rank: int  # the largest of its modules'
+    modules: int  # weights that it adds to
+    nbytes: int  # as it is stored
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="ready", array_like=True):
@@ -82,6 +104,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     load_seconds: float
     sampling_defaults: SamplingParams  # of requests that name no values
     embedding: EmbeddingInfo
+    adapters: list[AdapterInfo] = []  # of the setting `lora`, numbered in its order
+    max_loras: int = 0  # different adapters in a step; 0: none can be loaded
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -105,6 +129,14 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     stats: EngineStats
 
 
+class AdapterNews(msgspec.Struct, frozen=True, tag="adapter", array_like=True):
+    """An adapter was loaded, could not be (`error`), or is gone (neither)."""
+
+    number: int
+    adapter: AdapterInfo | None = None
+    error: str | None = None
+
+
 class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
     number: int
 
@@ -115,4 +147,4 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal", array_like=True):
     message: str
 
 
-FromEngine = Progress | EngineInfo | StepOutputs | Pong | Fatal
+FromEngine = Progress | EngineInfo | StepOutputs | AdapterNews | Pong | Fatal

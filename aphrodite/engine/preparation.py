@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from aphrodite.config import EngineConfig
 from aphrodite.core.guidance import answer_room
 from aphrodite.engine.messages import EngineInfo
 from aphrodite.engine.room import model_room
-from aphrodite.errors import InvalidRequestError
+from aphrodite.errors import ConfigError, InvalidRequestError
 from aphrodite.loading.checkpoint import checkpoint_name
 from aphrodite.loading.default_model import find_default_model
 from aphrodite.loading.downloads import Listener
@@ -57,6 +58,24 @@ def resolve_model(
 def model_root(path: Path) -> str:
     """What the API calls the files that a model is from: never where they lie."""
     return checkpoint_name(path) if path.is_dir() else path.name
+
+
+def named_adapters(values: Sequence[str]) -> dict[str, Path]:
+    """The setting `lora`, NAME=PATH each.
+
+    Raises:
+        ConfigError: a name or path is missing, or a name comes twice.
+    """
+    named: dict[str, Path] = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        name, path = name.strip(), path.strip()
+        if not name or not path:
+            raise ConfigError(f"--lora {value}: write NAME=PATH, the name that requests choose it by and its folder")
+        if name in named:
+            raise ConfigError(f"--lora {name} is given twice; names have to differ")
+        named[name] = Path(path).expanduser()
+    return named
 
 
 def answer_seeds(params: SamplingParams, random_seed: int) -> list[int]:

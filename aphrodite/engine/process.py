@@ -23,6 +23,7 @@ from aphrodite.engine.messages import (
     AddRequest,
     Fatal,
     FromEngine,
+    LoadAdapter,
     Ping,
     Pong,
     Progress,
@@ -30,6 +31,7 @@ from aphrodite.engine.messages import (
     Shutdown,
     StepOutputs,
     ToEngine,
+    UnloadAdapter,
 )
 from aphrodite.errors import AphroditeError
 from aphrodite.logs import configure_logging
@@ -66,6 +68,8 @@ class EngineServer:
                 break
             if core.has_work():
                 self._send(StepOutputs(core.step(), core.stats()))
+                for news in core.adapters.take_news():
+                    self._send(news)
         core.close()
 
     def _take_messages(self, *, wait: bool) -> bool:
@@ -82,7 +86,9 @@ class EngineServer:
                 return False
             self._apply(message)
 
-    def _apply(self, message: AddRequest | AbortRequests | Ping | ResetPrefixCache) -> None:
+    def _apply(
+        self, message: AddRequest | AbortRequests | Ping | ResetPrefixCache | LoadAdapter | UnloadAdapter
+    ) -> None:
         match message:
             case AddRequest():
                 self._core.add(message)
@@ -93,6 +99,10 @@ class EngineServer:
                 self._send(Pong(message.number))
             case ResetPrefixCache():
                 self._core.reset_prefix_cache()
+            case LoadAdapter():
+                self._core.adapters.load(message.number, message.path)
+            case UnloadAdapter():
+                self._core.adapters.unload(message.number)
 
     def _report_progress(self, label: str, done: int, total: int) -> None:
         self._send(Progress(label, done, total))
