@@ -7,10 +7,7 @@ Durations are nanoseconds.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -22,33 +19,33 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from aphrodite.errors import InvalidRequestError
-from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.grammar_fields import json_schema
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.table import Grammar
 from aphrodite.server.body import parse, read_object
 from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import Headers, unsupported
-from aphrodite.server.generation import Generation, collect, stream_pieces
+from aphrodite.server.generation import Generation
+from aphrodite.server.ollama_answer import Answer, told_as_message, told_as_response
 from aphrodite.server.ollama_format import (
     KEEP_ALIVE,
     LINES,
     keep_alive_seconds,
-    line,
     resolve_ollama,
     timestamp,
     untagged,
 )
 from aphrodite.server.ollama_models import ollama_model_routes
+from aphrodite.server.ollama_reading import read_messages, read_think
+from aphrodite.server.openai.preparing import PreparedChat, prepare_chat
 from aphrodite.server.openai.prompts import check_ids, encode
 from aphrodite.server.openai.protocol import ChatFields, ignored_header, is_known_field, sampling_params
-from aphrodite.server.openai.rendering import chat_prompt
-from aphrodite.server.openai.tools import ToolUse
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import post
-from aphrodite.server.sse import EventResponse, EventStream
+from aphrodite.server.sse import EventResponse
 
+_THINK = {"anyOf": [{"type": "boolean"}, {"enum": ["low", "medium", "high"]}, {"type": "null"}]}
 _MESSAGES = {"type": "array", "items": {"type": "object"}}
 
 
@@ -75,14 +72,19 @@ class OllamaFields(pydantic.BaseModel):
     preset: str | None = Field(default=None, description="A sampler preset of /v1/presets.", max_length=256)
     keep_alive: Any = KEEP_ALIVE
     format: Any = Field(default=None, description='"json", or a JSON schema that the answer has to fit.')
-    think: bool = Field(default=False, description="Must be false: what a model thinks is part of its text here.")
+    think: Annotated[Any, WithJsonSchema(_THINK)] = Field(
+        default=None,
+        description="Whether to think, or how much: low, medium or high. By default models that can do.",
+    )
 
 
 class OllamaChatFields(OllamaFields):
     """`POST /api/chat`."""
 
     messages: Annotated[Any, WithJsonSchema(_MESSAGES)] = Field(default=[], description="The conversation so far.")
-    tools: list[Any] = Field(default=[], description="Must be empty: tool calls are not supported yet.")
+    tools: list[dict[str, Any]] = Field(
+        default=[], description="Functions that the model may call, with JSON schemas of their parameters."
+    )
 
 
 class OllamaGenerateFields(OllamaFields):
@@ -115,17 +117,19 @@ class OllamaEndpoints:
         """Answer a conversation."""
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         fields = parse(OllamaChatFields, body)
-        if fields.tools:
-            raise unsupported("tools", "tool calls are not supported yet; leave it out")
         if fields.messages == [] and self._unloads(fields):
-            return _empty(fields.model, "unload", _as_message(""))
+            return _empty(fields.model, "unload", told_as_message({}))
         context = await resolve_ollama(self._context, request, fields.model, fields.keep_alive)
         params = _params(request, fields, context)
         if fields.messages == []:
-            return _empty(context.name, "load", _as_message(""))
-        chat = ChatFields(messages=_messages(fields.messages))
-        token_ids, params = await chat_prompt(chat, params, context, ToolUse())
-        answer = _Answer(context, Generation.of("ollama", context.name, [token_ids], params), _as_message)
+            return _empty(context.name, "load", told_as_message({}))
+        if fields.tools and context.config.tool_parser == "none":
+            raise unsupported("tools", f'"{context.name}" does not support tools; leave it out')
+        think = read_think(fields.think, context)
+        chat = ChatFields(messages=read_messages(fields.messages), tools=fields.tools, **think)
+        prepared = await prepare_chat(chat, params, context)
+        generation = Generation.of("ollama", context.name, [prepared.token_ids], prepared.params)
+        answer = Answer(context, generation, prepared.reader, told_as_message)
         return await self._respond(request, fields, answer, _ignored(body, fields))
 
     async def generate(self, request: Request) -> Response | ASGIApp:
@@ -137,14 +141,14 @@ class OllamaEndpoints:
                 raise unsupported(name, "is not supported here; leave it out")
         is_empty = not fields.prompt and not fields.context
         if is_empty and self._unloads(fields):
-            return _empty(fields.model, "unload", _as_response(""))
+            return _empty(fields.model, "unload", told_as_response({}))
         context = await resolve_ollama(self._context, request, fields.model, fields.keep_alive)
         params = _params(request, fields, context)
         if is_empty:
-            return _empty(context.name, "load", _as_response(""))
-        token_ids, params = await _prompt(fields, params, context)
-        generation = Generation.of("ollama", context.name, [token_ids], params)
-        answer = _Answer(context, generation, _as_response, tells_context=True)
+            return _empty(context.name, "load", told_as_response({}))
+        prepared = await _text_prompt(fields, params, context)
+        generation = Generation.of("ollama", context.name, [prepared.token_ids], prepared.params)
+        answer = Answer(context, generation, prepared.reader, told_as_response, tells_context=True)
         return await self._respond(request, fields, answer, _ignored(body, fields))
 
     def _unloads(self, fields: OllamaFields) -> bool:
@@ -156,7 +160,7 @@ class OllamaEndpoints:
         return True
 
     async def _respond(
-        self, request: Request, fields: OllamaFields, answer: _Answer, headers: Headers
+        self, request: Request, fields: OllamaFields, answer: Answer, headers: Headers
     ) -> Response | ASGIApp:
         context = self._context
         if fields.stream:
@@ -169,8 +173,6 @@ class OllamaEndpoints:
 
 
 def _params(request: Request, fields: OllamaFields, context: ModelContext) -> SamplingParams:
-    if fields.think:
-        raise unsupported("think", "what a model thinks is part of its text here; leave it out")
     options = parse(OptionFields, fields.options)
     preset = preset_of(request, fields.preset, context.config)
     limit = options.num_predict
@@ -188,18 +190,20 @@ def _params(request: Request, fields: OllamaFields, context: ModelContext) -> Sa
     return params
 
 
-async def _prompt(
-    fields: OllamaGenerateFields, params: SamplingParams, context: ModelContext
-) -> tuple[list[int], SamplingParams]:
+async def _text_prompt(fields: OllamaGenerateFields, params: SamplingParams, context: ModelContext) -> PreparedChat:
+    """The text, in a turn of the user's or as it is."""
     earlier = fields.context
     check_ids(earlier, context, field="context")
     if fields.raw:
+        if fields.think:
+            raise unsupported("think", "a raw prompt has no template to think by; leave it out")
         ids = await encode(fields.prompt, context, field="prompt", special=not earlier, bounded=True)
-        return [*earlier, *ids], params
+        return PreparedChat([*earlier, *ids], params, None, [])
     messages = [{"role": "system", "content": fields.system}] if fields.system else []
-    chat = ChatFields(messages=[*messages, {"role": "user", "content": fields.prompt}])
-    token_ids, params = await chat_prompt(chat, params, context, ToolUse())
-    return [*earlier, *token_ids], params
+    asked = [*messages, {"role": "user", "content": fields.prompt}]
+    chat = ChatFields(messages=asked, **read_think(fields.think, context))
+    prepared = await prepare_chat(chat, params, context)
+    return prepared._replace(token_ids=[*earlier, *prepared.token_ids])
 
 
 def _ignored(body: Mapping[str, Any], fields: OllamaFields) -> Headers:
@@ -208,83 +212,10 @@ def _ignored(body: Mapping[str, Any], fields: OllamaFields) -> Headers:
     return ignored_header({**body, **options}, type(fields))
 
 
-def _messages(value: Any) -> Any:
-    """Ollama's messages as OpenAI's: pictures, which these models do not see, are refused."""
-    if isinstance(value, list):
-        for index, message in enumerate(value):
-            if isinstance(message, dict) and message.get("images"):
-                raise unsupported(f"messages[{index}].images", "this model reads text only; leave it out")
-    return value
-
-
-def _as_message(text: str) -> dict[str, Any]:
-    return {"message": {"role": "assistant", "content": text}}
-
-
-def _as_response(text: str) -> dict[str, Any]:
-    return {"response": text}
-
-
 def _empty(model: str, reason: str, nothing: Mapping[str, Any]) -> Response:
     """A request without a text asks that the model be loaded, or unloaded, which it is."""
     head = {"model": model, "created_at": timestamp(), **nothing}
     return json_response({**head, "done": True, "done_reason": reason})
-
-
-@dataclass(slots=True)
-class _Answer:
-    """One answer, streamed or whole; `write` puts a text where the endpoint's clients look for it."""
-
-    context: ModelContext
-    generation: Generation
-    write: Callable[[str], dict[str, Any]]
-    tells_context: bool = False
-    began: float = field(default_factory=time.perf_counter)
-    first: float | None = None
-
-    async def whole(self) -> bytes:
-        """The response's body."""
-        (output,), _ = await collect(self.context, self.generation)
-        return msgspec.json.encode(self._end(output.outputs[0], output.outputs[0].text, output.outputs[0].token_ids))
-
-    async def stream(self, events: EventStream) -> None:
-        """Write the answer's lines."""
-        token_ids: list[int] = []
-        pieces = stream_pieces(self.context, self.generation)
-        async with aclosing(pieces):
-            async for _, output in pieces:
-                self.first = self.first or time.perf_counter()
-                await events.write(self._lines(output, token_ids))
-
-    def _lines(self, output: RequestOutput, token_ids: list[int]) -> bytes:
-        (answer,) = output.outputs
-        token_ids += answer.token_ids
-        data = line({**self._head(), **self.write(answer.text), "done": False}) if answer.text else b""
-        if answer.finish_reason is not None:
-            data += line(self._end(answer, "", token_ids))
-        return data
-
-    def _head(self) -> dict[str, Any]:
-        return {"model": self.generation.model, "created_at": timestamp()}
-
-    def _end(self, answer: CompletionOutput, text: str, token_ids: list[int]) -> dict[str, Any]:
-        now = time.perf_counter()
-        first = self.first or now
-        (prompt,) = self.generation.prompts
-        extra = {"context": [*prompt, *token_ids]} if self.tells_context else {}
-        return {
-            **self._head(),
-            **self.write(text),
-            "done": True,
-            "done_reason": "length" if answer.finish_reason == "length" else "stop",
-            **extra,
-            "total_duration": _nanoseconds(now - self.began),
-            "load_duration": 0,
-            "prompt_eval_count": len(prompt),
-            "prompt_eval_duration": _nanoseconds(first - self.began),
-            "eval_count": answer.num_tokens,
-            "eval_duration": _nanoseconds(now - first),
-        }
 
 
 def _grammar(wanted: Any) -> Grammar | None:
@@ -292,7 +223,3 @@ def _grammar(wanted: Any) -> Grammar | None:
     if wanted is None or wanted == "" or wanted == {}:
         return None
     return Grammar("json_object", "") if wanted == "json" else json_schema(wanted, "format")
-
-
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)

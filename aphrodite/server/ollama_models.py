@@ -20,6 +20,7 @@ from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.model_admin import fetching
 from aphrodite.server.ollama_format import LINES, line, timestamp, untagged
+from aphrodite.server.ollama_reading import capabilities
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import delete, get, post
 from aphrodite.server.served_model import ServedModel
@@ -117,6 +118,7 @@ class OllamaModels:
             shown["modelfile"] += f"\nFROM {facts.root}"
             shown["parameters"] = "\n".join(f"{key} {value}" for key, value in defaults)
             shown["template"] = facts.chat_template.source
+            shown["capabilities"] = capabilities(facts.chat_template, model.config)
             shown["model_info"]["aphrodite.context_length"] = facts.max_model_len
             shown["model_info"]["aphrodite.vocab_size"] = facts.vocab_size
         return json_response(shown)

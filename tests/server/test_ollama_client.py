@@ -13,6 +13,10 @@ from running import RunningServer, running_server
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell"}]
 
 
+def called(function: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+
+
 @pytest.fixture
 def client(server: RunningServer) -> ollama.AsyncClient:
     return ollama.AsyncClient(host=server.url)
@@ -90,10 +94,26 @@ async def test_a_request_without_a_text_asks_for_the_model_to_be_loaded(
         ("/api/chat", {"model": None}, 400, "model"),
         ("/api/chat", {"messages": 3}, 400, "messages"),
         ("/api/chat", {"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, 400, "images"),
-        ("/api/chat", {"tools": [{"type": "function"}]}, 400, "tools"),
+        ("/api/chat", {"tools": {}}, 400, "tools"),
+        ("/api/chat", {"tools": [3]}, 400, "tools[0]"),
+        ("/api/chat", {"tools": [{"type": "function"}]}, 400, "tools[0].function"),
+        ("/api/chat", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools[0].function.name"),
+        ("/api/chat", {"tools": [{"type": "search"}]}, 400, "tools[0].type"),
+        ("/api/chat", {"messages": [{"role": "assistant", "tool_calls": 3}]}, 400, "messages[0].tool_calls"),
+        ("/api/chat", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "messages[0].tool_calls[0]"),
+        ("/api/chat", {"messages": [called({"arguments": {}})]}, 400, "messages[0].tool_calls[0]"),
+        ("/api/chat", {"messages": [called({"name": "f", "arguments": "{}"})]}, 400, "function.arguments"),
+        ("/api/chat", {"messages": [{"role": "assistant", "content": "x", "thinking": 3}]}, 400, "messages[0]"),
+        ("/api/chat", {"messages": [{"role": "tool", "content": "x", "tool_name": 3}]}, 400, "messages[0].name"),
         ("/api/chat", {"options": {"temperature": -1}}, 400, "temperature"),
         ("/api/chat", {"options": {"num_predict": "x"}}, 400, "num_predict"),
-        ("/api/chat", {"think": True}, 400, "think"),
+        ("/api/chat", {"think": True}, 400, "does not support thinking"),
+        ("/api/chat", {"think": "high"}, 400, "does not support thinking"),
+        ("/api/chat", {"think": "very"}, 400, "think"),
+        ("/api/chat", {"think": 3}, 400, "think"),
+        ("/api/chat", {"options": {"thinking_token_budget": -2}}, 400, "thinking_token_budget"),
+        ("/api/generate", {"prompt": "x", "think": True}, 400, "does not support thinking"),
+        ("/api/generate", {"prompt": "x", "raw": True, "think": True}, 400, "raw"),
         ("/api/generate", {"prompt": 3}, 400, "prompt"),
         ("/api/generate", {"prompt": "x", "images": ["aGk="]}, 400, "images"),
         ("/api/generate", {"prompt": "x", "context": [999]}, 400, "context"),
