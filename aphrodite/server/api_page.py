@@ -74,7 +74,10 @@ as `{"INVALID_JSON": text}`. `output_config` has `effort` and a `format` of kind
 by their own names. Errors are `{"type": "error", "error": {"type", "message"}}`.""",
     "Ollama": """\
 Sampling parameters stand in `options`, all of them under any of their names; `num_predict` below 0 is no limit. Streams
-are lines of JSON, and errors `{"error"}`. Names may end in `:latest`. Models are pulled from the Hugging Face hub:
+are lines of JSON, and errors `{"error"}`. `tools` are called in `tool_calls`, each whole; results without an id belong
+to the first open call of their `tool_name`. `think` is true, false or a level; left out, models that can think do, and
+`thinking` has it. `capabilities` names tools where the template is made for them; other models are told of tools in the
+system message. Names may end in `:latest`. Models are pulled from the Hugging Face hub:
 `ORG/NAME:Q4_K_M`, with or without `hf.co/` before it.""",
 }
 
