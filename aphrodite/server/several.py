@@ -63,8 +63,9 @@ def summary(pool: ModelPool) -> list[str]:
     names = [model.name for model in pool.models]
     loaded = [model.name for model in pool.models if model.loaded is not None]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    memory = "" if pool.budget is None else f" in at most {size_text(pool.budget)}"
+    memory = [] if pool.budget is None else [f"Memory    {size_text(pool.budget)} for all that are loaded at a time"]
     return [
         f"Models    {', '.join(names[:20]) or 'none yet'}{more}",
-        f"Loaded    {', '.join(loaded) or 'none yet'}; others when a request asks for them{memory}",
+        f"Loaded    {', '.join(loaded) or 'none yet'}; others when a request asks for them",
+        *memory,
     ]
