@@ -159,6 +159,10 @@ ACCEPTED: dict[str, set[str]] = {
     "preset": set(),
     "return_token_ids": {"true"},
     "return_tokens_as_token_ids": {"true"},
+    "return_timings": {"true"},
+    "timings_per_token": {"true"},
+    "return_progress": {"true"},
+    "resumable": set(),  # these answers come whole
     "prompt": {"text", "empty text"},
     "echo": {"true"},
     "add_special_tokens": {"true"},
