@@ -21,6 +21,7 @@ from aphrodite.server.embeddings import EmbeddingEndpoint
 from aphrodite.server.errors import ApiError
 from aphrodite.server.health import HealthEndpoint, version
 from aphrodite.server.kobold import kobold_error, kobold_routes
+from aphrodite.server.kobold_embed import kobold_embedding_routes
 from aphrodite.server.lifecycle import Gate, Lifecycle
 from aphrodite.server.limits import RequestLimits
 from aphrodite.server.llama_cpp import llama_cpp_error, llama_cpp_routes
@@ -132,7 +133,11 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         RouteGroup("vLLM; llama.cpp", vllm),
         RouteGroup("TabbyAPI", tabby),
         RouteGroup("llama.cpp", llama_cpp, llama_cpp_error),
-        RouteGroup("KoboldAI", [*kobold_routes(context), *kobold_admin_routes(context)], kobold_error),
+        RouteGroup(
+            "KoboldAI",
+            [*kobold_routes(context), *kobold_admin_routes(context), *kobold_embedding_routes(context)],
+            kobold_error,
+        ),
         RouteGroup("Anthropic", anthropic_routes(context), anthropic_error),
         RouteGroup("Ollama", [*ollama_routes(context), *ollama_embedding_routes(context)], ollama_error, any_type=True),
     ]

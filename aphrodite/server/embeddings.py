@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -94,18 +94,7 @@ class EmbeddingEndpoint:
             request, context, inputs, fields.params, priority=fields.priority, cache_salt=fields.cache_salt
         )
         write = _as_base64 if fields.encoding_format == "base64" else as_numbers
-
-        def build() -> bytes:
-            data = [
-                {"object": "embedding", "index": index, "embedding": write(output.values)}
-                for index, output in enumerate(outputs)
-            ]
-            tokens = num_tokens(outputs)
-            usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-            return msgspec.json.encode({"object": "list", "data": data, "model": context.name, "usage": usage})
-
-        whole = await off_loop(json_bytes(outputs), build)
-        return json_response(whole, ignored_header(body, EmbeddingFields))
+        return json_response(await openai_body(outputs, context, write), ignored_header(body, EmbeddingFields))
 
 
 async def read_inputs(
@@ -175,6 +164,23 @@ async def embed(
             await asyncio.gather(*tasks, return_exceptions=True)
 
     return await context.supervisor.run(every(), request.receive)
+
+
+async def openai_body(
+    outputs: Sequence[EmbeddingOutput], context: ModelContext, write: Callable[[np.ndarray], list[float] | str]
+) -> bytes:
+    """Embeddings in JSON as OpenAI has it; `write` makes what stands for one."""
+
+    def build() -> bytes:
+        data = [
+            {"object": "embedding", "index": index, "embedding": write(output.values)}
+            for index, output in enumerate(outputs)
+        ]
+        tokens = num_tokens(outputs)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return msgspec.json.encode({"object": "list", "data": data, "model": context.name, "usage": usage})
+
+    return await off_loop(json_bytes(outputs), build)
 
 
 def num_tokens(outputs: Sequence[EmbeddingOutput]) -> int:

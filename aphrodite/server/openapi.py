@@ -17,6 +17,7 @@ from aphrodite.sampling.table import MAX_LOOP_COUNT, MAX_LOOP_PATTERN, ParamRow,
 from aphrodite.server.anthropic import CountTokensFields, MessagesFields
 from aphrodite.server.embeddings import EmbeddingFields
 from aphrodite.server.kobold import KoboldFields, KoboldKeyFields, KoboldTextFields, KoboldTokensFields
+from aphrodite.server.kobold_embed import KoboldEmbeddingFields
 from aphrodite.server.llama_cpp import LlamaCppFields
 from aphrodite.server.llama_cpp_embed import LlamaCppEmbeddingFields
 from aphrodite.server.model_admin import (
@@ -73,6 +74,7 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/v1/model/download": (DownloadFields, False),
     "/models/load": (RouterFields, False),
     "/models/unload": (RouterFields, False),
+    "/api/extra/embeddings": (KoboldEmbeddingFields, False),
     "/api/extra/tokencount": (KoboldTextFields, False),
     "/api/extra/tokenize": (KoboldTextFields, False),
     "/api/extra/detokenize": (KoboldTokensFields, False),

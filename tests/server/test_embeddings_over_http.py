@@ -177,6 +177,17 @@ async def test_llama_cpps_bad_input(server: RunningServer, body: dict[str, Any],
     assert message in response.json()["error"]["message"]
 
 
+async def test_koboldcpp(server: RunningServer) -> None:
+    body = {"input": ["ab", "c" * 600], "model": "kcpp"}
+    answer = (await server.http.post("/api/extra/embeddings", json=body)).json()
+    for item, token in zip(answer["data"], b"bc", strict=True):
+        np.testing.assert_allclose(item["embedding"], unit(raw_state(token)), rtol=1e-6)
+    assert (answer["model"], answer["usage"]["prompt_tokens"]) == ("fake/story", 3 + 512)
+    for wrong in ({}, {"input": []}, {"input": "c" * 600, "truncate": False}):
+        response = await server.http.post("/api/extra/embeddings", json=wrong)
+        assert (response.status_code, response.json()["detail"]["param"]) == (400, "input")
+
+
 async def test_ollama(server: RunningServer) -> None:
     body = {"model": "fake/story:latest", "input": ["ab", "c" * 600], "keep_alive": "5m", "options": {"num_ctx": 9}}
     answer = (await server.http.post("/api/embed", json=body)).json()
