@@ -27,6 +27,7 @@ from aphrodite.server.generation import Generation, UsageCounter, collect, strea
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs
 from aphrodite.server.openai.prompts import read_prompts
 from aphrodite.server.openai.protocol import (
+    Resumable,
     ReturnProgress,
     TimingsPerToken,
     ignored_header,
@@ -37,8 +38,9 @@ from aphrodite.server.openai.telemetry import Telemetry
 from aphrodite.server.openai.warnings import budget_warnings, field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
+from aphrodite.server.resumable import refuse_resumable
 from aphrodite.server.routing import post
-from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, event
+from aphrodite.server.sse import EventSink, StreamFormat, event
 
 
 class LlamaCppFields(pydantic.BaseModel):
@@ -53,6 +55,7 @@ class LlamaCppFields(pydantic.BaseModel):
     return_tokens: bool = Field(default=False, description="Add the answer's token ids.")
     timings_per_token: TimingsPerToken = False
     return_progress: ReturnProgress = False
+    resumable: Resumable = False
     preset: str | None = Field(default=None, description="A sampler preset of /v1/presets.", max_length=256)
     model: str | None = Field(default=None, description="A name from /v1/models; by default the model's own.")
     cache_prompt: bool = Field(default=True, description="Has no meaning here: prefixes are always cached.")
@@ -109,10 +112,10 @@ class CompletionEndpoint:
         answer = _Answer(context, generation, fields, warnings)
         headers = ignored_header(body, LlamaCppFields)
         if fields.stream:
-            timeout = context.config.write_timeout
-            return EventResponse(
-                answer.stream, context.supervisor, write_timeout=timeout, headers=headers, format=_FORMAT
+            return self._context.streams.response(
+                request, generation.response_id, answer.stream, headers, resumable=fields.resumable, format=_FORMAT
             )
+        refuse_resumable(fields.resumable)
         whole = await context.supervisor.run(answer.whole(), request.receive)
         return json_response(whole, headers)
 
@@ -133,7 +136,7 @@ class _Answer:
         size = self.generation.body_bytes(answer.num_tokens)
         return await off_loop(size, lambda: msgspec.json.encode(self._piece(answer) | self._end(answer, counter)))
 
-    async def stream(self, events: EventStream) -> None:
+    async def stream(self, events: EventSink) -> None:
         """Write the answer's events."""
         counter = UsageCounter(self.generation.prompts)
         telemetry = Telemetry(counter, per_token=self.fields.timings_per_token, progress=self.fields.return_progress)

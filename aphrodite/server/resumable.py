@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message
 
 from aphrodite.server.errors import ApiError, Headers, invalid, retry_after, unsupported
 from aphrodite.server.responses import json_response
-from aphrodite.server.sse import EventResponse, EventSink, EventStream
+from aphrodite.server.sse import OPENAI_FORMAT, EventResponse, EventSink, EventStream, StreamFormat
 from aphrodite.server.supervise import Supervisor
 
 MAX_STREAMS = 1024
@@ -35,12 +35,14 @@ class ResumableStream:
     Attributes:
         name: the response's id.
         key: digest of the API key that it was asked for with; None: of nobody in particular.
+        format: of its responses.
         size: bytes that are held.
     """
 
-    def __init__(self, name: str, key: bytes | None, store: StreamStore) -> None:
+    def __init__(self, name: str, key: bytes | None, format: StreamFormat, store: StreamStore) -> None:
         self.name = name
         self.key = key
+        self.format = format
         self.size = 0
         self._store = store
         self._events: deque[bytes] = deque()
@@ -162,14 +164,23 @@ class StreamStore:
         """What is held of all streams."""
         return self._num_bytes
 
-    def response(self, request: Request, name: str, produce: Produce, headers: Headers, *, resumable: bool) -> ASGIApp:
+    def response(
+        self,
+        request: Request,
+        name: str,
+        produce: Produce,
+        headers: Headers,
+        *,
+        resumable: bool,
+        format: StreamFormat = OPENAI_FORMAT,
+    ) -> ASGIApp:
         """A response of the events that `produce` writes; `name` is by what a resumable one is found again.
 
         Raises:
             ApiError: 400, such streams are switched off; 429, there are too many.
         """
         if not resumable:
-            return EventResponse(produce, self._supervisor, write_timeout=self._write_timeout, headers=headers)
+            return self._written(produce, headers, format)
         if not self._seconds:
             raise unsupported("resumable", "this server keeps no streams (--stream-resume-seconds); leave it out")
         if len(self) >= MAX_STREAMS and not self._drop_ended():
@@ -179,7 +190,7 @@ class StreamStore:
                 code="too_many_streams",
                 headers=retry_after(self._seconds),
             )
-        stream = self._streams[name] = ResumableStream(name, _key_of(request), self)
+        stream = self._streams[name] = ResumableStream(name, _key_of(request), format, self)
         stream.start(produce, self._supervisor)
         self.watch(stream)
         return self._response(stream, 0, (*headers, (b"x-stream-id", name.encode())))
@@ -231,7 +242,14 @@ class StreamStore:
         async def tell(events: EventStream) -> None:
             await stream.follow(events, after)
 
-        return EventResponse(tell, self._supervisor, write_timeout=self._write_timeout, headers=headers)
+        return self._written(tell, headers, stream.format)
+
+    def _written(
+        self, produce: Callable[[EventStream], Coroutine[Any, Any, None]], headers: Headers, format: StreamFormat
+    ) -> ASGIApp:
+        return EventResponse(
+            produce, self._supervisor, write_timeout=self._write_timeout, headers=headers, format=format
+        )
 
     def _expire(self, stream: ResumableStream) -> None:
         if stream.idle and self._streams.get(stream.name) is stream:

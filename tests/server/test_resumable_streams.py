@@ -108,6 +108,23 @@ async def test_openais_client_reads_a_resumable_stream(server: RunningServer) ->
     assert text == whole.choices[0].message.content
 
 
+async def test_llama_cpps_stream_is_continued_too() -> None:
+    body = {"prompt": "Tell", "n_predict": 60, "seed": 5, "stream": True}
+    async with running_server(FakeEngine(hold_after=5)) as server:
+        server.engine.gate.set()
+        expected = await server.http.post("/completion", json=body)
+        server.engine.gate.clear()
+        async with server.http.stream("POST", "/completion", json={**body, "resumable": True}) as response:
+            stream_id = response.headers["x-stream-id"]
+        server.engine.gate.set()
+        told = await resume(server, stream_id, None)
+        assert "[DONE]" not in told.text
+        pieces = [[json.loads(event.data) for event in events_of(text)] for text in (expected.text, told.text)]
+        for piece in pieces:
+            del piece[-1]["timings"]
+        assert pieces[0] == pieces[1]
+
+
 async def test_two_listeners_hear_the_same() -> None:
     async with running_server(FakeEngine(hold_after=3)) as server:
         connection = await Connection.open(server, "/v1/completions", {**COMPLETION, "resumable": True})
