@@ -130,6 +130,22 @@ PATHS = (
         ({"prompt": ["a", "b"]}, "prompt"), {**SAMPLERS, "prompt": {}, "n_predict": "many", "n_probs": -1},
     ),
     Path(
+        "/v1/embeddings", {"input": "a"}, openai_error, OPENAI, {"input": LONG}, ({"dimensions": 600}, "dimensions"),
+        {"input": 3, "encoding_format": "int8", "dimensions": 0, "pooling": "max", "normalize": "yes"},
+    ),
+    Path(
+        "/embedding", {"content": "a"}, llama_cpp_error, LLAMA, {"content": LONG}, ({"content": [[]]}, "empty"),
+        {"content": 3, "input": {"a": 1}, "embd_normalize": -2},
+    ),
+    Path(
+        "/api/embed", {"model": "fake/story", "input": "a"}, ollama_error, OLLAMA, {"input": LONG, "truncate": False},
+        ({"dimensions": 600}, "dimensions"), {"input": 3, "truncate": "yes", "model": 3},
+    ),
+    Path(
+        "/api/extra/embeddings", {"input": "a"}, kobold_error, KOBOLD, {"input": LONG, "truncate": False},
+        ({"input": [[]]}, "empty"), {"input": 3, "truncate": "yes"}, names_model=False,
+    ),
+    Path(
         "/tokenize", {"prompt": "a"}, openai_error, OPENAI, None,
         ({"messages": [{"role": "user", "content": IMAGE}]}, ""), {"prompt": 3}, names_model=False,
     ),
