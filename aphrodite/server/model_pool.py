@@ -412,9 +412,9 @@ class ModelPool:
         """
         self._check_fits(model, prepared)
         while not self._fits(prepared.estimate.total):
-            others = [other for other in self.models if other.loaded is not None and not other.pinned]
-            victim = min(others, key=lambda other: (other.loaded is None or not other.loaded.idle.is_set(), other.used))
-            if not await self._give_way(victim, model):
+            others = {other: other.loaded for other in self.models if other.loaded is not None and not other.pinned}
+            victim = min(others, key=lambda other: (not others[other].idle.is_set(), other.used))
+            if not await self._give_way(victim, model, [loaded.idle for loaded in others.values()]):
                 return False
         return True
 
@@ -441,19 +441,24 @@ class ModelPool:
                 " kv_cache_memory, or take a smaller quantization."
             )
 
-    async def _give_way(self, victim: ServedModel, model: ServedModel) -> bool:
-        """Unload `victim` once it is idle; False, and it stays, if nobody waits for `model` any more."""
-        if victim.loaded is None:
-            return True
-        logger.info("%s gives way to %s", victim.name, model.name)
+    async def _give_way(self, victim: ServedModel, model: ServedModel, idle: list[asyncio.Event]) -> bool:
+        """Unload `victim` once it is idle, unless another one is sooner.
+
+        Args:
+            idle: of all that may give way.
+
+        Returns:
+            False if nobody waits for `model` any more. Else one of them is gone or idle.
+        """
         victim.leaving = True
-        waits = [asyncio.ensure_future(event.wait()) for event in (victim.loaded.idle, model.abandoned)]
+        waits = [asyncio.ensure_future(event.wait()) for event in (*idle, model.abandoned)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             gone = not model.waiters
             if not gone and victim.loaded is not None and victim.loaded.idle.is_set():
+                logger.info("%s gives way to %s", victim.name, model.name)
                 await self._end(victim)
-            return not gone  # somebody may have come back to wait, and the victim be in use yet
+            return not gone
         finally:
             victim.leaving = False
             for wait in waits:

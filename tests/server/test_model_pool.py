@@ -105,6 +105,20 @@ async def test_who_gives_way_answers_what_it_has_and_newcomers_wait_their_turn()
     a.end_use()
 
 
+async def test_who_is_done_first_gives_way() -> None:
+    loader = FakeLoader()
+    pool = pool_of(loader, offered("a"), offered("b"), offered("c"), max_loaded=2)
+    long, short = await pool.use(pool.find("a")), await pool.use(pool.find("b"))
+    wants_c = asyncio.ensure_future(pool.use(pool.find("c")))
+    await settled()
+    assert pool.find("a").state == "unloading"  # the one that was used least recently
+    short.end_use()
+    await wants_c
+    assert loaded_names(pool) == ["a", "c"]
+    assert not long.engine.dead.is_set()
+    assert (await pool.use(pool.find("a"))).engine is long.engine
+
+
 async def test_a_wish_that_was_given_up_costs_nobody_their_model() -> None:
     loader = FakeLoader()
     pool = pool_of(loader, offered("a"), offered("b"), max_loaded=1)
