@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from aphrodite.errors import InvalidRequestError
 from aphrodite.sampling.gbnf import lark_of_gbnf
+from aphrodite.sampling.grammar_fields import JSON_DEFAULTS
 from aphrodite.sampling.table import Grammar
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ _LIMITS: Mapping[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# `oneOf` is taken for `anyOf`; between two tokens of JSON stands a space, or a line end and an indentation, as printers
-# write it. Small models that may put more there put nothing else until their tokens are spent.
-_JSON_DEFAULTS = {"coerce_one_of": True, "whitespace_pattern": r"[\x20\x09]|\x0D?\x0A[\x20\x09]{0,40}"}
 _MAX_COMPILED = 64
 _MAX_ERROR = 600  # characters
 # What masks of one answer may cost in all, before it ends: they hold up everyone's step.
@@ -140,9 +138,9 @@ def _source(matcher: type[LLMatcher], grammar: Grammar) -> str:
     text = grammar.text
     match grammar.kind:
         case "json_object":
-            return matcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_DEFAULTS)  # type: ignore[arg-type]
+            return matcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_DEFAULTS)  # type: ignore[arg-type]
         case "json_schema":
-            return matcher.grammar_from_json_schema(text, defaults=_JSON_DEFAULTS)  # type: ignore[arg-type]
+            return matcher.grammar_from_json_schema(text, defaults=JSON_DEFAULTS)  # type: ignore[arg-type]
         case "regex":
             # Rust's \d is any digit of Unicode's, which nobody means who writes it.
             return matcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")

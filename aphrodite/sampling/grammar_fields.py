@@ -16,6 +16,13 @@ from aphrodite.sampling.table import GRAMMAR_KINDS, Grammar, field_error, shown,
 
 MAX_CHOICES = 4096
 
+# llguidance's options for schemas: `oneOf` is taken for `anyOf`; between two tokens of JSON stands a space, or a line
+# end and an indentation, as printers write it. Small models that may put more there put nothing else until their tokens
+# are spent.
+JSON_DEFAULTS: Mapping[str, Any] = {
+    "coerce_one_of": True, "whitespace_pattern": r"[\x20\x09]|\x0D?\x0A[\x20\x09]{0,40}"
+}  # fmt: skip
+
 _GBNF_RULE = re.compile(r"^[ \t]*[A-Za-z0-9_-]+[ \t]*::=", re.MULTILINE)
 
 

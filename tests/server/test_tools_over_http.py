@@ -12,10 +12,10 @@ from running import RunningServer, running_server
 from scripted import ScriptedEngine, marked_tokenizer
 
 from aphrodite.chat.traits import Reasoning
-from aphrodite.sampling.grammar import _JSON_DEFAULTS
+from aphrodite.sampling.grammar_fields import JSON_DEFAULTS
 from aphrodite.sampling.table import Grammar
 from aphrodite.server.openai.protocol import ChatFields
-from aphrodite.server.openai.tools import behind_reasoning, read_tool_use
+from aphrodite.server.openai.tools import alone, behind_reasoning, json_rules, read_tool_use
 
 MESSAGES = [{"role": "user", "content": "How is the weather?"}]
 WEATHER = {
@@ -149,7 +149,7 @@ def test_demanded_calls_fit_their_grammar_and_nothing_else_does() -> None:
     go = {"type": "function", "function": {"name": "go", "parameters": defined}}
     fields = ChatFields(messages=[], tools=[go, WEATHER, NOW], tool_choice="required")
     use = read_tool_use(fields)
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(use.grammar().text, defaults=_JSON_DEFAULTS)
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(use.grammar().text, defaults=JSON_DEFAULTS)
     table = llguidance.LLTokenizer("byte")
 
     def fits(source: str, text: str) -> bool:
@@ -167,10 +167,46 @@ def test_demanded_calls_fit_their_grammar_and_nothing_else_does() -> None:
         '[{"name":  "go", "arguments": {"to": "a"}}]',
     ):
         assert not fits(grammar, wrong)
-    behind = behind_reasoning(use.grammar(), Reasoning("<t>", "</t>", opened=True, switch=None), marked_tokenizer())
-    source = llguidance.LLMatcher.grammar_from_lark(behind.text)
+    reasoning = Reasoning("<t>", "</t>", opened=True, switch=None)
+    rules = json_rules(use.grammar())
+    source = llguidance.LLMatcher.grammar_from_lark(behind_reasoning(rules, reasoning, marked_tokenizer()).text)
     assert fits(source, 'I [think]\nso.</t>\n\n[{"name": "go", "arguments": {"to": "a"}}]')
     assert not fits(source, '[{"name": "go", "arguments": {"to": "a"}}]')
+    free = read_tool_use(ChatFields(messages=[], tools=[go, WEATHER, NOW]))
+    beside = free.rules_beside(json_rules(Grammar("json_schema", '{"type":"integer"}')), marked_tokenizer())
+    called_now = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for grammar, before in ((alone(beside), ""), (behind_reasoning(beside, reasoning, marked_tokenizer()), "Hm.</t>")):
+        source = llguidance.LLMatcher.grammar_from_lark(grammar.text)
+        for text in ("5", '[{"name": "go", "arguments": {"to": "a"}}]', called_now, f"{called_now}\n{called_now}"):
+            assert fits(source, before + text)
+        for text in ('"5"', '[{"name": "go", "arguments": {"to": "b"}}]', "<tool_call>", "[]"):
+            assert not fits(source, before + text)
+
+
+@pytest.mark.parametrize("template", ["chatml", "deepseek-r1", "gpt-oss", "mistral-v3"])
+async def test_calls_or_an_answer_of_a_schema(template: str) -> None:
+    engine = ScriptedEngine(template)
+    before = "Hm.</think>" if template == "deepseek-r1" else ""
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    async with running_server(engine) as server:
+        engine.text = before + '{"name": "Ann"}'
+        answer = (await ask(server, response_format=wanted)).choices[0]
+        assert (answer.message.content, answer.message.tool_calls) == ('{"name": "Ann"}', None)
+        assert engine.seen[-1][1].grammar.kind == "lark"
+        for text in (
+            '[{"name": "now", "arguments": {}}]',
+            '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+        ):
+            engine.text = before + text
+            answer = (await ask(server, response_format=wanted)).choices[0]
+            assert (called(answer.message), answer.finish_reason) == ([("now", {})], "tool_calls")
+        engine.text = "yes"
+        await ask(server, extra_body={"guided_choice": ["yes"]})
+        assert engine.seen[-1][1].grammar.kind == "choice"
+        engine.text = before + "{}"
+        await ask(server, response_format={"type": "json_object"}, tool_choice="none")
+        assert engine.seen[-1][1].grammar.kind == ("lark" if before else "json_object")
 
 
 @pytest.mark.parametrize(

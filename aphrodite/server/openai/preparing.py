@@ -15,7 +15,7 @@ from aphrodite.server.errors import invalid
 from aphrodite.server.openai.answers import AnswerReader
 from aphrodite.server.openai.protocol import ChatFields
 from aphrodite.server.openai.rendering import chat_prompt, template_of
-from aphrodite.server.openai.tools import ToolUse, behind_reasoning, read_tool_use
+from aphrodite.server.openai.tools import ToolUse, alone, behind_reasoning, json_rules, read_tool_use
 from aphrodite.server.openai.warnings import budget_warnings
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
@@ -72,8 +72,7 @@ def answer_format(
     if not tools.tools:
         return reasoned
     if tools.required:  # under a grammar of our own, which is no harmony
-        plain = AnswerFormat() if reasoned.is_harmony else reasoned
-        return replace(plain, tool_format="json", schemas=tools.schemas)
+        return replace(_without_harmony(reasoned), tool_format="json", schemas=tools.schemas)
     chosen = context.config.tool_parser
     if chosen == "none":
         return reasoned
@@ -81,26 +80,39 @@ def answer_format(
     return replace(reasoned, tool_format=tool_format, schemas=tools.schemas)
 
 
+def _without_harmony(answers: AnswerFormat) -> AnswerFormat:
+    """The format of an answer under a grammar of ours, which is no harmony."""
+    return AnswerFormat() if answers.is_harmony else answers
+
+
 def with_grammar(
     params: SamplingParams, answers: AnswerFormat, tools: ToolUse, tokenizer: Tokenizer
 ) -> tuple[SamplingParams, AnswerFormat]:
-    """`params` with the grammar of calls that are demanded; a grammar leaves reasoning free where the prompt opened it.
+    """`params` with a grammar that knows of calls, and leaves reasoning free where the prompt opened it.
 
-    Where it cannot, the answer is text from its beginning.
+    Calls that are demanded are all of it. Where calls may come and the request says what JSON the answer is, it may be
+    either. Where reasoning cannot be left free, the answer is text from its beginning.
 
     Raises:
         ApiError: 400: the request demands calls, and another form of answer.
     """
+    grammar = params.grammar
     if tools.required:
-        if params.grammar is not None:
+        if grammar is not None:
             raise invalid("tool_choice", "demands calls, and the request another form of answer; send one of them")
-        params = msgspec.structs.replace(params, grammar=tools.grammar())
-    if params.grammar is None or not answers.is_open or answers.reasoning is None or answers.is_harmony:
+        grammar = tools.grammar()
+    if grammar is None:
         return params, answers
-    behind = behind_reasoning(params.grammar, answers.reasoning, tokenizer)
-    if behind is None:
-        return params, replace(answers, is_open=False, is_text=True)
-    return msgspec.structs.replace(params, grammar=behind), answers
+    rules = json_rules(grammar)
+    if rules is not None and answers.tool_format is not None and not tools.required:
+        rules = tools.rules_beside(rules, tokenizer)
+        grammar, answers = alone(rules), replace(_without_harmony(answers), tool_format="json", schemas=tools.schemas)
+    reasoning = answers.reasoning if answers.is_open and not answers.is_harmony else None
+    if reasoning is not None and rules is None:
+        answers = replace(answers, is_open=False, is_text=True)
+    elif reasoning is not None and rules is not None:
+        grammar = behind_reasoning(rules, reasoning, tokenizer)
+    return msgspec.structs.replace(params, grammar=grammar), answers
 
 
 def thinking_switch(fields: ChatFields, context: ModelContext) -> bool:

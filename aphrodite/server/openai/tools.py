@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from aphrodite.chat.tools.readers import TOOL_NAME
 from aphrodite.chat.traits import Reasoning
+from aphrodite.sampling.grammar_fields import JSON_DEFAULTS
 from aphrodite.sampling.table import Grammar
 from aphrodite.server.errors import invalid, unsupported
 from aphrodite.server.openai.protocol import ChatFields
@@ -48,14 +49,34 @@ class ToolUse:
 
     def grammar(self) -> Grammar:
         """Of an answer that is calls and nothing else."""
-        definitions: dict[str, Any] = {}
-        calls = [_call_schema(name, schema, definitions) for name, schema in self.schemas.items()]
+        return Grammar("json_schema", self._list_schema())
+
+    def rules_beside(self, answer: str, tokenizer: Tokenizer) -> str:
+        """Lark rules of an answer that is calls, as a list or in Hermes' tags, or what the rules of `answer` say."""
+        open_tag, close_tag = _mark("<tool_call>", tokenizer), _mark("</tool_call>", tokenizer)
+        more = ' ("\\n" one)*' if self.parallel else ""
+        return (
+            f"answer: listed | tagged | data\nlisted: %json {self._list_schema()}\ntagged: one{more}\n"
+            f'one: {open_tag} "\\n" call "\\n" {close_tag}\ncall: %json {self._call_schema()}\n'
+            f"{answer.replace('answer:', 'data:', 1)}"
+        )
+
+    def _list_schema(self) -> str:
+        calls, definitions = self._calls()
         schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "x-guidance": _SPACING}
         if not self.parallel:
             schema["maxItems"] = 1
-        if definitions:
-            schema["$defs"] = definitions
-        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+        return _text(schema | definitions)
+
+    def _call_schema(self) -> str:
+        calls, definitions = self._calls()
+        return _text({"anyOf": calls, "x-guidance": _SPACING, **definitions})
+
+    def _calls(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The schemas of a call of each tool, and the definitions that they share."""
+        definitions: dict[str, Any] = {}
+        calls = [_call_schema(name, schema, definitions) for name, schema in self.schemas.items()]
+        return calls, {"$defs": definitions} if definitions else {}
 
 
 def read_tool_use(fields: ChatFields) -> ToolUse:
@@ -198,15 +219,37 @@ def _moved(schema: Any, places: Mapping[str, str]) -> Any:
     return moved
 
 
-def behind_reasoning(grammar: Grammar, reasoning: Reasoning, tokenizer: Tokenizer) -> Grammar | None:
-    """The grammar for an answer that begins inside reasoning, which stays free; None where it has no such form."""
+def json_rules(grammar: Grammar) -> str | None:
+    """The Lark rule of an `answer` that is what a grammar of JSON says; None for any other grammar."""
     if grammar.kind not in ("json_schema", "json_object"):
         return None
-    schema = grammar.text or '{"type":"object"}'
+    schema = json.loads(grammar.text or '{"type":"object"}')
+    own = schema.get("x-guidance", {})
+    if isinstance(own, dict):  # anything else is refused where the grammar is tried
+        schema["x-guidance"] = {**JSON_DEFAULTS, **own}
+    return f"answer: %json {_text(schema)}"
+
+
+def alone(rules: str) -> Grammar:
+    """The grammar of an answer and nothing else."""
+    return Grammar("lark", f"start: answer\n{rules}")
+
+
+def behind_reasoning(rules: str, reasoning: Reasoning, tokenizer: Tokenizer) -> Grammar:
+    """The grammar of an answer that begins inside reasoning, which stays free."""
     token_id = tokenizer.token_to_id(reasoning.end)
     if token_id is not None and token_id in tokenizer.special_ids:
         thought = f"start: THOUGHT <[{token_id}]> SPACE answer\nTHOUGHT: /(.|\\n)*/\n"
     else:
-        mark = json.dumps(reasoning.end, ensure_ascii=False)
-        thought = f"start: thought SPACE answer\nthought[suffix={mark}]: /(.|\\n)*/\n"
-    return Grammar("lark", f"{thought}SPACE: /[ \\n]{{0,4}}/\nanswer: %json {schema}")
+        thought = f"start: thought SPACE answer\nthought[suffix={_text(reasoning.end)}]: /(.|\\n)*/\n"
+    return Grammar("lark", f"{thought}SPACE: /[ \\n]{{0,4}}/\n{rules}")
+
+
+def _mark(text: str, tokenizer: Tokenizer) -> str:
+    """A mark in Lark: the special token that it is, else its text."""
+    token_id = tokenizer.token_to_id(text)
+    return f"<[{token_id}]>" if token_id is not None and token_id in tokenizer.special_ids else _text(text)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
