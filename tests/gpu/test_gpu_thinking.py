@@ -1,0 +1,128 @@
+"""Budgets of reasoning on a GPU: the CPU's tokens, and steps without the host wherever nothing can be forced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from aphrodite.config import EngineConfig
+from aphrodite.engine.builder import build_engine
+from aphrodite.engine.core import EngineCore
+from aphrodite.engine.messages import AddRequest
+from aphrodite.loading.checkpoint import open_checkpoint
+from aphrodite.loading.dummy import dummy_weights
+from aphrodite.loading.parameters import HF_NAMES
+from aphrodite.quantization.dequantize import dequantize
+from aphrodite.quantization.types import QuantType
+from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.table import ReasoningMarks
+from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 256,
+    "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0,
+    "initializer_range": 0.02,
+}  # fmt: skip
+PROMPTS = [[3 + (7 * i + 13 * j) % 240 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 300))]
+FREE = SamplingParams(max_tokens=48, temperature=1.2, top_p=0.95, ignore_eos=True, seed=5)
+MARKS = ReasoningMarks("<think>", "</think>", True)
+CLOSING = len(MARKS.end)  # tokens: one a byte
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    vocab = {piece: index for index, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, SpecialTokens(eos_ids=()), "test")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("thinking")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    weights = dummy_weights(open_checkpoint(folder, load_format="dummy").spec, QuantType.F32)
+    save_file(
+        {HF_NAMES.checkpoint_name(name): dequantize(raw) for name, raw in weights.items()}, folder / "model.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture
+def make_core(model: Path, tokenizer: Tokenizer) -> Iterator[Any]:
+    cores: list[EngineCore] = []
+
+    def make(**settings: Any) -> EngineCore:
+        chosen = {"device": "cuda", "dtype": "float32", "kv_cache_memory": 1 << 27, "max_num_seqs": 16, **settings}
+        cores.append(build_engine(EngineConfig(model=str(model), **chosen), (), tokenizer=tokenizer).core)
+        return cores[-1]
+
+    yield make
+    for core in cores:
+        core.close()
+    torch.cuda.empty_cache()
+
+
+def thinking(budget: int, **fields: Any) -> SamplingParams:
+    params = from_mapping({"thinking_token_budget": budget, **fields}, base=FREE)
+    return msgspec.structs.replace(params, reasoning=MARKS)
+
+
+def answers(core: EngineCore, requests: Sequence[SamplingParams]) -> dict[str, list[int]]:
+    for number, params in enumerate(requests):
+        core.add(AddRequest([str(number)], [params.seed or 0], PROMPTS[number % len(PROMPTS)], params, 0, None))
+    tokens: dict[str, list[int]] = {}
+    while core.has_work():
+        for update in core.step():
+            assert update.error is None, update.error
+            tokens.setdefault(update.request_id, []).extend(update.token_ids)
+        core.scheduler.check()
+    return tokens
+
+
+REQUESTS = [
+    FREE, thinking(10), thinking(0), thinking(20, banned_strings=["a", "e"]), thinking(13, logprobs=3), thinking(600),
+    thinking(7, tfs=0.9), thinking(9, guidance_scale=1.5), thinking(30, temperature=0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, {"async_depth": 0}, {"enable_graphs": False}], ids=str)
+def test_tokens_are_those_of_the_cpu(make_core: Any, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    expected = answers(make_core(device="cpu", executor="torch"), REQUESTS)
+    found = answers(make_core(**settings), REQUESTS)
+    assert found == expected
+    for number, budget in ((1, 10), (2, 0), (4, 13), (6, 7), (7, 9), (8, 30)):
+        closing = found[str(number)][budget : budget + CLOSING]
+        assert tokenizer.decode(closing) == MARKS.end
+
+
+def test_nobody_waits_where_nothing_can_be_forced(make_core: Any) -> None:
+    core = make_core()
+    sampler = core.runner.sampler
+    stage, alone = sampler.stage, list[bool]()
+
+    def observed(*arguments: Any) -> Hashable | None:
+        launches = stage(*arguments)
+        alone.append(launches is not None)
+        return launches
+
+    sampler.stage = observed
+    free = answers(core, [FREE] * 6)
+    assert all(alone)
+    alone.clear()
+    mixed = answers(core, [FREE, thinking(12), FREE, FREE, thinking(600), FREE])
+    assert alone.count(False) <= CLOSING + 1
+    assert alone.count(True) >= 30
+    for number in "0235":
+        assert mixed[number] == free[number]
