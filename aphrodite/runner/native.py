@@ -36,7 +36,7 @@ from aphrodite.kernels.cpu.program import (
 from aphrodite.layers.lora import AdapterRoom
 from aphrodite.layers.rotary import rotary_tables
 from aphrodite.models.spec import ModelSpec, RotarySpec
-from aphrodite.quantization.types import RawTensor
+from aphrodite.quantization.types import RawTensor, StackedTensor
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.native_adapters import NativeAdapters, PairTable
 from aphrodite.runner.native_compiler import GATES, Compiler, compile_norm
@@ -128,6 +128,8 @@ class NativeExecutor:
         for name in _linear_names(spec):
             tensor = weights[name]
             rows, columns = tensor.shape[-2:]
+            if isinstance(tensor, StackedTensor) and len({part.qtype for part in tensor.parts}) > 1:
+                return f"{name} is stored in types that differ from expert to expert"
             if tiles_bytes(library, tile_kind(tensor), rows, columns) == 0:
                 block = max(BLOCK_COLUMNS, tensor.qtype.block_size)
                 return (

@@ -98,9 +98,9 @@ def test_logits_equal_float64(
 ) -> None:
     executor = executor_of(*model, activations=activations, kv_dtype="float32")
     reference = ReferenceModel(*model)
-    prompts = prompts_of((90, 7, 40))
+    prompts = prompts_of((150, 7, 40))
     sequences = Sequences(executor, prompts)
-    first = sequences.step({0: 89, 1: 6, 2: 13})
+    first = sequences.step({0: 149, 1: 6, 2: 13})
     second = sequences.step({0: 1, 1: 1, 2: 27})
     for prompt, *pieces in zip(prompts, first, second, strict=True):
         expected = reference.logits(prompt)
@@ -168,6 +168,16 @@ def test_a_quantized_gguf_file_equals_torch(tmp_path: Path, monkeypatch: pytest.
     checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", case, model))
     assert checkpoint.weights.parameters["layers.1.expert_up.weight"].qtype is QuantType.Q4_0
     assert_equals_torch(checkpoint.spec, checkpoint.weights, 1e-4)
+
+
+def test_experts_of_several_types_are_left_to_torch() -> None:
+    spec = tiny_spec(moe=experts())
+    weights, finer = tiny_weights(spec, QuantType.Q4_0), tiny_weights(spec, QuantType.Q8_0)
+    name = "layers.1.expert_down.weight"
+    parts = [(finer if number == 3 else weights)[name].part(number) for number in range(12)]
+    reason = NativeExecutor.declines(spec, {**weights, name: StackedTensor(name, parts)})
+    assert reason == f"{name} is stored in types that differ from expert to expert"
+    assert NativeExecutor.declines(spec, {**weights, name: StackedTensor(name, [*parts[:3], *parts[4:], parts[0]])}) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
