@@ -94,7 +94,10 @@ def _print_latency(results: Sequence[Latency], bandwidth: float) -> None:
         for result in results
     ]
     print_table(heads, rows)
-    print(f"A plain read of memory reaches {bandwidth / 1e9:.1f} GB/s; GB/s counts weights and KV cache, once a step.")
+    print(
+        f"A plain read of memory reaches {bandwidth / 1e9:.1f} GB/s; GB/s counts weights and KV cache, once a step, and "
+        "of experts those that its tokens are expected to choose."
+    )
 
 
 @app.command("throughput")

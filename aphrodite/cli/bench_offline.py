@@ -34,7 +34,7 @@ class Latency:
     ttft: float  # from the call to the first token of all prompts, nothing cached
     step: float
     host: float  # the engine's own share of a step: scheduling, sampling, bookkeeping
-    weight_bytes: int
+    weight_bytes: int  # read by one step; of experts as many as tokens that choose at random are expected to choose
     kv_bytes: int  # read by one step, at the middle of the output
 
     @property
@@ -97,7 +97,7 @@ def summarize(llm: LLM, runs: Sequence[Run], *, batch_size: int, input_len: int,
         ttft=statistics.median(run.ttft for run in runs),
         step=statistics.median(run.step for run in runs),
         host=statistics.median(run.host for run in runs),
-        weight_bytes=info.weight_bytes,
+        weight_bytes=info.weight_bytes - int(info.expert_bytes * (1.0 - info.expert_share) ** batch_size),
         kv_bytes=int(batch_size * context * info.kv_bytes_per_block / info.block_size),
     )
 

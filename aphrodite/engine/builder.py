@@ -116,6 +116,7 @@ def build_engine(
     )
     core = EngineCore(scheduler, runner, tokenizer, room=room)
     loaded = [core.adapters.take(number, adapter) for number, adapter in enumerate(adapters)]
+    expert_bytes, expert_share = _experts(checkpoint, executor.weight_bytes)
     info = EngineInfo(
         model=checkpoint.name,
         family=checkpoint.spec.family,
@@ -126,6 +127,8 @@ def build_engine(
         max_num_seqs=limits.max_num_seqs,
         eos_token_ids=sorted(eos),
         weight_bytes=executor.weight_bytes,
+        expert_bytes=expert_bytes,
+        expert_share=expert_share,
         kv_bytes_per_block=executor.kv_bytes_per_block,
         memory_plan=memory.lines(),
         kernels=executor.describe(),
@@ -136,6 +139,17 @@ def build_engine(
         max_loras=scheduler.config.max_loras,
     )
     return BuiltEngine(core, info, memory)
+
+
+def _experts(checkpoint: Checkpoint | ForeignLoader, weight_bytes: int) -> tuple[int, float]:
+    """Bytes of the experts among which tokens choose, and what one token reads of them."""
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.spec.moe is None:
+        return 0, 1.0
+    moe = checkpoint.spec.moe
+    stored = checkpoint.weights.parameters
+    experts = sum(parameter.nbytes for name, parameter in stored.items() if ".expert_" in name)
+    total = sum(parameter.nbytes for parameter in stored.values())
+    return weight_bytes * experts // total, moe.top_k / moe.num_experts
 
 
 def _embedding(checkpoint: Checkpoint | ForeignLoader, executor: Executor) -> EmbeddingInfo:

@@ -87,7 +87,12 @@ class AdapterInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="ready", array_like=True):
-    """What a loaded engine says of itself, once."""
+    """What a loaded engine says of itself, once.
+
+    Attributes:
+        expert_bytes: of `weight_bytes`, those of experts among which tokens choose.
+        expert_share: what one token reads of them.
+    """
 
     model: str
     family: str
@@ -98,6 +103,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     max_num_seqs: int
     eos_token_ids: list[int]
     weight_bytes: int
+    expert_bytes: int
+    expert_share: float
     kv_bytes_per_block: int
     memory_plan: list[str]
     kernels: dict[str, str]

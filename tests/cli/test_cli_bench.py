@@ -169,7 +169,14 @@ class FakeLLM:
 
     def __init__(self) -> None:
         self.info = SimpleNamespace(
-            vocab_size=50, weight_bytes=1000, kv_bytes_per_block=160, block_size=16, kernels={}, memory_plan=[]
+            vocab_size=50,
+            weight_bytes=1000,
+            expert_bytes=0,
+            expert_share=1.0,
+            kv_bytes_per_block=160,
+            block_size=16,
+            kernels={},
+            memory_plan=[],
         )
         self.calls: list[tuple[list[list[int]], Any]] = []
         self.closed = False
@@ -201,6 +208,13 @@ class TestOffline:
         assert result.prefill_rate == pytest.approx(800)
         assert result.kv_bytes == 4 * 120 * 10  # sequences, mean context, bytes a token
         assert result.bytes_per_second == pytest.approx((1000 + 4800) / 0.02)
+
+    def test_of_experts_those_count_that_are_expected_to_be_read(self):
+        llm = FakeLLM()
+        llm.info.expert_bytes, llm.info.expert_share = 800, 0.25
+        for batch, weights in ((1, 200 + 200), (2, 200 + 350)):
+            result = summarize_runs(llm, [Run(0.5, 0.01, 0.001)], batch_size=batch, input_len=10, output_len=2)
+            assert result.weight_bytes == weights
 
     def test_decode_is_timed_on_prompts_that_are_cached_by_then(self):
         llm = FakeLLM()
