@@ -59,7 +59,7 @@ vLLM's clients send `prompt` and read `count` and `tokens`; llama.cpp's send `co
 far they are.""",
     "llama.cpp": """\
 A slot stands for each answer that can run at once; requests are not bound to one. `/models` tells of each model whether
-it is loaded.""",
+it is loaded. Errors are llama.cpp's: `code` is the status; `param`, which field is wrong, stands beside.""",
     "KoboldAI": """\
 KoboldAI's API with koboldcpp's additions. `memory` stands before the prompt, which loses its beginning to make room;
 `genkey` names a run for `check` and `abort`. What a request leaves open is the model's recommendation, not koboldcpp's

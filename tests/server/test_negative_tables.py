@@ -153,6 +153,27 @@ PATHS = (
         "/v1/token/encode", {"text": "a"}, openai_error, OPENAI, None,
         ({"text": [{"role": "user", "content": IMAGE}]}, "image"), {"text": 3}, names_model=False,
     ),
+    Path(
+        "/v1/responses", {"input": "a", "max_output_tokens": 2}, openai_error, OPENAI, {"input": LONG},
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        {**SAMPLERS, "input": 3, "max_output_tokens": "many", "text": "x", "previous_response_id": 5},
+    ),
+    Path(
+        "/v1/embeddings", {"input": "a"}, openai_error, OPENAI, {"input": LONG}, ({"input": [IMAGE]}, "input"),
+        {"input": 3, "encoding_format": "xml", "dimensions": 0},
+    ),
+    Path(
+        "/v1/messages/count_tokens", {"messages": MESSAGES}, anthropic_error, ANTHROPIC, None,
+        ({"messages": [{"role": "user", "content": [PICTURE]}]}, "image"), {"messages": "hi", "system": 3, "tools": 5},
+    ),
+    Path(
+        "/api/embed", {"model": "fake/story", "input": "a"}, ollama_error, OLLAMA, None, ({"input": IMAGE}, "input"),
+        {"input": 3, "model": 5, "dimensions": 0},
+    ),
+    Path(
+        "/embedding", {"content": "a"}, llama_cpp_error, LLAMA, {"content": LONG}, ({"content": IMAGE}, "content"),
+        {"content": 3},
+    ),
 )  # fmt: skip
 every_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.path)
 
