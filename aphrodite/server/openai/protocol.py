@@ -62,8 +62,8 @@ ReturnProgress = Annotated[
 Resumable = Annotated[
     bool,
     Field(
-        description="The stream outlives its connection: GET /v1/streams/{id}, with the response's id and Last-Event-ID,"
-        " goes on behind that event."
+        description="The stream outlives its connection: GET /v1/streams/{id}, with the response's id and"
+        " Last-Event-ID, goes on behind that event."
     ),
 ]
 

@@ -190,17 +190,6 @@ def test_log_probabilities_are_those_of_the_reference() -> None:
     assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
 
 
-def test_embeddings_are_those_of_the_reference_beside_answers() -> None:
-    def embeddings(runner: Runner | DeviceRunner, budget: int) -> dict[str, np.ndarray]:
-        found = updates(runner, 64, GREEDY, budget, poolings=("mean", None, "last"))
-        return {u.request_id: np.frombuffer(u.embedding, np.float32) for u in found if u.embedding is not None}
-
-    ours, theirs = embeddings(device_runner(64, 1), 20), embeddings(host_runner(), 512)
-    assert theirs.keys() == ours.keys() == {"0", "2"}
-    for name, values in theirs.items():
-        np.testing.assert_allclose(ours[name], values, atol=1e-4)
-
-
 OTHERS: dict[str, dict[str, Any]] = {
     "as Gemma": {
         "block": "sandwich",
@@ -222,6 +211,20 @@ OTHERS: dict[str, dict[str, Any]] = {
         "layer_rotaries": (None, RotarySpec(dim=4)),
     },
 }
+
+
+@pytest.mark.parametrize("fields", [{}, *OTHERS.values()], ids=["as Llama", *OTHERS])
+def test_embeddings_are_those_of_the_reference_beside_answers(fields: dict[str, Any]) -> None:
+    spec = dataclasses.replace(SPEC, **fields)
+
+    def embeddings(runner: Runner | DeviceRunner, budget: int) -> dict[str, np.ndarray]:
+        found = updates(runner, 64, GREEDY, budget, poolings=("mean", None, "last"))
+        return {u.request_id: np.frombuffer(u.embedding, np.float32) for u in found if u.embedding is not None}
+
+    ours, theirs = embeddings(device_runner(64, 1, spec), 20), embeddings(host_runner(spec), 512)
+    assert theirs.keys() == ours.keys() == {"0", "2"}
+    for name, values in theirs.items():
+        np.testing.assert_allclose(ours[name], values, atol=1e-4)
 
 
 @pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS.keys())
