@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from aphrodite.config import EngineConfig, ModelEntry, ServerSettings, Settings, settings_table
 from aphrodite.errors import ConfigError
-from aphrodite.loading.checkpoint import SPLIT_NAME, checkpoint_name
+from aphrodite.loading.checkpoint import checkpoint_name, gguf_name, gguf_stem
 from aphrodite.loading.hub import parse_name
 from aphrodite.loading.repository import gguf_models
 
@@ -75,37 +75,23 @@ def models_in_folder(settings: Settings) -> list[OfferedModel]:
     try:
         entries = sorted(root.iterdir())
         files = {entry.name: 0 for entry in entries if entry.is_file()}
-        found = [(_stem(model.files[0]), root / model.files[0]) for model in gguf_models(files)]
-        found += [(entry.name, entry) for entry in entries if entry.is_dir() and _is_model(entry)]
+        found = [model.files[0] for model in gguf_models(files)]
+        folders = [entry.name for entry in entries if entry.is_dir() and _is_model(entry)]
     except OSError as error:
         raise ConfigError(f"cannot read --models-dir {root}: {error.strerror}") from None
-    short: dict[str, int] = {}
-    for name, path in found:
-        if path.is_file():
-            short[short_name(name)] = short.get(short_name(name), 0) + 1
+    taken = Counter([*map(gguf_name, found), *map(gguf_stem, found), *folders])
     models = []
-    for name, path in found:
-        alias = short_name(name)
-        taken = alias == name or short.get(alias) != 1 or any(alias == other for other, _ in found)
-        models.append(_offered(settings, {"model": str(path)}, name, () if taken or path.is_dir() else (alias,)))
-    return models
+    for file in found:
+        short = gguf_name(file)  # as it is called where it is the only model
+        aliases = (short,) if taken[short] == 1 else ()
+        models.append(_offered(settings, {"model": str(root / file)}, gguf_stem(file), aliases))
+    return models + [_offered(settings, {"model": str(root / folder)}, folder) for folder in folders]
 
 
 def hub_model(settings: Settings, name: str) -> OfferedModel | None:
     """A model of the hub as one that the server offers; None where `name` names none."""
     parsed = parse_name(name)
     return None if parsed is None else _offered(settings, {"model": str(parsed)}, str(parsed))
-
-
-def short_name(name: str) -> str:
-    """A file's name without its quantization, as a single model is called."""
-    return re.sub(r"[.-](?:UD-)?(I?Q\d\w*|B?F16|F32|MXFP4\w*)$", "", name, flags=re.IGNORECASE)
-
-
-def _stem(file: str) -> str:
-    """The name of a GGUF file, or of what it is a part of."""
-    split = SPLIT_NAME.fullmatch(file)
-    return split[1] if split else file.removesuffix(".gguf")
 
 
 def _is_model(folder: Path) -> bool:
@@ -123,7 +109,7 @@ def _main(settings: Settings) -> OfferedModel:
     if parse_name(text) is not None:
         name = text
     else:
-        name = checkpoint_name(path) if path.is_dir() else short_name(_stem(path.name))
+        name = checkpoint_name(path) if path.is_dir() else gguf_name(path.name)
     return _offered(settings, {}, given[0] if given else name, given[1:])
 
 

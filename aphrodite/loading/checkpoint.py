@@ -169,10 +169,9 @@ def _open_gguf(path: Path) -> Checkpoint:
         family.gguf if family.gguf_of is None else family.gguf_of(tensors),
         harmless=lambda name: name in ROPE_TENSORS,  # already part of the spec
     )
-    split = SPLIT_NAME.fullmatch(path.name)
     return Checkpoint(
         path=path,
-        name=_QUANT_SUFFIX.sub("", split[1] if split else path.stem),
+        name=gguf_name(path.name),
         format="gguf",
         architecture=metadata.read("general.architecture", str),
         spec=spec,
@@ -299,6 +298,17 @@ def _open_dummy(path: Path) -> Checkpoint:
     spec = family.from_config(text_config(config))
     dtype = config.choice("dtype" if config.has("dtype") else "torch_dtype", _DTYPES, "bfloat16")
     return _described(file.parent, "dummy", config, spec, dummy_weights(spec, dtype, packing=packing_of(config)))
+
+
+def gguf_stem(file: str) -> str:
+    """The name of a GGUF file, or of the whole that it is a part of, without its ending."""
+    split = SPLIT_NAME.fullmatch(file)
+    return split[1] if split else Path(file).stem
+
+
+def gguf_name(file: str) -> str:
+    """A GGUF model's name: its file's without the quantization."""
+    return _QUANT_SUFFIX.sub("", gguf_stem(file))
 
 
 def checkpoint_name(directory: Path) -> str:
