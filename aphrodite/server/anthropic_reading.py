@@ -10,9 +10,9 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from aphrodite.server.errors import ApiError, invalid, unsupported
+from aphrodite.server.errors import invalid, unsupported
 from aphrodite.server.openai.tools import MAX_TOOLS, read_function
 
 _CARRIED: Final = "aphrodite.thinking:"  # before the text, in the signature of a block that leaves it out
@@ -247,16 +247,11 @@ def _text_block(block: Any, path: str) -> dict[str, str]:
 def _kind(block: Any, path: str) -> str:
     kind = block.get("type") if isinstance(block, dict) else None
     if not isinstance(kind, str):
-        raise _no_block(path)
+        raise invalid(path, 'must be an object such as {"type": "text", "text": …}', code="invalid_type")
     return kind
 
 
-def _no_block(path: str) -> ApiError:
-    return invalid(path, 'must be an object such as {"type": "text", "text": …}', code="invalid_type")
-
-
-def _text(block: dict[str, Any], key: Literal["text", "id", "name", "thinking", "signature", "data", "tool_use_id"],
-          path: str) -> str:  # fmt: skip
+def _text(block: dict[str, Any], key: str, path: str) -> str:
     value = block.get(key)
     if not isinstance(value, str):
         raise invalid(f"{path}.{key}", "must be text", code="invalid_type")
