@@ -251,11 +251,14 @@ async def test_streams_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumable, "MAX_STREAMS", 2)
     async with running_server(FakeEngine(hold_after=1)) as server:
         body = {**COMPLETION, "resumable": True}
+        ids = []
         for _ in range(2):
             connection = await Connection.open(server, "/v1/completions", body)
-            await connection.read_events(1)
+            ids.append(json.loads((await connection.read_events(1))[0].data)["id"])
         full = await server.http.post("/v1/completions", json=body)
         assert (full.status_code, full.json()["error"]["code"]) == (429, "too_many_streams")
         server.engine.gate.set()
-        await server.engine.idle.wait()
+        assert (await resume(server, ids[0], 1)).status_code == 200  # it has ended when all of it has been told
         assert (await server.http.post("/v1/completions", json=body)).status_code == 200
+        assert (await resume(server, ids[0], 1)).status_code == 404
+        assert (await resume(server, ids[1], 1)).status_code == 200
