@@ -13,7 +13,7 @@ import msgspec
 from aphrodite.chat.events import CallArguments, CallStart, Event, ReasoningPiece, TextPiece, ToolCall
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.server.context import ModelContext
-from aphrodite.server.generation import Generation, collect, stream_pieces
+from aphrodite.server.generation import Generation, UsageCounter, collect, stream_pieces
 from aphrodite.server.ollama_format import line, timestamp
 from aphrodite.server.openai.answers import AnswerReader
 from aphrodite.server.sse import EventStream
@@ -38,34 +38,34 @@ class Answer:
     told: Callable[[Part], dict[str, Any]]
     tells_context: bool = False
     began: float = field(default_factory=time.perf_counter)
-    first: float | None = None
     call: ToolCall | None = None  # that is being written: clients take calls whole
     num_calls: int = 0
 
     async def whole(self) -> bytes:
         """The response's body."""
-        (output,), _ = await collect(self.context, self.generation)
+        (output,), counter = await collect(self.context, self.generation)
         (answer,) = output.outputs
         parts = self._parts(self._read(answer), ended=True)
-        return msgspec.json.encode(self._end(answer, _joined(parts), answer.token_ids))
+        return msgspec.json.encode(self._end(answer, _joined(parts), answer.token_ids, counter))
 
     async def stream(self, events: EventStream) -> None:
         """Write the answer's lines."""
         token_ids: list[int] = []
+        counter = UsageCounter(self.generation.prompts)
         pieces = stream_pieces(self.context, self.generation)
         async with aclosing(pieces):
-            async for _, output in pieces:
-                self.first = self.first or time.perf_counter()
-                if data := self._lines(output, token_ids):
+            async for number, output in pieces:
+                counter.observe(number, output)
+                if data := self._lines(output, token_ids, counter):
                     await events.write(data)
 
-    def _lines(self, output: RequestOutput, token_ids: list[int]) -> bytes:
+    def _lines(self, output: RequestOutput, token_ids: list[int], counter: UsageCounter) -> bytes:
         (answer,) = output.outputs
         token_ids += answer.token_ids
         ended = answer.finish_reason is not None
         parts = self._parts(self._read(answer), ended=ended)
         data = b"".join(line({**self._head(), **self.told(part), "done": False}) for part in parts)
-        return data + line(self._end(answer, {}, token_ids)) if ended else data
+        return data + line(self._end(answer, {}, token_ids, counter)) if ended else data
 
     def _read(self, answer: CompletionOutput) -> list[Event]:
         if self.reader is not None:
@@ -106,9 +106,8 @@ class Answer:
     def _head(self) -> dict[str, Any]:
         return {"model": self.generation.model, "created_at": timestamp()}
 
-    def _end(self, answer: CompletionOutput, part: Part, token_ids: list[int]) -> dict[str, Any]:
-        now = time.perf_counter()
-        first = self.first or now
+    def _end(self, answer: CompletionOutput, part: Part, token_ids: list[int], counter: UsageCounter) -> dict[str, Any]:
+        timings = counter.timings()
         (prompt,) = self.generation.prompts
         extra = {"context": [*prompt, *token_ids]} if self.tells_context else {}
         return {
@@ -117,12 +116,12 @@ class Answer:
             "done": True,
             "done_reason": "length" if answer.finish_reason == "length" else "stop",
             **extra,
-            "total_duration": _nanoseconds(now - self.began),
+            "total_duration": _nanoseconds(time.perf_counter() - self.began),
             "load_duration": 0,
             "prompt_eval_count": len(prompt),
-            "prompt_eval_duration": _nanoseconds(first - self.began),
+            "prompt_eval_duration": _nanoseconds(timings["prompt_ms"] / 1e3),
             "eval_count": answer.num_tokens,
-            "eval_duration": _nanoseconds(now - first),
+            "eval_duration": _nanoseconds(timings["predicted_ms"] / 1e3),
         }
 
 
