@@ -84,6 +84,17 @@ async def test_whoever_lost_the_stream_goes_on_where_it_broke(held: FakeEngine) 
         assert await followed(server, name, starting_after=events[-1].sequence_number) == []
 
 
+async def test_a_stream_is_continued_as_on_the_other_endpoints(server: RunningServer) -> None:
+    body = {"input": "Tell me.", "max_output_tokens": 6, "stream": True, "resumable": True}
+    whole = await server.http.post("/v1/responses", json=body)
+    events = whole.text.split("\n\n")[:-1]
+    assert [event.split("\n")[0] for event in events] == [f"id: {number}" for number in range(1, len(events) + 1)]
+    path = f"/v1/streams/{whole.headers['x-stream-id']}"
+    rest = await server.http.get(path, headers={"last-event-id": "4"})
+    assert rest.text.split("\n\n")[:-1] == events[4:]
+    assert '"status":"incomplete"' in events[-1]
+
+
 async def test_an_answer_is_cancelled_or_deleted_while_it_is_computed(held: FakeEngine) -> None:
     async with running_server(held) as server:
         for _ in range(2):

@@ -25,7 +25,7 @@ from aphrodite.server.openai.responses.fields import ResponsesFields, echoed_too
 from aphrodite.server.openai.responses.items import new_id
 from aphrodite.server.openai.responses.output import OutputBuilder, StreamEvent
 from aphrodite.server.openai.responses.store import StoredItem, stored
-from aphrodite.server.sse import EventStream, StreamFormat, named_event
+from aphrodite.server.sse import EventSink, StreamFormat, named_event
 
 _ERROR_CODES = {429: "rate_limit_exceeded"}  # OpenAI's clients know no others that would fit
 
@@ -133,7 +133,7 @@ class Answer:
                 pass
         return (await self._end()).body
 
-    async def stream(self, events: EventStream) -> None:
+    async def stream(self, events: EventSink) -> None:
         """Write the response's events."""
         async with aclosing(self.events()) as told:
             async for lines in told:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,7 @@ from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import delete, get, post
-from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, named_event
+from aphrodite.server.sse import EventSink, StreamFormat, named_event
 
 _PAGE = 20  # input items that are listed at once
 _MAX_PAGE = 100
@@ -97,10 +96,19 @@ class ResponsesEndpoints:
             if not is_stored:
                 raise invalid("background", "needs store to be true, and a server that stores responses")
             answer = Answer(context, generation, fields, head, chat.reader, None)
-            return self._in_background(answer, keep, generation.response_id, context, headers, stream=fields.stream)
+            name = generation.response_id
+            begun = self._in_background(answer, keep, name, context)
+            return self._followed(request, name, 0, headers) if fields.stream else json_response(begun, headers)
         answer = Answer(context, generation, fields, head, chat.reader, keep if is_stored else None)
         if fields.stream:
-            return self._streamed(answer.stream, answer.format, headers)
+            return self._context.streams.response(
+                request,
+                generation.response_id,
+                answer.stream,
+                headers,
+                resumable=fields.resumable,
+                format=answer.format,
+            )
         try:
             whole = await context.supervisor.run(answer.whole(), request.receive)
         except InvalidRequestError as error:
@@ -122,15 +130,9 @@ class ResponsesEndpoints:
         if request.query_params.get("stream", "false") in ("false", "0"):
             return json_response(response.body if running is None else running.snapshot())
         begin = _number(request, "starting_after", -1, range(-1, 2**31)) + 1
-        if running is not None:
-            return self._followed(running, begin)
-        if not response.events:
+        if running is None and not response.events:
             raise unsupported("stream", "only what is computed in the background is told again; leave it out")
-
-        async def tell(events: EventStream) -> None:
-            await events.write(b"".join(response.events[begin:]))
-
-        return self._streamed(tell, _FORMAT)
+        return self._followed(request, response.id, begin)
 
     async def delete(self, request: Request) -> Response:
         """Forget a stored response."""
@@ -172,10 +174,8 @@ class ResponsesEndpoints:
             }
         )
 
-    def _in_background(
-        self, answer: Answer, keep: Keep, name: str, context: ModelContext, headers: Headers, *, stream: bool
-    ) -> Response | ASGIApp:
-        """Begin to compute an answer; say that it is under way, or tell of it while somebody listens."""
+    def _in_background(self, answer: Answer, keep: Keep, name: str, context: ModelContext) -> bytes:
+        """Begin to compute an answer; returns what there is of it."""
         hold = ExitStack()
         hold.enter_context(context.loaded.hold())
         hold.callback(self._running.pop, name, None)
@@ -183,21 +183,22 @@ class ResponsesEndpoints:
         begun = running.snapshot()
         keep(Ending([], "queued", begun, ()), ())
         running.start(context.supervisor, name)
-        return self._followed(running, 0, headers) if stream else json_response(begun, headers)
+        return begun
 
-    def _followed(self, running: BackgroundAnswer, begin: int, headers: Headers = ()) -> EventResponse:
-        async def tell(events: EventStream) -> None:
+    def _followed(self, request: Request, name: str, begin: int, headers: Headers = ()) -> ASGIApp:
+        """The events of an answer in the background from number `begin` on, those to come with them."""
+
+        async def tell(events: EventSink) -> None:
+            running = self._running.get(name)
+            if running is None:
+                response = self._store.get(_owner(request), name)
+                await events.write(b"".join(response.events[begin:]) if response is not None else b"")
+                return
             async with aclosing(running.follow(begin)) as told:
                 async for data in told:
                     await events.write(data)
 
-        return self._streamed(tell, _FORMAT, headers)
-
-    def _streamed(
-        self, produce: Callable[[EventStream], Coroutine[Any, Any, None]], format: StreamFormat, headers: Headers = ()
-    ) -> EventResponse:
-        timeout = self._context.config.write_timeout
-        return EventResponse(produce, self._context.supervisor, write_timeout=timeout, headers=headers, format=format)
+        return self._context.streams.response(request, name, tell, headers, resumable=False, format=_FORMAT)
 
     async def _read(self, request: Request) -> tuple[dict[str, Any], ResponsesFields]:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)

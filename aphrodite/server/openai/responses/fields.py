@@ -16,10 +16,12 @@ from aphrodite.server.openai.protocol import (
     ChatFields,
     ConversationFields,
     ReasoningEffort,
+    Resumable,
     ReturnProgress,
     ReturnTimings,
 )
 from aphrodite.server.openai.tools import read_function
+from aphrodite.server.resumable import refuse_resumable
 
 LOGPROBS: Final = "message.output_text.logprobs"
 
@@ -119,6 +121,7 @@ class ResponsesFields(ConversationFields):
     )
     return_timings: ReturnTimings = False
     return_progress: ReturnProgress = False
+    resumable: Resumable = False
     background: bool = Field(
         default=False, description="Answer whether or not somebody listens; needs store. GET tells what came of it."
     )
@@ -136,6 +139,7 @@ def refuse_unsupported_fields(fields: ResponsesFields) -> None:
     for name, why in _REFUSED.items():
         if getattr(fields, name):
             raise unsupported(name, why)
+    refuse_resumable(fields.resumable and (fields.background or not fields.stream))
     if fields.stream_options.continuous_usage_stats:
         raise unsupported("stream_options.continuous_usage_stats", "usage comes with the last event; leave it out")
 
