@@ -1,4 +1,4 @@
-"""The agent frameworks that speak `/v1/responses`: openai-agents and pydantic-ai.
+"""The agent frameworks that speak `/v1/responses`: openai-agents (tried: 0.24.0) and pydantic-ai (2.68.0).
 
 pip install openai-agents 'pydantic-ai-slim[openai]'
 python tests/clients/drive_agents.py http://127.0.0.1:2242 [KEY]
