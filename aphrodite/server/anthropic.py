@@ -131,7 +131,8 @@ class MessagesEndpoints:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported(body, MessagesFields)
         fields = parse(MessagesFields, body)
-        thinking, conversation = read_thinking(fields.thinking), _chat_fields(fields)
+        thinking = read_thinking(fields.thinking)
+        conversation = _chat_fields(fields, thinking)
         context = await self._context.resolve(request, fields.model)
         preset = preset_of(request, fields.preset, context.config)
         base = msgspec.structs.replace(
@@ -165,17 +166,18 @@ class MessagesEndpoints:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported(body, CountTokensFields)
         fields = parse(CountTokensFields, body)
-        budget, conversation = read_thinking(fields.thinking).budget, _chat_fields(fields)
+        thinking = read_thinking(fields.thinking)
+        conversation = _chat_fields(fields, thinking)
         context = await self._context.resolve(request, fields.model)
         tools = read_tool_use(conversation)
-        token_ids = await render_chat(conversation, context, tools, bounded=False, budget=budget)
+        token_ids = await render_chat(conversation, context, tools, bounded=False, budget=thinking.budget)
         return json_response({"input_tokens": len(token_ids)})
 
 
-def _chat_fields(fields: CountTokensFields) -> ChatFields:
+def _chat_fields(fields: CountTokensFields, thinking: Thinking) -> ChatFields:
     """The conversation as a chat completion's, the answer that was begun to be continued."""
     messages = read_conversation(fields.messages, fields.system)
-    choice, thinking = read_tool_choice(fields.tool_choice), read_thinking(fields.thinking)
+    choice = read_tool_choice(fields.tool_choice)
     continues = messages[-1]["role"] == "assistant"
     return ChatFields(
         messages=messages,

@@ -85,7 +85,7 @@ ANTHROPIC = OPENAI | {404: "not_found_error", 413: "request_too_large"}
 OLLAMA = dict.fromkeys(OPENAI, "")
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]
 PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
-SAMPLERS = {"temperature": "hot", "top_p": 7, "min_p": [], "repetition_penalty": -1}
+SAMPLERS = {"temperature": "hot", "top_p": 7, "min_p": [], "repetition_penalty": -1, "thinking_token_budget": "many"}
 
 PATHS = (
     Path(
@@ -96,24 +96,33 @@ PATHS = (
         "/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2}, openai_error, OPENAI,
         {"messages": [{"role": "user", "content": LONG}]},
         ({"messages": [{"role": "user", "content": IMAGE}]}, "image"),
-        {**SAMPLERS, "messages": "hi", "max_tokens": -1, "tools": {"a": 1}, "response_format": "xml"},
+        {
+            **SAMPLERS, "messages": "hi", "max_tokens": -1, "tools": {"a": 1}, "response_format": "xml",
+            "tool_choice": "must", "reasoning_effort": "most",
+        },
     ),
     Path(
         "/v1/messages", {"messages": MESSAGES, "max_tokens": 2}, anthropic_error, ANTHROPIC,
         {"messages": [{"role": "user", "content": LONG}]},
         ({"messages": [{"role": "user", "content": [PICTURE]}]}, "image"),
-        {**SAMPLERS, "messages": [], "max_tokens": 0, "system": 3, "stop_sequences": "x"},
+        {
+            **SAMPLERS, "messages": [], "max_tokens": 0, "system": 3, "stop_sequences": "x", "tools": [{"name": "f"}],
+            "tool_choice": {"type": "must"}, "thinking": {"type": "enabled"}, "output_config": {"effort": "most"},
+        },
     ),
     Path(
         "/api/chat", {"model": "fake/story", "messages": MESSAGES, "options": {"num_predict": 2}}, ollama_error, OLLAMA,
         {"messages": [{"role": "user", "content": LONG}]},
         ({"messages": [{"role": "user", "content": "a", "images": ["aGk="]}]}, "images"),
-        {"messages": 3, "options": {"temperature": "hot"}, "stream": "yes", "model": 3, "format": 5},
+        {
+            "messages": 3, "options": {"thinking_token_budget": "hot"}, "stream": "yes", "model": 3, "format": 5,
+            "tools": [{"type": "f"}], "think": "most",
+        },
     ),
     Path(
         "/api/generate", {"model": "fake/story", "prompt": "a", "options": {"num_predict": 2}}, ollama_error, OLLAMA,
         {"prompt": LONG}, ({"images": ["aGk="]}, "images"),
-        {"prompt": 3, "options": [], "raw": "yes", "context": ["a"]},
+        {"prompt": 3, "options": [], "raw": "yes", "context": ["a"], "think": "most"},
     ),
     Path(
         "/api/v1/generate", {"prompt": "a", "max_length": 2}, kobold_error, KOBOLD, None,
@@ -164,7 +173,8 @@ PATHS = (
     ),
     Path(
         "/v1/messages/count_tokens", {"messages": MESSAGES}, anthropic_error, ANTHROPIC, None,
-        ({"messages": [{"role": "user", "content": [PICTURE]}]}, "image"), {"messages": "hi", "system": 3, "tools": 5},
+        ({"messages": [{"role": "user", "content": [PICTURE]}]}, "image"),
+        {"messages": "hi", "system": 3, "tools": 5, "tool_choice": 3},
     ),
     Path(
         "/api/embed", {"model": "fake/story", "input": "a"}, ollama_error, OLLAMA, None, ({"input": IMAGE}, "input"),

@@ -115,12 +115,6 @@ def with_grammar(
     return msgspec.structs.replace(params, grammar=grammar), answers
 
 
-def thinking_switch(fields: ChatFields, context: ModelContext) -> bool:
-    """Whether reasoning can be turned off in the prompt, so that none has to be closed."""
-    reasoning = template_of(fields, context).traits.reasoning
-    return reasoning is not None and reasoning.switch is not None
-
-
 def _with_budget(
     fields: ChatFields, params: SamplingParams, answers: AnswerFormat, context: ModelContext
 ) -> SamplingParams:
@@ -129,7 +123,7 @@ def _with_budget(
     An effort of none is a budget of none where the template cannot turn reasoning off.
     """
     budget = params.thinking_token_budget
-    if budget is None and fields.reasoning_effort == "none" and not thinking_switch(fields, context):
+    if budget is None and fields.reasoning_effort == "none" and not _has_switch(fields, context):
         budget = 0
     if budget is None:
         return params
@@ -145,9 +139,15 @@ def _warnings(fields: ChatFields, params: SamplingParams, context: ModelContext)
     told = budget_warnings(params, context, template)
     if effort is not None and template.traits.reasoning is None and not (marked and effort == "none"):
         told.append(f"`reasoning_effort` has no effect: {template.name} says nothing of reasoning.")
-    elif effort == "none" and not marked and not thinking_switch(fields, context):
+    elif effort == "none" and not marked and not _has_switch(fields, context):
         told.append(f"`reasoning_effort` none has no effect: {template.name} cannot turn reasoning off.")
     return told
+
+
+def _has_switch(fields: ChatFields, context: ModelContext) -> bool:
+    """Whether reasoning can be turned off in the prompt, so that none has to be closed."""
+    reasoning = template_of(fields, context).traits.reasoning
+    return reasoning is not None and reasoning.switch is not None
 
 
 def _reasoning_format(fields: ChatFields, context: ModelContext, prompt_token_ids: list[int]) -> AnswerFormat:
