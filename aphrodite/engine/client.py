@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -88,7 +89,9 @@ class EngineProcess:
         """
         while not await self._socket.poll(timeout=500):
             if self._process.poll() is not None and not await self._socket.poll(timeout=0):
-                raise EngineDeadError(f"the engine process ended with exit code {self._process.returncode}")
+                code = self._process.returncode
+                hint = " (killed, as a machine does that runs out of memory)" if code == -signal.SIGKILL else ""
+                raise EngineDeadError(f"the engine process ended with exit code {code}{hint}")
         message: FromEngine = self._decoder.decode(await self._socket.recv())
         return message
 

@@ -99,7 +99,7 @@ async def test_a_killed_engine_fails_every_stream_and_new_request(engine: AsyncE
     stream = engine.generate(ids, ENDLESS, request_id="endless")
     await anext(stream)
     os.kill(engine.pid, signal.SIGKILL)
-    with pytest.raises(EngineDeadError):
+    with pytest.raises(EngineDeadError, match="runs out of memory"):
         async for _ in stream:
             pass
     assert engine.errored
