@@ -84,6 +84,16 @@ async def test_whoever_lost_the_stream_goes_on_where_it_broke(held: FakeEngine) 
         assert await followed(server, name, starting_after=events[-1].sequence_number) == []
 
 
+async def test_without_it_a_client_that_leaves_ends_its_answer(held: FakeEngine) -> None:
+    async with running_server(held) as server:
+        stream = await server.client.responses.create(model="fake/story", input="Tell me.", stream=True)
+        async for _ in stream:
+            break
+        await held.holding.wait()
+        await stream.close()
+        await asyncio.wait_for(held.idle.wait(), 20)
+
+
 async def test_a_stream_is_continued_as_on_the_other_endpoints(server: RunningServer) -> None:
     body = {"input": "Tell me.", "max_output_tokens": 6, "stream": True, "resumable": True}
     whole = await server.http.post("/v1/responses", json=body)
