@@ -192,17 +192,19 @@ class DeviceRunner:
             sizes = [sizes[0], sizes[-1]]
         tasks: list[Callable[[], object]] = [partial(self._try_prompt, tokens) for tokens in prompts]
         tasks.append(self._try_mixed)
-        prepare = self._try_decode if self._graphs is None else self._graphs.prepare
+        prepare = self._try_padded if self._graphs is None else self._graphs.prepare
         tasks += [partial(self._prepare_ragged, size) for size in reversed(self._ragged_sizes)]
         tasks += [partial(prepare, size) for size in sizes]
         tasks.append(partial(self._try_prompt, largest))  # beside all graphs
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
                 if self._transfers.stream is not None and self.executor.can_rehearse:
-                    self._compile_ahead(prompts[:-1], sizes, progress)
+                    self._compile_ahead(prompts[:-1], [*self._ragged_sizes, *sizes], progress)
                 for number, task in enumerate(tasks):
                     progress(number, len(tasks))
+                    began = time.perf_counter()
                     task()
+                    logger.debug("step %d of the start took %.2f s", number, time.perf_counter() - began)
                 progress(len(tasks), len(tasks))
                 self.close()
         except torch.OutOfMemoryError as error:
@@ -354,7 +356,7 @@ class DeviceRunner:
                     self._try_prompt(tokens)
                 self._try_mixed()
                 for size in sizes:
-                    self._try_decode(size)
+                    self._try_padded(size)
         except Exception as error:  # whatever it is, the start goes on without
             logger.warning("kernels are compiled one by one, for steps could not be rehearsed: %s", error)
             torch.cuda.empty_cache()
@@ -393,10 +395,10 @@ class DeviceRunner:
             logger.warning("steps with prompts are not captured, which makes short ones slower: %s", error)
             self._ragged_sizes = []
 
-    def _try_decode(self, size: StepSize) -> None:
+    def _try_padded(self, size: StepSize) -> None:
         self._pad(size)
         logits = self._model(size)
-        for end in self._endings.values():
+        for end in self._endings_of(size).values():
             end(size, logits)
 
     def _pad(self, size: StepSize) -> None:

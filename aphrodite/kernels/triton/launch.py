@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -40,10 +41,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from aphrodite.kernels.dispatch import Declined, log_once
 from aphrodite.platforms import platform_of
 
+logger = logging.getLogger(__name__)
+
 # Versions whose compiled kernels' `run` was read: it takes grid, stream, function, metadata, three hooks, then all
 # parameters in order, constants included.
 DIRECT_VERSIONS = ("3.6.", "3.7.")
 INT32 = 1 << 31
+SLOW_SECONDS = 0.1  # of a first launch, which a compiled kernel takes a tenth of
 
 
 class _Variant(NamedTuple):
@@ -130,7 +134,11 @@ class DirectKernel:
         if variant is None:
             self.jitted[grid](*args, **options)
         elif variant is _UNKNOWN:
+            began = time.perf_counter()
             self._variants[key] = self._variant(self.jitted[grid](*args, **options), len(args), options)
+            seconds = time.perf_counter() - began
+            if seconds > SLOW_SECONDS:
+                logger.debug("the first launch of %s took %.2f s: %s", self.__name__, seconds, options)
         else:
             count = len(grid)
             variant.run(

@@ -101,7 +101,7 @@ def test_serving_launches_only_what_the_start_went_through(runner: DeviceRunner)
     with recording(rehearsed), torch.inference_mode():
         runner.warm_up(LONGEST, lambda done, total: None)
         for size in decode_sizes(ROWS):  # of graphs
-            runner._try_decode(size)
+            runner._try_padded(size)
     with recording(served):
         for plan in plans():
             step = runner.launch(plan)
