@@ -169,6 +169,12 @@ class EngineConfig:
         None, "Most tokens computed in one step; auto is 512 on a CPU, 8192 on a GPU.", "Scheduling",
         ge=1, le=2**20, unit="tokens",
     )  # fmt: skip
+    prompt_tokens_beside_answers: int | None = _setting(
+        None,
+        "Most tokens of prompts in a step that also goes on with answers, which wait for its end; auto is 128 on a CPU,"
+        " and no limit of its own on a GPU.",
+        "Scheduling", ge=1, le=2**20, unit="tokens",
+    )  # fmt: skip
     scheduling_policy: Literal["fcfs", "priority"] = _setting(
         "fcfs", "Order of waiting requests: first come first served, or by their priority field.", "Scheduling"
     )

@@ -174,7 +174,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if nothing can run before a result arrives or a request comes."""
-        draft = Draft(self._next_step_id, self.config.max_num_batched_tokens)
+        draft = Draft(self._next_step_id, self._budget())
         self._held.release()
         for fresh in self._adapters.take_back():
             self._waiting.push(fresh)
@@ -204,6 +204,13 @@ class Scheduler:
         self._next_step_id += 1
         self._inflight.append(InFlight(plan, draft.requests))
         return plan
+
+    def _budget(self) -> int:
+        """Tokens of the next step: fewer of prompts where answers go on, because those wait for the step's end."""
+        most, beside = self.config.max_num_batched_tokens, self.config.prompt_tokens_beside_answers
+        if beside is None or not any(request.num_computed >= request.num_prompt_tokens for request in self._running):
+            return most
+        return min(most, len(self._running) + self._num_guided + beside)
 
     def _next_waiting(self) -> Request | None:
         """The first request in order that is not running and has, or could have, a row."""

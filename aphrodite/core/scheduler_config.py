@@ -27,6 +27,7 @@ class SchedulerConfig:
     policy: Literal["fcfs", "priority"] = "fcfs"
     eos_token_ids: frozenset[int] = frozenset()
     max_queued_requests: int | None = None  # beyond those for which a row is free; None: no limit
+    prompt_tokens_beside_answers: int | None = None  # the most in a step that goes on with an answer; None: no limit
     prompt_logprobs_chunk: int = 128  # prompt tokens a step for requests that want log-probabilities of them
     max_loras: int = 0  # different adapters in a step
 
@@ -35,6 +36,9 @@ class SchedulerConfig:
         for name in (*sizes, "prompt_logprobs_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        beside = self.prompt_tokens_beside_answers
+        if beside is not None and beside < 1:
+            raise ConfigError(f"prompt_tokens_beside_answers must be at least 1, got {beside}")
         if self.max_queued_requests is not None and self.max_queued_requests < 0:
             raise ConfigError(f"max_queued_requests must be at least 0, got {self.max_queued_requests}")
         if self.policy not in ("fcfs", "priority"):

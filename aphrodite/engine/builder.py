@@ -58,12 +58,16 @@ class StepLimits(NamedTuple):
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    prompt_tokens_beside_answers: int | None
     async_depth: int
 
 
-# On a CPU the host and the kernels share the cores: planning ahead would only cost wasted tokens.
-HOST_DEFAULTS = StepLimits(max_num_seqs=64, max_num_batched_tokens=512, async_depth=0)
-DEVICE_DEFAULTS = StepLimits(max_num_seqs=256, max_num_batched_tokens=8192, async_depth=1)
+# On a CPU the host and the kernels share the cores: planning ahead would only cost wasted tokens. And a step of 512
+# tokens may take seconds there, for which answers would stand still; with 128, prompts take a fifth longer.
+HOST_DEFAULTS = StepLimits(max_num_seqs=64, max_num_batched_tokens=512, prompt_tokens_beside_answers=128, async_depth=0)
+DEVICE_DEFAULTS = StepLimits(
+    max_num_seqs=256, max_num_batched_tokens=8192, prompt_tokens_beside_answers=None, async_depth=1
+)
 
 
 class BuiltEngine(NamedTuple):
@@ -106,6 +110,7 @@ def build_engine(
             block_size=config.block_size,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
+            prompt_tokens_beside_answers=limits.prompt_tokens_beside_answers,
             max_model_len=memory.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
@@ -453,6 +458,7 @@ def _limits(config: EngineConfig, defaults: StepLimits) -> StepLimits:
     return StepLimits(
         config.max_num_seqs or defaults.max_num_seqs,
         config.max_num_batched_tokens or defaults.max_num_batched_tokens,
+        config.prompt_tokens_beside_answers or defaults.prompt_tokens_beside_answers,
         defaults.async_depth if config.async_depth is None else config.async_depth,
     )
 

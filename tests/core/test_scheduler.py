@@ -139,6 +139,23 @@ def test_long_prompts_are_computed_in_chunks_and_decoding_goes_on():
     harness.run()
 
 
+def test_prompts_take_less_of_a_step_beside_answers():
+    harness = Harness(max_num_batched_tokens=8, prompt_tokens_beside_answers=3)
+    harness.add(PROMPT[:10], ignore_eos=True, max_tokens=4)
+    harness.step()
+    harness.step()
+    harness.add(PROMPT[10:24], ignore_eos=True, max_tokens=1)
+    harness.run()
+    assert [[step.count for step in plan.steps] for plan in harness.plans] == [
+        [8],  # nobody waits for it
+        [2],
+        [1, 3],
+        [1, 4],  # its row's own token, too
+        [1, 4],
+        [3],
+    ]
+
+
 def test_requests_are_admitted_in_order_of_arrival():
     harness = Harness(max_num_seqs=2)
     harness.add([1], [2], [3], ignore_eos=True, max_tokens=2)

@@ -41,9 +41,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, False]),
         policy=st.sampled_from(["fcfs", "priority"]),
         chunk=st.sampled_from([1, 3, 128]),
+        beside=st.sampled_from([None, 1, 4]),
         depth=st.integers(0, 2),
     )
-    def build(self, num_blocks, rows, budget, block_size, caching, policy, chunk, depth):
+    def build(self, num_blocks, rows, budget, block_size, caching, policy, chunk, beside, depth):
         self.harness = Harness(
             depth=depth,
             num_blocks=num_blocks,
@@ -54,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             policy=policy,
             prompt_logprobs_chunk=chunk,
+            prompt_tokens_beside_answers=beside,
         )
 
     @rule(
