@@ -244,7 +244,7 @@ def _host_executor(
         if config.quantization != "none":
             raise ConfigError(_not_for_foreign("--quantization", checkpoint))
         return _foreign_host_executor(config, checkpoint, max_model_len, threads)
-    weights = _weights(config, checkpoint, progress, on_host=True)
+    weights = _weights(config, checkpoint, None, on_host=True)
     reason = _native_declines(config, checkpoint.spec, weights)
     if config.executor == "native" and reason is not None:
         raise ConfigError(f"--executor native cannot serve this: {reason}")
@@ -264,6 +264,7 @@ def _host_executor(
             kv_dtype=_native_kv_dtype(config),
             threads=threads,
             adapters=adapters,
+            progress=_LoadingProgress(progress),
         )
     if config.executor == "auto":
         logger.warning("serving with torch operations instead of the native kernels: %s", reason)
@@ -271,7 +272,7 @@ def _host_executor(
     dtype = _torch_dtype(config)
     return TorchExecutor(
         checkpoint.spec,
-        weights,
+        _weights(config, checkpoint, progress, on_host=True),
         block_size=config.block_size,
         max_model_len=max_model_len,
         dtype=dtype,
@@ -471,26 +472,36 @@ def _native_declines(config: EngineConfig, spec: ModelSpec, weights: Mapping[str
     return NativeExecutor.declines(spec, weights, block_size=config.block_size)
 
 
+class _LoadingProgress:
+    """Tells how much of the weights is loaded, ten times a second at most."""
+
+    def __init__(self, progress: ProgressCallback | None) -> None:
+        self._progress = progress
+        self._reported = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._progress is not None and (now - self._reported > 0.1 or done == total):
+            self._reported = now
+            self._progress("loading weights", done, total)
+
+
 class _ReportingWeights(Mapping[str, RawTensor]):
     """The checkpoint's weights, telling how many bytes have been taken so far."""
 
     def __init__(self, weights: Mapping[str, RawTensor], total: int, progress: ProgressCallback | None) -> None:
         self._weights = weights
         self._total = total
-        self._progress = progress
+        self._progress = _LoadingProgress(progress)
         self._taken: set[str] = set()
         self._done = 0
-        self._reported = 0.0
 
     def __getitem__(self, name: str) -> RawTensor:
         raw = self._weights[name]
-        if self._progress is not None and name not in self._taken:
+        if name not in self._taken:
             self._taken.add(name)
             self._done += raw.nbytes
-            now = time.monotonic()
-            if now - self._reported > 0.1 or self._done == self._total:
-                self._reported = now
-                self._progress("loading weights", self._done, self._total)
+            self._progress(self._done, self._total)
         return raw
 
     def __iter__(self) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -65,6 +65,7 @@ class NativeExecutor:
         threads: workers of a step, None for all cores of the process.
         isa: a lower instruction set than the best ("avx2", "portable"), for tests and comparison.
         adapters: what to have ready for them, None for none.
+        progress: called with the bytes of weights that are in place, and with all.
 
     Raises:
         ConfigError: the executor declines (see `declines`) or `isa` cannot run here.
@@ -82,6 +83,7 @@ class NativeExecutor:
         threads: int | None = None,
         isa: str | None = None,
         adapters: AdapterRoom | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         reason = self.declines(spec, weights, block_size=block_size)
         library = native_library.load()
@@ -100,7 +102,7 @@ class NativeExecutor:
         self.threads: int = max(1, threads if threads is not None else library.cdll.aph_available_cores())
         library.cdll.aph_set_default_threads(self.threads)
         self._library = library
-        self._weights = TiledWeights(library, weights, _linear_names(spec))
+        self._weights = TiledWeights(library, weights, _linear_names(spec), progress)
         compiler = Compiler(weights, self._weights, _ACTIVATIONS[activations])
         self._program = _compile(self, compiler)
         self.adapters = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -54,7 +54,13 @@ def tile_kind(raw: RawTensor) -> TileKind:
 class TiledWeights:
     """Matrices in tiles, in the order in which a step reads them; those of a stack lie one behind the other."""
 
-    def __init__(self, library: NativeLibrary, weights: Mapping[str, RawTensor], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        library: NativeLibrary,
+        weights: Mapping[str, RawTensor],
+        names: Sequence[str],
+        progress: Callable[[int, int], None],
+    ) -> None:
         self.kinds: dict[str, TileKind] = {}
         self.type_names: set[str] = set()
         self._places: dict[str, int] = {}
@@ -76,6 +82,8 @@ class TiledWeights:
                 else:
                     repack_groups(library, kind, *_integers(matrix), address)
                 address += tiles_bytes(library, kind, matrix.shape[0], matrix.shape[1])
+            progress(address - self.memory.address, self.memory.size)
+        progress(self.memory.size, self.memory.size)
 
     def address(self, name: str) -> int:
         return self.memory.address + self._places[name]

@@ -12,12 +12,15 @@ import pytest
 import torch
 from family_cases import CASES, gguf_tensors, write_gguf
 from native_reference import ReferenceModel, tiny_spec, tiny_weights
+from test_adapters_native import adapter, logits
 from test_native_executor import Sequences
 
 from aphrodite.kernels.cpu import library
+from aphrodite.layers.lora import AdapterRoom
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.models.spec import ModelSpec, MoeSpec, RotarySpec
 from aphrodite.quantization.at_load import QuantizedWeights
+from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.packed import GptqMatrix, PackedTensor
 from aphrodite.quantization.types import QuantType, RawTensor, StackedTensor
 from aphrodite.runner.native import NativeExecutor
@@ -25,7 +28,7 @@ from aphrodite.runner.torch_executor import TorchExecutor
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the native library is not built")
 
-NUM_BLOCKS = 120
+NUM_BLOCKS = 200
 WIDE = {"hidden_size": 256, "head_dim": 64, "num_heads": 4, "rotary": RotarySpec(dim=64)}
 K_MEDIUM = {
     **dict.fromkeys(("q", "k", "o", "gate", "up"), QuantType.Q4_K),
@@ -87,16 +90,26 @@ def executor_of(spec: ModelSpec, weights: Mapping[str, RawTensor], **options: An
     return executor
 
 
+def runs_here(isa: str | None) -> bool:
+    loaded = library.load()
+    return loaded is not None and loaded.select_isa(isa) is not None
+
+
 def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
     generator = np.random.default_rng(3)
     return [generator.integers(0, 203, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize(("activations", "tolerance"), [("float32", 1e-4), ("int16", 0.02)])
+@pytest.mark.parametrize(
+    ("activations", "isa", "tolerance"),
+    [("float32", None, 1e-4), ("int16", None, 0.02), ("float32", "avx2", 1e-4), ("float32", "portable", 1e-4)],
+)
 def test_logits_equal_float64(
-    model: tuple[ModelSpec, dict[str, RawTensor]], activations: Any, tolerance: float
+    model: tuple[ModelSpec, dict[str, RawTensor]], activations: Any, isa: str | None, tolerance: float
 ) -> None:
-    executor = executor_of(*model, activations=activations, kv_dtype="float32")
+    if not runs_here(isa):
+        pytest.skip("the instruction set does not run here")
+    executor = executor_of(*model, activations=activations, kv_dtype="float32", isa=isa)
     reference = ReferenceModel(*model)
     prompts = prompts_of((150, 7, 40))
     sequences = Sequences(executor, prompts)
@@ -112,8 +125,7 @@ def test_logits_equal_float64(
 def test_tokens_do_not_depend_on_the_batch(
     model: tuple[ModelSpec, dict[str, RawTensor]], options: dict[str, Any]
 ) -> None:
-    loaded = library.load()
-    if loaded is None or loaded.select_isa(options.get("isa")) is None:
+    if not runs_here(options.get("isa")):
         pytest.skip("the instruction set does not run here")
     executor = executor_of(*model, **options)
     tokens = prompts_of((70,))[0]
@@ -170,6 +182,38 @@ def test_a_quantized_gguf_file_equals_torch(tmp_path: Path, monkeypatch: pytest.
     assert_equals_torch(checkpoint.spec, checkpoint.weights, 1e-4)
 
 
+def test_adapters_of_attention_work_beside_experts() -> None:
+    spec = tiny_spec(moe=experts(shared_intermediate_size=64))
+    weights = tiny_weights(spec, QuantType.Q4_1)
+    room = AdapterRoom(1, 16)
+    executor = executor_of(spec, weights, activations="float32", kv_dtype="float32", adapters=room)
+    own = adapter("q k v o", 8, QuantType.F16, 1, spec)
+    executor.adapters.add(0, own)  # type: ignore[union-attr]
+    executor.adapters.place(0, 0)  # type: ignore[union-attr]
+    (tokens,) = prompts_of((40,))
+    reference = ReferenceModel(spec, weights)
+    plain = reference.logits(tokens)
+    for name, (a, b, scale) in own.pairs.items():
+        reference.w[f"{name}.weight"] = reference.w[f"{name}.weight"] + scale * dequantize(b).astype(
+            float
+        ) @ dequantize(a)
+    expected = reference.logits(tokens)
+    assert np.abs(expected - plain).mean() > 0.1
+    with_adapter, without = (logits(executor, [tokens], [slot])[0].numpy() for slot in (0, -1))
+    np.testing.assert_allclose(with_adapter, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(without, plain, rtol=0, atol=1e-4 * np.abs(plain).max())
+
+
+def test_loading_tells_what_is_in_place() -> None:
+    spec = tiny_spec(moe=experts())
+    told: list[tuple[int, int]] = []
+    executor = executor_of(spec, tiny_weights(spec, QuantType.Q8_0), progress=lambda *bytes: told.append(bytes))
+    done = [first for first, _ in told]
+    assert done == sorted(done)
+    assert done[0] < executor.weight_bytes / 10
+    assert told[-1] == (executor.weight_bytes, executor.weight_bytes)
+
+
 def test_experts_of_several_types_are_left_to_torch() -> None:
     spec = tiny_spec(moe=experts())
     weights, finer = tiny_weights(spec, QuantType.Q4_0), tiny_weights(spec, QuantType.Q8_0)
@@ -177,7 +221,10 @@ def test_experts_of_several_types_are_left_to_torch() -> None:
     parts = [(finer if number == 3 else weights)[name].part(number) for number in range(12)]
     reason = NativeExecutor.declines(spec, {**weights, name: StackedTensor(name, parts)})
     assert reason == f"{name} is stored in types that differ from expert to expert"
-    assert NativeExecutor.declines(spec, {**weights, name: StackedTensor(name, [*parts[:3], *parts[4:], parts[0]])}) is None
+    assert (
+        NativeExecutor.declines(spec, {**weights, name: StackedTensor(name, [*parts[:3], *parts[4:], parts[0]])})
+        is None
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
