@@ -95,8 +95,8 @@ def _print_latency(results: Sequence[Latency], bandwidth: float) -> None:
     ]
     print_table(heads, rows)
     print(
-        f"A plain read of memory reaches {bandwidth / 1e9:.1f} GB/s; GB/s counts weights and KV cache, once a step, and "
-        "of experts those that its tokens are expected to choose."
+        f"A plain read of memory reaches {bandwidth / 1e9:.1f} GB/s; GB/s counts weights and KV cache, once a step, "
+        "and of experts those that its tokens are expected to choose."
     )
 
 
