@@ -46,9 +46,11 @@ class Rows:
         self.rows: dict[int, reference.Row] = {}
         self.followers: dict[int, tuple[TokenFollower, ...]] = {}
 
-    def start(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> bool:
+    def start(
+        self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int], mode: str = "processed"
+    ) -> bool:
         """Whether the sampler takes the row."""
-        params = with_marks(from_mapping({"logprobs": self.vocab, "logprobs_mode": "processed"}, base=params))
+        params = with_marks(from_mapping({"logprobs": self.vocab, "logprobs_mode": mode}, base=params))
         self.history[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
         plan = compile_plan(params, RowInfo(self.vocab, frozenset({EOS}), len(prompt), CPU, self.vocabulary))
         if not self.sampler.start(row, plan, seed, len(prompt)):
@@ -203,6 +205,24 @@ def test_barred_tokens_are_barred_at_their_position_alone() -> None:
     assert int(choices.token_ids[1]) in {148, 147, 146}
     choices, _ = rows.sample(logits, [0, 1])
     assert int(choices.token_ids[0]) == 149
+
+
+def test_the_models_log_probabilities_are_those_before_grammars_and_budgets() -> None:
+    g = np.random.default_rng(8)
+    rows, vocab = Rows(3, 100), 100
+    for row, fields in enumerate(({"guided_regex": "(?:t[0-9]*[78] )*"}, {"thinking_token_budget": 0}, {"min_p": 0.1})):
+        assert rows.start(row, from_mapping(fields), 3, [1, 2, 3], mode="raw")
+    for forced in (4, 3):  # the two tokens of the mark
+        logits = np.stack([logits_of(g, vocab, "normal") for _ in range(3)])
+        choices, reported = rows.sample(logits, [0, 1, 2])
+        tokens = choices.token_ids.tolist()
+        assert tokens[0] % 10 in (7, 8)
+        assert tokens[1] == forced
+        raw = logits.astype(np.float64)
+        raw -= np.log(np.exp(raw).sum(-1, keepdims=True))
+        for entry, token in enumerate(tokens):
+            assert math.isclose(float(reported.logprobs[entry]), raw[entry, token], abs_tol=1e-4)
+            assert int(reported.top_ids[entry, 0]) == int(raw[entry].argmax())
 
 
 def tokens_of(rows: Rows, logits: np.ndarray, row: int, steps: int) -> list[int]:
