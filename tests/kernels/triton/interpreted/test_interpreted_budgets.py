@@ -41,18 +41,19 @@ def answers(
     return tokens(updates(runner, 64, params, step_tokens)), waited
 
 
-@pytest.mark.parametrize(("fields", "depth"), [({}, 1), ({"logprobs": 2, "tfs": 0.9}, 1), ({}, 0)])
-def test_answers_are_those_of_the_reference(fields: dict[str, object], depth: int) -> None:
-    for base, budget in ((GREEDY, 2), (SEEDED, 0)):
-        fields = {**fields, "thinking_token_budget": budget}
-        params = from_mapping(fields, base=msgspec.structs.replace(base, max_tokens=9, reasoning=MARKS))
-        free = answers(host_runner(), msgspec.structs.replace(params, thinking_token_budget=None), 512)[0]
-        expected = answers(host_runner(), params, 512)[0]
-        found, waited = answers(device_runner(64, depth), params, 512)
-        assert found == expected
-        for name, ids in found.items():
-            assert ids[: budget + len(CLOSING)] == [*free[name][:budget], *CLOSING]
-        assert len(found) == len(PROMPTS)
-        # The prompts are computed in one step and decode together, so these are the steps of the mark's tokens, one
-        # where the host had run ahead and could not know yet that nothing had closed it, and that of a new prompt.
-        assert 0 < sum(waited) <= len(CLOSING) + 2 < len(waited)
+@pytest.mark.parametrize(
+    ("base", "budget", "fields"), [(GREEDY, 2, {}), (SEEDED, 3, {}), (SEEDED, 0, {"logprobs": 2, "tfs": 0.9})]
+)
+def test_answers_are_those_of_the_reference(base: SamplingParams, budget: int, fields: dict[str, object]) -> None:
+    params = from_mapping(
+        {**fields, "thinking_token_budget": budget}, base=msgspec.structs.replace(base, max_tokens=7, reasoning=MARKS)
+    )
+    expected, _ = answers(host_runner(), params, 512)
+    found, waited = answers(device_runner(64, 1), params, 512)
+    assert found == expected
+    assert len(found) == len(PROMPTS)
+    for ids in found.values():
+        assert ids[budget : budget + len(CLOSING)] == CLOSING
+    # The prompts are computed in one step and decode together, so these are the steps of the mark's tokens, one where
+    # the host had run ahead and could not know yet that nothing had closed it, and that of a new prompt.
+    assert 0 < sum(waited) <= len(CLOSING) + 2 < len(waited)
