@@ -58,6 +58,19 @@ class Fp8Linear:
         """act(norm(x) W^T + b) + residual of bfloat16 `x` `[T, in]`; the result takes residual's place."""
         if (activation is not None) != self.gated:
             raise ValueError("an activation goes with a gated weight, whose rows are interleaved, and with no other")
+        return self._multiplied(x, norm, activation, residual)
+
+    def unactivated(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """See `GpuLinear`."""
+        return self._multiplied(x, None, None, None), 1
+
+    def _multiplied(
+        self,
+        x: torch.Tensor,
+        norm: RmsNorm | None,
+        activation: Activation | None,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
         if 0 < x.shape[0] <= GEMV_MAX_ROWS:
             epilogue = Epilogue(self.bias, activation, residual)
             return gemv(x, self.weight.values, epilogue, norm, weight_scale=self.weight.scale)

@@ -8,8 +8,8 @@ import torch
 
 from aphrodite.kernels.dispatch import Choice, Declined
 from aphrodite.kernels.triton.activation import Activation
-from aphrodite.kernels.triton.int4_linear import gluon_reason, int4_linear
-from aphrodite.kernels.triton.int4_words import pack_int4, unsupported_group
+from aphrodite.kernels.triton.int4_linear import by_library, choose_int4_kernel, gluon_reason, int4_linear
+from aphrodite.kernels.triton.int4_words import STRIP, pack_int4, unsupported_group
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.layers.packed_linear import shared_scratch
@@ -18,6 +18,9 @@ from aphrodite.quantization.layouts import Int4Groups
 
 if TYPE_CHECKING:
     from aphrodite.layers.linear import RmsNorm
+
+
+PAIR_ROWS = STRIP // 2  # of a gated weight's strip: as many gates, then as many ups
 
 
 def decline_int4_gpu(weight: Int4Groups, dtype: torch.dtype) -> Declined | None:
@@ -75,6 +78,23 @@ class Int4GpuLinear:
         """act(norm(x) W^T + b) + residual; the result takes residual's place, which must not overlap x."""
         if (activation is not None) != self.gated:
             raise ValueError("an activation goes with a gated weight, whose rows are paired, and with no other")
+        return self._multiplied(x, norm, activation, residual)
+
+    def unactivated(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """See `GpuLinear`."""
+        whole = self.weight.out_features % (2 * PAIR_ROWS) == 0
+        if choose_int4_kernel(x.shape[0], x.device) != "library" and whole and self.bias is None:
+            return self._multiplied(x, None, None, None), PAIR_ROWS  # as rows lie in a strip
+        x = x if self.permutation is None else x.index_select(1, self.permutation)
+        return by_library(x, self.weight, self.scratch, Epilogue(self.bias, None, None)), 1
+
+    def _multiplied(
+        self,
+        x: torch.Tensor,
+        norm: RmsNorm | None,
+        activation: Activation | None,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
         before = None if norm is None else (norm.weight, norm.eps)
         if self.permutation is not None:
             x = x if before is None else rms_norm(x, *before)

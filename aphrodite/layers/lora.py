@@ -60,6 +60,7 @@ class TorchAdapters:
     def __init__(self, num_slots: int, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._held: dict[int, Mapping[str, _Pair]] = {}
+        self.num_slots = num_slots
         self._slots: list[Mapping[str, _Pair]] = [{}] * num_slots
         self._changing = threading.Lock()
         self.groups: list[_Group] = []  # of the step that is being computed

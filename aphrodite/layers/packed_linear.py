@@ -72,6 +72,19 @@ class PackedLinear:
         x."""
         if (activation is not None) != self.gated:
             raise ValueError("an activation goes with a gated weight, whose rows are interleaved, and with no other")
+        return self._multiplied(x, norm, activation, residual)
+
+    def unactivated(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """See `GpuLinear`."""
+        return self._multiplied(x, None, None, None), int(self.pairs)
+
+    def _multiplied(
+        self,
+        x: torch.Tensor,
+        norm: RmsNorm | None,
+        activation: Activation | None,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
         # Matrix units would round float32.
         most = PACKED_GEMV_MAX_ROWS if x.dtype == torch.float32 else PACKED_SKINNY_MAX_ROWS
         if not 0 < x.shape[0] <= most:

@@ -81,6 +81,19 @@ class TritonLinear:
         """act(norm(x) W^T + b) + residual; the result takes residual's place, which must not overlap x."""
         if (activation is not None) != self.gated:
             raise ValueError("an activation goes with a gated weight, whose rows are interleaved, and with no other")
+        return self._multiplied(x, norm, activation, residual)
+
+    def unactivated(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """See `GpuLinear`."""
+        return self._multiplied(x, None, None, None), 1
+
+    def _multiplied(
+        self,
+        x: torch.Tensor,
+        norm: RmsNorm | None,
+        activation: Activation | None,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
         kernel = choose_kernel(*self.weight.shape, x.shape[0], self.weight.itemsize, gated=self.gated)
         epilogue = Epilogue(self.bias, activation, residual)
         if kernel == "gemv":

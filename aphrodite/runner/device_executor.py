@@ -18,6 +18,8 @@ from aphrodite.errors import ConfigError
 from aphrodite.kernels.dispatch import log_once
 from aphrodite.layers.dense import short_name
 from aphrodite.layers.lora import AdapterRoom
+from aphrodite.layers.triton_lora import DeviceAdapters
+from aphrodite.models.adapters import with_adapters
 from aphrodite.models.decoder import Decoder, attention_shape, attention_transform
 from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
@@ -57,6 +59,7 @@ class DeviceExecutor:
         kv_dtype: of the KV cache.
         offload_bytes: of weights to keep in host memory, see `load_weights`.
         fp8: quantize the layers' matrices to fp8.
+        adapters: what to have ready for them, None for none.
 
     Raises:
         ConfigError: the kernels cannot serve a model of this shape or these types.
@@ -77,9 +80,6 @@ class DeviceExecutor:
         fp8: bool = False,
         adapters: AdapterRoom | None = None,
     ) -> None:
-        if adapters is not None:
-            raise ConfigError("adapters are computed on the CPU only; --device cpu serves them")
-        self.adapters = None
         self.spec = spec
         self.block_size = block_size
         self.device = device
@@ -93,6 +93,10 @@ class DeviceExecutor:
         if fp8 and dtype != torch.bfloat16:
             raise ConfigError(f"fp8 weights compute in bfloat16, not {short_name(dtype)}; use --dtype bfloat16")
         loaded = load_weights(spec, weights, dtype, device, offload_bytes=offload_bytes, fp8=fp8)
+        self._weights = loaded
+        self.adapters = None if adapters is None else DeviceAdapters(adapters, dtype, device)
+        if self.adapters is not None:
+            loaded = with_adapters(spec, loaded, self.adapters.wrap)
         self._decoder = Decoder(spec, loaded)
         transform = attention_transform(spec, loaded, max_model_len)
         self._attention = device_attention(self._shape, transform)
@@ -104,7 +108,7 @@ class DeviceExecutor:
 
     @property
     def weight_bytes(self) -> int:
-        return self._decoder.weights.nbytes
+        return self._weights.nbytes
 
     @property
     def kv_bytes_per_block(self) -> int:
@@ -134,10 +138,18 @@ class DeviceExecutor:
         """Run one step: writes K and V of every token, returns logits `[L, vocab]` of the compute dtype."""
         if self._cache is None:
             raise RuntimeError("allocate_kv_cache must be called before forward")
-        step = self._attention.begin_step(inputs, self._cache)
         decodes = inputs.lengths is None and inputs.padded is None
         keep = None if decodes else inputs.logits_index
-        return self._decoder.logits(self._decoder.forward(inputs.token_ids, step, keep))
+        return self._decoder.logits(self._residual(inputs, self._cache, keep))
+
+    def _residual(self, inputs: DeviceInputs, cache: KVCache, keep: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states before the final norm, of the rows `keep` or of all."""
+        step = self._attention.begin_step(inputs, cache)
+        if self.adapters is None or inputs.adapters is None:
+            return self._decoder.forward(inputs.token_ids, step, keep)
+        with self.adapters.step(inputs.adapters):  # which names all rows, so none may go before the end
+            hidden = self._decoder.forward(inputs.token_ids, step)
+        return hidden if keep is None else hidden.index_select(0, keep)
 
     @property
     def hidden_declined(self) -> None:
@@ -147,9 +159,8 @@ class DeviceExecutor:
         """See `DeviceModelExecutor`."""
         if self._cache is None:
             raise RuntimeError("allocate_kv_cache must be called before forward")
-        step = self._attention.begin_step(inputs, self._cache)
         wanted = inputs.logits_index.shape[0]
-        kept = self._decoder.forward(inputs.token_ids, step, torch.cat((inputs.logits_index, index)))
+        kept = self._residual(inputs, self._cache, torch.cat((inputs.logits_index, index)))
         hidden = self._decoder.normed(kept[wanted:])
         if wanted == 0:
             return hidden.new_empty((0, self.spec.vocab_size)), hidden
@@ -157,7 +168,7 @@ class DeviceExecutor:
 
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""
-        weights = self._decoder.weights
+        weights = self._weights
         layouts = Counter(str(product.choice) for layer in weights.layers for product in layer.products)
         name = torch.cuda.get_device_name(self.device)
         chosen = {
@@ -166,6 +177,8 @@ class DeviceExecutor:
             "linear layers": "; ".join(f"{count} x {layout}" for layout, count in layouts.items()),
             "head": str(weights.head.choice),
         }
+        if self.adapters is not None:
+            chosen["adapters"] = f"{self.adapters.num_slots} slots of {format_bytes(self.adapters.nbytes)} together"
         if weights.stream is not None:
             chosen["offloaded"] = f"{format_bytes(weights.stream.nbytes)} of weights, copied from the host every step"
         return chosen

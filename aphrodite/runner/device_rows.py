@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from aphrodite.core.plan import RowStart, RowStep, StepPlan
+from aphrodite.core.plan import NO_ADAPTER, RowStart, RowStep, StepPlan
+from aphrodite.kernels.triton.lora import adapter_tiles, tile_count
 from aphrodite.kernels.triton.step_inputs import gather_tokens, scatter
 from aphrodite.runner.inputs import DeviceInputs, HostLengths, StepSize
 from aphrodite.runner.transfers import Transfers
@@ -58,9 +59,14 @@ class DeviceRows:
             last position of a full context.
         num_prompt: `[num_rows + 1]` int32, prompt lengths.
         block_tables: `[num_rows + 1, max_blocks]` int32.
+
+    Args:
+        num_adapters: slots for adapters.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int, transfers: Transfers) -> None:
+    def __init__(
+        self, num_rows: int, max_model_len: int, block_size: int, transfers: Transfers, *, num_adapters: int = 0
+    ) -> None:
         device = transfers.device
         self.num_rows = num_rows
         self.max_model_len = max_model_len
@@ -82,6 +88,9 @@ class DeviceRows:
         self._counting = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
         self._nothing = torch.zeros(0, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self._num_adapters = num_adapters
+        self._adapter_slots = np.full(num_rows + 1, NO_ADAPTER, dtype=np.int32)
+        self._tiles: dict[int, torch.Tensor] = {}  # of captured steps with adapters, by their tokens
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what the plan changes: new prompts and block tables."""
@@ -253,12 +262,13 @@ class DeviceRows:
 
     def padded_step(self, size: StepSize, table_length: int) -> PaddedStep:
         """The inputs of padded steps of a size, made when it is first asked for."""
+        size = size._replace(adapters=False)
         if size not in self._padded:
             widths = _padded_widths(size, table_length)
             packed = torch.zeros(sum(widths), dtype=torch.int32, device=self._decode.device)
             slots, token_rows, positions, rows, contexts, query_start, logits_index, *rest = packed.split(widths)
             sample_rows, sample_positions, *changes, attention_table = rest
-            tokens, sequences, _ = size
+            tokens, sequences = size[:2]
             inputs = DeviceInputs(
                 token_ids=torch.zeros(tokens, dtype=torch.int32, device=packed.device),
                 positions=positions[:tokens],
@@ -280,6 +290,24 @@ class DeviceRows:
         """What `load_decode_step` does, for a padded step."""
         scatter(self.block_tables, *step.changes)
         gather_tokens(step.staged.inputs.token_ids, self.token_ids, step.token_rows, step.staged.inputs.positions)
+
+    def has_adapters(self, steps: Sequence[RowStep]) -> bool:
+        """Whether one of `steps` is computed with an adapter."""
+        return self._num_adapters > 0 and any(self._adapter_slots[step.row] != NO_ADAPTER for step in steps)
+
+    def stage_adapters(self, steps: Sequence[RowStep], size: StepSize | None = None) -> torch.Tensor:
+        """The token rows of each adapter, on the device: for a captured step where `adapter_tiles(size)` finds them."""
+        counts = [step.count for step in steps]
+        slots = np.repeat(self._adapter_slots[[step.row for step in steps]], counts) if steps else _UNCHANGED[0]
+        tiles = adapter_tiles(slots, sum(counts) if size is None else size.tokens, self._num_adapters)
+        return self._transfers.to_device(tiles, None if size is None else self.adapter_tiles(size))
+
+    def adapter_tiles(self, size: StepSize) -> torch.Tensor:
+        """`[tiles, 1 + tile]` int32 at a fixed address."""
+        if size.tokens not in self._tiles:
+            tile, count = tile_count(size.tokens, self._num_adapters)
+            self._tiles[size.tokens] = torch.full((count, 1 + tile), -1, dtype=torch.int32, device=self._tokens.device)
+        return self._tiles[size.tokens]
 
     def append(self, staged: StagedStep, token_ids: torch.Tensor) -> None:
         """Write the sampled `token_ids` `[S]` int32 behind their rows' tokens: a kernel, as `load_decode_step`."""
@@ -303,6 +331,7 @@ class DeviceRows:
         self._transfers.to_device(prompt, self.token_ids[start.row, : len(prompt)])
         self.num_prompt[start.row].fill_(len(prompt))  # an assignment would wait for the device
         self._block_counts[start.row] = 0
+        self._adapter_slots[start.row] = start.adapter_slot
 
     def _ragged_sections(self, steps: Sequence[RowStep]) -> _RaggedSections:
         rows = np.array([step.row for step in steps], dtype=np.int32)

@@ -22,7 +22,7 @@ from aphrodite.errors import ConfigError
 from aphrodite.kernels.triton.compile_ahead import Jobs, compile_ahead
 from aphrodite.kernels.triton.launch import recording
 from aphrodite.runner.device_rows import DeviceRows, PaddedStep, StagedStep, ragged_lengths
-from aphrodite.runner.executor import DeviceModelExecutor
+from aphrodite.runner.executor import DeviceModelExecutor, place_adapter
 from aphrodite.runner.inputs import HostLengths, StepSize
 from aphrodite.runner.pooling import HiddenLayout, Pooler, part_sums
 from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, logits_layout
@@ -77,7 +77,8 @@ class DeviceRunner:
         self.async_depth = async_depth
         device, vocab_size = executor.device, executor.spec.vocab_size
         self._transfers = Transfers(device)
-        self.rows = DeviceRows(num_rows, max_model_len, executor.block_size, self._transfers)
+        num_adapters = 0 if executor.adapters is None else executor.adapters.num_slots
+        self.rows = DeviceRows(num_rows, max_model_len, executor.block_size, self._transfers, num_adapters=num_adapters)
         self.sampler = Sampler(
             num_rows=num_rows,
             vocab_size=vocab_size,
@@ -193,13 +194,16 @@ class DeviceRunner:
         tasks: list[Callable[[], object]] = [partial(self._try_prompt, tokens) for tokens in prompts]
         tasks.append(self._try_mixed)
         prepare = self._try_padded if self._graphs is None else self._graphs.prepare
-        tasks += [partial(self._prepare_ragged, size) for size in reversed(self._ragged_sizes)]
+        ragged = list(reversed(self._ragged_sizes))
+        if self.executor.adapters is not None:
+            sizes, ragged = _with_adapters(sizes), _with_adapters(ragged)
+        tasks += [partial(self._prepare_ragged, size) for size in ragged]
         tasks += [partial(prepare, size) for size in sizes]
         tasks.append(partial(self._try_prompt, largest))  # beside all graphs
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
                 if self._transfers.stream is not None and self.executor.can_rehearse:
-                    self._compile_ahead(prompts[:-1], [*self._ragged_sizes, *sizes], progress)
+                    self._compile_ahead(prompts[:-1], [*ragged, *sizes], progress)
                 for number, task in enumerate(tasks):
                     progress(number, len(tasks))
                     began = time.perf_counter()
@@ -219,6 +223,8 @@ class DeviceRunner:
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         began = self._transfers.mark()
+        for slot, adapter in plan.adapters:
+            place_adapter(self.executor, slot, adapter)
         self.rows.apply(plan)
         self._requests.apply(plan)
         self._pooler.apply(plan)
@@ -235,13 +241,17 @@ class DeviceRunner:
         rows, positions = [step.row for step in steps], [step.start + 1 for step in steps]
         launches = self.sampler.stage(rows, positions)  # None: not in the graph
         size = StepSize(count, count, True)
-        if self._graphs is None:
-            staged = self.rows.stage_decode(steps, count)
+        if self._graphs is not None:
+            size = smallest(self._decode_sizes, count, count) or size
+        if self.rows.has_adapters(steps):
+            size = size._replace(adapters=True)
+        captured = None if self._graphs is None else self._graphs.prepare(size)
+        staged = self.rows.stage_decode(steps, size.sequences)
+        if size.adapters:
+            self.rows.stage_adapters(steps, size)
+        if captured is None:
             self._endings[launches](size, self._model(size))
         else:
-            size = smallest(self._decode_sizes, count, count) or size
-            captured = self._graphs.prepare(size)
-            staged = self.rows.stage_decode(steps, size.sequences)
             captured.model.replay()
             captured.endings[launches].replay()
         if launches is not None:
@@ -259,11 +269,14 @@ class DeviceRunner:
                 return launched
         table = self.executor.stage_step(ragged_lengths(steps))
         staged = self.rows.stage_ragged(steps, layout.entries, sampling, table)
+        inputs = staged.inputs
+        if self.rows.has_adapters(steps):
+            inputs = inputs._replace(adapters=self.rows.stage_adapters(steps))
         embeddings = None
         if pooled is None:
-            logits = self.executor.forward(staged.inputs)
+            logits = self.executor.forward(inputs)
         else:
-            logits, hidden = self.executor.forward_hidden(staged.inputs, self._transfers.to_device(pooled.entries))
+            logits, hidden = self.executor.forward_hidden(inputs, self._transfers.to_device(pooled.entries))
             embeddings = pooled, self._transfers.to_host([part_sums(hidden, pooled)])
         scores = {
             number: self._prompt_logprobs(steps[number], logits[first:end])
@@ -297,8 +310,11 @@ class DeviceRunner:
         table = self._padded_steps.stage(ragged_lengths(steps), size)
         if launches is None or table is None:
             return None
+        size = size._replace(adapters=self.rows.has_adapters(steps))
         captured = self._graphs.prepare(size)
         self.rows.stage_padded(steps, size, entries, sampling, table)
+        if size.adapters:
+            self.rows.stage_adapters(steps, size)
         captured.model.replay()
         if not sampling:
             return LaunchedStep()
@@ -317,7 +333,10 @@ class DeviceRunner:
             self.rows.load_decode_step(size.sequences)
         else:
             self.rows.load_padded_step(self._padded_step(size))
-        return self.executor.forward(self._staged(size).inputs)
+        inputs = self._staged(size).inputs
+        if size.adapters:
+            inputs = inputs._replace(adapters=self.rows.adapter_tiles(size))
+        return self.executor.forward(inputs)
 
     def _padded_step(self, size: StepSize) -> PaddedStep:
         if self._padded_steps is None:
@@ -383,11 +402,13 @@ class DeviceRunner:
         entries = np.cumsum([step.count for step in steps], dtype=np.int32) - 1
         table = self.executor.stage_step(ragged_lengths(steps))
         staged = self.rows.stage_ragged(steps, entries, list(range(len(steps))), table)
+        if self.executor.adapters is not None:
+            self.executor.forward(staged.inputs._replace(adapters=self.rows.stage_adapters(steps)))
         return self.executor.forward(staged.inputs)
 
     def _prepare_ragged(self, size: StepSize) -> None:
         """Capture a step that is not only decoding; where that fails, all such steps are launched kernel by kernel."""
-        if self._graphs is None or size not in self._ragged_sizes:
+        if self._graphs is None or size._replace(adapters=False) not in self._ragged_sizes:
             return
         try:
             self._graphs.prepare(size)
@@ -402,6 +423,8 @@ class DeviceRunner:
             end(size, logits)
 
     def _pad(self, size: StepSize) -> None:
+        if size.adapters:
+            self.rows.stage_adapters([], size)
         if size.decode:
             self.rows.stage_decode([], size.sequences)
         elif self._padded_steps is not None:
@@ -465,6 +488,11 @@ class DeviceRunner:
         return self.sampler.prompt_logprobs(
             logits.float(), targets, self._requests.params[step.row].prompt_logprobs or 0
         )
+
+
+def _with_adapters(sizes: Sequence[StepSize]) -> list[StepSize]:
+    """Each size, and the same for steps in which some rows have an adapter."""
+    return [size._replace(adapters=adapters) for size in sizes for adapters in (True, False)]
 
 
 def _unpack(chosen: torch.Tensor, count: int) -> list[torch.Tensor]:

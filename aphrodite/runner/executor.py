@@ -20,6 +20,10 @@ class AdapterStore(Protocol):
     `add` may run beside everything else; all others are called in the order of steps, by whoever runs these.
     """
 
+    @property
+    def num_slots(self) -> int:
+        """Adapters that a step may be computed with."""
+
     def add(self, number: int, adapter: Adapter) -> None:
         """Take an adapter that fits the model and the room that was made for it, whose tensors may go afterwards.
 

@@ -39,6 +39,7 @@ class StepSize(NamedTuple):
     tokens: int
     sequences: int
     decode: bool  # one token a sequence, and logits of each
+    adapters: bool = False  # some rows have one
 
 
 class DeviceInputs(NamedTuple):
@@ -60,3 +61,4 @@ class DeviceInputs(NamedTuple):
     # Of a step without lengths that is not one token a sequence and logits of each: `attention_table` is that of
     # `stage_padded`, and padding at the end belongs to no sequence.
     padded: StepSize | None = None
+    adapters: torch.Tensor | None = None  # `adapter_tiles` of the token rows; None: none has an adapter
