@@ -76,13 +76,8 @@ def named_template(name_or_path: str, *, bos_token: str | None = None, eos_token
 
 
 def _compile(source: _Source, tokenizer: Tokenizer) -> ChatTemplate:
-    bos, eos = (
-        None if token_id is None else tokenizer.token_text(token_id)
-        for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    )
-    if source.row is not None and not tokenizer.adds_bos:  # a library template leaves that to the tokenizer
-        bos = None
-    return _build(source, bos, eos)
+    silent = source.row is not None and not tokenizer.adds_bos  # a library template leaves that to the tokenizer
+    return _build(source, None if silent else tokenizer.bos_token, tokenizer.eos_token)
 
 
 def _build(source: _Source, bos_token: str | None, eos_token: str | None) -> ChatTemplate:

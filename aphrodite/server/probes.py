@@ -94,9 +94,6 @@ class ProbeEndpoints:
         model, tokenizer = context.engine.model, context.engine.tokenizer
         template = context.engine.chat_template
 
-        def text(token_id: int | None) -> str:
-            return "" if token_id is None else tokenizer.token_text(token_id)
-
         return json_response(
             {
                 "default_generation_settings": {"n_ctx": model.max_model_len},
@@ -105,8 +102,8 @@ class ProbeEndpoints:
                 "model_alias": context.name,
                 "model_path": model.root,
                 "chat_template": "" if template is None else template.source,
-                "bos_token": text(tokenizer.bos_token_id),
-                "eos_token": text(tokenizer.eos_token_id),
+                "bos_token": tokenizer.bos_token or "",
+                "eos_token": tokenizer.eos_token or "",
                 "modalities": {"vision": False, "audio": False},
                 "build_info": f"aphrodite-{aphrodite.__version__}",
             }

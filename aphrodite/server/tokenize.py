@@ -112,17 +112,13 @@ class TokenizerEndpoints:
         """What a client needs to prepare prompts itself: special tokens and the chat template."""
         engine = (await self._context.resolve(request, None)).engine
         tokenizer = engine.tokenizer
-
-        def text(token_id: int | None) -> str | None:
-            return None if token_id is None else tokenizer.token_text(token_id)
-
         return json_response(
             {
                 "tokenizer_class": "AphroditeTokenizer",
                 "vocab_size": tokenizer.vocab_size,
                 "model_max_length": engine.model.max_model_len,
-                "bos_token": text(tokenizer.bos_token_id),
-                "eos_token": text(tokenizer.eos_token_id),
+                "bos_token": tokenizer.bos_token,
+                "eos_token": tokenizer.eos_token,
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
                 "eos_token_ids": tokenizer.eos_token_ids,

@@ -74,6 +74,16 @@ class Tokenizer:
         return self.eos_token_ids[0] if self.eos_token_ids else None
 
     @property
+    def bos_token(self) -> str | None:
+        """The text of `bos_token_id`."""
+        return None if self.bos_token_id is None else self.token_text(self.bos_token_id)
+
+    @property
+    def eos_token(self) -> str | None:
+        """The text of `eos_token_id`."""
+        return None if self.eos_token_id is None else self.token_text(self.eos_token_id)
+
+    @property
     def chat_template(self) -> str | None:
         """The checkpoint's default chat template (Jinja source), or None."""
         return self._templates.get("default")

@@ -120,11 +120,7 @@ def template_of(fields: ChatFields, context: ModelContext) -> ChatTemplate:
     if fields.chat_template is None:
         return context.engine.chat_template
     tokenizer = context.engine.tokenizer
-    bos, eos = (
-        None if token_id is None else tokenizer.token_text(token_id)
-        for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    )
-    return _own_template(fields.chat_template, bos, eos)
+    return _own_template(fields.chat_template, tokenizer.bos_token, tokenizer.eos_token)
 
 
 @lru_cache(maxsize=16)  # one request asks several times, and its client's next one brings the same
