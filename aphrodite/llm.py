@@ -41,6 +41,7 @@ from aphrodite.engine.preparation import (
     resolve_model,
     tokenize_negative_prompt,
     tokenize_words,
+    tokenizer_path,
     wants_negative_prompt,
     with_negative_prompt,
 )
@@ -69,7 +70,7 @@ class LLM:
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
         config = make_engine_config({"model": None if model is None else str(model), **settings})
         self.config, path = resolve_model(config)
-        self.tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path)
+        self.tokenizer = load_tokenizer(tokenizer_path(self.config))
         template = load_chat_template(config.chat_template, self.tokenizer)  # a wrong name costs no loading
         built = build_engine(self.config, self.tokenizer.eos_token_ids, tokenizer=self.tokenizer)
         self.info = built.info
@@ -77,8 +78,7 @@ class LLM:
             self.tokenizer, name=f"{built.info.model} {path.name}", family=built.info.family
         )
         self.memory = built.memory
-        tokenizer_path = Path(self.config.tokenizer) if self.config.tokenizer else path
-        self._grammars = GrammarChecker(tokenizer_path, built.info.vocab_size)
+        self._grammars = GrammarChecker(tokenizer_path(self.config), built.info.vocab_size)
         self.adapters = LoadedAdapters(self.config.lora, built.info.adapters)
         self._core = built.core
         self._streams: dict[str, RequestStream] = {}  # by answer id

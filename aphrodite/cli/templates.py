@@ -139,12 +139,12 @@ def _template(name: str | None, config: EngineConfig) -> tuple[ChatTemplate, Tok
         if name is None:
             raise ConfigError("name a template of `aphrodite templates ls`, a Jinja file, or a model with --model.")
         return named_template(name, bos_token=_BOS, eos_token=_EOS), None
-    from aphrodite.engine.preparation import resolve_model
+    from aphrodite.engine.preparation import resolve_model, tokenizer_path
     from aphrodite.loading.checkpoint import open_checkpoint
     from aphrodite.tokenizer.loader import load_tokenizer
 
     config, path = resolve_model(config)
-    tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path)
+    tokenizer = load_tokenizer(tokenizer_path(config))
     template = load_chat_template(name, tokenizer)
     if template is None:
         checkpoint = open_checkpoint(path, load_format=config.load_format)

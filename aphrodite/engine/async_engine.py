@@ -50,6 +50,7 @@ from aphrodite.engine.preparation import (
     resolve_model,
     tokenize_negative_prompt,
     tokenize_words,
+    tokenizer_path,
     wants_negative_prompt,
 )
 from aphrodite.errors import AphroditeError, EngineDeadError, QueueFullError
@@ -133,7 +134,7 @@ class AsyncEngine:
         self.dead = asyncio.Event()
         self._config = config
         self._process = process
-        self._grammars = GrammarChecker(Path(config.tokenizer) if config.tokenizer else path, info.vocab_size)
+        self._grammars = GrammarChecker(tokenizer_path(config), info.vocab_size)
         self._stats = EngineStats()
         self._consumers: dict[str, _Consumer] = {}  # by answer id
         self._answer_numbers = itertools.count()
@@ -152,8 +153,7 @@ class AsyncEngine:
         config, path = await asyncio.to_thread(resolve_model, config)
         process = EngineProcess(config)
         try:
-            tokenizer_path = Path(config.tokenizer) if config.tokenizer else path
-            tokenizer = await asyncio.to_thread(load_tokenizer, tokenizer_path)
+            tokenizer = await asyncio.to_thread(load_tokenizer, tokenizer_path(config))
             template = load_chat_template(config.chat_template, tokenizer)  # a wrong name costs no loading
             info = await process.wait_ready(progress)
             return cls(process, info, config, path, tokenizer, template)

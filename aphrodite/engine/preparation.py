@@ -55,6 +55,11 @@ def resolve_model(
     return dataclasses.replace(config, model=str(path)), path
 
 
+def tokenizer_path(config: EngineConfig) -> Path:
+    """Where the tokenizer of a configuration lies whose `model` is a path on this machine."""
+    return Path(config.tokenizer or config.model or "")
+
+
 def model_root(path: Path) -> str:
     """What the API calls the files that a model is from: never where they lie."""
     return checkpoint_name(path) if path.is_dir() else path.name

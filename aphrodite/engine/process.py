@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -45,12 +44,13 @@ class EngineServer:
     def __init__(self, socket: zmq.Socket[bytes], config: EngineConfig) -> None:
         # Imported here so that the parent hears of a broken installation as a message.
         from aphrodite.engine.builder import build_engine
+        from aphrodite.engine.preparation import tokenizer_path
         from aphrodite.tokenizer.loader import load_tokenizer
 
         self._socket = socket
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        tokenizer = load_tokenizer(Path(config.tokenizer or config.model or ""))
+        tokenizer = load_tokenizer(tokenizer_path(config))
         built = build_engine(config, tokenizer.eos_token_ids, self._report_progress, tokenizer=tokenizer)
         self._core = built.core
         # What loading left stays to the end. A full collection that looked through it would stop every stream for

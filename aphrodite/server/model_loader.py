@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aphrodite.engine.client import ProgressCallback
@@ -149,14 +148,14 @@ def _facts(offered: OfferedModel) -> ModelFacts:
         AphroditeError: it is not here, or cannot be opened.
     """
     from aphrodite.chat.library import load_chat_template, recognised_chat_template
-    from aphrodite.engine.preparation import model_root, resolve_model
+    from aphrodite.engine.preparation import model_root, resolve_model, tokenizer_path
     from aphrodite.engine.sampling_defaults import sampling_defaults
     from aphrodite.loading.checkpoint import open_checkpoint
     from aphrodite.tokenizer.loader import load_tokenizer
 
     config, path = resolve_model(offered.engine, allow_download=False)
     checkpoint = open_checkpoint(path, load_format=config.load_format)
-    tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path)
+    tokenizer = load_tokenizer(tokenizer_path(config))
     template = load_chat_template(config.chat_template, tokenizer) or recognised_chat_template(
         tokenizer, name=f"{checkpoint.name} {path.name}", family=checkpoint.spec.family
     )
