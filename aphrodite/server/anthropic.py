@@ -54,7 +54,7 @@ _MESSAGES = {
     "items": {
         "type": "object",
         "required": ["role", "content"],
-        "properties": {"role": {"enum": ["user", "assistant"]}, "content": _BLOCKS},
+        "properties": {"role": {"enum": ["user", "assistant", "system"]}, "content": _BLOCKS},
     },
 }
 

@@ -109,8 +109,7 @@ def read_conversation(messages: Any, system: Any) -> list[dict[str, Any]]:
         raise invalid("messages", "must be a list with at least one message", code="invalid_type")
     chat: list[dict[str, Any]] = []
     if system is not None:
-        blocks = [_text_block(block, path) for block, path in _blocks(system, "system")]
-        chat.append({"role": "system", "content": system if isinstance(system, str) else blocks})
+        chat.append({"role": "system", "content": _texts(system, "system")})
     calls: set[str] = set()
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
@@ -121,8 +120,10 @@ def read_conversation(messages: Any, system: Any) -> list[dict[str, Any]]:
             chat += _heard(content, f"{path}.content", calls)
         elif role == "assistant":
             chat.append(_said(content, f"{path}.content", calls))
+        elif role == "system":
+            chat.append({"role": "system", "content": _texts(content, f"{path}.content")})
         else:
-            raise invalid(f"{path}.role", "must be user or assistant; what a system says goes into `system`")
+            raise invalid(f"{path}.role", "must be user, assistant or system")
     if chat[-1]["role"] == "assistant" and "tool_calls" in chat[-1]:
         raise invalid(f"messages[{len(messages) - 1}]", "has tool_use without a tool_result in a message behind it")
     return chat
@@ -235,6 +236,11 @@ def _blocks(value: Any, path: str) -> list[tuple[dict[str, Any], str]]:
     if not isinstance(value, list):
         raise invalid(path, "must be text or a list of blocks", code="invalid_type")
     return [(block, f"{path}[{index}]") for index, block in enumerate(value)]
+
+
+def _texts(value: Any, path: str) -> str | list[dict[str, str]]:
+    """A text, or blocks of text."""
+    return value if isinstance(value, str) else [_text_block(block, where) for block, where in _blocks(value, path)]
 
 
 def _text_block(block: Any, path: str) -> dict[str, str]:

@@ -83,6 +83,13 @@ async def test_a_begun_answer_is_continued(server: RunningServer, client: anthro
     assert bytes(server.engine.seen[-1][0]).decode().endswith("assistant: Once")
 
 
+async def test_systems_speak_anywhere(server: RunningServer, client: anthropic.AsyncAnthropic) -> None:
+    said = [*MESSAGES, {"role": "system", "content": [{"type": "text", "text": "In French."}]}]
+    await client.messages.create(model="fake/story", max_tokens=2, messages=said, system="Be brief.")
+    prompt = bytes(server.engine.seen[-1][0]).decode()
+    assert prompt == "system: Be brief.\nuser: Tell me a story.\nsystem: In French.\nassistant:"
+
+
 async def test_tokens_are_counted_as_generation_would(server: RunningServer, client: anthropic.AsyncAnthropic) -> None:
     count = await client.messages.count_tokens(model="fake/story", messages=MESSAGES, system="Be brief.")
     await client.messages.create(model="fake/story", max_tokens=1, messages=MESSAGES, system="Be brief.")
@@ -95,7 +102,8 @@ async def test_tokens_are_counted_as_generation_would(server: RunningServer, cli
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": None}, "max_tokens"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "system", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
