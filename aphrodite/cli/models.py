@@ -17,6 +17,7 @@ from aphrodite.errors import ConfigError
 if TYPE_CHECKING:
     from aphrodite.loading.hub import ModelName
     from aphrodite.loading.inspect import Inspection
+    from aphrodite.loading.lora import AdapterFile
 
 app = typer.Typer(name="models", help="Look at models, fetch and remove them.", no_args_is_help=True)
 
@@ -108,11 +109,15 @@ def _parse(name: str) -> ModelName:
 @app.command("inspect")
 @with_options(EngineConfig, skip=_others("model", "load_format", "cache_dir"))
 def inspect(*, as_json: _Json = False, settings: Settings) -> None:
-    """Say what a checkpoint is: family, parameters, quantization, context, memory needed. Loads and fetches nothing."""
+    """Say what a checkpoint or a LoRA adapter is, and the memory that it needs. Loads and fetches nothing."""
     from aphrodite.engine.preparation import resolve_model
     from aphrodite.loading.inspect import inspect as inspect_checkpoint
+    from aphrodite.loading.lora import is_adapter, open_adapter
 
     config, path = resolve_model(settings.engine, allow_download=False)
+    if is_adapter(path):
+        _show_adapter(open_adapter(path), as_json=as_json)
+        return
     facts = inspect_checkpoint(path, load_format=config.load_format)
     if as_json:
         print(json.dumps(dataclasses.asdict(facts), indent=2, default=str))
@@ -120,6 +125,25 @@ def inspect(*, as_json: _Json = False, settings: Settings) -> None:
     console = stdout()
     for name, value in _in_words(facts).items():
         console.print(f"{name:<14} {value}", soft_wrap=True)
+
+
+def _show_adapter(adapter: AdapterFile, *, as_json: bool) -> None:
+    ranks = sorted({a.shape[0] for a, _ in adapter.matrices.values()})
+    kinds = sorted({name.rpartition(".")[2] for name in adapter.matrices})
+    scales = sorted(set(adapter.scales.values()))
+    facts = {
+        "File": f"{adapter.path} (LoRA adapter, {'GGUF' if adapter.gguf else 'PEFT'})",
+        "Base": adapter.base or "not named",
+        "Modules": f"{len(adapter.matrices)}: {', '.join(kinds)}",
+        "Rank": ", ".join(map(str, ranks)),
+        "Scale": ", ".join(f"{scale:.4g}" for scale in scales[:8]),
+        "Weights": format_bytes(adapter.nbytes),
+    }
+    if as_json:
+        print(json.dumps({name.lower(): value for name, value in facts.items()}, indent=2))
+        return
+    for name, value in facts.items():
+        stdout().print(f"{name:<14} {value}", soft_wrap=True)
 
 
 def _in_words(facts: Inspection) -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from aphrodite.errors import InvalidRequestError, ModelFormatError
 from aphrodite.loading.config_reader import ConfigReader
-from aphrodite.loading.gguf import read_gguf
+from aphrodite.loading.gguf import read_gguf, read_gguf_metadata
 from aphrodite.loading.multimodal import text_tensors
 from aphrodite.loading.parameters import Storage, parameter_shapes
 from aphrodite.loading.report import listed
@@ -120,11 +120,22 @@ class AdapterFile(NamedTuple):
         """The largest of the modules'."""
         return max((a.shape[0] for a, _ in self.matrices.values()), default=0)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes as they are stored."""
+        return sum(a.nbytes + b.nbytes for a, b in self.matrices.values())
+
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder or file looks like an adapter and not like a model. Reads headers only."""
+    """Whether a folder or file is an adapter and not a model. Reads headers only.
+
+    Raises:
+        ModelFormatError: a GGUF file is damaged.
+    """
     if path.is_dir():
         return (path / CONFIG_NAME).exists() and not (path / "config.json").exists()
+    if path.suffix == ".gguf":
+        return read_gguf_metadata(path).get("general.type") == "adapter"
     return path.name in (CONFIG_NAME, WEIGHTS_NAME)
 
 

@@ -54,6 +54,9 @@ cls) and `normalize` choose otherwise.""",
     "vLLM; llama.cpp": """\
 vLLM's clients send `prompt` and read `count` and `tokens`; llama.cpp's send `content`, and read `tokens` or, of
 `/detokenize`, `content`. Both are answered.""",
+    "vLLM": """\
+A loaded adapter is asked for by its name as `model`, on every path that has the field: [lora.md](lora.md). Both paths
+need the admin key.""",
     "TabbyAPI": """\
 `/v1/token/encode` takes a text or a list of messages. `/v1/model/load` and `download` answer with events that tell how
 far they are.""",

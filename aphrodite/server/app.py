@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from aphrodite.server.adapters import adapter_routes
 from aphrodite.server.anthropic import anthropic_error, anthropic_routes
 from aphrodite.server.auth import Authentication
 from aphrodite.server.config import ServerConfig
@@ -131,6 +132,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         RouteGroup("OpenAI", openai),
         RouteGroup("Aphrodite", own),
         RouteGroup("vLLM; llama.cpp", vllm),
+        RouteGroup("vLLM", adapter_routes(context)),
         RouteGroup("TabbyAPI", tabby),
         RouteGroup("llama.cpp", llama_cpp, llama_cpp_error),
         RouteGroup(

@@ -25,12 +25,14 @@ class ModelContext:
     Attributes:
         name: what to answer under: the name that the request asked for, else the model's first.
         loaded: the model's engine; whoever outlives the request holds it (`LoadedModel.hold`).
+        adapter: the adapter that answers, where the request named one; None is the model alone.
     """
 
     name: str
     served: ServedModel
     loaded: LoadedModel
     supervisor: Supervisor
+    adapter: str | None = None
 
     @property
     def engine(self) -> Engine:
@@ -76,7 +78,8 @@ class ServerContext:
             return loaded
 
         loaded = await (hold() if served.is_ready else self.supervisor.run(hold(), request.receive))
-        return ModelContext(served.names[0] if name is None else name, served, loaded, self.supervisor)
+        adapter = None if name is None or name in served.names else name
+        return ModelContext(served.names[0] if name is None else name, served, loaded, self.supervisor, adapter)
 
 
 class RequestHolds:

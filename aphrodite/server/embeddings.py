@@ -149,7 +149,12 @@ async def embed(
     async def one(number: int, ids: list[int]) -> EmbeddingOutput:
         async with places:
             output = await context.engine.embed(
-                ids, params, request_id=f"{name}-{number}", priority=priority, cache_salt=cache_salt
+                ids,
+                params,
+                request_id=f"{name}-{number}",
+                priority=priority,
+                cache_salt=cache_salt,
+                adapter=context.adapter,
             )
         context.metrics.prompt_tokens += len(ids)
         return output

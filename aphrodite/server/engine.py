@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from aphrodite.chat.template import ChatTemplate
     from aphrodite.engine.embedding import EmbeddingOutput, EmbeddingParams
+    from aphrodite.engine.loaded_adapters import LoadedAdapter, LoadedAdapters
     from aphrodite.engine.messages import EmbeddingInfo, EngineStats
     from aphrodite.outputs import RequestOutput
     from aphrodite.sampling.params import SamplingParams
@@ -53,6 +54,22 @@ class Engine(Protocol):
     def chat_template(self) -> ChatTemplate: ...
     @property
     def dead(self) -> asyncio.Event: ...
+    @property
+    def adapters(self) -> LoadedAdapters: ...
+
+    async def load_adapter(self, name: str, path: str) -> LoadedAdapter:
+        """Load an adapter that requests may name.
+
+        Raises:
+            InvalidRequestError, ConfigError, EngineDeadError: it cannot be loaded.
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take an adapter away, once the requests that use it have ended.
+
+        Raises:
+            InvalidRequestError, EngineDeadError: there is none of this name.
+        """
 
     def generate(
         self,
@@ -63,10 +80,12 @@ class Engine(Protocol):
         priority: int = 0,
         cache_salt: str | None = None,
         progress: bool = False,
+        adapter: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Stream a request's pieces; closing the iterator frees the request.
 
         Args:
+            adapter: name of the one that answers; None is the model alone.
             progress: pieces without answers tell how much of the prompt is computed.
 
         Raises:
@@ -81,6 +100,7 @@ class Engine(Protocol):
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> EmbeddingOutput:
         """One prompt's embedding; cancelling it frees the request.
 

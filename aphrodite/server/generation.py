@@ -187,6 +187,7 @@ async def _stream_prompt(
             priority=generation.priority,
             cache_salt=generation.cache_salt,
             progress=generation.progress,
+            adapter=context.adapter,
         ),
     )
     try:

@@ -143,7 +143,8 @@ class ModelPool:
             logger.warning("looking for models: %s", error)
 
     def find(self, name: str | None) -> ServedModel:
-        """The model of a name; without one that which was used last and is loaded, else the first.
+        """The model of a name, its own or an adapter's; without one that which was used last and is loaded, else the
+        first.
 
         Raises:
             ApiError: 404, no such model.
@@ -154,6 +155,9 @@ class ModelPool:
         for attempt in range(2):
             for model in self.models:
                 if name in model.names:
+                    return model
+            for model in self.models:
+                if name in model.adapter_names:
                     return model
             if not attempt:
                 self.refresh()
@@ -502,7 +506,8 @@ class ModelPool:
                 await self.expire()
 
     def _unknown(self, name: str) -> ApiError:
-        has = ", ".join(self.names) or "none yet"
+        adapters = [adapter for model in self.models for adapter in model.adapter_names]
+        has = ", ".join([*self.names, *adapters]) or "none yet"
         message = f"The model {name[:200]!r} does not exist here. This server has: {has}."
         return ApiError(404, message, param="model", code="model_not_found")
 

@@ -14,6 +14,7 @@ import aphrodite
 from aphrodite.sampling.grammar_fields import FIELD_SCHEMAS
 from aphrodite.sampling.params import parameter_table
 from aphrodite.sampling.table import MAX_LOOP_COUNT, MAX_LOOP_PATTERN, ParamRow, bounds_text
+from aphrodite.server.adapters import LoadAdapterFields, UnloadAdapterFields
 from aphrodite.server.anthropic import CountTokensFields, MessagesFields
 from aphrodite.server.embeddings import EmbeddingFields
 from aphrodite.server.kobold import KoboldFields, KoboldKeyFields, KoboldTextFields, KoboldTokensFields
@@ -72,6 +73,8 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/v1/model/load": (TabbyLoadFields, False),
     "/v1/model/unload": (TabbyUnloadFields, False),
     "/v1/model/download": (DownloadFields, False),
+    "/v1/load_lora_adapter": (LoadAdapterFields, False),
+    "/v1/unload_lora_adapter": (UnloadAdapterFields, False),
     "/models/load": (RouterFields, False),
     "/models/unload": (RouterFields, False),
     "/api/extra/embeddings": (KoboldEmbeddingFields, False),
@@ -79,7 +82,13 @@ _BODIES: dict[str, tuple[type[pydantic.BaseModel], bool]] = {
     "/api/extra/tokenize": (KoboldTextFields, False),
     "/api/extra/detokenize": (KoboldTokensFields, False),
 }
-_TEXT_TYPES = {"/": "text/html", "/docs": "text/html", "/metrics": "text/plain"}
+_TEXT_TYPES = {
+    "/": "text/html",
+    "/docs": "text/html",
+    "/metrics": "text/plain",
+    "/v1/load_lora_adapter": "text/plain",
+    "/v1/unload_lora_adapter": "text/plain",
+}
 _STREAMING = (
     "/v1/streams/{stream_id}",
     "/v1/completions",

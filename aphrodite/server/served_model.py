@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from aphrodite.engine.preparation import named_adapters
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.engine import Engine
 from aphrodite.server.errors import ApiError
@@ -147,6 +148,13 @@ class ServedModel:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names by which requests ask for it with an adapter."""
+        if self.loaded is not None:
+            return tuple(adapter.name for adapter in self.loaded.engine.adapters)
+        return () if self.offered is None else tuple(named_adapters(self.offered.engine.lora))
 
     @property
     def pinned(self) -> bool:

@@ -10,7 +10,9 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
+from aphrodite.cli.main import app
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.lora import Adapter, is_adapter, open_adapter, read_adapter
 from aphrodite.models.spec import MlaSpec, ModelSpec, MoeSpec, RotarySpec
@@ -192,6 +194,7 @@ def test_an_adapter_of_llama_cpp(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    assert is_adapter(path)
     adapter = read_adapter(path, spec_of())
     order = np.concatenate([head * HEAD_DIM + np.r_[0:HEAD_DIM:2, 1:HEAD_DIM:2] for head in range(HEADS)])
     found_a, found_b = values(adapter, "layers.1.q")
@@ -203,3 +206,14 @@ def test_an_adapter_of_llama_cpp(tmp_path: Path) -> None:
 def test_a_gguf_model_is_no_adapter(smollm2_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="is a model and no LoRA adapter"):
         open_adapter(smollm2_path)
+    assert not is_adapter(smollm2_path)
+
+
+def test_the_command_line_says_what_an_adapter_is(tmp_path: Path) -> None:
+    folder = saved(tmp_path, pair(LAYER + "self_attn.q_proj", Q, HIDDEN), base_model_name_or_path="org/base")
+    result = CliRunner().invoke(app, ["models", "inspect", str(folder)])
+    assert result.exit_code == 0, result.output
+    for text in ("LoRA adapter, PEFT", "org/base", "1: q_proj", "Rank           4", "Scale          2"):
+        assert text in result.output
+    found = json.loads(CliRunner().invoke(app, ["models", "inspect", str(folder), "--json"]).output)
+    assert found["base"] == "org/base"

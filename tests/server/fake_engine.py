@@ -20,7 +20,8 @@ from aphrodite.chat.template import ChatTemplate
 from aphrodite.core.plan import StageTrace, TokenLogprobs, TokenTrace
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.embedding import PROMPT_ONLY, EmbeddingOutput, EmbeddingParams, check_embedding, embedding_of
-from aphrodite.engine.messages import EmbeddingInfo, EngineStats
+from aphrodite.engine.loaded_adapters import LoadedAdapter, LoadedAdapters
+from aphrodite.engine.messages import AdapterInfo, AdapterNews, EmbeddingInfo, EngineStats
 from aphrodite.engine.output import RequestStream
 from aphrodite.engine.preparation import check_prompt
 from aphrodite.errors import EngineDeadError, QueueFullError
@@ -101,6 +102,8 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.dead = asyncio.Event()
+        self.adapters = LoadedAdapters((), [])
+        self.wanted: list[str | None] = []  # adapters of the requests
         self.gate = asyncio.Event()
         self.running: set[str] = set()
         self.seen: list[tuple[list[int], SamplingParams, int, str | None]] = []
@@ -119,8 +122,10 @@ class FakeEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         progress: bool = False,
+        adapter: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         self._admit(prompt_token_ids, params)
+        self.wanted.append(adapter)
         self.seen.append((prompt_token_ids, params, priority, cache_salt))
         self.running.add(request_id)
         self.idle.clear()
@@ -155,6 +160,7 @@ class FakeEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> EmbeddingOutput:
         """Of the hidden states `raw_state`."""
         check_embedding(params, self.model.embedding)
@@ -242,6 +248,17 @@ class FakeEngine:
             await asyncio.Event().wait()
         if self.dead.is_set():
             raise EngineDeadError("dead")
+
+    async def load_adapter(self, name: str, path: str) -> LoadedAdapter:
+        number = self.adapters.begin(name, path)
+        known = path.endswith("good")
+        news = AdapterNews(number, AdapterInfo(8, 7, 100)) if known else AdapterNews(number, error=f"no {path}")
+        adapter = self.adapters.arrived(news)
+        assert adapter is not None
+        return adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        self.adapters.leave(name)
 
     async def close(self) -> None:
         self.dead.set()

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from aphrodite.sampling.params import to_mapping
+from aphrodite.server.adapters import adapter_card
 from aphrodite.server.context import ServerContext
 from aphrodite.server.responses import json_response
 from aphrodite.server.served_model import ServedModel
@@ -20,7 +21,8 @@ class ModelsEndpoint:
     async def list(self, request: Request) -> Response:
         """The names this server answers to."""
         self._context.models.refresh()
-        cards = [self._card(name) for name in self._context.models.names]
+        names = [name for served in self._context.models.models for name in (*served.names, *served.adapter_names)]
+        cards = [self._card(name) for name in names]
         return json_response({"object": "list", "data": cards})
 
     async def show(self, request: Request) -> Response:
@@ -39,14 +41,13 @@ class ModelsEndpoint:
         }
         if self._context.models.loads:
             card["status"] = _status(served)
-        if facts is None:
-            return card
-        return {
-            **card,
-            "root": facts.root,
-            "max_model_len": facts.max_model_len,
-            "sampling_defaults": to_mapping(facts.sampling_defaults),
-        }
+        if facts is not None:
+            card |= {
+                "root": facts.root,
+                "max_model_len": facts.max_model_len,
+                "sampling_defaults": to_mapping(facts.sampling_defaults),
+            }
+        return card if name in served.names else {**card, **adapter_card(served, name)}
 
 
 def _status(model: ServedModel) -> dict[str, Any]:
