@@ -102,6 +102,17 @@ def _text_of(part: Any, where: str) -> str:
     )
 
 
+def part_text(part: Any) -> str:
+    """The text of a part; nothing for what is not text, which is refused where contents are conformed."""
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return text if isinstance(text, str) else ""
+
+
+def part_texts(content: Any) -> list[str]:
+    """The texts of a content: a string, a list of parts, or None for no content."""
+    return [part_text(part) for part in content] if isinstance(content, list) else [part_text(content)]
+
+
 def measure(value: Any, name: str) -> int:
     """Characters and items of a template variable.
 

@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from aphrodite.chat.content import part_text, part_texts
+
 Message = Mapping[str, Any]
 
 _SPOKEN: Final = ("system", "user", "assistant")
@@ -78,9 +80,7 @@ def system_texts(messages: Sequence[Message]) -> list[str]:
     texts: list[str] = []
     for message in messages:
         if message.get("role") == "system":
-            content = message.get("content")
-            parts = [content] if isinstance(content, str) else map(_part_text, content or ())
-            texts.extend(stripped for text in parts if (stripped := text.strip()))
+            texts.extend(stripped for text in part_texts(message.get("content")) if (stripped := text.strip()))
     return texts
 
 
@@ -132,16 +132,8 @@ def _named(message: Message) -> dict[str, Any]:
     prefix = f"{name}: "
     if isinstance(content, str) and not content.startswith(f"{name}:"):
         return {**message, "content": prefix + content}
-    if isinstance(content, list) and content and not _part_text(content[0]).startswith(f"{name}:"):
+    if isinstance(content, list) and content and not part_text(content[0]).startswith(f"{name}:"):
         first = content[0]
-        named = prefix + first if isinstance(first, str) else {**first, "text": prefix + _part_text(first)}
+        named = prefix + first if isinstance(first, str) else {**first, "text": prefix + part_text(first)}
         return {**message, "content": [named, *content[1:]]}
     return dict(message)
-
-
-def _part_text(part: Any) -> str:
-    """The text of a part; nothing for what is not text, which is refused where contents are conformed."""
-    if isinstance(part, str):
-        return part
-    text = part.get("text") if isinstance(part, Mapping) else None
-    return text if isinstance(text, str) else ""

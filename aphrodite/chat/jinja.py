@@ -89,7 +89,7 @@ class JinjaTemplate:
         extra: Mapping[str, Any] | None = None,
         deadline: float | None = None,
     ) -> str:
-        """The prompt's text. Takes at most about a second of processor time, and holds the interpreter lock in
+        """The prompt's text. Takes at most about half a second of processor time, and holds the interpreter lock in
         short stretches only, so it may run in a thread beside others.
 
         Args:

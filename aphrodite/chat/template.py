@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from aphrodite.chat import limits
+from aphrodite.chat.content import part_texts
 from aphrodite.chat.conversation import adaptations, system_texts, with_arguments, with_names
 from aphrodite.chat.jinja import JinjaTemplate, TemplateRefusedError
 from aphrodite.chat.tools.instruction import has_calls, with_instruction, without_calls
@@ -101,7 +102,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text. Takes at most about a second of processor time, and holds the interpreter lock in
+        """The prompt's text. Takes at most about half a second of processor time, and holds the interpreter lock in
         short stretches only, so it may run in a thread beside others.
 
         Args:
@@ -246,10 +247,6 @@ def _behind_opening(template: JinjaTemplate, messages: Sequence[Mapping[str, Any
 
 
 def _last_text(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """The text of the last message, parts joined by line ends; None if it has none."""
+    """The text of the last message, parts joined by line ends; None if it has no content."""
     content = messages[-1].get("content") if messages else None
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
-        return "\n".join(str(part.get("text", "")) for part in content)
-    return None
+    return None if content is None or content == [] else "\n".join(part_texts(content))

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from aphrodite.chat.content import part_texts
+
 Message = Mapping[str, Any]
 
 _RESULTS: Final = ("tool", "function")
@@ -67,8 +69,4 @@ def _call_text(call: Any) -> str:
 
 def _joined(*contents: Any, between: str = "\n\n") -> str:
     """Contents, each a text or a list of text parts, as one text."""
-    texts = []
-    for content in contents:
-        parts = content if isinstance(content, list) else [content]
-        texts += [part.get("text", "") if isinstance(part, Mapping) else part for part in parts]
-    return between.join(text for text in texts if text)
+    return between.join(text for content in contents for text in part_texts(content) if text)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from aphrodite.chat.answer import AnswerFormat
+from aphrodite.chat.content import part_texts
 from aphrodite.chat.reasoning import reasoning_marks
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.server.context import ModelContext
@@ -155,15 +156,8 @@ def _reasoning_format(fields: ChatFields, context: ModelContext, prompt_token_id
     if reasoning is None:
         return AnswerFormat()
     if fields.continue_final_message:
-        begun = _text_of(fields.messages[-1])
+        begun = "".join(part_texts(fields.messages[-1].get("content")))
         is_open = begun.rfind(reasoning.start) > begun.rfind(reasoning.end)
         return AnswerFormat(reasoning, is_open=is_open, is_text=bool(begun) and not is_open)
     tail = context.engine.tokenizer.decode(prompt_token_ids[-_TAIL:], skip_special_tokens=False)
     return AnswerFormat(reasoning, is_open=reasoning.is_open(tail))
-
-
-def _text_of(message: Any) -> str:
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
-    return content if isinstance(content, str) else ""
