@@ -32,20 +32,25 @@ inline void unpack_row(const PackedRows& in, int64_t row, float* out) {
         return;
     }
     const float* meta = in.meta + begin * in.row_meta() + m;
-    const int per_word = in.kind == Activation::Int16 ? 2 : 4;
+    const bool shorts = in.kind == Activation::Int16;
+    const int64_t count = shorts ? 16 : 8;  // words of a block
     for (int64_t block = 0; block < in.columns / kBlock; ++block) {
         const float scale = meta[block * kMeta * width];
-        for (int i = 0; i < kBlock / per_word; ++i) {
-            const int32_t word = words[(block * (kBlock / per_word) + i) * width];
-            float* values = out + block * kBlock + i * per_word;
-            if (per_word == 2) {
-                values[0] = scale * static_cast<int16_t>(word);
-                values[1] = scale * (word >> 16);
-            } else {  // bytes of a word hold columns 0 2 1 3
-                values[0] = scale * static_cast<int8_t>(word);
-                values[2] = scale * static_cast<int8_t>(word >> 8);
-                values[1] = scale * static_cast<int8_t>(word >> 16);
-                values[3] = scale * static_cast<int8_t>(word >> 24);
+        const int32_t* own = words + block * count * width;
+        float* values = out + block * kBlock;
+        if (shorts) {
+            for (int i = 0; i < 16; ++i) {
+                const int32_t word = own[i * width];
+                values[2 * i] = scale * static_cast<float>(static_cast<int16_t>(word));
+                values[2 * i + 1] = scale * static_cast<float>(word >> 16);
+            }
+        } else {  // bytes of a word hold columns 0 2 1 3
+            for (int i = 0; i < 8; ++i) {
+                const int32_t word = own[i * width];
+                values[4 * i] = scale * static_cast<float>(static_cast<int8_t>(word));
+                values[4 * i + 2] = scale * static_cast<float>(static_cast<int8_t>(word >> 8));
+                values[4 * i + 1] = scale * static_cast<float>(static_cast<int8_t>(word >> 16));
+                values[4 * i + 3] = scale * static_cast<float>(word >> 24);
             }
         }
     }
@@ -57,6 +62,7 @@ inline void shrink_rows(const LowRank& pair, int64_t columns, Range ranks, const
                         float* low, int64_t width) {
     for (int64_t rank = ranks.begin; rank < ranks.end; ++rank) {
         Vec even[kRows], odd[kRows];
+#pragma GCC unroll 4
         for (int m = 0; m < kRows; ++m) even[m] = odd[m] = zero();
         for (int64_t i = 0; i < columns; i += 32) {
             const Vec a = load_dense<kType>(pair.a, rank * columns + i);
@@ -67,6 +73,7 @@ inline void shrink_rows(const LowRank& pair, int64_t columns, Range ranks, const
                 odd[m] = fma(b, load(x + m * columns + i + 16), odd[m]);
             }
         }
+#pragma GCC unroll 4
         for (int m = 0; m < kRows; ++m) low[block.rows[m] * width + rank] = pair.scale * sum(add(even[m], odd[m]));
     }
 }
@@ -94,13 +101,20 @@ void shrink(const PackedRows& in, const LowRank& pair, Range ranks, const Adapte
 
 template <Type kType>
 inline Vec expand_tile(const LowRank& pair, const float* low, int64_t tile) {
-    Vec sums[4] = {zero(), zero(), zero(), zero()};
+    Vec a = zero(), b = zero(), c = zero(), d = zero();
     const int64_t first = tile * pair.rank * kTileRows;
-    for (int64_t rank = 0; rank < pair.rank; ++rank) {
-        Vec& part = sums[rank % 4];
+    const auto add_rank = [&](Vec& part, int64_t rank) __attribute__((always_inline)) {
         part = fma(load_dense<kType>(pair.b, first + rank * kTileRows), splat(low[rank]), part);
+    };
+    int64_t rank = 0;
+    for (; rank + 4 <= pair.rank; rank += 4) {
+        add_rank(a, rank);
+        add_rank(b, rank + 1);
+        add_rank(c, rank + 2);
+        add_rank(d, rank + 3);
     }
-    return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+    for (; rank < pair.rank; ++rank) add_rank(a, rank);
+    return add(add(a, b), add(c, d));
 }
 
 // `value`, sixteen columns of a row's product, with what the row's adapter adds to them.
