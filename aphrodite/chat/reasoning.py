@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 from aphrodite.chat.events import Event, ReasoningPiece, TextPiece, held_suffix
-from aphrodite.chat.traits import Reasoning, TemplateTraits
+from aphrodite.chat.traits import REASONING_MARKS, Reasoning, ReasoningName, TemplateTraits
 
-ReasoningParserName = Literal["none", "think", "mistral", "seed", "command_r", "granite", "harmony"]
-
-HARMONY: Final = Reasoning("<|channel|>analysis<|message|>", "<|end|>", opened=False, switch=None)
-_BY_NAME: Final[dict[ReasoningParserName, Reasoning | None]] = {
-    "none": None,
-    "think": Reasoning("<think>", "</think>", opened=False, switch=None),
-    "mistral": Reasoning("[THINK]", "[/THINK]", opened=False, switch=None),
-    "seed": Reasoning("<seed:think>", "</seed:think>", opened=False, switch=None),
-    "command_r": Reasoning("<|START_THINKING|>", "<|END_THINKING|>", opened=False, switch=None),
-    "granite": Reasoning("Here is my thought process:", "Here is my response:", opened=False, switch=None),
-    "harmony": HARMONY,
-}
+ReasoningParserName = Literal["none"] | ReasoningName
 
 
 def reasoning_marks(traits: TemplateTraits, chosen: ReasoningParserName | None) -> Reasoning | None:
     """How an answer marks reasoning, if at all: as `chosen`, else as its template does."""
-    return traits.reasoning if chosen is None else _BY_NAME[chosen]
+    if chosen is None:
+        return traits.reasoning
+    if chosen == "none":
+        return None
+    start, end = REASONING_MARKS[chosen]
+    return Reasoning(start, end, opened=False, switch=None)
 
 
 def is_harmony(reasoning: Reasoning | None) -> bool:
     """Whether reasoning is one of harmony's channels, which a parser of their own reads."""
-    return reasoning is not None and reasoning.start == HARMONY.start
+    return reasoning is not None and reasoning.start == REASONING_MARKS["harmony"][0]
 
 
 class ReasoningParser:

@@ -7,6 +7,7 @@ a system role, in which format tools are called, and how reasoning is marked.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal
@@ -84,13 +85,23 @@ _TOOL_MARKS: Final[tuple[tuple[ToolFormat, tuple[str, ...]], ...]] = (
     ("glm4", ("<|observation|>", "[gMASK]")),
     ("llama3", ("<|python_tag|>", "ipython")),
 )
-# What shows in the template's text, and the marks around reasoning.
-_REASONING_MARKS: Final = (
-    (("<|channel|>analysis",), "<|channel|>analysis<|message|>", "<|end|>"),
-    (("<|START_THINKING|>",), "<|START_THINKING|>", "<|END_THINKING|>"),
-    (("[THINK]",), "[THINK]", "[/THINK]"),
-    (("<seed:think>",), "<seed:think>", "</seed:think>"),
-    (("<think>", "</think>"), "<think>", "</think>"),
+ReasoningName = Literal["think", "mistral", "seed", "command_r", "granite", "harmony"]
+# The start and end marks around reasoning.
+REASONING_MARKS: Final[Mapping[ReasoningName, tuple[str, str]]] = {
+    "harmony": ("<|channel|>analysis<|message|>", "<|end|>"),
+    "command_r": ("<|START_THINKING|>", "<|END_THINKING|>"),
+    "mistral": ("[THINK]", "[/THINK]"),
+    "seed": ("<seed:think>", "</seed:think>"),
+    "think": ("<think>", "</think>"),
+    "granite": ("Here is my thought process:", "Here is my response:"),
+}
+# In this order: what shows in the template's text. Granite's marks are plain words, and chosen by name only.
+_REASONING_SHOWN: Final[tuple[tuple[ReasoningName, tuple[str, ...]], ...]] = (
+    ("harmony", ("<|channel|>analysis",)),
+    ("command_r", ("<|START_THINKING|>",)),
+    ("mistral", ("[THINK]",)),
+    ("seed", ("<seed:think>",)),
+    ("think", ("<think>", "</think>")),
 )
 _SWITCHES: Final = ("enable_thinking", "thinking")
 
@@ -176,7 +187,8 @@ def _shows_call(template: _Probe, arguments: Any) -> bool:
 def _reasoning(template: _Probe) -> Reasoning | None:
     opening = template(_turn("user", _USER)).partition(_USER)[2].rstrip()
     switch = next((name for name in _SWITCHES if name in template.variables), None)
-    for shown, start, end in _REASONING_MARKS:
+    for name, shown in _REASONING_SHOWN:
         if any(mark in template.source for mark in shown):
+            start, end = REASONING_MARKS[name]
             return Reasoning(start, end, opened=opening.endswith(start), switch=switch)
     return None
