@@ -198,7 +198,8 @@ _STRUCTURED = """\
 | `response_format` | `{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}`, \
 `{"type": "json_object"}` or `{"type": "text"}`. Schemas are kept to, be `strict` set or not |
 | `structured_outputs` | an object with one of `json`, `regex`, `choice`, `grammar`, `json_object`; beside JSON also \
-`whitespace_pattern` and `disable_any_whitespace` |
+`whitespace_pattern` and `disable_any_whitespace`. `disable_fallback` changes nothing: there \
+is nothing to fall back to |
 | `guided_json`, `json_schema` | a JSON schema, as an object or text |
 | `guided_regex`, `regex_pattern` | a regular expression for the whole answer (Rust's syntax, with `\\d` for 0 to 9: \
 no look-around, no back references) |

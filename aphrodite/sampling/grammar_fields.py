@@ -221,6 +221,7 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
             "json_object": {"type": "boolean"},
             "whitespace_pattern": _TEXT_SCHEMA,
             "disable_any_whitespace": {"type": "boolean"},
+            "disable_fallback": {"type": "boolean"},
         },
     },
 }

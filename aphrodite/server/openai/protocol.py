@@ -50,6 +50,13 @@ _MESSAGES_SCHEMA = {
     },
 }
 TOOL_CHOICE_SCHEMA = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]}
+_FUNCTION_CALL_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto"]},
+        {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+        {"type": "null"},
+    ]
+}
 
 
 ReturnTimings = Annotated[
@@ -154,7 +161,7 @@ class ChatFields(ConversationFields):
         default=None, description="Whether to call: none, auto, required, or a function's name; by default auto."
     )
     functions: list[dict[str, Any]] = Field(default=[], description="The older form of tools.")
-    function_call: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = Field(
+    function_call: Annotated[Any, WithJsonSchema(_FUNCTION_CALL_SCHEMA)] = Field(
         default=None, description="The older form of tool_choice."
     )
     reasoning_effort: ReasoningEffort | None = Field(
