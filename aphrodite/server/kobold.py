@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from aphrodite.core.finish import GRAMMAR_COMPLETE
 from aphrodite.engine.messages import EngineStats
 from aphrodite.engine.output import merge_outputs
 from aphrodite.outputs import CompletionOutput, RequestOutput
@@ -165,7 +166,8 @@ class Performance:
         self.tokens = sum(answer.num_tokens for answer in last.values())
         self.runs += 1
         answer = next(iter(last.values()))
-        self.stop_reason = 0 if answer.finish_reason == "length" else 1 if answer.stop_reason is None else 2
+        by_itself = answer.stop_reason in (None, GRAMMAR_COMPLETE)  # koboldcpp's grammars end with the end of sequence
+        self.stop_reason = 0 if answer.finish_reason == "length" else 1 if by_itself else 2
 
 
 def kobold_routes(context: ServerContext) -> list[Route]:

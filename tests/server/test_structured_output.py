@@ -181,3 +181,10 @@ async def test_other_protocols(server: RunningServer) -> None:
     assert (answer["stop_type"], answer["stopping_word"]) == ("eos", "")  # it is complete, no stop text was met
     refused = await server.http.post("/api/v1/generate", json={**kobold, "grammar": "root ::= ("})
     assert refused.status_code in (400, 422)
+
+
+async def test_koboldcpp_hears_that_a_complete_grammar_is_no_stop_sequence(server: RunningServer) -> None:
+    for extra, reason in (({}, 1), ({"stop_sequence": ["e"]}, 2), ({"max_length": 1}, 0)):
+        body = {"prompt": "Say yes:", "grammar": 'root ::= "yes, yes, yes"', **extra}
+        await server.http.post("/api/v1/generate", json=body)
+        assert (await server.http.get("/api/extra/perf")).json()["stop_reason"] == reason
