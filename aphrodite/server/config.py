@@ -90,8 +90,7 @@ class ServerConfig:
         Raises:
             ConfigError: the file of sampler presets is wrong, or has not the one that is to be used.
         """
-        presets = load_presets(None if settings.sampler_presets is None else Path(settings.sampler_presets))
-        return cls(
+        config = cls(
             host=settings.host,
             port=settings.port,
             api_keys=settings.api_key,
@@ -99,11 +98,8 @@ class ServerConfig:
             allowed_hosts=settings.allowed_hosts,
             cors_origins=settings.cors_origins,
             root_path=settings.root_path,
-            presets=presets,
-            preset=_chosen(settings.sampler_preset, presets),
+            presets=load_presets(None if settings.sampler_presets is None else Path(settings.sampler_presets)),
             trust_request_chat_template=settings.trust_request_chat_template,
-            tool_parser=None if settings.tool_parser == "auto" else settings.tool_parser,
-            reasoning_parser=None if settings.reasoning_parser == "auto" else settings.reasoning_parser,
             response_store=settings.response_store,
             log_requests=settings.log_requests,
             shutdown_timeout=settings.shutdown_timeout,
@@ -114,6 +110,7 @@ class ServerConfig:
             health_timeout=settings.health_timeout,
             max_body_bytes=settings.max_body_bytes,
         )
+        return config.for_model(settings)
 
 
 def _chosen(name: str | None, library: PresetLibrary) -> SamplerPreset | None:
