@@ -29,8 +29,8 @@ from aphrodite.loading.pooling import pooling_from_directory, pooling_from_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.at_load import QuantizedWeights
 from aphrodite.quantization.types import QuantType, RawTensor
-from aphrodite.runner.data_plane import DataPlane, Executor
-from aphrodite.runner.executor import DeviceModelExecutor, ModelExecutor
+from aphrodite.runner.data_plane import DataPlane
+from aphrodite.runner.executor import DeviceModelExecutor, Executor, ModelExecutor
 from aphrodite.runner.memory import HOST_SHARE, MemoryPlan, device_workspace, plan_memory
 from aphrodite.runner.native import KvDtype, NativeExecutor
 from aphrodite.runner.runner import Runner

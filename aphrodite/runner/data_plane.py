@@ -5,37 +5,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from aphrodite.core.plan import StepPlan
-from aphrodite.models.shape import ModelShape
-from aphrodite.runner.executor import AdapterStore
+from aphrodite.runner.executor import Executor
 from aphrodite.runner.results import Outcome
 from aphrodite.sampling.params import SamplingParams
-
-
-class Executor(Protocol):
-    """What the engine tells of a loaded model."""
-
-    @property
-    def spec(self) -> ModelShape:
-        """Sizes of the model."""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that the loaded weights occupy."""
-
-    @property
-    def kv_bytes_per_block(self) -> int:
-        """Bytes of KV cache for one block over all layers."""
-
-    @property
-    def hidden_declined(self) -> str | None:
-        """Why prompts cannot be pooled; None if they can."""
-
-    @property
-    def adapters(self) -> AdapterStore | None:
-        """None where no room was made for any."""
-
-    def describe(self) -> dict[str, str]:
-        """Kernels chosen and why, for logs and `doctor`."""
 
 
 class DataPlane(Protocol):

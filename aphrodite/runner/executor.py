@@ -38,18 +38,15 @@ class AdapterStore(Protocol):
         """Compute with the adapter whatever rows have this slot from now on."""
 
 
-def place_adapter(executor: ModelExecutor | DeviceModelExecutor, slot: int, number: int) -> None:
+def place_adapter(executor: Executor, slot: int, number: int) -> None:
     """Put an adapter into a slot of an executor that a plan names one for."""
     if executor.adapters is None:
         raise RuntimeError("a plan names an adapter, and no room was made for any")
     executor.adapters.place(slot, number)
 
 
-class ModelExecutor(Protocol):
-    """A loaded model with its paged KV cache."""
-
-    block_size: int
-    device: torch.device
+class Executor(Protocol):
+    """What a loaded model tells of itself, wherever it runs."""
 
     @property
     def spec(self) -> ModelShape:
@@ -63,6 +60,24 @@ class ModelExecutor(Protocol):
     def kv_bytes_per_block(self) -> int:
         """Bytes of KV cache for one block over all layers."""
 
+    @property
+    def hidden_declined(self) -> str | None:
+        """Why prompts cannot be pooled, so that `forward_hidden` is not asked for; None if they can."""
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """None where no room was made for any."""
+
+    def describe(self) -> dict[str, str]:
+        """Kernels chosen and why, for logs and `doctor`."""
+
+
+class ModelExecutor(Executor, Protocol):
+    """A loaded model with its paged KV cache."""
+
+    block_size: int
+    device: torch.device
+
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate the cache; called once, before the first forward."""
 
@@ -71,10 +86,6 @@ class ModelExecutor(Protocol):
 
         The returned tensor may be reused by the next call.
         """
-
-    @property
-    def hidden_declined(self) -> str | None:
-        """Why `forward_hidden` cannot be asked for; None if it can."""
 
     def forward_hidden(self, inputs: ForwardInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, and hidden states behind the final norm.
@@ -85,13 +96,6 @@ class ModelExecutor(Protocol):
         Returns:
             Logits `[L, vocab]` and hidden states `[H, hidden_size]`, both float32.
         """
-
-    @property
-    def adapters(self) -> AdapterStore | None:
-        """None where no room was made for any."""
-
-    def describe(self) -> dict[str, str]:
-        """Kernels chosen and why, for logs and `doctor`."""
 
 
 class PaddedSteps(Protocol):
@@ -108,7 +112,7 @@ class PaddedSteps(Protocol):
         """int32 values that attention needs of a step of this size."""
 
 
-class DeviceModelExecutor(Protocol):
+class DeviceModelExecutor(Executor, Protocol):
     """A loaded model on a GPU; nothing in it waits for the device.
 
     Attributes:
@@ -124,18 +128,6 @@ class DeviceModelExecutor(Protocol):
         """Whether steps can cheaply be gone through without launching kernels, to learn which are needed."""
 
     @property
-    def spec(self) -> ModelShape:
-        """Sizes of the model."""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that the loaded weights occupy."""
-
-    @property
-    def kv_bytes_per_block(self) -> int:
-        """Bytes of KV cache for one block over all layers."""
-
-    @property
     def padded_steps(self) -> PaddedSteps | None:
         """How steps that are not only decoding can be captured; None if they cannot."""
 
@@ -148,10 +140,6 @@ class DeviceModelExecutor(Protocol):
     def forward(self, inputs: DeviceInputs) -> torch.Tensor:
         """Run one step: writes K and V of every token, returns logits `[L, vocab]` of the compute dtype."""
 
-    @property
-    def hidden_declined(self) -> str | None:
-        """Why `forward_hidden` cannot be asked for; None if it can."""
-
     def forward_hidden(self, inputs: DeviceInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` of a step with `lengths`, and hidden states behind the final norm.
 
@@ -161,10 +149,3 @@ class DeviceModelExecutor(Protocol):
         Returns:
             Logits `[L, vocab]` and hidden states `[H, hidden_size]`, both of the compute dtype.
         """
-
-    @property
-    def adapters(self) -> AdapterStore | None:
-        """None where no room was made for any."""
-
-    def describe(self) -> dict[str, str]:
-        """Kernels chosen and why, for logs and `doctor`."""
