@@ -18,6 +18,7 @@ class Telemetry:
         usage: each chunk has the token counts so far.
         per_token: each chunk has the timings so far.
         at_end: the end of each answer has them.
+        progress: events before an answer tell how much of its prompt is computed.
 
     Attributes:
         every_chunk: each chunk has something to tell.
