@@ -140,6 +140,7 @@ class SamplingKernels:
                 *(history_stride, self.vocab),
                 SETTLES=settles,
                 num_warps=8,
+                **self._more_registers,
                 **options,
             )
             widen_kernel[(batch,)](

@@ -72,7 +72,7 @@ for _pdl in (False, True):
         _case(measure_kernel, "fp32", warps=8, registers=MEASURE_REGISTERS, PDL=_pdl),
         _case(choose_kernel, warps=8, registers=LISTING_REGISTERS, **_LISTED, SETTLES=True, PDL=_pdl),
         _case(choose_kernel, warps=4, **_LISTED | {"LISTS": False}, SETTLES=True, PDL=_pdl),
-        _case(listed_kernel, warps=8, SETTLES=True, PDL=_pdl),
+        _case(listed_kernel, warps=8, registers=LISTING_REGISTERS, SETTLES=True, PDL=_pdl),
         # Four registers, outside of the passes; half the threads compile without (not timed).
         _case(widen_kernel, warps=16, spills=16, SETTLES=True, PDL=_pdl),
         _case(draw_kernel, warps=8, SETTLES=True, PDL=_pdl),
