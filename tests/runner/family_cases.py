@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class Case:
     def model(self) -> Any:
         config = getattr(transformers, f"{self.name}TextConfig", None) or getattr(transformers, f"{self.name}Config")
         model_class = getattr(transformers, f"{self.name}ForCausalLM")
-        model = tiny_model(model_class, config, **{**SIZES, **self.options})
+        model = tiny_model(model_class, config, **copy.deepcopy({**SIZES, **self.options}))  # configs write into dicts
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):
