@@ -216,14 +216,20 @@ class ModelPool:
         """Offer a model no more, unload it, and remove its files from the cache of fetched models.
 
         Raises:
-            ApiError: 400, the server has one model and lives with it; or it was not fetched from a hub.
+            ApiError: 400, the server has one model and lives with it, or it was not fetched from a hub; 404, it went.
         """
         if self._loader is None or model.offered is None:
             raise only_one()
         if self._recognise(str(model.offered.engine.model)) is None:
             raise invalid("model", f"{model.name} was not fetched from a hub: whoever put it there removes its files")
+        if model not in self.models:  # somebody else was sooner
+            raise self._unknown(model.name)
         self.models.remove(model)  # first, so that nobody loads it any more
-        await self.unload(model)
+        try:
+            await self.unload(model)
+        except asyncio.CancelledError:  # nobody wants that any more, and its engine may run on
+            self.models.append(model)
+            raise
         try:
             await self._loader.delete(model.offered)
         except AphroditeError as error:
@@ -324,7 +330,7 @@ class ModelPool:
     async def _wait(self, model: ServedModel) -> LoadedModel:
         """Wait until the model is loaded; one load serves all who wait."""
         if model.failure is not None and self._clock() < model.failure.until:
-            raise model.failure.error
+            raise model.failure.error.with_traceback(None)  # which would grow with every request
         waiting = sum(len(each.waiters) for each in self.models)
         if waiting >= self._limits.max_waiting:
             raise ApiError(
@@ -469,9 +475,16 @@ class ModelPool:
                 wait.cancel()
 
     async def _end(self, model: ServedModel) -> None:
+        """End a model's engine. Who is cancelled meanwhile waits for that: its memory is not free before."""
         loaded, model.loaded = model.loaded, None
-        if loaded is not None:
-            await loaded.engine.close()
+        if loaded is None:
+            return
+        closing = asyncio.ensure_future(loaded.engine.close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await asyncio.wait((closing,))
+            raise
 
     # --- watching -----------------------------------------------------------------------------------------------
 

@@ -415,3 +415,65 @@ async def test_the_one_engine_of_a_server_is_neither_loaded_nor_unloaded() -> No
     engine.dead.set()
     with pytest.raises(EngineDeadError):
         await pool.use(model)
+
+
+async def test_an_engine_ends_whole_though_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = FakeLoader()
+    pool = pool_of(loader, offered("a"), offered("b"), max_loaded=1)
+    await once(pool, "a")
+    engine, may_end = loader.engines["a"], asyncio.Event()
+
+    async def close() -> None:
+        await may_end.wait()
+        engine.dead.set()
+
+    monkeypatch.setattr(engine, "close", close)
+    unloading = asyncio.ensure_future(pool.unload(pool.find("a")))
+    await settled()
+    unloading.cancel()
+    late = asyncio.ensure_future(once(pool, "b"))
+    await settled()
+    assert loader.started == ["a"]  # its memory is not free yet
+    may_end.set()
+    await asyncio.wait((unloading,))
+    assert unloading.cancelled()
+    assert engine.dead.is_set()
+    await late
+    assert loaded_names(pool) == ["b"]
+
+
+async def test_a_removal_that_was_given_up_loses_no_engine() -> None:
+    loader = FakeLoader()
+    pool = pool_of(loader, offered("ORG/A"), offered("b"))
+    model = pool.find("ORG/A")
+    using = await pool.use(model)
+    removing = asyncio.ensure_future(pool.delete(model))
+    await settled()
+    removing.cancel()
+    await asyncio.wait((removing,))
+    using.end_use()
+    assert (await pool.use(pool.find("ORG/A"))).engine is using.engine
+    assert loader.deleted == []
+    await pool.close()
+    assert loader.engines["ORG/A"].dead.is_set()
+
+
+async def test_a_model_is_removed_once() -> None:
+    loader = FakeLoader()
+    pool = pool_of(loader, offered("ORG/A"), offered("b"))
+    model = pool.find("ORG/A")
+    outcomes = await asyncio.gather(pool.delete(model), pool.delete(model), return_exceptions=True)
+    assert [getattr(outcome, "status", None) for outcome in outcomes] == [None, 404]
+    assert loader.deleted == ["ORG/A"]
+
+
+async def test_a_failure_holds_nothing_of_the_requests_that_it_was_told() -> None:
+    loader = FakeLoader(fails={"a": ModelFormatError("damaged")})
+    pool = pool_of(loader, offered("a"))
+    depths = set()
+    for _ in range(4):
+        with pytest.raises(ApiError) as refusal:
+            await once(pool, "a")
+        depths.add(len(refusal.traceback))
+    assert loader.started == ["a"]
+    assert len(depths) <= 2  # the first waited, the others were told at once
