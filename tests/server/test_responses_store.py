@@ -57,6 +57,9 @@ def test_a_response_that_is_too_large_is_not_kept_and_others_keys_see_none() -> 
     store.put(response("1", item("m1"), body=b"x" * 20_000))
     assert len(store) == 0
     store.put(response("2", item("m2")))
+    store.put(response("3", item("m3", "x" * 20_000)))
+    assert (len(store), store.find_item(A, "m3")) == (1, None)
+    store.check()
     assert store.get(B, "2") is None
     assert store.get(None, "2") is None
     assert not store.delete(B, "2")

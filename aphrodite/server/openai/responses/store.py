@@ -99,10 +99,12 @@ class ResponseStore:
     def put(self, response: StoredResponse) -> None:
         """Keep a response, instead of what there was of it before; the oldest ones go.
 
-        One that is larger than everything may be is not kept.
+        One that is larger than everything may be is not kept, and no other one goes for it.
         """
         if response.id in self._responses:
             self._drop(response.id)
+        if response.size + sum(item.size for item in set(response.items)) > self._max_bytes:
+            return
         self._responses[response.id] = response
         self._bytes += response.size
         for item in response.items:
