@@ -28,6 +28,7 @@ from aphrodite.server.sse import EventResponse, EventStream
 
 VERSION = "0.12.0"  # of Ollama, whose API this is; clients ask for it to know what they may send
 _FOREVER = "9999-12-31T23:59:59Z"
+_LONGEST = 100 * 365 * 86400.0  # seconds; dates have an end, and what a request may ask for has none
 _HOSTS = ("hf.co/", "huggingface.co/")  # under which Ollama has models of the hub
 
 
@@ -91,7 +92,7 @@ class OllamaModels:
             if model.loaded is not None:
                 left = pool.seconds_left(model)
                 extra = {
-                    "expires_at": _FOREVER if left is None else timestamp(time.time() + left),
+                    "expires_at": _FOREVER if left is None or left > _LONGEST else timestamp(time.time() + left),
                     "size": model.loaded.memory,
                     "size_vram": 0,
                     "context_length": model.loaded.engine.model.max_model_len,
