@@ -217,8 +217,10 @@ async def follow(work: Coroutine[Any, Any, None], feed: ProgressFeed) -> AsyncIt
     try:
         while not task.done():
             change = asyncio.ensure_future(feed.wait())
-            await asyncio.wait((task, change), return_when=asyncio.FIRST_COMPLETED)
-            change.cancel()
+            try:
+                await asyncio.wait((task, change), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                change.cancel()
             latest = feed.latest
             if latest is not None and (step := (latest.label, latest.done * _STEPS // max(1, latest.total))) != shown:
                 shown = step
