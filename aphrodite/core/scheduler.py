@@ -521,9 +521,11 @@ class Scheduler:
             if not request.samples and step.start + step.count == request.num_prompt_tokens:
                 ended = self._end(request, "length", prompt_logprobs=prompt_logprobs)
                 return ended if row.embedding is None else ended._replace(embedding=row.embedding)
-            if prompt_logprobs is None and not request.tells_progress:
+            # Of a request that was preempted in its answer, the answer is computed again, too.
+            tells = request.tells_progress and len(request.tokens) == request.num_prompt_tokens
+            if prompt_logprobs is None and not tells:
                 return None
-            cached, computed = request.num_cached_tokens, request.tells_progress * (step.start + step.count)
+            cached, computed = request.num_cached_tokens, tells * (step.start + step.count)
             update = RequestUpdate(request.request_id, [], None, prompt_logprobs, None, None, cached)
             return update._replace(num_computed=computed)
         token = row.token_id

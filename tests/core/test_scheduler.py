@@ -477,6 +477,21 @@ def test_what_is_preempted_with_its_last_token_in_flight_is_not_computed_again(n
     harness.run()
 
 
+def test_progress_is_told_of_the_prompt_alone():
+    sizes = {"num_blocks": 9, "block_size": 4, "max_num_batched_tokens": 8, "enable_prefix_caching": False}
+    scripted = Scripted(params={"max_tokens": 24}, **sizes)
+    asked = Request("b", PROMPT[:14], SamplingParams(max_tokens=16), seed=1, tells_progress=True)
+    scripted.scheduler.add(asked)
+    updates = []
+    while scripted.scheduler.has_unfinished():
+        updates += [update for update in scripted.commit(scripted.plan()) if update.request_id == "b"]
+    assert asked.num_preemptions > 0  # so that its answer was computed again, in several steps
+    answer = [bool(update.token_ids) for update in updates].index(True)
+    assert answer > 0
+    assert all(0 < update.num_computed < 14 for update in updates[:answer])
+    assert all(update.token_ids and not update.num_computed for update in updates[answer:])
+
+
 def test_a_preempted_request_finds_its_own_blocks_again():
     harness = Harness(num_blocks=7, max_num_seqs=2, max_model_len=28)
     harness.add([1, 2, 3], PROMPT[:12], ignore_eos=True, max_tokens=12)
