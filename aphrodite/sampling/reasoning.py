@@ -69,7 +69,9 @@ class ReasoningRow:
         self._vocabulary = vocabulary
         self._num_prompt = num_prompt
         self._opening = len(self._spelt(self._start))  # tokens that the opening mark takes
-        self._spelt(self._end)  # refused now if it cannot be
+        for mark in (self._end, marks.last_end.encode()):
+            if mark:
+                self._spelt(mark)  # refused now if it cannot be: later it would fail the others' step
         first = self._thinking(b"", 0, 0) if marks.is_open else _State("before")
         self._states = [first]  # after each number of tokens
 

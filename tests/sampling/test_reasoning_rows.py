@@ -207,6 +207,7 @@ def test_a_mark_without_tokens_is_refused() -> None:
         def token_bytes(self, token_id: int) -> bytes:
             return b"a"
 
-    with pytest.raises(InvalidRequestError, match="</x>") as raised:
-        ReasoningRow(ReasoningMarks("a", "</x>", True), 2, Vocabulary(300, Letters()), 0)
-    assert raised.value.param == "thinking_token_budget"
+    for marks in (ReasoningMarks("a", "</x>", True), ReasoningMarks("a", "a", True, "</x>")):
+        with pytest.raises(InvalidRequestError, match="</x>") as raised:
+            ReasoningRow(marks, 2, Vocabulary(300, Letters()), 0)
+        assert raised.value.param == "thinking_token_budget"
