@@ -226,9 +226,12 @@ def _pairs(
             what = f"{list(raw.shape)} of type {raw.type_name}"
             raise ModelFormatError(f"{source}: {name} is {what}; adapters hold matrices in F32, F16 or BF16")
     single = [name for name, pair in halves.items() if len(pair) != 2]
-    odd = [name for name, pair in halves.items() if len(pair) == 2 and pair["a"].shape[0] != pair["b"].shape[1]]
-    if single or odd or not halves:
+    whole = {name: (pair["a"].shape[0], pair["b"].shape[1]) for name, pair in halves.items() if len(pair) == 2}
+    odd = [name for name, (a, b) in whole.items() if a != b]
+    empty = [name for name, ranks in whole.items() if ranks == (0, 0)]
+    if single or odd or empty or not halves:
         problems = listed("A without B, or B without A", single) + listed("A and B of different ranks", odd)
+        problems += listed("A and B of rank 0", empty)
         raise ModelFormatError(f"{source} is damaged: {'; '.join(problems) or 'it holds no LoRA matrices'}")
     return {name: (pair["a"], pair["b"]) for name, pair in halves.items()}, others
 

@@ -145,6 +145,7 @@ MLA = MlaSpec(q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_hea
         (pair("base_model.model.lm_head", 50, HIDDEN), {}, {}, "embedding and output head cannot"),
         (pair(LAYER + "self_attn.kv_b_proj", 64, 16), {}, {"mla": MLA, "family": "deepseek_v2"}, "latent attention"),
         ({LAYER + "input_layernorm.weight": np.ones(HIDDEN, np.float32)}, {}, {}, "no LoRA matrices"),
+        (pair(LAYER + "self_attn.q_proj", Q, HIDDEN, rank=0), {}, {}, "A and B of rank 0"),
         (pair(LAYER + "self_attn.q_proj", Q, HIDDEN), {"use_dora": True}, {}, "DoRA"),
         (pair(LAYER + "self_attn.q_proj", Q, HIDDEN), {"lora_bias": True}, {}, "biases of B"),
         (pair(LAYER + "self_attn.q_proj", Q, HIDDEN), {"alora_invocation_tokens": [3]}, {}, "aLoRA"),
