@@ -131,6 +131,7 @@ def test_a_gpu_keeps_room_for_expanded_prompts(folder: Path) -> None:
         ({"rope_interleave": False}, "rope_interleave should be true"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim should be even"),
         ({"n_group": 3}, "n_group should be a divisor of the 8 experts"),
+        ({"n_group": 8, "topk_group": 4}, "n_group should be groups of two experts at least"),
         ({"topk_group": 1}, "topk_group should be enough groups for the 3 experts"),
         ({"topk_method": "other"}, "topk_method should be one of noaux_tc"),
         ({"kv_lora_rank": 32}, "wrong shape"),

@@ -152,13 +152,17 @@ def _moe(config: ConfigReader, dense: tuple[int, ...], *, default_scoring: str) 
     )
 
 
-def _in_groups(config: ConfigReader, moe: MoeSpec) -> MoeSpec:
-    groups = config.read("n_group", int, 1, low=1, high=moe.num_experts)
+def _in_groups(config: ConfigReader, moe: MoeSpec, count: str = "n_group", best: str = "topk_group") -> MoeSpec:
+    """`moe` with the groups that the keys `count` and `best` tell of."""
+    groups = config.read(count, int, 1, low=1, high=moe.num_experts)
     if moe.num_experts % groups:
-        raise config.wrong("n_group", f"a divisor of the {moe.num_experts} experts", groups)
-    chosen = config.read("topk_group", int, groups, low=1, high=groups)
-    if chosen * (moe.num_experts // groups) < moe.top_k:
-        raise config.wrong("topk_group", f"enough groups for the {moe.top_k} experts of a token", chosen)
+        raise config.wrong(count, f"a divisor of the {moe.num_experts} experts", groups)
+    size = moe.num_experts // groups
+    chosen = config.read(best, int, groups, low=1, high=groups)
+    if chosen * size < moe.top_k:
+        raise config.wrong(best, f"enough groups for the {moe.top_k} experts of a token", chosen)
+    if chosen < groups and size == 1 and moe.group_score == "top2_sum":
+        raise config.wrong(count, "groups of two experts at least, which their best two judge", groups)
     return dataclasses.replace(moe, num_groups=groups, top_groups=chosen)
 
 
@@ -194,17 +198,15 @@ def grouped_moe_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]
     function = config.read("expert_gating_func", int, 2 if corrected else 1)
     if function not in _GGUF_SCORINGS:
         raise config.wrong("expert_gating_func", "1 (softmax) or 2 (sigmoid)", function)
-    groups = config.read("expert_group_count", int, 1, low=1, high=moe.num_experts)
-    return dataclasses.replace(
+    moe = dataclasses.replace(
         moe,
         scoring=_GGUF_SCORINGS[function],
         # 0 stands for none.
         weight_scale=config.read("expert_weights_scale", float, 0.0, low=0.0, high=1e6) or 1.0,
         correction_bias=corrected,
-        num_groups=groups,
-        top_groups=config.read("expert_group_used_count", int, groups, low=1, high=groups),
         group_score="top2_sum" if corrected else "max",
     )
+    return _in_groups(config, moe, "expert_group_count", "expert_group_used_count")
 
 
 _GGUF_STORAGE = Storage(names=GGUF_NAMES, interleaved=True)
