@@ -232,6 +232,9 @@ class LLM:
             InvalidRequestError: there is none of this name.
         """
         self._core.adapters.unload(self.adapters.leave(name))
+        if not self._streams:  # otherwise the step that ends the last of them lets go of it
+            self._core.step()
+        self._core.adapters.take_news()  # of this one, or of those before
 
     def stats(self) -> EngineStats:
         return self._core.stats()

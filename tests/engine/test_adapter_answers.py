@@ -20,6 +20,7 @@ from aphrodite.engine.core import EngineCore
 from aphrodite.engine.loaded_adapters import LoadedAdapters
 from aphrodite.engine.messages import AdapterInfo, AdapterNews, AddRequest
 from aphrodite.errors import ConfigError, InvalidRequestError, ModelFormatError
+from aphrodite.llm import LLM
 from aphrodite.sampling.params import SamplingParams
 
 NAMES = ("poet", "critic", "bard")
@@ -154,6 +155,20 @@ def test_adapters_come_and_go_while_others_answer(base: Base, make_core: MakeCor
     assert answers["late"] == []
     for request, name, prompt in (("first", "poet", 0), ("plain", None, 1), ("second", "critic", 2)):
         assert answers[request] == base.greedy(name, PROMPTS[prompt])
+
+
+def test_an_unloaded_adapter_is_gone_without_a_further_answer(base: Base, smollm2_path: Path) -> None:
+    settings = {"device": "cpu", "threads": 1, "activations": "float32", "kv_cache_dtype": "float32"}
+    with LLM(
+        base.path, tokenizer=str(smollm2_path), enable_lora=True, max_num_seqs=4, kv_cache_memory=8 << 20, **settings
+    ) as llm:
+        llm.load_adapter("poet", base.adapters["poet"])
+        (answer,) = llm.generate([PROMPTS[0]], GREEDY, adapter="poet", progress=False)
+        assert answer.outputs[0].token_ids == base.greedy("poet", PROMPTS[0])
+        llm.unload_adapter("poet")
+        assert not llm._core.adapters.busy
+        with pytest.raises(InvalidRequestError, match="loaded: none"):
+            llm.generate([PROMPTS[0]], GREEDY, adapter="poet", progress=False)
 
 
 def test_guidance_is_by_the_adapter_too(make_core: MakeCore) -> None:
