@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from running import running_server
-from scripted import ScriptedEngine
+from scripted import ScriptedEngine, marked_tokenizer
 
+from aphrodite.chat.answer import AnswerFormat
 from aphrodite.sampling.table import ReasoningMarks
+from aphrodite.server.openai.answers import AnswerReader
+from aphrodite.server.openai.tools import ToolUse
 
 MESSAGES = [{"role": "user", "content": "2+2?"}]
 THOUGHT = "<think>\nTwo and [TOOL_CALLS]two.\n</think>\n\nFour."
@@ -166,3 +171,12 @@ async def test_budgets_where_a_text_goes_on(path: str, prompt: str) -> None:
         assert "says nothing of reasoning" in answer["warnings"][0]
         warned = await ask(server, **BUDGET)
         assert "says nothing of reasoning" in warned.warnings[0]
+
+
+def test_a_tokenizer_goes_with_its_model() -> None:
+    tokenizer = marked_tokenizer.__wrapped__()
+    AnswerReader(AnswerFormat(), tokenizer, [], tools=ToolUse(), show_special=False, include_reasoning=True)
+    left = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert left() is None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from aphrodite.chat.answer import AnswerFormat
 from aphrodite.chat.events import CallArguments, CallStart, Event, ParsedAnswer, ReasoningPiece, TextPiece
@@ -149,12 +149,18 @@ class _OpenAnswer:
         self.called = False
 
 
-@lru_cache(maxsize=32)
+# Found once a format; a model's tokenizer goes when the model is unloaded.
+_hidden: WeakKeyDictionary[Tokenizer, dict[tuple[str, ...], dict[int, str]]] = WeakKeyDictionary()
+
+
 def _hidden_tokens(tokenizer: Tokenizer, marks: tuple[str, ...]) -> dict[int, str]:
     """Special tokens that are part of no mark, with their texts."""
-    shown = "\n".join(marks)
-    texts = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_ids}
-    return {token_id: text for token_id, text in texts.items() if text and text not in shown}
+    known = _hidden.setdefault(tokenizer, {})
+    if marks not in known:
+        shown = "\n".join(marks)
+        texts = {token_id: tokenizer.token_text(token_id) for token_id in tokenizer.special_ids}
+        known[marks] = {token_id: text for token_id, text in texts.items() if text and text not in shown}
+    return known[marks]
 
 
 def _joined(events: Iterable[Event]) -> list[Event]:
