@@ -147,7 +147,8 @@ def test_demanded_calls_fit_their_grammar_and_nothing_else_does() -> None:
     place = {"$ref": "#/$defs/Place"}
     defined = {"type": "object", "properties": {"to": place}, "required": ["to"], "$defs": {"Place": {"enum": ["a"]}}}
     go = {"type": "function", "function": {"name": "go", "parameters": defined}}
-    fields = ChatFields(messages=[], tools=[go, WEATHER, NOW], tool_choice="required")
+    far = {"type": "function", "function": {"name": "travel/go", "parameters": defined}}  # no part of a JSON pointer
+    fields = ChatFields(messages=[], tools=[go, WEATHER, NOW, far], tool_choice="required")
     use = read_tool_use(fields)
     grammar = llguidance.LLMatcher.grammar_from_json_schema(use.grammar().text, defaults=JSON_DEFAULTS)
     table = llguidance.LLTokenizer("byte")
@@ -158,6 +159,7 @@ def test_demanded_calls_fit_their_grammar_and_nothing_else_does() -> None:
 
     assert fits(grammar, '[{"name": "go", "arguments": {"to": "a"}}]')
     assert fits(grammar, '[{"name": "get_weather", "arguments": {"city": "b"}}, {"name": "now", "arguments": {}}]')
+    assert fits(grammar, '[{"name": "travel/go", "arguments": {"to": "a"}}]')
     for wrong in (
         "[]",
         '{"name": "go", "arguments": {"to": "a"}}',

@@ -75,7 +75,8 @@ class ToolUse:
     def _calls(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The schemas of a call of each tool, and the definitions that they share."""
         definitions: dict[str, Any] = {}
-        calls = [_call_schema(name, schema, definitions) for name, schema in self.schemas.items()]
+        schemas = enumerate(self.schemas.items())
+        calls = [_call_schema(name, schema, f"{number}.", definitions) for number, (name, schema) in schemas]
         return calls, {"$defs": definitions} if definitions else {}
 
 
@@ -185,14 +186,14 @@ def _only(use: ToolUse, names: list[str], param: str) -> ToolUse:
     return replace(use, tools=tuple(tool for tool in use.tools if tool["function"]["name"] in wanted))
 
 
-def _call_schema(name: str, parameters: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """A call of one tool; what its schema defines goes into `definitions` under names of its own."""
-    places = {f"#/{key}/": f"#/$defs/{name}." for key in ("$defs", "definitions")}
+def _call_schema(name: str, parameters: Mapping[str, Any], prefix: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    """A call of one tool; what its schema defines goes into `definitions` behind `prefix`, which is its own."""
+    places = {f"#/{key}/": f"#/$defs/{prefix}" for key in ("$defs", "definitions")}
     inner = {key: value for key, value in parameters.items() if f"#/{key}/" not in places}
     for key in ("$defs", "definitions"):
         defined = parameters.get(key)
         for own, schema in defined.items() if isinstance(defined, dict) else ():
-            definitions[f"{name}.{own}"] = _moved(schema, places)
+            definitions[f"{prefix}{own}"] = _moved(schema, places)
     arguments = _moved(inner, places)
     if arguments.get("properties") == {}:  # nothing can be said to the tool
         arguments = {"additionalProperties": False, **arguments}
