@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import checkpoint_name, gguf_name, gguf_stem
 from aphrodite.loading.hub import parse_name
 from aphrodite.loading.repository import gguf_models
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +99,19 @@ def hub_model(settings: Settings, name: str) -> OfferedModel | None:
 
 
 def _is_model(folder: Path) -> bool:
-    if (folder / "config.json").is_file():
-        return not (folder / "adapter_config.json").is_file()
-    return len(gguf_models({file.name: 0 for file in folder.glob("*.gguf")})) == 1
+    try:
+        if (folder / "config.json").is_file():
+            return not (folder / "adapter_config.json").is_file()
+        return len(gguf_models({file.name: 0 for file in folder.glob("*.gguf")})) == 1
+    except PermissionError as error:  # such as lost+found of a disk of models: the others are none the worse for it
+        _pass_over(folder, error.strerror)
+        return False
+
+
+@cache
+def _pass_over(folder: Path, reason: str) -> None:
+    """Say once why a folder is no model."""
+    logger.warning("%s is passed over: %s", folder, reason)
 
 
 def _main(settings: Settings) -> OfferedModel:

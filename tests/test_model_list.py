@@ -46,6 +46,25 @@ def test_a_folder_offers_its_files_and_checkpoints(tmp_path: Path, folder: Path)
     assert models["checkpoint"].engine.served_model_name == ("checkpoint",)
 
 
+def test_a_folder_that_nobody_may_look_into_hides_no_other(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "lost+found").mkdir()
+    is_file = Path.is_file
+
+    def guarded(path: Path) -> bool:  # whoever runs tests as root may look into all
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", guarded)
+    for _ in range(2):
+        models = by_name(offered_models(settings(tmp_path, models_dir=str(folder))))
+        assert {"checkpoint", "verse-Q6_K"} <= set(models)
+        assert "lost+found" not in models
+    assert caplog.text.count("lost+found is passed over: Permission denied") == 1
+
+
 def test_a_listed_model_has_settings_of_its_own_over_those_of_all(tmp_path: Path, folder: Path) -> None:
     models = by_name(
         offered_models(
