@@ -16,6 +16,7 @@ from aphrodite.server.errors import ApiError, invalid
 from aphrodite.server.sse import StreamFormat
 
 _MAX_DURATION = 32  # characters
+LONGEST = 100 * 365 * 86400.0  # seconds; what is beyond is for ever: dates and floats have an end, numbers in JSON none
 KEEP_ALIVE: Any = Field(
     default=None,
     description="How long the model stays without requests, where the server has several: seconds, or a time such as "
@@ -71,7 +72,7 @@ def keep_alive_seconds(value: Any) -> float | None:
         ApiError: 400, it is neither.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if value >= 0 else None
+        return float(value) if 0 <= value <= LONGEST else None
     if isinstance(value, str) and len(value) <= _MAX_DURATION:
         text = value.strip()
         sign, text = text.startswith("-"), text.removeprefix("-")

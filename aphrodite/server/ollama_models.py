@@ -19,7 +19,7 @@ from aphrodite.server.body import parse, read_object
 from aphrodite.server.context import ServerContext
 from aphrodite.server.errors import invalid
 from aphrodite.server.model_admin import fetching
-from aphrodite.server.ollama_format import LINES, line, timestamp, untagged
+from aphrodite.server.ollama_format import LINES, LONGEST, line, timestamp, untagged
 from aphrodite.server.ollama_reading import capabilities
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import delete, get, post
@@ -28,7 +28,6 @@ from aphrodite.server.sse import EventResponse, EventStream
 
 VERSION = "0.12.0"  # of Ollama, whose API this is; clients ask for it to know what they may send
 _FOREVER = "9999-12-31T23:59:59Z"
-_LONGEST = 100 * 365 * 86400.0  # seconds; dates have an end, and what a request may ask for has none
 _HOSTS = ("hf.co/", "huggingface.co/")  # under which Ollama has models of the hub
 
 
@@ -92,7 +91,7 @@ class OllamaModels:
             if model.loaded is not None:
                 left = pool.seconds_left(model)
                 extra = {
-                    "expires_at": _FOREVER if left is None or left > _LONGEST else timestamp(time.time() + left),
+                    "expires_at": _FOREVER if left is None or left > LONGEST else timestamp(time.time() + left),
                     "size": model.loaded.memory,
                     "size_vram": 0,
                     "context_length": model.loaded.engine.model.max_model_len,
