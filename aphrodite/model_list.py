@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aphrodite.config import EngineConfig, ModelEntry, ServerSettings, Settings, settings_table
+from aphrodite.engine.preparation import named_adapters
 from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import checkpoint_name, gguf_name, gguf_stem
 from aphrodite.loading.hub import parse_name
@@ -154,16 +155,20 @@ def _offered(
 
 
 def _without_clashes(models: list[OfferedModel]) -> list[OfferedModel]:
-    """The models, if no two have one name.
+    """The models, if no two have one name, and none an adapter that nobody could ask for.
 
     Raises:
-        ConfigError: they do.
+        ConfigError: they do; or an adapter is given without a name or path.
     """
     owners: dict[str, OfferedModel] = {}
     for name, model in _all_names(models):
         if name in owners:
             raise ConfigError(f"two models are called {name!r}: {owners[name].engine.model} and {model.engine.model}")
         owners[name] = model
+    for adapter in {name for model in models for name in named_adapters(model.engine.lora)}:
+        if adapter in owners:
+            model = owners[adapter]
+            raise ConfigError(f"--lora {adapter}: requests of this name get a model that has it, {model.engine.model}")
     return models
 
 

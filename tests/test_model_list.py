@@ -130,6 +130,8 @@ def test_one_model_is_no_list(tmp_path: Path, folder: Path) -> None:
         ({"models": [{"name": "a", "max_model_len": "x"}]}, "max_model_len: 'x' is not a whole number"),
         ({"models": [{"name": "a"}]}, "names no `model`"),
         ({"models": [{"name": "a", "model": "x"}, {"name": "b", "model": "y", "aliases": ["a"]}]}, "'a': x and y"),
+        ({"models": [{"name": "a", "model": "x", "lora": ["poet"]}]}, "--lora poet: write NAME=PATH"),
+        ({"models": [{"name": "a", "model": "x"}, {"name": "b", "model": "y", "lora": ["a=z"]}]}, "--lora a: .* x$"),
         ({"models_dir": "/nowhere"}, "cannot read --models-dir /nowhere"),
         ({"models": [{"name": "a", "model": "x"}], "served_model_name": ["b"]}, "names MODEL"),
     ],
