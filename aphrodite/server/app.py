@@ -154,7 +154,7 @@ def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
         app,
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["authorization", "content-type", "x-api-key", "x-admin-key", "last-event-id"],
+        allow_headers=["*"],  # of these origins: openai's and Anthropic's packages add headers of their own in pages
         expose_headers=["x-request-id", "x-ignored-fields", "x-stream-id"],
         max_age=600,
     )
