@@ -61,10 +61,14 @@ class Case:
     turning: int = HEAD_DIM
     splits_latents: bool = True
 
+    def sizes(self) -> dict[str, Any]:
+        """A configuration's values, for it alone: transformers writes into dictionaries that it is given."""
+        return copy.deepcopy({**SIZES, **self.options})
+
     def model(self) -> Any:
         config = getattr(transformers, f"{self.name}TextConfig", None) or getattr(transformers, f"{self.name}Config")
         model_class = getattr(transformers, f"{self.name}ForCausalLM")
-        model = tiny_model(model_class, config, **copy.deepcopy({**SIZES, **self.options}))  # configs write into dicts
+        model = tiny_model(model_class, config, **self.sizes())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):

@@ -201,7 +201,7 @@ def longrope_keys(writer: Any) -> None:
 
 def test_text_part_of_gemma_3_that_sees_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**SIZES, **CASES["gemma 3"].options, "vocab_size": 211, "initializer_range": 0.15}
+    text = {**CASES["gemma 3"].sizes(), "vocab_size": 211, "initializer_range": 0.15}
     config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
     check_text_part(Gemma3ForConditionalGeneration(config), tmp_path, caplog)
     described = json.loads((tmp_path / "config.json").read_text())
@@ -227,8 +227,7 @@ def test_text_part_of_mistral_small_that_sees_images(tmp_path: Path, caplog: pyt
 
 def test_text_part_of_mistral_4_that_sees_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The same class as around older text models; the text model's type tells."""
-    case = CASES["mistral 4"]
-    text = {**SIZES, **case.options, "model_type": "mistral4", "vocab_size": 211, "initializer_range": 0.15}
+    text = {**CASES["mistral 4"].sizes(), "model_type": "mistral4", "vocab_size": 211, "initializer_range": 0.15}
     vision: dict[str, Any] = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32}
     vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
     config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
