@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jsonschema_rs
 import msgspec
 import pytest
+from engine_answers import answers_to, small_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
-from aphrodite.config import EngineConfig
-from aphrodite.core.request import RequestUpdate
-from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
-from aphrodite.engine.output import RequestStream, merge_outputs
-from aphrodite.outputs import CompletionOutput
 from aphrodite.sampling.params import SamplingParams, from_mapping
-from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
+from aphrodite.tokenizer.tokenizer import Tokenizer
 
 PROMPTS = [[3 + (7 * i + 13 * j) % 300 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 100))]
 WRITING = SamplingParams(max_tokens=200, temperature=1.4, seed=11)
@@ -36,59 +30,10 @@ MakeCore = Callable[..., EngineCore]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """320 tokens: the bytes, and pairs of frequent letters; the last one ends an answer."""
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(a, b) for a in "etaoinsh" for b in "etaoinsh"][:-1]
-    vocab = {piece: index for index, piece in enumerate([*pieces, *(a + b for a, b in pairs), "<end>"])}
-    backend = Backend(models.BPE(vocab=vocab, merges=pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<end>"])
-    return Tokenizer(backend, SpecialTokens(eos_ids=(vocab["<end>"],)), "test")
+    return small_tokenizer(["<end>"])
 
 
-@pytest.fixture(scope="module")
-def make_core(tiny_model: Path, tokenizer: Tokenizer) -> Iterator[MakeCore]:
-    cores: dict[str, EngineCore] = {}
-
-    def make(**changes: Any) -> EngineCore:
-        name = repr(changes)
-        if name not in cores:
-            sizes = {"max_num_seqs": 8, "kv_cache_memory": 4 << 20, **changes}
-            config = EngineConfig(model=str(tiny_model), load_format="dummy", threads=1, **sizes)
-            cores[name] = build_engine(config, tokenizer.eos_token_ids, tokenizer=tokenizer).core
-        return cores[name]
-
-    yield make
-    for core in cores.values():
-        core.close()
-
-
-def answers(
-    core: EngineCore, tokenizer: Tokenizer, requests: list[SamplingParams], prompts: list[list[int]] = PROMPTS
-) -> list[list[CompletionOutput]]:
-    """Each request's answers, all served at once."""
-    streams: dict[str, RequestStream] = {}
-    pieces: dict[str, list[Any]] = {}
-    for number, params in enumerate(requests):
-        ids = [f"{number}.{index}" for index in range(params.n)]
-        prompt = prompts[number % len(prompts)]
-        stream = RequestStream(str(number), ids, prompt, params, tokenizer)
-        streams.update(dict.fromkeys(ids, stream))
-        pieces[str(number)] = []
-        seeds = [(params.seed or 0) + index for index in range(params.n)]
-        core.add(AddRequest(ids, seeds, prompt, params, 0, None))
-    for _ in range(20_000):
-        if not core.has_work():
-            return [merge_outputs(pieces[str(number)]).outputs for number in range(len(requests))]
-        update: RequestUpdate
-        for update in core.step():
-            stream = streams[update.request_id]
-            piece = stream.push(update)
-            if piece is not None:
-                pieces[stream.request_id].append(piece)
-        core.scheduler.check()
-    raise AssertionError("the engine makes no progress")
+answers = partial(answers_to, PROMPTS)
 
 
 def schemas() -> st.SearchStrategy[dict[str, Any]]:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from engine_answers import answers_to, small_tokenizer
 
-from aphrodite.config import EngineConfig
-from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
-from aphrodite.engine.messages import AddRequest
-from aphrodite.engine.output import RequestStream, merge_outputs
-from aphrodite.outputs import CompletionOutput
 from aphrodite.sampling.params import SamplingParams, from_mapping
 from aphrodite.sampling.table import ReasoningMarks
-from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
+from aphrodite.tokenizer.tokenizer import Tokenizer
 
 PROMPTS = [[3 + (7 * i + 13 * j) % 250 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 100))]
 MARKS = {"text": ReasoningMarks("<think>", "</think>", True), "token": ReasoningMarks("<in>", "<out>", True)}
@@ -31,53 +25,11 @@ MakeCore = Callable[..., EngineCore]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """320 tokens: the bytes, pairs of letters, and three special ones: two marks and the end of an answer."""
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(a, b) for a in "etaoinsh" for b in "etaoinsh"][:-3]
-    special = ["<in>", "<out>", "<end>"]
-    vocab = {piece: index for index, piece in enumerate([*pieces, *(a + b for a, b in pairs), *special])}
-    backend = Backend(models.BPE(vocab=vocab, merges=pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    return Tokenizer(backend, SpecialTokens(eos_ids=(vocab["<end>"],)), "test")
+    """With two marks and the end of an answer."""
+    return small_tokenizer(["<in>", "<out>", "<end>"])
 
 
-@pytest.fixture(scope="module")
-def make_core(tiny_model: Path, tokenizer: Tokenizer) -> Iterator[MakeCore]:
-    cores: dict[str, EngineCore] = {}
-
-    def make(**changes: Any) -> EngineCore:
-        name = repr(changes)
-        if name not in cores:
-            sizes = {"max_num_seqs": 8, "kv_cache_memory": 4 << 20, **changes}
-            config = EngineConfig(model=str(tiny_model), load_format="dummy", threads=1, **sizes)
-            cores[name] = build_engine(config, tokenizer.eos_token_ids, tokenizer=tokenizer).core
-        return cores[name]
-
-    yield make
-    for core in cores.values():
-        core.close()
-
-
-def answers(core: EngineCore, tokenizer: Tokenizer, requests: list[SamplingParams]) -> list[list[CompletionOutput]]:
-    """Each request's answers, all served at once."""
-    streams: dict[str, RequestStream] = {}
-    pieces: dict[str, list[Any]] = {}
-    for number, params in enumerate(requests):
-        ids = [f"{number}.{index}" for index in range(params.n)]
-        prompt = PROMPTS[number % len(PROMPTS)]
-        streams.update(dict.fromkeys(ids, RequestStream(str(number), ids, prompt, params, tokenizer)))
-        pieces[str(number)] = []
-        seeds = [(params.seed or 0) + index for index in range(params.n)]
-        core.add(AddRequest(ids, seeds, prompt, params, 0, None))
-    while core.has_work():
-        for update in core.step():
-            piece = streams[update.request_id].push(update)
-            if piece is not None:
-                pieces[streams[update.request_id].request_id].append(piece)
-        core.scheduler.check()
-    return [merge_outputs(pieces[str(number)]).outputs for number in range(len(requests))]
+answers = partial(answers_to, PROMPTS)
 
 
 def thinking(budget: int | None, marks: str = "text", **fields: Any) -> SamplingParams:

@@ -1,0 +1,56 @@
+"""A small tokenizer, and requests answered by a whole engine that the test drives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from aphrodite.core.request import RequestUpdate
+from aphrodite.engine.core import EngineCore
+from aphrodite.engine.messages import AddRequest
+from aphrodite.engine.output import RequestStream, merge_outputs
+from aphrodite.outputs import CompletionOutput
+from aphrodite.sampling.params import SamplingParams
+from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
+
+
+def small_tokenizer(special: Sequence[str]) -> Tokenizer:
+    """320 tokens: the bytes, pairs of frequent letters, and the special ones, of which the last ends an answer."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in "etaoinsh" for b in "etaoinsh"][: -len(special)]
+    vocab = {piece: index for index, piece in enumerate([*pieces, *(a + b for a, b in pairs), *special])}
+    backend = Backend(models.BPE(vocab=vocab, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    return Tokenizer(backend, SpecialTokens(eos_ids=(vocab[special[-1]],)), "test")
+
+
+def answers_to(
+    prompts: list[list[int]], core: EngineCore, tokenizer: Tokenizer, requests: list[SamplingParams]
+) -> list[list[CompletionOutput]]:
+    """Each request's answers, all served at once; prompts go round where there are fewer."""
+    streams: dict[str, RequestStream] = {}
+    pieces: dict[str, list[Any]] = {}
+    for number, params in enumerate(requests):
+        ids = [f"{number}.{index}" for index in range(params.n)]
+        prompt = prompts[number % len(prompts)]
+        stream = RequestStream(str(number), ids, prompt, params, tokenizer)
+        streams.update(dict.fromkeys(ids, stream))
+        pieces[str(number)] = []
+        seeds = [(params.seed or 0) + index for index in range(params.n)]
+        core.add(AddRequest(ids, seeds, prompt, params, 0, None))
+    for _ in range(20_000):
+        if not core.has_work():
+            return [merge_outputs(pieces[str(number)]).outputs for number in range(len(requests))]
+        update: RequestUpdate
+        for update in core.step():
+            stream = streams[update.request_id]
+            piece = stream.push(update)
+            if piece is not None:
+                pieces[stream.request_id].append(piece)
+        core.scheduler.check()
+    raise AssertionError("the engine makes no progress")
