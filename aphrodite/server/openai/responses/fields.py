@@ -125,8 +125,8 @@ class ResponsesFields(ConversationFields):
     background: bool = Field(
         default=False, description="Answer whether or not somebody listens; needs store. GET tells what came of it."
     )
-    conversation: Any = Field(default=None, description="Only null.")
-    prompt: Any = Field(default=None, description="Only null.")
+    conversation: Any = Field(default=None, description="Only null or empty.")
+    prompt: Any = Field(default=None, description="Only null or empty.")
     context_management: list[Any] | None = Field(default=None, description="Only null or an empty list.")
 
 
