@@ -193,6 +193,8 @@ class TritonSampler:
 
     def _allowed(self, logits: torch.Tensor, rows: Sequence[int], *, keep: bool) -> torch.Tensor:
         """What the rows' grammars and budgets leave of `logits` [R, vocab], which with `keep` stay as they are."""
+        if not self._followers:
+            return logits
         words: dict[int, npt.NDArray[np.int32]] = {}
         for number, row in enumerate(rows):
             masks = [one.words for one in self._followers.get(row, ())]
