@@ -67,6 +67,7 @@ class Bench:
 
     def __init__(self, layer: Layer, group: int, device: str) -> None:
         self.layer = layer
+        self.group = group
         self.device = device
         self.weights = [self._weight(group)]
         if device != "meta":
@@ -151,23 +152,23 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
     return after_norm
 
 
-def default_cuts(layer: Layer, rows: int) -> dict[str, Any]:
+def default_cuts(layer: Layer, rows: int, group: int) -> dict[str, Any]:
     """What each kernel that can do this case takes by itself."""
     n, k = layer.out_features, layer.in_features
     cuts: dict[str, Any] = {}
     if rows <= int4_linear.MMA_MAX_ROWS:
-        cuts["mma"] = int4_mma.mma_config(n, k, rows)
+        cuts["mma"] = int4_mma.mma_config(n, k, rows, group)
     if rows > 1 and rows <= 2 * int4_linear.WGMMA_MAX_ROWS:
-        cuts["wgmma"] = int4_wgmma.wgmma_config(n, k, rows)
+        cuts["wgmma"] = int4_wgmma.wgmma_config(n, k, rows, group)
     if rows >= 64:
         cuts["library"] = "library"
     return cuts
 
 
-def tried_cuts(layer: Layer, rows: int) -> list[Config]:
+def tried_cuts(layer: Layer, rows: int, group: int) -> list[Config]:
     """Candidates of one case, the shipped ones among them."""
-    cuts = {default_cuts(layer, rows)["mma" if rows <= 8 else "wgmma"]}
-    cuts |= set(_mma_cuts(layer, rows) if rows <= 8 else _wgmma_cuts(layer, rows))
+    cuts = {default_cuts(layer, rows, group)["mma" if rows <= 8 else "wgmma"]}
+    cuts |= set(_mma_cuts(layer, rows) if rows <= 8 else _wgmma_cuts(layer, rows, group))
     return sorted(cuts)
 
 
@@ -184,9 +185,9 @@ def _mma_cuts(layer: Layer, rows: int) -> Iterator[MmaConfig]:
                 yield MmaConfig(strips, splits, depth, stages)
 
 
-def _wgmma_cuts(layer: Layer, rows: int) -> Iterator[WgmmaConfig]:
+def _wgmma_cuts(layer: Layer, rows: int, group: int) -> Iterator[WgmmaConfig]:
     """Rings of two to four stages, and for few rows splits whose activations are requested at once."""
-    columns = min(max(16, 1 << (rows - 1).bit_length()), 128)
+    columns = min(max(16, 1 << (rows - 1).bit_length()), int4_wgmma.most_columns(group))
     chunks = layer.in_features // 128
     for warps, splits in itertools.product((4, 8), (1, 2, 3, 4, 6, 8, 10, 14)):
         blocks = layer.out_features // (16 * warps) * -(-rows // columns) * splits
@@ -231,7 +232,7 @@ def compile_ahead(cases: list[tuple[Layer, int, int, Any]]) -> None:
 def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
     """A table of our kernels beside one another."""
     compile_ahead(
-        [(layer, group, r, cut) for layer in layers for r in all_rows for cut in default_cuts(layer, r).values()]
+        [(layer, group, r, cut) for layer in layers for r in all_rows for cut in default_cuts(layer, r, group).values()]
     )
     names = f"{'mma us':>9} {'wgmma us':>9} {'library us':>11}"
     print(f"{'layer':8} {'rows':>4} {names} {'%':>6} {'TF/s':>6} errors")
@@ -245,7 +246,7 @@ def _compared(bench: Bench, rows: int) -> None:
     layer = bench.layer
     x, residual = bench.inputs(rows)
     taken = int4_linear.choose_int4_kernel(rows, x.device)
-    cuts = default_cuts(layer, rows)
+    cuts = default_cuts(layer, rows, bench.group)
     times: dict[str, float] = {}
     errors: dict[str, float] = {}
     for name, cut in cuts.items():
@@ -268,7 +269,9 @@ def _compared(bench: Bench, rows: int) -> None:
 
 def tune(layers: list[Layer], group: int, all_rows: list[int]) -> None:
     """Try every candidate of every case and print the best three and the shipped one."""
-    cases = [(layer, group, rows, cut) for layer in layers for rows in all_rows for cut in tried_cuts(layer, rows)]
+    cases = [
+        (layer, group, rows, cut) for layer in layers for rows in all_rows for cut in tried_cuts(layer, rows, group)
+    ]
     compile_ahead(cases)
     for layer in layers:
         bench = Bench(layer, group, "cuda")
@@ -279,7 +282,7 @@ def tune(layers: list[Layer], group: int, all_rows: list[int]) -> None:
 def _tuned(bench: Bench, rows: int) -> None:
     x, residual = bench.inputs(rows)
     found: list[tuple[float, Any]] = []
-    for cut in tried_cuts(bench.layer, rows):
+    for cut in tried_cuts(bench.layer, rows, bench.group):
         try:
             one = run_cut(bench, x, residual, cut)
             error = bench.error(one, x, residual)
@@ -289,7 +292,7 @@ def _tuned(bench: Bench, rows: int) -> None:
             found.append((bench.chain_us(one), cut))
         except Exception as failure:
             print(f"  {cut}: {type(failure).__name__}: {str(failure).strip()[:120]}")
-    shipped = default_cuts(bench.layer, rows)["mma" if rows <= 8 else "wgmma"]
+    shipped = default_cuts(bench.layer, rows, bench.group)["mma" if rows <= 8 else "wgmma"]
     print(f"{bench.layer.name} rows {rows}", flush=True)
     for us, cut in sorted(found)[:4] + [f for f in sorted(found)[4:] if f[1] == shipped]:
         mark = " <- shipped" if cut == shipped else ""

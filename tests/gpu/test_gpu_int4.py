@@ -19,7 +19,7 @@ from aphrodite.layers.linear import RmsNorm
 from aphrodite.quantization.layouts import Int4Groups
 
 # Relative to float64 on the dequantized weights. What makes it more: a norm's or gate's result is rounded on its way,
-# and so is a weight that is expanded for the library or scaled in groups of less than 128.
+# and so is a weight that is expanded for the library.
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4}
 CHOICE = Choice("packed 4-bit", ())
 ACTIVATIONS = {
@@ -92,7 +92,7 @@ def test_layer(
         error = distance(out, expected)
         assert out.dtype == dtype
         alone = norm is None and activation is None
-        exact = rows <= (8 if group < 128 else int4_linear.WGMMA_MAX_ROWS)
+        exact = rows <= int4_linear.WGMMA_MAX_ROWS
         if not error < TOLERANCE[dtype] * (1 if alone else 2) * (1 if exact else 1.6):
             wrong.append((rows, error))
     assert not wrong

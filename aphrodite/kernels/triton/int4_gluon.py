@@ -11,38 +11,26 @@ from triton.experimental.gluon import language as gl
 
 # word >> 4 e & 0x000F000F is a pair of codes; with the exponent of 128 (bfloat16) or 1024 (float16) in front it is
 # that number plus the code, and subtracting that number plus the zero is exact. Operands: $0 to $3 are the results, two
-# values each; $4 to $11 eight copies of the word, as a broadcast has them, $12 to $19 of zeros, $20 on scales.
+# values each; $4 to $11 eight copies of the word, as a broadcast has them, $12 to $19 of zeros.
 _UNPACK = """
 {{
 .reg .b32 w;
 lop3.b32 w, $4, 0x000F000F, {magic}, 0xEA;
-sub.rn.{dtype}x2 $0, w, ${zero};
+sub.rn.{dtype}x2 $0, w, $12;
 shr.b32 w, $4, 4;
 lop3.b32 w, w, 0x000F000F, {magic}, 0xEA;
-sub.rn.{dtype}x2 $1, w, ${zero};
+sub.rn.{dtype}x2 $1, w, $12;
 shr.b32 w, $4, 8;
 lop3.b32 w, w, 0x000F000F, {magic}, 0xEA;
-sub.rn.{dtype}x2 $2, w, ${zero};
+sub.rn.{dtype}x2 $2, w, $12;
 shr.b32 w, $4, 12;
 lop3.b32 w, w, 0x000F000F, {magic}, 0xEA;
-sub.rn.{dtype}x2 $3, w, ${zero};
-{scale}
+sub.rn.{dtype}x2 $3, w, $12;
 }}
 """
-_SCALE = "".join(f"mul.rn.{{dtype}}x2 ${i}, ${i}, $20;\n" for i in range(4))
-
-
-def _assembly(dtype: str, magic: str, scaled: bool) -> str:
-    scale = _SCALE.format(dtype=dtype) if scaled else ""
-    return _UNPACK.format(dtype=dtype, magic=magic, zero=12, scale=scale)
-
-
-UNPACK_BF16 = gl.constexpr(_assembly("bf16", "0x43004300", False))
-UNPACK_F16 = gl.constexpr(_assembly("f16", "0x64006400", False))
-SCALE_BF16 = gl.constexpr(_assembly("bf16", "0x43004300", True))
-SCALE_F16 = gl.constexpr(_assembly("f16", "0x64006400", True))
+UNPACK_BF16 = gl.constexpr(_UNPACK.format(dtype="bf16", magic="0x43004300"))
+UNPACK_F16 = gl.constexpr(_UNPACK.format(dtype="f16", magic="0x64006400"))
 TWO_INPUTS = gl.constexpr("=r,=r,=r,=r" + ",r" * 16)
-THREE_INPUTS = gl.constexpr("=r,=r,=r,=r" + ",r" * 24)
 
 
 @gluon.jit
@@ -93,29 +81,12 @@ def scale_of(scale_words):
 
 
 @gluon.jit
-def pair_of_scales(scale_words, dtype: gl.constexpr):
-    """Two copies of the scale, rounded to `dtype`, in an int32."""
-    bits = scale_of(scale_words).to(dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    return bits * 0x10001
-
-
-@gluon.jit
 def unpack(words, zeros, dtype: gl.constexpr):
     """`[..., 8]` codes less their zero from words and zeros that were broadcast to that shape."""
     if dtype == gl.bfloat16:
         values = gl.inline_asm_elementwise(UNPACK_BF16, TWO_INPUTS, [words, zeros], gl.bfloat16, True, 8)
     else:
         values = gl.inline_asm_elementwise(UNPACK_F16, TWO_INPUTS, [words, zeros], gl.float16, True, 8)
-    return values
-
-
-@gluon.jit
-def unpack_scaled(words, zeros, scales, dtype: gl.constexpr):
-    """As `unpack`, times the scale, rounded to `dtype`."""
-    if dtype == gl.bfloat16:
-        values = gl.inline_asm_elementwise(SCALE_BF16, THREE_INPUTS, [words, zeros, scales], gl.bfloat16, True, 8)
-    else:
-        values = gl.inline_asm_elementwise(SCALE_F16, THREE_INPUTS, [words, zeros, scales], gl.float16, True, 8)
     return values
 
 

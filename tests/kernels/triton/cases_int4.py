@@ -109,11 +109,12 @@ def _gluon_cases() -> list[KernelCase]:
     def many(
         shape: tuple[int, int], count: int, group: int, *, dtype: str = "bf16", spills: int = 0, **parts: Any
     ) -> KernelCase:
-        cut = wgmma.wgmma_config(*shape, count)
+        cut = wgmma.wgmma_config(*shape, count, group)
         kind = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
-        layout = gl.NVMMASharedLayout.get_default_for([cut.columns, 128], kind)
+        block = [cut.columns, 128 // wgmma.groups_of_chunk(group)]
+        layout = gl.NVMMASharedLayout.get_default_for(block, kind)
         arguments = {
-            "x": f"tensordesc<{dtype}[{cut.columns}, 128],{layout!r}>",
+            "x": f"tensordesc<{dtype}{block},{layout!r}>",
             "workspace": "*fp32",
             "counters": "*i32",
             "in_features": shape[1],
@@ -145,6 +146,9 @@ def _gluon_cases() -> list[KernelCase]:
         many((6144, 4096), 16, 128),
         many((28672, 4096), 64, 128, activation="silu"),
         many((4096, 14336), 128, 32, residual=True, bias=True),
+        many((4096, 4096), 16, 32, residual=True),
+        many((4096, 4096), 16, 64),
+        many((28672, 4096), 300, 64, activation="silu", dtype="fp16"),
         many((4096, 4096), 512, 4096, residual=True, dtype="fp16", spills=8),  # once, where the result is stored
     ]
 

@@ -64,7 +64,7 @@ def recorded() -> Jobs:
 
 @pytest.mark.parametrize("block", [[16, 128], [64, 64], [32, 32]])
 def test_descriptors_of_gluon_have_the_layout_that_launches_take(block: list[int]) -> None:
-    """Of activations by a whole chunk of 4-bit codes, and by narrower ones."""
+    """Of activations by a whole chunk of 4-bit codes, and by groups of 64 and 32."""
     gl = pytest.importorskip("triton.experimental.gluon.language")
     made: Any = compile_worker._gluon_tiles(torch.bfloat16, block)
     assert made.layout == gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
