@@ -313,7 +313,13 @@ def measure(options: argparse.Namespace, config: Path, ceilings: Ceilings | None
 
 
 def profile(bench: Bench, batch: int) -> Row:
-    """Print a decode step's kernels: a long run's minus those of a run of one token."""
+    """Print a decode step's kernels: a long run's minus those of a run of one token; of 0 sequences, the prompts'."""
+    if batch == 0:
+        row, prompts = bench.prefill(), bench.prompts([2_048] * 16)
+        lines = profile_table(lambda: None, lambda: bench.seconds(prompts, 1), 1)
+        print(f"\n16 prompts of 2,048 take {row.milliseconds:.1f} ms; their kernels (which may overlap):")
+        print_table(["kernel", "calls", "us", "share"], lines)
+        return row
     step = bench.step(batch, repeats=1)
     prompts = bench.prompts([PROMPT] * batch)
     steps = 32
@@ -377,7 +383,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", help=f"a shape ({', '.join(shapes)}) or a directory with a config.json")
     names = ", ".join(case_names())
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"cases or their beginnings: {names}")
-    parser.add_argument("--profile", nargs="+", type=int, default=[], metavar="BATCH", help="kernels of a decode step")
+    parser.add_argument(
+        "--profile", nargs="+", type=int, default=[], metavar="BATCH", help="kernels of a decode step, 0: of prompts"
+    )
     parser.add_argument("--host", nargs="+", default=[], metavar="NAME", help="functions of the host during cases")
     parser.add_argument("--set", action="append", type=_setting, default=[], metavar="NAME=VALUE", help="a setting")
     parser.add_argument("--max-model-len", type=int, default=LONG_CONTEXT + STEPS, help="default: what `long` needs")

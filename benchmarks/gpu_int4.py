@@ -186,10 +186,12 @@ def _mma_cuts(layer: Layer, rows: int) -> Iterator[MmaConfig]:
 
 
 def _wgmma_cuts(layer: Layer, rows: int, group: int) -> Iterator[WgmmaConfig]:
-    """Rings of two to four stages, and for few rows splits whose activations are requested at once."""
-    columns = min(max(16, 1 << (rows - 1).bit_length()), int4_wgmma.most_columns(group))
+    """Rings of two to four stages, and for few rows splits whose activations are requested at once; for many rows also
+    tiles of half the width, whose next operand is unpacked while products run."""
+    most = min(max(16, 1 << (rows - 1).bit_length()), int4_wgmma.most_columns(group))
+    widths = (most, most // 2) if rows > 64 else (most,)
     chunks = layer.in_features // 128
-    for warps, splits in itertools.product((4, 8), (1, 2, 3, 4, 6, 8, 10, 14)):
+    for columns, warps, splits in itertools.product(widths, (4, 8), (1, 2, 3, 4, 6, 8, 10, 14)):
         blocks = layer.out_features // (16 * warps) * -(-rows // columns) * splits
         share = -(-chunks // splits)
         if blocks < 64 or (splits > 1 and (blocks > 1100 or blocks * columns * 16 * warps > 1 << 22)):
