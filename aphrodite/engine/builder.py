@@ -386,8 +386,7 @@ def _build_on_device(
         max_model_len=memory.max_model_len,
         eos_token_ids=eos_token_ids,
         async_depth=limits.async_depth,
-        # What transformers' code does in a step may wait for the device, which a graph cannot hold.
-        use_graphs=config.enable_graphs and isinstance(checkpoint, Checkpoint),
+        use_graphs=config.enable_graphs,
         tokenizer=tokenizer,
     )
     report = partial(progress, "preparing kernels") if progress is not None else lambda done, total: None

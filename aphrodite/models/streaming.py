@@ -3,7 +3,7 @@
 Two sets of device tensors of each kind of layer, the slots, take the layers alternately: while one layer computes, the
 next is copied.
 A forward pass therefore lasts as long as the copies do: bytes offloaded over the bus's bandwidth, some 25 GB/s for
-PCIe 4.0 x16. Only copies and events are used, so a pass can be captured in a graph.
+PCIe 4.0 x16.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class LayerStream:
         host: of each streamed layer its tensors, pinned.
         slots: of each streamed layer the device tensors from which it is computed, of the same shapes; those of two
             neighbours differ.
+
+    Attributes:
+        resting: passes copy nothing, for they compute nothing either.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class LayerStream:
         self._host = host
         self._slots = slots
         self._copies = torch.cuda.Stream(slots[0][0].device)
+        self.resting = False
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +60,9 @@ class LayerStream:
 
     def visit(self, layers: Sequence[T]) -> Iterator[T]:
         """`layers` in order; while one is held, its tensors on the device are its own."""
+        if self.resting:
+            yield from layers
+            return
         current = torch.cuda.current_stream(self._copies.device)
         self._copies.wait_stream(current)  # slots may still be read by the pass before
         arrived = [self._fetch(number) for number in range(min(SLOTS, len(self._host)))]

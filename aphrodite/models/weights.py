@@ -148,7 +148,7 @@ class _Loader:
         for index in range(spec.num_layers):
             layer = last if index == spec.num_layers - 1 else self._layer(index)
             if index >= resident:
-                host.append(tuple(tensor.cpu().pin_memory() for tensor in _projections(layer)))
+                host.append(tuple(_pinned_copy(tensor) for tensor in _projections(layer)))
                 kinds.append(_kind(layer))
                 slots = slots_of(kinds)
                 slot = layers[resident + slots[-1]] if slots[-1] < len(kinds) - 1 else layer
@@ -338,6 +338,11 @@ class _Loader:
 
 def _projections(layer: LayerWeights) -> tuple[torch.Tensor, ...]:
     return tuple(tensor for product in layer.products for tensor in product.tensors)
+
+
+def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in host memory from which a GPU copies by itself."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
 
 
 def _kind(layer: LayerWeights) -> Hashable:

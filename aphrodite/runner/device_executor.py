@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -115,14 +116,28 @@ class DeviceExecutor:
         return self._shape.bytes_per_block
 
     @property
-    def can_rehearse(self) -> bool:
-        """Not where every step copies weights from the host."""
+    def can_capture(self) -> bool:
+        """Not where steps copy weights from the host: they wait for the bus, and a graph for each size would only make
+        the start longer."""
         return self._decoder.weights.stream is None
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """See `DeviceModelExecutor`; weights in host memory stay there meanwhile."""
+        stream = self._decoder.weights.stream
+        if stream is None:
+            yield
+            return
+        stream.resting = True
+        try:
+            yield
+        finally:
+            stream.resting = False
 
     @property
     def padded_steps(self) -> PaddedAttention | None:
-        """None with experts, with another attention, and where every step copies weights from the host."""
-        if not isinstance(self._attention, TritonAttention) or self.spec.moe is not None or not self.can_rehearse:
+        """None with experts and with another attention."""
+        if not isinstance(self._attention, TritonAttention) or self.spec.moe is not None:
             return None
         return PaddedAttention(self._attention, min(MOST_PADDED_TOKENS, CAPTURED_OPERATIONS // self.weight_bytes))
 

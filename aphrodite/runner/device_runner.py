@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -106,7 +107,7 @@ class DeviceRunner:
         self._ragged_sizes: list[StepSize] = []
         self._padded_steps = executor.padded_steps
         self._graphs = None
-        if use_graphs and stream is not None:
+        if use_graphs and executor.can_capture and stream is not None:
             self._graphs = StepGraphs(stream, self._model, self._endings_of, self._pad)
             if self._padded_steps is not None and self.sampler.launch_levels:
                 self._ragged_sizes = ragged_sizes(self._padded_steps.most_tokens, num_rows)
@@ -189,21 +190,21 @@ class DeviceRunner:
         largest = min(max_tokens, self.rows.max_model_len)
         prompts = sorted({min(16, largest), min(2048, largest), largest})
         sizes = list(reversed(self._decode_sizes))
-        if self._graphs is None:
-            sizes = [sizes[0], sizes[-1]]
+        tried = sizes if self._graphs is not None else [sizes[0], sizes[-1]]
         tasks: list[Callable[[], object]] = [partial(self._try_prompt, tokens) for tokens in prompts]
         tasks.append(self._try_mixed)
         prepare = self._try_padded if self._graphs is None else self._graphs.prepare
         ragged = list(reversed(self._ragged_sizes))
         if self.executor.adapters is not None:
-            sizes, ragged = _with_adapters(sizes), _with_adapters(ragged)
+            sizes, tried, ragged = _with_adapters(sizes), _with_adapters(tried), _with_adapters(ragged)
         tasks += [partial(self._prepare_ragged, size) for size in ragged]
-        tasks += [partial(prepare, size) for size in sizes]
+        tasks += [partial(prepare, size) for size in tried]
         tasks.append(partial(self._try_prompt, largest))  # beside all graphs
         try:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
-                if self._transfers.stream is not None and self.executor.can_rehearse:
-                    self._compile_ahead(prompts[:-1], [*ragged, *sizes], progress)
+                rehearsal = self.executor.rehearsal() if self._transfers.stream is not None else None
+                if rehearsal is not None:
+                    self._compile_ahead(rehearsal, prompts[:-1], [*ragged, *sizes], progress)
                 for number, task in enumerate(tasks):
                     progress(number, len(tasks))
                     began = time.perf_counter()
@@ -365,12 +366,16 @@ class DeviceRunner:
         self._logits[: size.sequences].copy_(logits)
 
     def _compile_ahead(
-        self, prompts: Sequence[int], sizes: Sequence[StepSize], progress: Callable[[int, int], None]
+        self,
+        rehearsal: AbstractContextManager[None],
+        prompts: Sequence[int],
+        sizes: Sequence[StepSize],
+        progress: Callable[[int, int], None],
     ) -> None:
         """Compile in parallel what usual steps launch: those of `warm_up`, and what else they sample with."""
         jobs = Jobs()
         try:
-            with recording(jobs):
+            with rehearsal, recording(jobs):
                 for tokens in prompts:
                     self._try_prompt(tokens)
                 self._try_mixed()

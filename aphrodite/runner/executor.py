@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -124,8 +125,11 @@ class DeviceModelExecutor(Executor, Protocol):
     dtype: torch.dtype
 
     @property
-    def can_rehearse(self) -> bool:
-        """Whether steps can cheaply be gone through without launching kernels, to learn which are needed."""
+    def can_capture(self) -> bool:
+        """Whether steps may be captured in graphs."""
+
+    def rehearsal(self) -> AbstractContextManager[None] | None:
+        """While steps are gone through without launching kernels, to learn which are needed; None: they cannot be."""
 
     @property
     def padded_steps(self) -> PaddedSteps | None:

@@ -77,9 +77,12 @@ class TransformersExecutor:
         self._check(checkpoint)
 
     @property
-    def can_rehearse(self) -> bool:
-        """Never: what transformers' code does with tensors that no kernel has written is not known."""
+    def can_capture(self) -> bool:
+        """Never: what transformers' code does in a step may wait for the device, which a graph cannot hold."""
         return False
+
+    def rehearsal(self) -> None:
+        """Never: what transformers' code does with tensors that no kernel has written is not known."""
 
     @property
     def padded_steps(self) -> None:
