@@ -18,7 +18,7 @@ from aphrodite.loading.safetensors import INDEX_NAME, shard_names
 
 # What of a repository describes a model beside its weights: configuration, tokenizer, chat templates, pooling.
 _DESCRIPTION = (
-    *("config.json", "generation_config.json", "quantize_config.json"),
+    *("config.json", "generation_config.json", "quantize_config.json", "hf_quant_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
     *(MODULES_NAME, *(f"{number}_Pooling/config.json" for number in range(1, 4))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -290,7 +291,16 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptq bits": ("gptq 4 v1 ", gptq_config(5), "bits should be 2, 3, 4 or 8, but is 5"),
     "gptq other bits": ("gptq 4 v1 ", gptq_config(8), "qzeros' should be of shape"),
     "gptq marlin": ("gptq 4 v1 ", gptq_config(4, is_marlin_format=True), "is_marlin_format"),
-    "gptq dynamic": ("gptq 4 v1 ", gptq_config(4, dynamic={"x": {"bits": 8}}), "dynamic"),
+    "gptq zeros": ("awq", gptq_config(4, dynamic={"x": {"bits": 8}}), "packed in 2, 3, 4 or 8 bits with zeros of"),
+    "auto-round layout": ("awq", gptq_config(4, quant_method="auto-round", packing_format="itrex"), "packing_format"),
+    "auto-round type": ("awq", gptq_config(4, quant_method="auto-round", data_type="mx_fp"), "data_type should be int"),
+    "modelopt": ("fp8 tensor", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo should be FP8"),
+    "mlx": ("awq", {"group_size": 64, "bits": 4}, "quantized with MLX, which is not supported"),
+    "rotated": (
+        "w4a16",
+        {**WORDS, "transform_config": {"config_groups": {"u": {}}}},
+        "weights and activations rotated",
+    ),
     "gptq format": ("gptq 4 v1 ", gptq_config(4, checkpoint_format="marlin"), "checkpoint_format should be one of"),
     "fp8 blocks": ("fp8 block", {**FP8, "weight_block_size": [16, 16]}, "a scale for the tensor"),
     "format": ("w4a16", compressed("nvfp4-pack-quantized"), "format should be one of"),
@@ -345,6 +355,78 @@ def test_biases_of_zeros_that_quantizers_add_are_harmless(original: Path, tmp_pa
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "lm_head.bias": torch.zeros(96)}, tmp_path / "model.safetensors")
     assert "head.bias" not in open_checkpoint(tmp_path).weights
+
+
+OTHER_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fbgemm": ("fp8 channel", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "modelopt": ("fp8 tensor", {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}),
+    "modelopt, unnamed": ("fp8 tensor", {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}),
+    "auto-round as gptq": (
+        "gptq 4 v1 ",
+        {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_gptq"},
+    ),
+    "auto-round as awq": (
+        "awq",
+        {"quant_method": "intel/auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_awq"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "config"), OTHER_NAMES.values(), ids=OTHER_NAMES.keys())
+def test_the_same_layouts_under_other_names(original: Path, tmp_path: Path, case: str, config: dict[str, Any]) -> None:
+    meaning = write(original, tmp_path, CASES[case][0], config)
+    weights = open_checkpoint(tmp_path).weights
+    for module, expected in meaning.items():
+        assert np.array_equal(dequantize(weights[canonical(module)]), expected.astype(np.float32)), module
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        gptq_config(4, dynamic={r"+:.*q_proj": {"bits": 8}, r"-:.*router": {}}),
+        gptq_config(4, quant_method="auto-round", extra_config={"model.layers.0.self_attn.q_proj": {"bits": 8}}),
+    ],
+    ids=["gptq dynamic", "auto-round"],
+)
+def test_modules_may_have_bits_and_groups_of_their_own(original: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    kinds = itertools.cycle([(8, 16), (4, 32), (2, 32), (3, 32)])
+
+    def pack(rng: np.random.Generator, out: int, columns: int) -> modules.Module:
+        bits, group = next(kinds)
+        return modules.gptq(rng, out, columns, group, bits=bits, version=1, act_order=bits == 3)
+
+    meaning = write(original, tmp_path, pack, config)
+    checkpoint = open_checkpoint(tmp_path)
+    for module, expected in meaning.items():
+        assert np.array_equal(dequantize(checkpoint.weights[canonical(module)]), expected.astype(np.float32)), module
+    assert {"GPTQ 8-bit", "GPTQ 4-bit", "GPTQ 3-bit", "GPTQ 2-bit"} <= inspect_checkpoint(
+        checkpoint
+    ).parameters_by_type.keys()
+
+
+def test_scales_of_activations_are_left_out(original: Path, tmp_path: Path) -> None:
+    def pack(rng: np.random.Generator, out: int, columns: int) -> modules.Module:
+        tensors, meaning = modules.float8(rng, out, columns, kind="tensor", dtype=E4M3)
+        tensors["weight_scale_inv"] = tensors.pop("weight_scale")
+        return {**tensors, "activation_scale": torch.ones(()), "input_scale_ub": torch.ones(())}, meaning
+
+    write(original, tmp_path, pack, {**FP8, "activation_scheme": "static", "weight_block_size": None})
+    assert open_checkpoint(tmp_path).weights["head.weight"].type_name == "FP8 E4M3"
+
+
+def test_nvidias_file_of_its_own_is_read(original: Path, tmp_path: Path) -> None:
+    write(original, tmp_path, CASES["fp8 tensor"][0], {})
+    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(own))
+    assert open_checkpoint(tmp_path).weights["head.weight"].type_name == "FP8 E4M3"
+
+
+def test_a_scheme_for_the_cache_alone_leaves_weights_as_they_are(original: Path, tmp_path: Path) -> None:
+    config = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}, "config_groups": {}}
+    (tmp_path / "model.safetensors").write_bytes((original / "model.safetensors").read_bytes())
+    values = json.loads((original / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "quantization_config": config}))
+    assert open_checkpoint(tmp_path).quantization.startswith("F32")
 
 
 def test_a_configuration_in_a_file_of_its_own_is_read(original: Path, tmp_path: Path) -> None:

@@ -58,10 +58,15 @@ def _schemes(config: ConfigReader) -> list[_Scheme]:
     sparsity = config.section("sparsity_config")
     if sparsity is not None and sparsity.read("format", str, "dense") != "dense":
         raise sparsity.wrong("format", "dense, for sparse weights are not supported,", sparsity.read("format", str))
+    if config.section("transform_config") is not None:
+        raise ModelFormatError(
+            f"{config.source}: quantization_config.transform_config has weights and activations rotated, which is not "
+            "supported; use a version of the model without (W4A16, FP8), or a GGUF file"
+        )
     groups = config.section("config_groups")
     weights = [group.section("weights") for group in groups.sections()] if groups is not None else []
     found = [_scheme(section) for section in weights if section is not None]
-    if not found:
+    if not found and config.section("kv_cache_scheme") is None:  # which alone leaves weights as they are
         raise ModelFormatError(
             f"{config.source}: quantization_config.config_groups names no quantized weights; "
             "the configuration is damaged or of a version that is not supported"

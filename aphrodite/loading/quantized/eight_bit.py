@@ -1,6 +1,7 @@
 """FP8 checkpoints: e4m3 or e5m2 weights with scales per tensor, per channel or per block (DeepSeek's 128 x 128).
 
-Layout: `weight` beside `weight_scale_inv` (transformers' fp8 method, DeepSeek V3) or `weight_scale`; both are factors.
+Layout: `weight` beside `weight_scale_inv` (transformers' fp8 method, DeepSeek V3) or `weight_scale` (fbgemm's,
+ModelOpt's); both are factors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from aphrodite.quantization.types import QuantType, RawTensor
 
 _FLOAT8 = {"F8_E4M3": e4m3_values, "F8_E5M2": e5m2_values}
 # What only serves quantized activations and an FP8 KV cache, which weights are expanded without.
-ACTIVATION_SUFFIXES = (".input_scale", ".input_zero_point", ".k_scale", ".v_scale", ".q_scale")
+ACTIVATION_SUFFIXES = (
+    *(".input_scale", ".input_zero_point", ".input_scale_ub", ".activation_scale", ".output_scale"),
+    *(".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_output_scale"),
+)
 Tile = tuple[int, int]
 
 
@@ -33,6 +37,18 @@ def unpack_fp8(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[s
             found[f"{module}.weight"] = take_float8(modules, module, block)
     drop_activation_scales(modules)
     return found
+
+
+def unpack_modelopt(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[str, PackedTensor]:
+    """As `unpack_fp8` for NVIDIA's ModelOpt, of whose algorithms it is the one that is known.
+
+    Raises:
+        ModelFormatError: another algorithm, or tensors that do not fit.
+    """
+    algorithm = config.read("quant_algo", str, "")
+    if algorithm != "FP8":
+        raise config.wrong("quant_algo", "FP8", algorithm)
+    return unpack_fp8(tensors, config)
 
 
 def drop_activation_scales(modules: ModuleTensors) -> None:

@@ -37,6 +37,11 @@ class ModuleTensors:
         """The type of a tensor that is there."""
         return self._tensors[name].dtype
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, () where it is missing."""
+        tensor = self._tensors.get(name)
+        return tensor.shape if tensor is not None else ()
+
     def drop(self, name: str) -> None:
         """Leaves a tensor out that has no use where activations are not quantized."""
         self._tensors.pop(name, None)
