@@ -17,16 +17,21 @@ from aphrodite.chat.content import part_text, part_texts
 Message = Mapping[str, Any]
 
 _SPOKEN: Final = ("system", "user", "assistant")
+# What templates call an answer's reasoning; Cohere's have a name of their own for what came before calls of tools.
+_THOUGHT: Final = ("reasoning_content", "reasoning", "thinking")
+_PLAN: Final = "tool_plan"
 _BETWEEN: Final = "\n\n"  # two texts in one turn
 
 
 def adaptations(messages: Sequence[Message]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Ever more changed forms of a conversation, each with what was done; none that equals the one before."""
+    planless = without_plans(messages)
     steps = (
-        ("turns of one role in a row became one turn", merge_turns(messages)),
-        ("system messages after the first became the user's", merge_turns(demote_system(messages, keep_first=True))),
-        ("system messages became part of the user's turns", merge_turns(demote_system(messages, keep_first=False))),
-        ("an empty user's turn was put first", open_with_user(demote_system(messages, keep_first=False))),
+        ("what was thought before calls with words was left out", planless),
+        ("turns of one role in a row became one turn", merge_turns(planless)),
+        ("system messages after the first became the user's", merge_turns(demote_system(planless, keep_first=True))),
+        ("system messages became part of the user's turns", merge_turns(demote_system(planless, keep_first=False))),
+        ("an empty user's turn was put first", open_with_user(demote_system(planless, keep_first=False))),
     )
     before = [dict(message) for message in messages]
     for what, changed in steps:
@@ -68,6 +73,26 @@ def open_with_user(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def with_names(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """`NAME: ` before the text of every message that has a `name` and does not begin with it already."""
     return [_named(message) for message in messages]
+
+
+def with_thoughts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """What was thought before earlier answers, under every name that templates have for it."""
+    told = []
+    for message in messages:
+        thought = next((message[name] for name in _THOUGHT if message.get(name)), None)
+        names = () if thought is None else (*_THOUGHT, _PLAN) if message.get("tool_calls") else _THOUGHT
+        told.append({**message, **{name: message.get(name) or thought for name in names}})
+    return told
+
+
+def without_plans(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Turns that call tools with words, and without what was thought before them: some templates show either."""
+    return [
+        {key: value for key, value in message.items() if key not in (*_THOUGHT, _PLAN)}
+        if message.get("tool_calls") and message.get("content")
+        else dict(message)
+        for message in messages
+    ]
 
 
 def with_arguments(messages: Sequence[Message], *, as_text: bool) -> list[dict[str, Any]]:

@@ -21,6 +21,9 @@ _CONTINUE_MARK: Final = "\ue000CONTINUE\ue001 "
 
 _TRIAL: Final = "\ue000TRIAL\ue001"
 
+# Names under which templates look for tools where they do not read `tools`.
+TOOL_VARIABLES: Final = ("xml_tools", "custom_tools", "available_tools")
+
 RESERVED_NAMES: Final = frozenset(
     {
         "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize",
@@ -97,7 +100,7 @@ class JinjaTemplate:
             add_generation_prompt: end with what begins the assistant's answer.
             continue_final_message: end inside the last message, which the answer then continues;
                 `add_generation_prompt` is then without effect.
-            tools, documents: passed to the template.
+            tools, documents: passed to the template; tools under the name that it reads.
             extra: more variables for the template.
             deadline: a `limits.deadline()` that several renderings share; None: one of its own.
 
@@ -129,10 +132,13 @@ class JinjaTemplate:
                     f"chat_template_kwargs: the name {name!r} is reserved or not a plain name; use another.",
                     param="chat_template_kwargs",
                 )
+        given = None if tools is None else list(tools)
+        others = () if given is None or "tools" in self.variables else self.variables.intersection(TOOL_VARIABLES)
         return {
+            **dict.fromkeys(others, given),
             **(extra or {}),
             **self._tokens,
-            "tools": None if tools is None else list(tools),
+            "tools": given,
             "documents": None if documents is None else list(documents),
         }
 

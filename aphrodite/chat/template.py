@@ -10,10 +10,10 @@ from typing import Any
 
 from aphrodite.chat import limits
 from aphrodite.chat.content import part_texts
-from aphrodite.chat.conversation import adaptations, system_texts, with_arguments, with_names
+from aphrodite.chat.conversation import adaptations, system_texts, with_arguments, with_names, with_thoughts
 from aphrodite.chat.jinja import JinjaTemplate, TemplateRefusedError
-from aphrodite.chat.tools.instruction import has_calls, with_instruction, without_calls
-from aphrodite.chat.traits import TemplateTraits, describe_template
+from aphrodite.chat.tools.instruction import has_calls, with_instruction, with_spoken_calls, without_calls
+from aphrodite.chat.traits import Reasoning, TemplateTraits, describe_template
 from aphrodite.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -141,8 +141,10 @@ class ChatTemplate:
         """The conversation, and the tools for the template: none for one that knows none. There texts tell of tools,
         calls and results, also where a request offers no tools any more."""
         well_formed = all(isinstance(message, Mapping) for message in messages)  # else the rendering says what is wrong
-        if not well_formed or not (tools or has_calls(messages)) or self.traits.tool_format is not None:
+        if not well_formed or not (tools or has_calls(messages)):
             return messages, tools
+        if self.traits.tool_format is not None:
+            return self._with_calls_shown(messages), tools
         if tools:
             self._log_once("tools are described in the system message", "it does not tell the model of tools")
             return list(with_instruction(messages, tools)), None
@@ -150,6 +152,13 @@ class ChatTemplate:
             return messages, None
         self._log_once("calls and results became texts", "it does not show calls")
         return list(without_calls(messages)), None
+
+    def _with_calls_shown(self, messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The conversation, with earlier calls as texts for a template that tells of tools and leaves calls out."""
+        if self.traits.calls or not any(message.get("tool_calls") for message in messages):
+            return messages
+        self._log_once("calls became texts", "it does not show calls")
+        return list(with_spoken_calls(messages, self.traits.tool_format))
 
     def _check_use(self, documents: Any) -> None:
         if documents and not self.traits.documents:
@@ -174,8 +183,8 @@ class ChatTemplate:
         return {**extra, reasoning.switch: extra["enable_thinking"]}
 
     def _prepared(self, template: JinjaTemplate, messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Names and the arguments of calls as the template takes them; costs nothing where there are none."""
-        prepared: list[Mapping[str, Any]] = messages
+        """Names, thoughts and the arguments of calls as the template takes them; free where there are none."""
+        prepared: list[Mapping[str, Any]] = list(with_thoughts(messages))
         if any(message.get("name") for message in messages) and not describe_template(template.source).names:
             prepared = list(with_names(prepared))
         if any(message.get("tool_calls") for message in messages):
@@ -185,6 +194,11 @@ class ChatTemplate:
 
     def _fit(self, template: JinjaTemplate, messages: list[Mapping[str, Any]], request: _Request) -> str:
         """Render the conversation, or the least changed form of it that the template takes and shows in full."""
+        if (
+            request.continue_final_message
+            and (begun := self._begun_with_thought(template, messages, request)) is not None
+        ):
+            return begun
         text, refusal = _attempt(template, messages, request)
         needed = system_texts(messages)
         incomplete: tuple[str, str] | None = None if text is None else ("", text)
@@ -205,11 +219,29 @@ class ChatTemplate:
         if request.continue_final_message:
             forms: list[Sequence[Mapping[str, Any]]] = [messages, *(changed for _, changed in adaptations(messages))]
             for form in forms:
-                text = _behind_opening(template, form, request)
+                text = _behind_opening(template, form, request, self.traits.reasoning)
                 if text is not None:
                     self._log_once("the answer to continue was put behind the opening of the assistant's turn", refusal)
                     return text
         raise refusal or TemplateRefusedError("The chat template refuses these messages.", param="messages")
+
+    def _begun_with_thought(
+        self, template: JinjaTemplate, messages: Sequence[Mapping[str, Any]], request: _Request
+    ) -> str | None:
+        """The prompt of an answer that is begun with reasoning; None for every other answer.
+
+        Templates take the marks in such a text for the answer's and put others, of an empty reasoning, before them.
+        """
+        reasoning, text = self.traits.reasoning, _last_text(messages)
+        if reasoning is None or text is None or not reasoning.begins(text):
+            return None
+        on = {} if reasoning.switch is None else {reasoning.switch: True}
+        request = replace(request, extra={**request.extra, **on})
+        for form in (messages, *(changed for _, changed in adaptations(messages))):
+            begun = _behind_opening(template, form, request, reasoning)
+            if begun is not None:
+                return begun
+        return None
 
     def _log_once(self, what: str, refusal: TemplateRefusedError | str | None) -> None:
         if what in self._logged:
@@ -229,7 +261,9 @@ def _attempt(
         return None, error
 
 
-def _behind_opening(template: JinjaTemplate, messages: Sequence[Mapping[str, Any]], request: _Request) -> str | None:
+def _behind_opening(
+    template: JinjaTemplate, messages: Sequence[Mapping[str, Any]], request: _Request, reasoning: Reasoning | None
+) -> str | None:
     """The conversation before the answer to continue, the opening of that answer, and its text as it is.
 
     None where the template refuses that too, or shows no opening: a template without one has its answers begin where
@@ -243,7 +277,9 @@ def _behind_opening(template: JinjaTemplate, messages: Sequence[Mapping[str, Any
         return None
     question = _last_text(messages[:-1])
     asked = question is not None and messages[-2].get("role") == "user" and question.strip() in opened
-    return opened + text if opened != closed or asked else None
+    if opened == closed and not asked:
+        return None
+    return opened + text if reasoning is None else reasoning.join(opened, text)
 
 
 def _last_text(messages: Sequence[Mapping[str, Any]]) -> str | None:

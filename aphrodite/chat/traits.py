@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 from aphrodite.chat import limits
-from aphrodite.chat.jinja import JinjaTemplate
+from aphrodite.chat.jinja import TOOL_VARIABLES, JinjaTemplate
 from aphrodite.errors import InvalidRequestError
 
 ToolFormat = Literal[
@@ -39,6 +39,22 @@ class Reasoning:
     def is_open(self, prompt: str) -> bool:
         """Whether a rendered prompt ends inside reasoning, so that the answer begins with it."""
         return prompt.rstrip().endswith(self.start)
+
+    def begins(self, answer: str) -> bool:
+        """Whether an answer begins with reasoning."""
+        return answer.lstrip().startswith(self.start)
+
+    def join(self, prompt: str, answer: str) -> str:
+        """A rendered prompt and the beginning of its answer, with marks of reasoning once each.
+
+        An opening that holds the start mark gives it up to an answer that has its own; before other answers its
+        reasoning is closed, empty.
+        """
+        if not self.is_open(prompt):
+            return prompt + answer
+        if self.begins(answer):
+            return prompt.rstrip().removesuffix(self.start) + answer.lstrip()
+        return f"{prompt}\n{self.end}\n\n{answer}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +185,7 @@ def _stop(template: _Probe, tool_format: ToolFormat | None) -> tuple[str, ...]:
 
 
 def _tool_format(template: _Probe) -> ToolFormat | None:
-    if not template.variables & {"tools", "custom_tools", "available_tools"}:
+    if not template.variables & {"tools", *TOOL_VARIABLES}:
         return None
     for tool_format, marks in _TOOL_MARKS:
         if any(mark in template.source for mark in marks):

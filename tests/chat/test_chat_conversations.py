@@ -273,6 +273,97 @@ def test_all_forms_of_a_conversation_share_one_time_limit(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(limits, "deadline", counted)
     messages = [system("s"), user("a"), user("b"), system("c"), assistant("d")]
+    template = ChatTemplate("{{ raise_exception('no') }}")
+    assert not template.traits.system_role  # found out once, within a time of its own
+    made.clear()
     with pytest.raises(InvalidRequestError):
-        ChatTemplate("{{ raise_exception('no') }}").render(messages, continue_final_message=True)
+        template.render(messages, continue_final_message=True)
     assert len(made) == 1
+
+
+# --- reasoning ---
+
+# In the manner of Qwen 3's: what was thought is taken off an answer, and an empty one stands before the last.
+THINKS = """\
+{%- for m in messages -%}
+{%- set text = m.content.split('</think>')[-1].lstrip('\\n') -%}
+<{{ m.role }}>{{ '<think></think>' if loop.last and m.role == 'assistant' }}{{ text }}</>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<assistant>OPENING{%- endif -%}
+"""
+CLOSED = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+OPENINGS = {"none": "", "switch": CLOSED, "open": "<think>\n", "switched on": "{{ '<think>' if thinking }}"}
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+@pytest.mark.parametrize("extra", [None, {"enable_thinking": False}])
+def test_reasoning_that_is_begun_is_continued_inside(opening: str, extra: dict[str, Any] | None) -> None:
+    template = ChatTemplate(THINKS.replace("OPENING", OPENINGS[opening]))
+    messages = [user("a"), assistant("<think>\nOkay, ")]
+    text = template.render(messages, continue_final_message=True, extra=extra)
+    assert text == "<user>a</><assistant><think>\nOkay, "
+    thought = [user("a"), assistant("<think>\nOkay\n</think>\nOnce")]
+    text = template.render(thought, continue_final_message=True, extra=extra)
+    assert text == "<user>a</><assistant><think>\nOkay\n</think>\nOnce"
+
+
+def test_an_opening_that_begins_reasoning_is_closed_before_an_answer() -> None:
+    refusal = "{{ raise_exception('a question must be last') if messages[-1].role == 'assistant' }}"
+    template = ChatTemplate(refusal + THINKS.replace("OPENING", "{{ '<think>\\n' }}"))
+    text = template.render([user("a"), assistant("Once upon")], continue_final_message=True)
+    assert text == "<user>a</><assistant><think>\n\n</think>\n\nOnce upon"
+
+
+CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}]
+SHOWN_CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.arguments }}{% endfor %}"
+
+
+@pytest.mark.parametrize("given", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "reasoning", "thinking"])
+def test_what_was_thought_reaches_a_template_by_the_name_it_reads(given: str, read: str) -> None:
+    source = "{% for m in messages %}[{{ m." + read + " }}]{{ m.tool_plan }}" + SHOWN_CALLS + "{% endfor %}"
+    assert ChatTemplate(source).render([user("a"), assistant("b", **{given: "because"})]) == "[][because]"
+    called = [user("a"), assistant("", tool_calls=CALLS, **{given: "because"})]
+    assert ChatTemplate(source).render(called) == "[][because]because{}"
+
+
+def test_thoughts_before_calls_with_words_are_left_out_where_a_template_refuses_both() -> None:
+    source = (
+        "{% for m in messages %}{{ raise_exception('not both') if m.tool_calls and m.content and m.thinking }}"
+        "{{ m.thinking }}{{ m.content }}" + SHOWN_CALLS + ";{% endfor %}"
+    )
+    messages = [user("a"), assistant("b", thinking="t", tool_calls=CALLS), assistant("c", thinking="u")]
+    assert ChatTemplate(source).render(messages) == "a;b{};uc;"
+
+
+# --- tools by other names, and calls that are not shown ---
+
+
+@pytest.mark.parametrize("name", ["xml_tools", "custom_tools"])
+def test_tools_reach_a_template_by_the_name_it_reads(name: str) -> None:
+    template = ChatTemplate("{{ " + name + "[0].function.name }}<tool_call>{{ messages[0].content }}")
+    assert template.render([user("a")], tools=TOOLS) == "f<tool_call>a"
+    other = ChatTemplate("{{ tools | length }}{{ " + name + " is defined }}")
+    assert other.render([user("a")], tools=TOOLS) == "1False"
+
+
+CALL_TEXTS = ('{"name": "f", "arguments": {"a": 1}}', '{"name": "g", "arguments": {}}')
+
+
+@pytest.mark.parametrize(
+    ("mark", "shown"),
+    [
+        ("<|tool_call|>", f"<|tool_call|>[{', '.join(CALL_TEXTS)}]"),
+        ("[]", "".join(f"\n<tool_call>\n{call}\n</tool_call>" for call in CALL_TEXTS).lstrip()),
+    ],
+)
+def test_calls_are_texts_where_a_template_with_tools_leaves_them_out(mark: str, shown: str) -> None:
+    calls = [
+        {"id": name, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments in (("f", {"a": 1}), ("g", "{}"))
+    ]
+    result = {"role": "tool", "tool_call_id": "f", "content": "x"}
+    source = "{{ tools | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    source += "{{ '" + mark + "' if false }}"
+    text = ChatTemplate(source).render([user("a"), assistant("Look:", tool_calls=calls), result], tools=TOOLS)
+    assert text == f"1<user>a<assistant>Look:\n{shown}<tool>x"

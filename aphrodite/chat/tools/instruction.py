@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from aphrodite.chat.content import part_texts
+from aphrodite.chat.traits import ToolFormat
 
 Message = Mapping[str, Any]
 
@@ -36,6 +37,11 @@ def without_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [_spoken(message) for message in messages]
 
 
+def with_spoken_calls(messages: Sequence[Message], tool_format: ToolFormat | None) -> list[dict[str, Any]]:
+    """The conversation with calls as the assistant's texts, in the model's own format where that is Granite's."""
+    return [_with_spoken_calls(message, tool_format) for message in messages]
+
+
 def _instruction(tools: Sequence[Mapping[str, Any]]) -> str:
     described = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return (
@@ -51,20 +57,30 @@ def _spoken(message: Message) -> dict[str, Any]:
     if message.get("role") in _RESULTS:
         result = _joined("<tool_response>", message.get("content"), "</tool_response>", between="\n")
         return {"role": "user", "content": result}
+    return _with_spoken_calls(message, None)
+
+
+def _with_spoken_calls(message: Message, tool_format: ToolFormat | None) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if not isinstance(calls, list) or not calls:
         return dict(message)
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**rest, "content": _joined(message.get("content"), *map(_call_text, calls), between="\n")}
+    objects = [_call_object(call) for call in calls]
+    if tool_format == "granite":
+        texts = [f"<|tool_call|>[{', '.join(objects)}]"]
+    else:
+        texts = [f"<tool_call>\n{text}\n</tool_call>" for text in objects]
+    return {**rest, "content": _joined(message.get("content"), *texts, between="\n")}
 
 
-def _call_text(call: Any) -> str:
+def _call_object(call: Any) -> str:
+    """A call as JSON text."""
     function = call.get("function") if isinstance(call, Mapping) else None
     function = function if isinstance(function, Mapping) else {}
     arguments = function.get("arguments") or "{}"
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     name = json.dumps(function.get("name"), ensure_ascii=False)
-    return f'<tool_call>\n{{"name": {name}, "arguments": {text}}}\n</tool_call>'
+    return f'{{"name": {name}, "arguments": {text}}}'
 
 
 def _joined(*contents: Any, between: str = "\n\n") -> str:
