@@ -194,10 +194,8 @@ class ChatTemplate:
 
     def _fit(self, template: JinjaTemplate, messages: list[Mapping[str, Any]], request: _Request) -> str:
         """Render the conversation, or the least changed form of it that the template takes and shows in full."""
-        if (
-            request.continue_final_message
-            and (begun := self._begun_with_thought(template, messages, request)) is not None
-        ):
+        begun = self._begun_with_thought(template, messages, request) if request.continue_final_message else None
+        if begun is not None:
             return begun
         text, refusal = _attempt(template, messages, request)
         needed = system_texts(messages)
