@@ -26,6 +26,7 @@ from aphrodite.models.spec import ModelSpec
 from aphrodite.models.weights import load_weights
 from aphrodite.platforms import platform_of
 from aphrodite.quantization.types import RawTensor
+from aphrodite.runner.executor import LogitsOf
 from aphrodite.runner.inputs import DeviceInputs, HostLengths, StepSize
 from aphrodite.runner.memory import format_bytes
 
@@ -157,6 +158,15 @@ class DeviceExecutor:
         keep = None if decodes else inputs.logits_index
         return self._decoder.logits(self._residual(inputs, self._cache, keep))
 
+    def forward_rows(self, inputs: DeviceInputs, index: torch.Tensor | None) -> tuple[LogitsOf, torch.Tensor | None]:
+        """See `DeviceModelExecutor`."""
+        if self._cache is None:
+            raise RuntimeError("allocate_kv_cache must be called before forward")
+        wanted = inputs.logits_index
+        kept = self._residual(inputs, self._cache, wanted if index is None else torch.cat((wanted, index)))
+        hidden = None if index is None else self._decoder.normed(kept[wanted.shape[0] :])
+        return (lambda entries: self._decoder.logits(kept.index_select(0, entries))), hidden
+
     def _residual(self, inputs: DeviceInputs, cache: KVCache, keep: torch.Tensor | None) -> torch.Tensor:
         """Hidden states before the final norm, of the rows `keep` or of all."""
         step = self._attention.begin_step(inputs, cache)
@@ -169,17 +179,6 @@ class DeviceExecutor:
     @property
     def hidden_declined(self) -> None:
         """Every decoder brings hidden states."""
-
-    def forward_hidden(self, inputs: DeviceInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `DeviceModelExecutor`."""
-        if self._cache is None:
-            raise RuntimeError("allocate_kv_cache must be called before forward")
-        wanted = inputs.logits_index.shape[0]
-        kept = self._residual(inputs, self._cache, torch.cat((inputs.logits_index, index)))
-        hidden = self._decoder.normed(kept[wanted:])
-        if wanted == 0:
-            return hidden.new_empty((0, self.spec.vocab_size)), hidden
-        return self._decoder.logits(kept[:wanted]), hidden
 
     def describe(self) -> dict[str, str]:
         """Kernels chosen and why, for logs and `doctor`."""

@@ -19,14 +19,21 @@ import numpy as np
 import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
-from aphrodite.errors import ConfigError
+from aphrodite.errors import ConfigError, RequestFailedError
 from aphrodite.kernels.triton.compile_ahead import Jobs, compile_ahead
 from aphrodite.kernels.triton.launch import recording
 from aphrodite.runner.device_rows import DeviceRows, PaddedStep, StagedStep, ragged_lengths
-from aphrodite.runner.executor import DeviceModelExecutor, place_adapter
+from aphrodite.runner.executor import DeviceModelExecutor, LogitsOf, place_adapter
 from aphrodite.runner.inputs import HostLengths, StepSize
 from aphrodite.runner.pooling import HiddenLayout, Pooler, part_sums
-from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, logits_layout
+from aphrodite.runner.results import (
+    LogitsLayout,
+    Outcome,
+    PromptLogprobs,
+    RowRequests,
+    logits_layout,
+    with_prompt_logprobs,
+)
 from aphrodite.runner.step_graphs import Ending, StepGraphs, decode_sizes, ragged_sizes, smallest
 from aphrodite.runner.transfers import HostCopy, StepClock, Transfers
 from aphrodite.sampling.guidance import guide
@@ -38,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a step whose attention is split along the keys and merged, for its kernels.
 LONG_CHAT, SHORT_MESSAGE = 4096, 32
+SCORED_ROWS = 256  # of a prompt, whose logits are in memory at once
 
 
 @dataclass(slots=True)
@@ -47,7 +55,7 @@ class LaunchedStep:
     sampling: list[int] = field(default_factory=list)  # numbers of the steps that sample
     choices: HostCopy | None = None  # token ids, whether each may be shown, whether nothing was left: [S] each
     sampled: Sampled | None = None  # log-probabilities and traces, where some are wanted
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
     pooled: tuple[HiddenLayout, HostCopy] | None = None  # of prompts to embed, their parts' sums
     clock: StepClock | None = None
     error: Exception | None = None
@@ -147,7 +155,7 @@ class DeviceRunner:
             rows = self._results(plan.steps, step, *(tensor.tolist() for tensor in tensors))
             self._requests.follow(rows, [row.start + row.count for row in plan.steps])
         for number, logprobs in step.prompt_logprobs.items():
-            rows[number] = rows[number]._replace(prompt_logprobs=logprobs)
+            rows[number] = with_prompt_logprobs(rows[number], logprobs)
         if step.pooled is not None:
             layout, sums = step.pooled
             for number, result in self._pooler.collect(plan.steps, layout, sums.wait()[0].numpy()).items():
@@ -218,6 +226,15 @@ class DeviceRunner:
                 " or --gpu-memory-utilization"
             ) from error
 
+    def lost(self) -> str | None:
+        """A GPU that met a fault answers every call with it for as long as the process lives."""
+        try:
+            self.close()
+        except RuntimeError as error:
+            fault = str(error).partition("\n")[0]
+            return f"the GPU failed ({fault}): start the engine again; if it recurs, the system's log may tell why"
+        return None
+
     def close(self) -> None:
         if self._transfers.stream is not None:
             self._transfers.stream.synchronize()
@@ -274,22 +291,22 @@ class DeviceRunner:
         if self.rows.has_adapters(steps):
             inputs = inputs._replace(adapters=self.rows.stage_adapters(steps))
         embeddings = None
-        if pooled is None:
+        scores: dict[int, PromptLogprobs] = {}
+        if pooled is None and not layout.prompt and not layout.guides:
             logits = self.executor.forward(inputs)
         else:
-            logits, hidden = self.executor.forward_hidden(inputs, self._transfers.to_device(pooled.entries))
-            embeddings = pooled, self._transfers.to_host([part_sums(hidden, pooled)])
-        scores = {
-            number: self._prompt_logprobs(steps[number], logits[first:end])
-            for number, (first, end) in layout.prompt.items()
-        }
+            index = None if pooled is None else self._transfers.to_device(pooled.entries)
+            logits_of, hidden = self.executor.forward_rows(inputs, index)
+            if pooled is not None and hidden is not None:
+                embeddings = pooled, self._transfers.to_host([part_sums(hidden, pooled)])
+            scores = {
+                number: self._prompt_logprobs(steps[number], range(*entries), logits_of)
+                for number, entries in layout.prompt.items()
+            }
+            if sampling:
+                logits = self._guided_logits(steps, layout, logits_of)
         if not sampling:
             return LaunchedStep(prompt_logprobs=scores, pooled=embeddings)
-        if layout.guides:
-            logits = logits.float()
-            self._guide(steps, layout, logits)
-        if layout.prompt or layout.guides:
-            logits = logits[self._transfers.to_device(np.array(layout.sampling))]
         rows = [steps[number].row for number in sampling]
         positions = [steps[number].start + steps[number].count for number in sampling]
         sampled = self._sample(staged, logits, rows, positions)
@@ -463,17 +480,25 @@ class DeviceRunner:
                     self.sampler.tell([row.row], [row.start + row.count], [token_id])
 
     def _launched(
-        self, sampled: Sampled, sampling: list[int], prompt_logprobs: dict[int, list[TokenLogprobs]]
+        self, sampled: Sampled, sampling: list[int], prompt_logprobs: dict[int, PromptLogprobs]
     ) -> LaunchedStep:
         choices = self._transfers.to_host([sampled.token_ids, sampled.ok, sampled.exhausted])
         detailed = sampled if sampled.wanted or sampled.traces else None
         return LaunchedStep(sampling, choices, detailed, prompt_logprobs)
 
-    def _guide(self, steps: Sequence[RowStep], layout: LogitsLayout, logits: torch.Tensor) -> None:
-        """Replace the logits of guided rows by what they and their shadows' make together."""
-        own, others = self._transfers.to_device(np.array(list(layout.guides.values())).T.copy())
+    def _guided_logits(self, steps: Sequence[RowStep], layout: LogitsLayout, logits_of: LogitsOf) -> torch.Tensor:
+        """Logits of the rows that sample: of guided ones what theirs and their shadows' make together."""
+        shadows = [other for _, other in layout.guides.values()]
+        logits = logits_of(self._transfers.to_device(np.array([*layout.sampling, *shadows])))
+        if not layout.guides:
+            return logits
+        count = len(layout.sampling)
+        places = [[layout.sampling.index(own) for own, _ in layout.guides.values()], range(count, count + len(shadows))]
+        own, others = self._transfers.to_device(np.array(places))
         scales = [self._requests.params[steps[number].row].guidance_scale for number in layout.guides]
+        logits = logits.float()
         guide(logits, own, others, self._transfers.to_device(np.array(scales, np.float32)))
+        return logits[:count]
 
     def _append_to_shadows(
         self, steps: Sequence[RowStep], layout: LogitsLayout, sampling: list[int], token_ids: torch.Tensor
@@ -488,11 +513,18 @@ class DeviceRunner:
         chosen, rows, positions = self._transfers.to_device(np.array(places, np.int32).T.copy())
         self.rows.write(rows, positions, token_ids[chosen])
 
-    def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> list[TokenLogprobs]:
-        targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + len(logits)]
-        return self.sampler.prompt_logprobs(
-            logits.float(), targets, self._requests.params[step.row].prompt_logprobs or 0
-        )
+    def _prompt_logprobs(self, step: RowStep, entries: range, logits_of: LogitsOf) -> PromptLogprobs:
+        """Of the prompt behind the step's `entries` of the logits, some at a time: all might not fit the memory."""
+        targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + len(entries)]
+        top = self._requests.params[step.row].prompt_logprobs or 0
+        found: list[TokenLogprobs] = []
+        try:
+            for at in range(0, len(entries), SCORED_ROWS):
+                logits = logits_of(self._transfers.to_device(np.array(entries[at : at + SCORED_ROWS])))
+                found += self.sampler.prompt_logprobs(logits.float(), targets[at : at + SCORED_ROWS], top)
+        except RequestFailedError as error:
+            return error
+        return found
 
 
 def _with_adapters(sizes: Sequence[StepSize]) -> list[StepSize]:

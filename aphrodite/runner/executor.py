@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,10 @@ from aphrodite.runner.inputs import DeviceInputs, ForwardInputs, HostLengths, St
 
 if TYPE_CHECKING:
     from aphrodite.loading.lora import Adapter
+
+
+# Of entries `[n]` of a step's `logits_index`, integers on the device: logits `[n, vocab]` of the compute dtype.
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 class AdapterStore(Protocol):
@@ -144,12 +149,12 @@ class DeviceModelExecutor(Executor, Protocol):
     def forward(self, inputs: DeviceInputs) -> torch.Tensor:
         """Run one step: writes K and V of every token, returns logits `[L, vocab]` of the compute dtype."""
 
-    def forward_hidden(self, inputs: DeviceInputs, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` of a step with `lengths`, and hidden states behind the final norm.
+    def forward_rows(self, inputs: DeviceInputs, index: torch.Tensor | None) -> tuple[LogitsOf, torch.Tensor | None]:
+        """`forward` of a step with `lengths` whose logits may be too many for the memory, and hidden states.
 
         Args:
-            index: `[H]` int32, the token rows whose hidden states are wanted.
+            index: `[H]` int32, the token rows whose hidden states behind the final norm are wanted; None for none.
 
         Returns:
-            Logits `[L, vocab]` and hidden states `[H, hidden_size]`, both of the compute dtype.
+            What makes logits, and hidden states `[H, hidden_size]` of the compute dtype.
         """

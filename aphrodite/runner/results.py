@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aphrodite.core.plan import RowResult, RowStart, RowStep, StepPlan, StepResult
+from aphrodite.core.plan import RowResult, RowStart, RowStep, StepPlan, StepResult, TokenLogprobs
+from aphrodite.errors import RequestFailedError
 from aphrodite.sampling.extensions import installed_extensions
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
@@ -39,6 +40,17 @@ class Outcome(NamedTuple):
     result: StepResult
     forward_seconds: float
     waited_seconds: float
+
+
+# Log-probabilities of a prompt's tokens, or why there are none.
+PromptLogprobs = list[TokenLogprobs] | RequestFailedError
+
+
+def with_prompt_logprobs(result: RowResult, found: PromptLogprobs) -> RowResult:
+    """What became of a row whose prompt was to be scored."""
+    if isinstance(found, RequestFailedError):
+        return RowResult(result.row, error=str(found))
+    return result._replace(prompt_logprobs=found)
 
 
 class LogitsLayout(NamedTuple):

@@ -13,11 +13,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult, TokenLogprobs
+from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult
+from aphrodite.errors import RequestFailedError
 from aphrodite.runner.executor import ModelExecutor, place_adapter
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.pooling import HiddenLayout, Pooler, part_sums
-from aphrodite.runner.results import LogitsLayout, Outcome, RowRequests, logits_layout
+from aphrodite.runner.results import (
+    LogitsLayout,
+    Outcome,
+    PromptLogprobs,
+    RowRequests,
+    logits_layout,
+    with_prompt_logprobs,
+)
 from aphrodite.runner.rows import Rows
 from aphrodite.sampling.guidance import guide
 from aphrodite.sampling.params import SamplingParams
@@ -78,6 +86,9 @@ class Runner:
             return self._run(plan)
         began = time.perf_counter()
         return step.result()._replace(waited_seconds=time.perf_counter() - began)
+
+    def lost(self) -> None:
+        """A host's steps fail one by one."""
 
     def close(self) -> None:
         if self._thread is not None:
@@ -144,7 +155,7 @@ class Runner:
             if token_id is not None:
                 self.rows.append([shadow.row], [shadow.start + shadow.count], [token_id])
         for number, logprobs in prompt_logprobs.items():
-            results[number] = results[number]._replace(prompt_logprobs=logprobs)
+            results[number] = with_prompt_logprobs(results[number], logprobs)
         return results
 
     def _guide(self, steps: list[RowStep], layout: LogitsLayout, logits: torch.Tensor) -> None:
@@ -168,8 +179,11 @@ class Runner:
         self._requests.follow(results, positions)
         return results
 
-    def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> list[TokenLogprobs]:
+    def _prompt_logprobs(self, step: RowStep, logits: torch.Tensor) -> PromptLogprobs:
         count = len(logits)
         targets = self.rows.token_ids[step.row, step.start + 1 : step.start + 1 + count]
         top = self._requests.params[step.row].prompt_logprobs
-        return self.sampler.prompt_logprobs(logits, targets, top or 0)
+        try:
+            return self.sampler.prompt_logprobs(logits, targets, top or 0)
+        except RequestFailedError as error:
+            return error

@@ -21,6 +21,7 @@ from aphrodite.layers.dense import short_name
 from aphrodite.loading.foreign import ForeignCheckpoint
 from aphrodite.models.foreign import ForeignLoader
 from aphrodite.models.shape import ForeignSpec
+from aphrodite.runner.executor import LogitsOf
 from aphrodite.runner.inputs import DeviceInputs, ForwardInputs, HostLengths
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,14 @@ class TransformersExecutor:
             raise RuntimeError("allocate_kv_cache must be called before forward")
         return self._forward(inputs, self._cache)
 
+    def forward_rows(self, inputs: DeviceInputs, index: torch.Tensor | None) -> tuple[LogitsOf, torch.Tensor | None]:
+        """See `DeviceModelExecutor`; transformers' code makes all logits at once."""
+        if index is None:
+            logits, hidden = self.forward(inputs), None
+        else:
+            logits, hidden = self.forward_hidden(inputs, index)
+        return (lambda entries: logits.index_select(0, entries)), hidden
+
     @property
     def hidden_declined(self) -> str | None:
         """Why `forward_hidden` cannot be asked for; None if it can."""
@@ -124,7 +133,7 @@ class TransformersExecutor:
     def forward_hidden(
         self, inputs: ForwardInputs | DeviceInputs, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `ModelExecutor` and `DeviceModelExecutor`."""
+        """See `ModelExecutor`; on a GPU both are of the compute dtype."""
         if self._cache is None:
             raise RuntimeError("allocate_kv_cache must be called before forward")
         with torch.inference_mode():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from aphrodite.attention.triton_paged import TritonAttention
-from aphrodite.core.plan import Pooling, StepPlan, TokenLogprobs
+from aphrodite.core.plan import Pooling, RowStart, RowStep, StepPlan, TokenLogprobs
 from aphrodite.core.request import Request, RequestUpdate
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
 from aphrodite.layers.triton_linear import TritonLinear
@@ -25,7 +25,8 @@ from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import QuantType
 from aphrodite.runner.device_executor import DeviceExecutor
 from aphrodite.runner.device_runner import DeviceRunner
-from aphrodite.runner.inputs import StepSize
+from aphrodite.runner.executor import LogitsOf
+from aphrodite.runner.inputs import DeviceInputs, StepSize
 from aphrodite.runner.runner import Runner
 from aphrodite.runner.step_graphs import CapturedStep, ragged_sizes
 from aphrodite.runner.torch_executor import TorchExecutor
@@ -177,7 +178,8 @@ def test_warming_up_leaves_nothing_behind() -> None:
     assert tokens(updates(runner, 64, SEEDED, 64)) == tokens(updates(host_runner(), 64, SEEDED, 512))
 
 
-def test_log_probabilities_are_those_of_the_reference() -> None:
+def test_log_probabilities_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aphrodite.runner.device_runner.SCORED_ROWS", 5)  # so that prompts take several
     params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=2)
 
     def entries(runner: Runner | DeviceRunner) -> list[TokenLogprobs]:
@@ -188,6 +190,25 @@ def test_log_probabilities_are_those_of_the_reference() -> None:
     assert len(theirs) == sum(len(prompt) - 1 + 3 for prompt in PROMPTS)
     assert [(entry.token_id, entry.top_ids) for entry in ours] == [(entry.token_id, entry.top_ids) for entry in theirs]
     assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
+
+
+def test_a_prompt_without_log_probabilities_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = device_runner(64, 1)
+    forward_rows = runner.executor.forward_rows
+
+    def poisoned(inputs: DeviceInputs, index: torch.Tensor | None) -> tuple[LogitsOf, torch.Tensor | None]:
+        logits_of, hidden = forward_rows(inputs, index)
+        return (lambda entries: logits_of(entries).index_fill(0, (entries == 1).nonzero()[:, 0], torch.nan)), hidden
+
+    monkeypatch.setattr(runner.executor, "forward_rows", poisoned)
+    params = [msgspec.structs.replace(GREEDY, prompt_logprobs=0), GREEDY]
+    starts = [RowStart(row, str(row), PROMPTS[row], params[row], 0) for row in range(2)]
+    steps = [RowStep(row, 0, len(PROMPTS[row]), [row + 1], True, True) for row in range(2)]
+    plan = StepPlan(0, [], starts, steps)
+    first, second = runner.collect(plan, runner.launch(plan)).result.rows
+    assert "not finite" in str(first.error)
+    assert second.error is None
+    assert second.token_id is not None
 
 
 OTHERS: dict[str, dict[str, Any]] = {
