@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 from aphrodite.core.plan import RowResult, StepPlan, StepResult
@@ -16,7 +17,7 @@ from aphrodite.engine.adapters import EngineAdapters
 from aphrodite.engine.messages import AddRequest, EngineStats
 from aphrodite.engine.phrase_bans import PhraseGuard, has_bans
 from aphrodite.engine.preparation import negative_prompt
-from aphrodite.errors import InvalidRequestError, QueueFullError
+from aphrodite.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from aphrodite.layers.lora import AdapterRoom
 from aphrodite.runner.data_plane import DataPlane
 from aphrodite.runner.results import Outcome
@@ -59,6 +60,7 @@ class EngineCore:
         self._came: dict[str, float] = {}  # when each request that has not begun came
         self._queued: dict[str, float] = {}  # seconds that requests had waited, until their first news says so
         self._num_steps = 0
+        self._lost = False  # the device
         self._host_seconds: deque[float] = deque(maxlen=64)
         self._forward_seconds: deque[float] = deque(maxlen=64)
 
@@ -146,7 +148,11 @@ class EngineCore:
         return bool(busy) or self.scheduler.has_unfinished()
 
     def step(self) -> list[RequestUpdate]:
-        """Launch as far ahead as the runner's depth allows, then collect and commit the oldest step."""
+        """Launch as far ahead as the runner's depth allows, then collect and commit the oldest step.
+
+        Raises:
+            EngineDeadError: the device computes no more.
+        """
         began = time.perf_counter()
         if self._preparing:
             self._take_prepared()
@@ -185,7 +191,11 @@ class EngineCore:
     def _collect(self, plan: StepPlan, pending: Any) -> Outcome:
         try:
             return self.runner.collect(plan, pending)
-        except Exception:
+        except Exception as error:
+            reason = self.runner.lost()
+            if reason is not None:
+                self._lost = True
+                raise EngineDeadError(reason) from error
             # Which row is to blame cannot be known here, so the step's rows fail and the engine goes on.
             logger.exception("step %d failed; its %d requests end with an error", plan.step_id, len(plan.steps))
             return Outcome(
@@ -210,12 +220,14 @@ class EngineCore:
         )
 
     def close(self) -> None:
-        while self._in_flight:
-            self._collect(*self._in_flight.popleft())
+        with suppress(EngineDeadError):
+            while self._in_flight and not self._lost:
+                self._collect(*self._in_flight.popleft())
         if self._preparer is not None:
             self._preparer.shutdown(wait=True, cancel_futures=True)
         self.adapters.close()
-        self.runner.close()
+        if not self._lost:
+            self.runner.close()
 
 
 def _median_ms(seconds: deque[float]) -> float:

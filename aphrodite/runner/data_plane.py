@@ -40,5 +40,8 @@ class DataPlane(Protocol):
             Exception: whatever computing the step raised.
         """
 
+    def lost(self) -> str | None:
+        """Why no step can be computed any more, asked after one failed; None if others can."""
+
     def close(self) -> None:
         """Wait for what is under way, and let go of threads."""

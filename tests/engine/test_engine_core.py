@@ -12,6 +12,7 @@ from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
+from aphrodite.errors import EngineDeadError
 from aphrodite.sampling.params import SamplingParams
 
 PROMPTS = [[3 + (7 * i + 13 * j) % 300 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 100))]
@@ -198,6 +199,42 @@ def test_non_finite_logits_fail_one_row(make_core: MakeCore, monkeypatch: pytest
     assert updates["victim"].token_ids == []
     first = updates["neighbour"].token_ids
     assert list(first) + drain(core)["neighbour"] == expected["0"]
+
+
+def test_a_lost_device_ends_the_engine(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core(async_depth=1)
+    add(core, "victim", PROMPTS[1])
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(core.runner.executor, "forward", broken)
+    monkeypatch.setattr(core.runner, "lost", lambda: "the GPU failed")
+    with pytest.raises(EngineDeadError, match="the GPU failed"):
+        core.step()
+    close = core.runner.close
+    monkeypatch.setattr(core.runner, "close", broken)  # as whatever waits for the device would
+    core.close()
+    monkeypatch.setattr(core.runner, "close", close)
+
+
+def test_a_prompt_without_finite_logits_fails_alone(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    expected = alone(make_core)
+    forward = core.runner.executor.forward
+
+    def poisoned(inputs):  # type: ignore[no-untyped-def]
+        logits = forward(inputs).clone()
+        logits[3] = float("nan")
+        return logits
+
+    add(core, "victim", PROMPTS[2], SamplingParams(max_tokens=4, prompt_logprobs=0, ignore_eos=True))
+    add(core, "neighbour", PROMPTS[0])
+    monkeypatch.setattr(core.runner.executor, "forward", poisoned)
+    updates = {update.request_id: update for update in core.step()}
+    monkeypatch.setattr(core.runner.executor, "forward", forward)
+    assert "not finite" in (updates["victim"].error or "")
+    assert list(updates["neighbour"].token_ids) + drain(core)["neighbour"] == expected["0"]
 
 
 def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(make_core: MakeCore) -> None:
