@@ -50,6 +50,28 @@ INT32 = 1 << 31
 SLOW_SECONDS = 0.1  # of a first launch, which a compiled kernel takes a tenth of
 
 
+def _let_keys_be_reproducible() -> None:
+    """Give a kernel the same key of Triton's cache in every process.
+
+    The key takes in the global constants of the functions that a kernel calls. Triton merges a function's constants
+    before it has looked for them, so only those are in it that another kernel's key had asked for earlier; a launch
+    then does not find what a worker has compiled that came to the kernel by another way.
+    """
+    finder: Any = getattr(triton.runtime.jit, "DependenciesFinder", None)
+    merge = getattr(finder, "_update_hash", None)
+    if merge is None:
+        return
+
+    def merge_what_was_found(self: Any, function: Any) -> None:
+        _ = function.cache_key  # looks for the constants
+        merge(self, function)
+
+    finder._update_hash = merge_what_was_found
+
+
+_let_keys_be_reproducible()
+
+
 class _Variant(NamedTuple):
     """A compiled kernel: its launcher, the device's handle, and the constants behind its arguments."""
 

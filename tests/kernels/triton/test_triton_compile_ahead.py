@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import weakref
@@ -15,6 +16,7 @@ import triton
 from pretended_device import LAUNCHES, PretendedDriver
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITCallable
 
 from aphrodite.kernels.triton import compile_ahead, compile_worker, gated_gemm, step_inputs
 from aphrodite.kernels.triton.compile_ahead import Jobs
@@ -81,6 +83,27 @@ def test_launches_find_what_was_compiled_from_their_records(tmp_path: Path) -> N
     steps()
     assert len(LAUNCHES) == 6
     assert compiled(tmp_path) == 5
+
+
+def test_keys_do_not_depend_on_what_was_asked_for_before() -> None:
+    """Workers come to kernels in another order than launches do."""
+    pytest.importorskip("triton.experimental.gluon")
+    from aphrodite.kernels.triton import int4_mma, int4_wgmma, sampling_choose, sampling_listed, sampling_wide
+
+    kernels = [
+        *(int4_mma._int4_row_kernel, int4_mma._int4_rows_kernel, int4_wgmma._int4_wgmma_kernel),
+        *(sampling_choose.choose_kernel, sampling_listed.listed_kernel),
+        *(sampling_wide.widen_kernel, sampling_wide.draw_kernel),
+    ]
+
+    def keys(order: Sequence[DirectKernel]) -> dict[str, str]:
+        for function in gc.get_objects():
+            if issubclass(type(function), JITCallable):  # instances of others may warn when asked
+                function.hash, function.used_global_vals = None, {}
+        return {kernel.__name__: kernel.jitted.cache_key for kernel in order}
+
+    assert keys(kernels) == keys(kernels[::-1])
+    assert keys(kernels[:1]).items() <= keys(kernels[1:] + kernels[:1]).items()
 
 
 def test_workers_share_the_jobs_and_report_failures(tmp_path: Path) -> None:
