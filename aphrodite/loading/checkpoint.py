@@ -158,7 +158,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     metadata = ConfigReader(path, file.metadata)
     tensors = _with_splits(file, metadata)
     family = family_of_gguf(metadata)
-    architecture = ConfigReader(path, file.metadata, prefix=f"{family.gguf_architecture}.")
+    architecture = ConfigReader(path, file.metadata, prefix=f"{metadata.read('general.architecture', str)}.")
     spec = family.from_gguf(architecture, tensors)
     if family.predicts_further:
         tensors = without_further_layers(str(path), tensors, family.gguf.names, spec.num_layers)
@@ -233,21 +233,42 @@ def _open_safetensors(path: Path) -> Checkpoint:
         stored = without_further_layers(str(directory), stored, family.hf.names, spec.num_layers)
     tensors = unpack_tensors(stored, config, directory)
     head, embedding = (family.hf.names.checkpoint_name(f"{module}.weight") for module in ("head", "embed"))
-    if spec.tied_head and head in tensors and embedding in tensors:
-        if _same_bytes(tensors[head], tensors[embedding]):
-            del tensors[head]
-        else:  # transformers believes the weights, too
-            logger.warning("%s ties the output head to the embedding, but %s differs and is used", config.source, head)
-            spec = dataclasses.replace(spec, tied_head=False)
+    if head in tensors and embedding in tensors:
+        spec = _with_own_head(spec, config, tensors, head, embedding)
+    elif not spec.tied_head and embedding in tensors:
+        spec = _with_shared_head(spec, config)
     weights = match_weights(
         str(directory),
         spec,
         tensors,
-        family.hf,
+        family.hf if family.hf_of is None else family.hf_of(tensors),
         # The former is computed from the spec; quantizers write the latter for modules that have none.
         harmless=lambda name: name.endswith("rotary_emb.inv_freq") or _is_zero_bias(tensors[name]),
     )
     return _described(directory, "safetensors", config, spec, weights)
+
+
+def _with_own_head(
+    spec: ModelSpec, config: ConfigReader, tensors: dict[str, RawTensor], head: str, embedding: str
+) -> ModelSpec:
+    """`spec` for tensors with an output head; of a tied one the copy is taken out of them."""
+    if not spec.tied_head:
+        return spec
+    if _same_bytes(tensors[head], tensors[embedding]):
+        del tensors[head]
+        return spec
+    # transformers believes the weights, too
+    logger.warning("%s ties the output head to the embedding, but %s differs and is used", config.source, head)
+    return dataclasses.replace(spec, tied_head=False)
+
+
+def _with_shared_head(spec: ModelSpec, config: ConfigReader) -> ModelSpec:
+    """`spec` for tensors without an output head, though the text model's configuration does not say so."""
+    if any(name.endswith("Model") for name in config.strings("architectures")):
+        logger.warning("%s: the model has no output head: it makes embeddings, its texts mean nothing", config.source)
+    elif not (is_wrapped(config) and config.read("tie_word_embeddings", bool, True)):
+        return spec
+    return dataclasses.replace(spec, tied_head=True)
 
 
 def _of_causal_model(stored: dict[str, StoredTensor], embedding: str) -> dict[str, StoredTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -10,12 +11,15 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-# transformers 4 wrote the first two, transformers 5 the third.
+_VISION = re.compile(
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector|embed_vision|image_newline)(\.|$)"
+)
+# transformers 4 wrote the first two, transformers 5 the third; the last is SmolVLM's.
 _TEXT = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
+    "model.text_model.": "model.",
 }
 
 
@@ -26,7 +30,7 @@ def text_tensors(source: str, tensors: Mapping[str, T]) -> dict[str, T]:
         source: the checkpoint, for the log.
         tensors: whatever stands for them, by name.
     """
-    text = {_text_name(name): tensor for name, tensor in tensors.items() if not name.startswith(_VISION)}
+    text = {_text_name(name): tensor for name, tensor in tensors.items() if not _VISION.match(name)}
     if len(text) < len(tensors):
         logger.warning("%s: only the text part is served; the model will not see images", source)
     return text

@@ -68,14 +68,17 @@ preemption, graphs and, on a GPU, `--kv-cache-dtype fp8` work as elsewhere. Deco
 are; on a GPU long prompts have keys and values expanded where that is less work. GGUF files of all its models are \
 `deepseek2`. Its kernels are tested on an H100; a DeepSeek model of full size has not been served there yet.
 - *Layers that predict further tokens* (DeepSeek V3, GLM 4.5) are not used. The log says so.
-- *Models that see images* are served without their vision part. The log says so.
+- *Models that see images* are served without their vision part. The log says so. Which text model is \
+inside, `text_config` tells: LLaVA, InternVL and the like come with those of several families. Others (Gemma 3n, \
+Llama 3.2 Vision, Llama 4, PaliGemma, Qwen 3.5) are not served.
 - *Gemma's norms* are stored less one; the sum is kept in float32 whatever the compute type."""
 
 # Families that the native CPU library runs; its executor decides by the model (`NativeExecutor.declines`).
 NATIVE_FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm2"),
     *("glm", "glm4", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2", "olmo3", "stablelm", "cohere", "cohere2"),
-    *("seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "glm4_moe"),
+    *("seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe"),
+    *("granitemoe", "granitemoehybrid"),
 )
 
 
@@ -91,7 +94,10 @@ def _cells(family: Family) -> tuple[str, str, str]:
     architectures = ", ".join(f"`{name}`" for name in family.architectures)
     if family.wrapped_by:
         architectures += "; text part of " + ", ".join(f"`{name}`" for name in family.wrapped_by)
-    return family.title, architectures, f"`{family.gguf_architecture}`" if family.gguf_architecture else "–"
+    gguf = f"`{family.gguf_architecture}`" if family.gguf_architecture else "–"
+    if family.gguf_wrapped_by:
+        gguf += "; text part of " + ", ".join(f"`{name}`" for name in family.gguf_wrapped_by)
+    return family.title, architectures, gguf
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from aphrodite.models.families.gemma3 import GEMMA3
 from aphrodite.models.families.glm4 import GLM, GLM4
 from aphrodite.models.families.glm4_moe import GLM4_MOE
 from aphrodite.models.families.gpt_oss import GPT_OSS
-from aphrodite.models.families.granite import GRANITE, GRANITE_MOE
+from aphrodite.models.families.granite import GRANITE, GRANITE_HYBRID, GRANITE_MOE
 from aphrodite.models.families.internlm2 import INTERNLM2
 from aphrodite.models.families.llama import LLAMA
 from aphrodite.models.families.mistral import MINISTRAL3, MISTRAL
@@ -54,6 +54,7 @@ FAMILIES: tuple[Family, ...] = (
     GPT_OSS,
     GRANITE,
     GRANITE_MOE,
+    GRANITE_HYBRID,
     INTERNLM2,
     OLMO2,
     OLMO3,
@@ -68,6 +69,7 @@ def family_of_config(config: ConfigReader) -> Family:
     """The family that a config.json's `architectures` names, or its `model_type` where there are none.
 
     Models that see images may have text models of several families, which the text model's `model_type` tells apart.
+    What is saved without an output head, as embedding models are, says `XModel` for `XForCausalLM`.
 
     Raises:
         UnknownArchitectureError: none is supported; the message lists those that are.
@@ -77,8 +79,12 @@ def family_of_config(config: ConfigReader) -> Family:
         if any(name in family.architectures for name in found):
             return family
         if any(name in family.wrapped_by for name in found):
-            text = config.section("text_config")
-            return family_named(text.read("model_type", str, "") if text is not None else "") or family
+            return _family_of_text(config, family)
+    if not _sees_both_ways(config):
+        whole = {name.removesuffix("Model") + "ForCausalLM" for name in found if name.endswith("Model")}
+        bare = next((family for family in FAMILIES if not whole.isdisjoint(family.architectures)), None)
+        if bare is not None:
+            return bare
     if not found:
         found = [config.read("model_type", str, "")]
         family_of_type = family_named(found[0])
@@ -86,6 +92,22 @@ def family_of_config(config: ConfigReader) -> Family:
             return family_of_type
     known = [name for family in FAMILIES for name in family.architectures + family.wrapped_by]
     raise _unsupported(config.source, ", ".join(found), known)
+
+
+def _family_of_text(config: ConfigReader, usual: Family) -> Family:
+    """The family of the text part of a model that also sees images."""
+    kind = (config.section("text_config") or config).read("model_type", str, "")
+    own = config.read("model_type", str, "")
+    found = family_named(kind)
+    if found is None and kind not in ("", own, f"{own}_text"):
+        known = [family.name for family in FAMILIES]
+        raise _unsupported(config.source, f"{', '.join(config.strings('architectures'))} with {kind}", known)
+    return found or usual
+
+
+def _sees_both_ways(config: ConfigReader) -> bool:
+    """Whether tokens attend to those behind them, as in some embedding models."""
+    return config.is_set("use_bidirectional_attention") or not config.read("is_causal", bool, True)
 
 
 def family_named(model_type: str) -> Family | None:
@@ -102,9 +124,11 @@ def text_config(config: ConfigReader) -> ConfigReader:
     if not is_wrapped(config):
         return config
     section = config.section("text_config")
-    if section is None:
+    if section is not None:
+        return section
+    if not config.has("hidden_size"):  # Qwen 2 VL's first files describe the text model beside the rest
         raise config.wrong("text_config", "an object (the text model)", None)
-    return section
+    return config
 
 
 def is_wrapped(config: ConfigReader) -> bool:
@@ -121,7 +145,7 @@ def family_of_gguf(metadata: ConfigReader) -> Family:
     """
     found = metadata.read("general.architecture", str)
     for family in FAMILIES:
-        if family.gguf_architecture == found:
+        if found == family.gguf_architecture or found in family.gguf_wrapped_by:
             return family
     known = [family.gguf_architecture for family in FAMILIES if family.gguf_architecture]
     raise _unsupported(metadata.source, found, known)

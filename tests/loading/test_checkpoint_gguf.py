@@ -154,6 +154,18 @@ def test_qwen2_rows_are_in_halves_already(tmp_path: Path) -> None:
     assert (spec.family, spec.qkv_bias, spec.output_bias) == ("qwen2", True, False)
 
 
+@pytest.mark.parametrize(("kind", "architecture"), [("qwen2", "qwen2vl"), ("qwen3", "qwen3vl")])
+def test_text_parts_of_qwens_that_see_images(tmp_path: Path, kind: str, architecture: str) -> None:
+    model = tiny(kind, head_dim=HEAD_DIM) if kind == "qwen3" else tiny(kind)
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_dimension_sections([2, 3, 3, 0])
+
+    path = write(tmp_path / "t.gguf", gguf_tensors(model, permute=False), edit, architecture=architecture)
+    assert_same_weights(path, model)
+    assert open_checkpoint(path).architecture == architecture
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_qwen3_has_norms_of_heads_and_heads_of_their_own_size(tmp_path: Path, tied: bool) -> None:
     model = tiny("qwen3", head_dim=32, tie_word_embeddings=tied)

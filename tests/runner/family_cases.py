@@ -392,6 +392,28 @@ CASES: dict[str, Case] = {
         granite_moe_keys,
         permutes=True,
     ),
+    "granite 4": Case(
+        "GraniteMoeHybrid",
+        {
+            **MULTIPLIERS,
+            "layer_types": ["full_attention"] * 4,
+            "mamba_n_heads": HEADS,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "granite 4 with experts and without positions": Case(
+        "GraniteMoeHybrid",
+        {
+            **MULTIPLIERS,
+            "layer_types": ["full_attention"] * 4,
+            "mamba_n_heads": HEADS,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "shared_intermediate_size": 96,
+        },
+    ),
     "deepseek v2 lite": Case(
         "DeepseekV2",
         {**LATENTS, "q_lora_rank": None, "rope_parameters": LATENT_YARN, "routed_scaling_factor": 1.5},

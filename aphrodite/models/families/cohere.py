@@ -108,6 +108,7 @@ COHERE2 = Family(
     name="cohere2",
     title="Command-R7B, Command-A",
     architectures=("Cohere2ForCausalLM",),
+    wrapped_by=("Cohere2VisionForConditionalGeneration", "AyaVisionForConditionalGeneration"),
     from_config=_cohere2_from_config,
     gguf_architecture="cohere2",
     from_gguf=_cohere2_from_gguf,

@@ -33,12 +33,13 @@ class Family:
         architectures: names in config.json's `architectures`; `name` also matches `model_type`.
         gguf_architecture: value of GGUF's `general.architecture`, or None when GGUF files of this
             family carry another family's.
-        wrapped_by: names there of models that see images, whose text part is of this family and described by
-            `text_config`.
+        wrapped_by: names in `architectures` of models that see images, whose text part is of this family unless the
+            `model_type` of their `text_config` names another.
+        gguf_wrapped_by: values of `general.architecture` of the text parts of such models.
         from_config: config.json → spec.
         from_gguf: reader of the architecture's own keys, and the tensors → spec.
         hf, gguf: how safetensors and GGUF files of the family name and keep their tensors.
-        gguf_of: the latter, where it has changed over time and shows in the tensors that there are.
+        hf_of, gguf_of: the same, where it has changed over time and shows in the tensors that there are.
         predicts_further: files may have more layers than the decoder, which are left out.
     """
 
@@ -48,9 +49,11 @@ class Family:
     wrapped_by: tuple[str, ...] = ()
     from_config: Callable[[ConfigReader], ModelSpec]
     gguf_architecture: str | None = None
+    gguf_wrapped_by: tuple[str, ...] = ()
     from_gguf: Callable[[ConfigReader, Mapping[str, RawTensor]], ModelSpec]
     hf: Storage = HF_STORAGE
     gguf: Storage = GGUF_STORAGE
+    hf_of: Callable[[Mapping[str, RawTensor]], Storage] | None = None
     gguf_of: Callable[[Mapping[str, RawTensor]], Storage] | None = None
     predicts_further: bool = False
 

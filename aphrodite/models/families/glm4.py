@@ -65,6 +65,7 @@ GLM4 = Family(
     name="glm4",
     title="GLM-4-0414, GLM-Z1",
     architectures=("Glm4ForCausalLM",),
+    wrapped_by=("Glm4vForConditionalGeneration",),
     from_config=_glm4_from_config,
     gguf_architecture="glm4",
     from_gguf=_glm4_from_gguf,

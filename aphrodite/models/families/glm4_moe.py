@@ -51,6 +51,7 @@ GLM4_MOE = Family(
     name="glm4_moe",
     title="GLM 4.5, 4.5-Air, 4.6, 4.7",
     architectures=("Glm4MoeForCausalLM",),
+    wrapped_by=("Glm4vMoeForConditionalGeneration",),
     from_config=_from_config,
     gguf_architecture="glm4moe",
     from_gguf=_from_gguf,

@@ -51,6 +51,21 @@ def _moe_from_config(config: ConfigReader) -> ModelSpec:
     return _scaled_from_config(dataclasses.replace(spec, moe=moe), config)
 
 
+def _hybrid_from_config(config: ConfigReader) -> ModelSpec:
+    """Granite 4's configuration of those of its models that have attention in every layer."""
+    kinds = config.strings("layer_types")
+    if not kinds or any(kind not in ("attention", "full_attention") for kind in kinds):
+        raise config.wrong("layer_types", "attention in every layer (state spaces are not supported)", kinds)
+    width = config.read("shared_intermediate_size", int, low=1, high=MAX_WIDTH)
+    if config.read("num_local_experts", int, 0):
+        spec = _moe_from_config(config)
+    else:
+        spec = dataclasses.replace(_from_config(config), intermediate_size=width)
+    if config.read("position_embedding_type", str, "nope") != "rope":
+        spec = dataclasses.replace(spec, layer_rotaries=(None,) * spec.num_layers)
+    return spec
+
+
 def _scaled_from_config(spec: ModelSpec, config: ConfigReader) -> ModelSpec:
     return _scaled(
         spec,
@@ -83,12 +98,21 @@ def _scaled_from_gguf(spec: ModelSpec, config: ConfigReader) -> ModelSpec:
 
 GRANITE = Family(
     name="granite",
-    title="Granite 3, 4 (dense)",
+    title="Granite 3 (dense)",
     architectures=("GraniteForCausalLM",),
     from_config=_from_config,
     gguf_architecture="granite",
     from_gguf=_from_gguf,
     gguf=Storage(names=GGUF_NAMES, interleaved=True),
+)
+_MOE_NAMES = HF_NAMES.renamed(
+    router="block_sparse_moe.router.layer",
+    expert_gate="block_sparse_moe.input_linear",
+    expert_up="block_sparse_moe.input_linear",
+    expert_down="block_sparse_moe.output_linear",
+    shared_gate="shared_mlp.input_linear",
+    shared_up="shared_mlp.input_linear",
+    shared_down="shared_mlp.output_linear",
 )
 GRANITE_MOE = Family(
     name="granitemoe",
@@ -97,16 +121,18 @@ GRANITE_MOE = Family(
     from_config=_moe_from_config,
     gguf_architecture="granitemoe",
     from_gguf=_moe_from_gguf,
+    hf=Storage(names=_MOE_NAMES),
+    gguf=Storage(names=GGUF_NAMES, interleaved=True),
+)
+GRANITE_HYBRID = Family(
+    name="granitemoehybrid",
+    title="Granite 4 with attention only (350M, 1B, Micro)",
+    architectures=("GraniteMoeHybridForCausalLM",),
+    from_config=_hybrid_from_config,
+    from_gguf=_from_gguf,  # their files say "granite" or "granitemoe"
     hf=Storage(
-        names=HF_NAMES.renamed(
-            router="block_sparse_moe.router.layer",
-            expert_gate="block_sparse_moe.input_linear",
-            expert_up="block_sparse_moe.input_linear",
-            expert_down="block_sparse_moe.output_linear",
-            shared_gate="shared_mlp.input_linear",
-            shared_up="shared_mlp.input_linear",
-            shared_down="shared_mlp.output_linear",
+        names=_MOE_NAMES.renamed(
+            gate="shared_mlp.input_linear", up="shared_mlp.input_linear", down="shared_mlp.output_linear"
         )
     ),
-    gguf=Storage(names=GGUF_NAMES, interleaved=True),
 )

@@ -42,7 +42,8 @@ _GGUF = Storage(names=GGUF_NAMES, interleaved=True)
 LLAMA = Family(
     name="llama",
     title="Llama 2 to 3.3, SmolLM 1 and 2, Yi, Falcon 3, DeepSeek LLM, Vicuna",
-    architectures=("LlamaForCausalLM",),
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    wrapped_by=("LlavaForConditionalGeneration", "Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     from_config=_from_config,
     gguf_architecture="llama",
     from_gguf=_from_gguf,

@@ -56,7 +56,7 @@ MISTRAL = Family(
     name="mistral",
     title="Mistral 7B, Nemo, Small, Large; Ministral 8B",
     architectures=("MistralForCausalLM",),
-    wrapped_by=("Mistral3ForConditionalGeneration",),
+    wrapped_by=("Mistral3ForConditionalGeneration", "LlavaNextForConditionalGeneration"),
     from_config=_from_config,
     from_gguf=LLAMA.from_gguf,
 )

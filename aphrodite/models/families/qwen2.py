@@ -38,6 +38,13 @@ QWEN2 = Family(
     title="Qwen 1.5, 2, 2.5; QwQ",
     architectures=("Qwen2ForCausalLM",),
     from_config=_from_config,
+    wrapped_by=(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "InternVLForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+    ),
     gguf_architecture="qwen2",
+    gguf_wrapped_by=("qwen2vl",),
     from_gguf=_from_gguf,
 )

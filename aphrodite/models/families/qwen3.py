@@ -35,6 +35,8 @@ QWEN3 = Family(
     title="Qwen 3 (dense)",
     architectures=("Qwen3ForCausalLM",),
     from_config=_from_config,
+    wrapped_by=("Qwen3VLForConditionalGeneration",),
     gguf_architecture="qwen3",
+    gguf_wrapped_by=("qwen3vl",),
     from_gguf=_from_gguf,
 )

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
-from aphrodite.loading.parameters import HF_NAMES, Storage
+from aphrodite.loading.parameters import HF_NAMES, HF_STORAGE, Storage
 from aphrodite.models.families.common import (
     MAX_LAYERS,
     MAX_WIDTH,
@@ -64,6 +64,8 @@ def _qwen3_from_config(config: ConfigReader) -> ModelSpec:
         qkv_bias=attention_bias,
         output_bias=attention_bias,
     )
+    if config.read("model_type", str, "") == "qwen3_vl_moe_text":  # which always does
+        config = config.with_defaults({"norm_topk_prob": True})
     return dataclasses.replace(spec, moe=_moe(config))
 
 
@@ -72,6 +74,19 @@ def _qwen3_from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> 
     return dataclasses.replace(spec, moe=moe_from_gguf(config, tensors, normalize=True))
 
 
+def _qwen3_storage(tensors: Mapping[str, RawTensor]) -> Storage:
+    """Qwen 3 VL has all experts of a layer in two tensors: `[experts, in, out]` as published, `[experts, out, in]` as
+    transformers may save them."""
+    fused = next((name for name in tensors if name.endswith(_DOWN)), None)
+    if fused is None:
+        return HF_STORAGE
+    router = tensors.get(fused.removesuffix(_DOWN) + "mlp.gate.weight")
+    transposed = router is None or tensors[fused].shape[-1] == router.shape[-1]
+    return Storage(names=HF_NAMES.renamed(_FUSED), transposed_experts=transposed)
+
+
+_GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+_FUSED = {"expert_gate.weight": _GATE_UP, "expert_up.weight": _GATE_UP, "expert_down.weight": _DOWN}
 QWEN2_MOE = Family(
     name="qwen2_moe",
     title="Qwen 1.5 MoE, Qwen 2 57B-A14B",
@@ -93,6 +108,9 @@ QWEN3_MOE = Family(
     title="Qwen 3 30B-A3B, 235B-A22B",
     architectures=("Qwen3MoeForCausalLM",),
     from_config=_qwen3_from_config,
+    wrapped_by=("Qwen3VLMoeForConditionalGeneration",),
     gguf_architecture="qwen3moe",
+    gguf_wrapped_by=("qwen3vlmoe",),
     from_gguf=_qwen3_from_gguf,
+    hf_of=_qwen3_storage,
 )

@@ -28,6 +28,7 @@ _CONFIG_KINDS: dict[str, RotaryScaling] = {
     "llama3": "llama3",
     "longrope": "longrope",
     "su": "longrope",
+    "mrope": "none",  # of models that see images; all its positions are the same within a text
 }
 _GGUF_KINDS: dict[str, RotaryScaling] = {"none": "none", "linear": "linear", "yarn": "yarn"}
 
