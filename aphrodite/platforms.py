@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
 MINIMUM_CAPABILITY = (7, 5)  # of the cards that Triton compiles for
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 Kind = Literal["cuda", "hip", "none"]
 
@@ -44,6 +46,11 @@ class Platform:
     def has_dependent_launch(self) -> bool:
         """Whether a kernel may start while the one before it still runs."""
         return self.kind == "cuda" and self.capability >= (9, 0)
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether bfloat16 is multiplied in hardware, and kernels with it compile."""
+        return self.kind == "hip" or self.capability >= (8, 0)
 
     @property
     def has_cudnn_attention(self) -> bool:
@@ -103,12 +110,24 @@ def unusable_reason() -> str | None:
     """Why models cannot run on a GPU here; None if they can."""
     platform = current()
     if platform.kind == "none":
-        return "torch finds no GPU (a CPU build of torch, no driver, or no card)"
+        return f"torch finds no GPU: {_why_there_is_none()}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
     if platform.kind == "cuda" and platform.capability < MINIMUM_CAPABILITY:
         return f"{platform.name} is older than compute capability 7.5, which the kernels need"
     return None
+
+
+def _why_there_is_none() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for CPUs only; pytorch.org has builds for GPUs"
+    hidden = [f"{name} is {os.environ[name]!r}" for name in _VISIBLE if name in os.environ]
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, one that is too old for this torch, no card
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        return f"{reason} ({', '.join(hidden)})" if hidden else reason
+    return "the driver shows none"
 
 
 def is_hip() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -32,17 +33,26 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, hip: bool, **properties: object)
 
 
 @pytest.mark.parametrize(
-    ("capability", "dependent", "fp8"),
-    [((9, 0), True, torch.float8_e4m3fn), ((8, 9), False, torch.float8_e4m3fn), ((8, 6), False, None)],
+    ("capability", "dependent", "fp8", "bfloat16"),
+    [
+        ((9, 0), True, torch.float8_e4m3fn, True),
+        ((8, 9), False, torch.float8_e4m3fn, True),
+        ((8, 6), False, None, True),
+        ((7, 5), False, None, False),
+    ],
 )
 def test_cuda_cards_by_capability(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dependent: bool, fp8: torch.dtype | None
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dependent: bool,
+    fp8: torch.dtype | None,
+    bfloat16: bool,
 ) -> None:
     pretend(monkeypatch, hip=False, major=capability[0], minor=capability[1])
     platform = platforms.current()
     assert (platform.kind, platform.name, platform.multiprocessors) == ("cuda", "card", 100)
     assert (platform.capability, platform.architecture) == (capability, f"sm_{capability[0]}{capability[1]}")
-    assert (platform.has_dependent_launch, platform.fp8_dtype) == (dependent, fp8)
+    assert (platform.has_dependent_launch, platform.fp8_dtype, platform.has_bfloat16) == (dependent, fp8, bfloat16)
     assert platform.describe() == f"card ({platform.architecture}, 100 multiprocessors)"
 
 
@@ -73,6 +83,45 @@ def test_without_a_card_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert platforms.current().describe() == "none"
     assert platforms.current().fp8_dtype is None
     assert "no GPU" in str(platforms.unusable_reason())
+
+
+OLD_DRIVER = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "visible", "words"),
+    [
+        (RuntimeError(OLD_DRIVER), None, r"too old \(found version 11040\)$"),
+        (RuntimeError("No CUDA GPUs are available"), "", "available .CUDA_VISIBLE_DEVICES is ''.$"),
+        (
+            RuntimeError("Found no NVIDIA driver on your system.\nPlease check"),
+            None,
+            "no NVIDIA driver on your system.$",
+        ),
+    ],
+)
+def test_why_torch_finds_none_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, visible: str | None, words: str
+) -> None:
+    def init() -> None:
+        raise error
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert re.search(words, str(platforms.unusable_reason()))
+
+
+def test_a_build_for_cpus_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "built for CPUs only" in str(platforms.unusable_reason())
 
 
 def test_cards_too_old_and_missing_triton_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

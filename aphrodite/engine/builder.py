@@ -18,6 +18,7 @@ from aphrodite.core.scheduler import Scheduler, SchedulerConfig
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import EmbeddingInfo, EngineInfo
 from aphrodite.engine.preparation import named_adapters
+from aphrodite.engine.room import has_driver
 from aphrodite.engine.sampling_defaults import sampling_defaults
 from aphrodite.errors import ConfigError
 from aphrodite.layers.dense import short_name
@@ -31,7 +32,7 @@ from aphrodite.quantization.at_load import QuantizedWeights
 from aphrodite.quantization.types import QuantType, RawTensor
 from aphrodite.runner.data_plane import DataPlane
 from aphrodite.runner.executor import DeviceModelExecutor, Executor, ModelExecutor
-from aphrodite.runner.memory import HOST_SHARE, MemoryPlan, device_workspace, plan_memory
+from aphrodite.runner.memory import GIB, HOST_SHARE, MemoryPlan, device_workspace, format_bytes, plan_memory
 from aphrodite.runner.native import KvDtype, NativeExecutor
 from aphrodite.runner.runner import Runner
 from aphrodite.runner.torch_executor import TorchExecutor
@@ -337,6 +338,8 @@ def _serves_on_gpu(config: EngineConfig) -> bool:
     reason = platforms.unusable_reason()
     if reason is not None and asked:
         raise ConfigError(f"--device cuda: {reason}")
+    if reason is not None and has_driver():
+        logger.warning("serving on the CPU though there is a GPU's driver: %s", reason)
     return reason is None
 
 
@@ -357,7 +360,10 @@ def _build_on_device(
     wanted_model_len = config.max_model_len or spec.max_position
     device = torch.device("cuda", torch.cuda.current_device())
     free_before, total = platforms.memory(device)
-    executor = _device_executor(config, checkpoint, wanted_model_len, device, progress, adapters)
+    try:
+        executor = _device_executor(config, checkpoint, wanted_model_len, device, progress, adapters)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(_too_large(checkpoint, free_before, total)) from error
     workspace = device_workspace(
         spec,
         total=total,
@@ -379,16 +385,23 @@ def _build_on_device(
         budget=config.kv_cache_memory or usable - loaded - workspace,
         workspace_bytes=workspace,
     )
-    runner = DeviceRunner(
-        executor,
-        num_rows=limits.max_num_seqs,
-        num_blocks=memory.num_blocks,
-        max_model_len=memory.max_model_len,
-        eos_token_ids=eos_token_ids,
-        async_depth=limits.async_depth,
-        use_graphs=config.enable_graphs,
-        tokenizer=tokenizer,
-    )
+    try:
+        runner = DeviceRunner(
+            executor,
+            num_rows=limits.max_num_seqs,
+            num_blocks=memory.num_blocks,
+            max_model_len=memory.max_model_len,
+            eos_token_ids=eos_token_ids,
+            async_depth=limits.async_depth,
+            use_graphs=config.enable_graphs,
+            tokenizer=tokenizer,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a KV cache of {format_bytes(memory.kv_bytes)} and the tables of {limits.max_num_seqs} sequences do not"
+            f" fit the GPU, of which {format_bytes(platforms.memory(device).free)} are free: lower --kv-cache-memory,"
+            " --gpu-memory-utilization or --max-num-seqs"
+        ) from error
     report = partial(progress, "preparing kernels") if progress is not None else lambda done, total: None
     runner.warm_up(limits.max_num_batched_tokens, report)
     return _Built(runner, memory, limits)
@@ -404,6 +417,8 @@ def _device_executor(
 ) -> DeviceModelExecutor:
     fp8 = config.quantization == "fp8"
     dtype = _DTYPES.get(config.dtype) or (torch.bfloat16 if fp8 else _device_dtype(checkpoint))
+    if dtype is torch.bfloat16 and not platforms.current().has_bfloat16:
+        raise ConfigError(f"{platforms.current().name} has no bfloat16: use --dtype float16 or float32")
     kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, dtype)
     if isinstance(checkpoint, Checkpoint):
         from aphrodite.runner.device_executor import DeviceExecutor
@@ -431,6 +446,21 @@ def _device_executor(
     )  # fmt: skip
 
 
+def _too_large(checkpoint: Checkpoint | ForeignLoader, free: int, total: int) -> str:
+    """What to tell who wants a model whose weights do not fit the GPU."""
+    others = total - free
+    held = f", for other programs hold {format_bytes(others)}" if others > total // 10 else ""
+    stored = (checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint.checkpoint).weight_bytes
+    advice = "take a smaller or a quantized file of the model"
+    if isinstance(checkpoint, Checkpoint):
+        offload = max(1, -(-(stored - free // 2) // GIB))
+        advice += f", --quantization int4, or --cpu-offload-gb {offload}, which keeps so much in host memory and is slow"
+    return (
+        f"the weights do not fit the GPU: {format_bytes(stored)} as they are stored, and {format_bytes(free)} of its"
+        f" {format_bytes(total)} were free{held}; {advice}"
+    )
+
+
 def _not_for_foreign(setting: str, loader: ForeignLoader) -> str:
     return f"{setting} is for built-in models; {loader.spec.family} is left to transformers"
 
@@ -448,9 +478,15 @@ def _weights(
 def _device_dtype(checkpoint: Checkpoint | ForeignLoader) -> torch.dtype:
     """The checkpoint's own 16-bit type, else bfloat16 where the GPU has it."""
     most = next(iter(checkpoint.tensors_by_type))
-    if most is QuantType.F16 or not torch.cuda.is_bf16_supported(including_emulation=False):
+    if most is QuantType.F16:
         return torch.float16
-    return torch.bfloat16
+    if platforms.current().has_bfloat16:
+        return torch.bfloat16
+    logger.warning(
+        "%s has no bfloat16: computing in float16, which large values of some models overflow; --dtype float32 is safe",
+        platforms.current().name,
+    )
+    return torch.float16
 
 
 def _limits(config: EngineConfig, defaults: StepLimits) -> StepLimits:

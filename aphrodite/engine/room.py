@@ -34,10 +34,15 @@ def model_room(config: EngineConfig) -> Room:
     return Room(int(psutil.virtual_memory().available * _HOST_SHARE), "memory")
 
 
+def has_driver() -> bool:
+    """Whether this machine has the driver of a GPU; not told elsewhere than on Linux."""
+    return any(Path(driver).exists() for driver in _DRIVERS)
+
+
 def _free_on_gpu() -> int | None:
     """Bytes, None without a GPU that can be used. Asked in a process of its own, for torch would stay in this one with
     a context on the GPU."""
-    if sys.platform == "linux" and not any(Path(driver).exists() for driver in _DRIVERS):
+    if sys.platform == "linux" and not has_driver():
         return None
     try:
         asked = subprocess.run(

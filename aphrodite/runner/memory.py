@@ -98,9 +98,9 @@ def plan_memory(
     num_blocks = min(budget // kv_bytes_per_block, useful)
     if num_blocks < 2:
         raise ConfigError(
-            f"the KV cache would hold {num_blocks} blocks of {block_size} tokens:"
+            f"the KV cache would hold {max(num_blocks, 0)} blocks of {block_size} tokens:"
             f" {format_bytes(max(budget, 0))} at {kv_bytes_per_block:,} bytes a block; give it more with"
-            f" {'--gpu-memory-utilization or ' if workspace_bytes else ''}--kv-cache-memory"
+            f" {_roomier(weight_bytes, workspace_bytes) if workspace_bytes else '--kv-cache-memory'}"
         )
     fits = min(wanted_model_len, num_blocks * block_size)
     if fixed_model_len and fits < wanted_model_len:
@@ -118,6 +118,14 @@ def plan_memory(
         max_model_len=fits,
         wanted_model_len=wanted_model_len,
         workspace_bytes=workspace_bytes,
+    )
+
+
+def _roomier(weight_bytes: int, workspace_bytes: int) -> str:
+    return (
+        f"--gpu-memory-utilization or --kv-cache-memory, or take less than {format_bytes(weight_bytes)} for weights"
+        f" (--quantization, --cpu-offload-gb) and {format_bytes(workspace_bytes)} for steps (--max-num-batched-tokens,"
+        " --max-num-seqs)"
     )
 
 

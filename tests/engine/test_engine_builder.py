@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from aphrodite import platforms
 from aphrodite.config import EngineConfig
-from aphrodite.engine.builder import build_engine
+from aphrodite.engine.builder import _device_dtype, build_engine
 from aphrodite.errors import ConfigError
+from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.runner.memory import device_workspace, plan_memory
 
@@ -75,6 +78,45 @@ def test_a_gpus_plan_counts_chats_and_names_its_own_flag() -> None:
 def test_a_gpu_without_room_is_refused_with_what_to_change() -> None:
     with pytest.raises(ConfigError, match="--gpu-memory-utilization or --kv-cache-memory"):
         plan(budget=-5)
+
+
+def test_a_gpu_filled_by_weights_is_told_what_takes_less() -> None:
+    with pytest.raises(ConfigError, match=r"less than 1.00 GiB for weights .*--cpu-offload-gb.* and 512 MiB for steps"):
+        plan(budget=-5)
+
+
+def test_weights_that_do_not_fit_the_gpu_are_refused_with_what_to_do(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(platforms, "unusable_reason", lambda: None)
+    monkeypatch.setattr(platforms, "memory", lambda device: platforms.DeviceMemory(3 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("aphrodite.engine.builder._device_executor", full)
+    config = EngineConfig(model=str(tiny_model), load_format="dummy", device="cuda")
+    with pytest.raises(ConfigError, match=r"3.00 GiB of its 8.00 GiB were free, for other programs hold 5.0.*--cpu"):
+        build_engine(config, ())
+
+
+def test_cards_without_bfloat16_compute_in_float16(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turing = platforms.Platform(kind="cuda", name="T4", architecture="sm_75", capability=(7, 5))
+    checkpoint = open_checkpoint(tiny_model, load_format="dummy")
+    monkeypatch.setattr(platforms, "current", lambda: turing)
+    assert _device_dtype(checkpoint) is torch.float16
+    monkeypatch.setattr(platforms, "current", lambda: dataclasses.replace(turing, capability=(8, 0)))
+    assert _device_dtype(checkpoint) is torch.bfloat16
+
+
+def test_a_driver_that_is_not_used_is_mentioned(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(platforms, "unusable_reason", lambda: "the driver is too old")
+    monkeypatch.setattr("aphrodite.engine.builder.has_driver", lambda: True)
+    config = EngineConfig(model=str(tiny_model), load_format="dummy", threads=1, kv_cache_memory=1 << 22)
+    build_engine(config, ()).core.close()
+    assert "the driver is too old" in caplog.text
 
 
 def test_the_workspace_holds_the_largest_steps_activations_and_logits() -> None:
