@@ -52,6 +52,11 @@ def resolve_model(
         path = find_default_model(cache_dir=config.cache_dir, allow_download=allow_download)
     else:
         path = Path(config.model)
+        if not path.exists():
+            raise ConfigError(
+                f"{config.model}: there is no such file or folder; a model is a GGUF file, a folder with a checkpoint, "
+                "or a name on the Hugging Face hub (ORG/NAME, ORG/NAME:Q4_K_M)"
+            )
     return dataclasses.replace(config, model=str(path)), path
 
 

@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from aphrodite.cli.main import app
+from aphrodite.config import EngineConfig
+from aphrodite.engine.preparation import resolve_model
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.llm import LLM
 from aphrodite.loading import downloads
@@ -370,3 +372,12 @@ def test_a_path_that_exists_is_no_name(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert parse_name("org/name") is None
+
+
+def test_a_file_that_is_not_there_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_name("models/tale.gguf") == ModelName("models/tale.gguf")  # may be a repository
+    (tmp_path / "models").mkdir()
+    assert parse_name("models/tale.gguf") is None
+    with pytest.raises(ConfigError, match=r"models/tale\.gguf: there is no such file or folder"):
+        resolve_model(EngineConfig(model="models/tale.gguf"))
