@@ -454,7 +454,7 @@ def _too_large(checkpoint: Checkpoint | ForeignLoader, free: int, total: int) ->
     advice = "take a smaller or a quantized file of the model"
     if isinstance(checkpoint, Checkpoint):
         offload = max(1, -(-(stored - free // 2) // GIB))
-        advice += f", --quantization int4, or --cpu-offload-gb {offload}, which keeps so much in host memory and is slow"
+        advice += f", --quantization int4, or --cpu-offload-gb {offload}, which keeps so much in host memory, slowly"
     return (
         f"the weights do not fit the GPU: {format_bytes(stored)} as they are stored, and {format_bytes(free)} of its"
         f" {format_bytes(total)} were free{held}; {advice}"
