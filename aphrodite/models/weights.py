@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from aphrodite.errors import ModelFormatError
+from aphrodite.errors import ConfigError, ModelFormatError
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.layers.dense import to_dense
 from aphrodite.layers.embedding import Embedding, build_embedding
@@ -102,6 +102,7 @@ def load_weights(
         fp8: quantize the layers' matrices to fp8 on a GPU; embedding and head stay.
 
     Raises:
+        ConfigError: the host has not the memory that is to be offloaded to.
         ModelFormatError: a tensor is missing or has another shape than the spec says.
     """
     return _Loader(spec, tensors, dtype, device, fp8).load(offload_bytes)
@@ -342,7 +343,11 @@ def _projections(layer: LayerWeights) -> tuple[torch.Tensor, ...]:
 
 def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
     """The same in host memory from which a GPU copies by itself."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+    try:
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        raise ConfigError("the host has not so much memory to keep weights in: lower --cpu-offload-gb") from error
+    return host.copy_(tensor)
 
 
 def _kind(layer: LayerWeights) -> Hashable:
