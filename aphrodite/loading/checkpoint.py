@@ -167,7 +167,8 @@ def _open_gguf(path: Path) -> Checkpoint:
         spec,
         tensors,
         family.gguf if family.gguf_of is None else family.gguf_of(tensors),
-        harmless=lambda name: name in ROPE_TENSORS,  # already part of the spec
+        # The former are part of the spec already, the latter computed from it.
+        harmless=lambda name: name in ROPE_TENSORS or ".attn_rot_embd." in name,
     )
     return Checkpoint(
         path=path,

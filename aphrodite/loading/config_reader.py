@@ -150,7 +150,7 @@ class ConfigReader:
         return value
 
     def integers(self, key: str, *, low: int, high: int) -> list[int]:
-        """One whole number or a list of them; empty when it is absent or null.
+        """One whole number or a list (in GGUF, an array) of them; empty when it is absent or null.
 
         Raises:
             ModelFormatError: it is anything else, or one is out of bounds (inclusive).
@@ -158,11 +158,16 @@ class ConfigReader:
         value = self._values.get(self._prefix + key)
         if value is None:
             return []
-        items: list[object] = value if isinstance(value, list) else [value]
+        items = _items(value)
         found = [item for item in items if type(item) is int and low <= item <= high]
         if len(found) < len(items):
             raise self.wrong(key, _expectation(int, low, high) + " or a list of such", value)
         return found
+
+    def flags(self, key: str) -> list[bool]:
+        """The truth values of a list or array; empty when the key is absent or holds no such."""
+        items = _items(self._values.get(self._prefix + key))
+        return [item for item in items if isinstance(item, bool)] if len(items) > 1 else []
 
     def numbers(self, key: str, *, low: float, high: float) -> list[float]:
         """A list of numbers; empty when it is absent or null.
@@ -207,7 +212,7 @@ def parse_json_object(data: bytes, source: str) -> dict[str, object]:
         ModelFormatError: not JSON, or not an object.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error).replace("\n", " ")
         raise ModelFormatError(f"{source} is not valid JSON: {reason}; download it again") from None
@@ -223,6 +228,13 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice[:80]!r} appears twice")
     return found
+
+
+def _items(value: object) -> list[object]:
+    """Of a list or an array its items, of anything else itself."""
+    if isinstance(value, np.ndarray):
+        return list(value.tolist())
+    return value if isinstance(value, list) else [value]
 
 
 def _inside(value: bool | int | float | str, low: float, high: float) -> bool:

@@ -51,8 +51,10 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
 _QUANT_TYPES = {qtype.gguf_id: qtype for qtype in QuantType}
 # Names of ggml's other tensor types, so that a refusal can say what the file holds.
 _OTHER_TYPES = {
-    9: "Q8_1", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4", 41: "Q1_0"
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 31: "Q4_0_4_4",
+    32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
+_FIRST_OF_FORK = 96  # ik_llama.cpp numbers its own types from here on
 
 
 class GGUFStrings(Sequence[str]):
@@ -202,6 +204,8 @@ class _Header:
             return
         name, type_id = others[0]
         known = _OTHER_TYPES.get(type_id)
+        if known is None and _FIRST_OF_FORK < type_id < 1 << 9:
+            known = f"ik_llama.cpp's type {type_id}"
         more = f" ({len(others)} of {len(found)} tensors are of such types)" if len(others) > 1 else ""
         raise ModelFormatError(
             f"{self._path}: tensor {name!r} is stored as {known or f'unknown type {type_id}'}, which is not "

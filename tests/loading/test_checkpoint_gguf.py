@@ -296,6 +296,31 @@ def test_wrong_metadata_names_the_key(tmp_path: Path, edit: Edit, problem: str) 
     assert "\n" not in str(caught.value)
 
 
+def test_sizes_may_be_listed_by_layer(tmp_path: Path) -> None:
+    model = tiny()
+
+    def listed(heads: list[int]) -> Edit:
+        def edit(writer: gguf.GGUFWriter) -> None:
+            for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+                del writer.kv_data[0][f"llama.{key}"]
+            writer.add_head_count([HEADS] * 2)
+            writer.add_head_count_kv(heads)
+            writer.add_feed_forward_length([96, 96])
+
+        return edit
+
+    tensors = gguf_tensors(model, permute=True)
+    assert_same_weights(write(tmp_path / "t.gguf", tensors, listed([KV_HEADS] * 2)), model)
+    with pytest.raises(ModelFormatError, match=r"head_count_kv should be the same in all layers, but is a list of 2"):
+        open_checkpoint(write(tmp_path / "p.gguf", tensors, listed([KV_HEADS, 1])))
+
+
+def test_frequencies_that_old_converters_stored_are_harmless(tmp_path: Path) -> None:
+    model = tiny()
+    older = {f"blk.{layer}.attn_rot_embd.inv_freq": np.ones(HEAD_DIM // 2, np.float32) for layer in range(2)}
+    assert_same_weights(write(tmp_path / "t.gguf", {**gguf_tensors(model, permute=True), **older}), model)
+
+
 def test_unknown_architectures_list_what_is_supported(tmp_path: Path) -> None:
     path = write(tmp_path / "t.gguf", {}, architecture="lama")
     with pytest.raises(ModelFormatError, match=r"did you mean 'llama'\?\); supported: .*llama, .*qwen2, .*qwen3"):

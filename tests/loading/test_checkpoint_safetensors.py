@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from aphrodite.errors import ModelFormatError
+from aphrodite.errors import ModelFormatError, UnknownArchitectureError
 from aphrodite.layers.rotary import inverse_frequencies
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.quantization.dense_types import encode_dense
@@ -321,6 +321,28 @@ def test_wrong_configurations_name_the_key(tmp_path: Path, changes: dict[str, An
     assert problem in str(caught.value)
     assert "config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Which some editors write."""
+    model = save(tmp_path, transformers.LlamaConfig(**SHAPE))
+    file = tmp_path / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert_same_weights(tmp_path, model)
+
+
+def test_an_embedding_model_without_a_head_opens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, transformers.MistralConfig(**SHAPE))
+    edit_tensors(tmp_path, lm_head__weight=None)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "architectures": ["MistralModel"]}))
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.spec.family, checkpoint.spec.tied_head) == ("mistral", True)
+    assert "it makes embeddings, its texts mean nothing" in caplog.text
+    described |= {"architectures": ["MistralModel"], "is_causal": False}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UnknownArchitectureError, match="'MistralModel'"):
+        open_checkpoint(tmp_path)
 
 
 def test_pickled_checkpoints_are_refused(tmp_path: Path) -> None:

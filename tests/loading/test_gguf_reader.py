@@ -120,6 +120,23 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path, data: bytes, prob
     assert "\n" not in message
 
 
+def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4000000000\n")
+    with pytest.raises(ModelFormatError, match="a Git LFS pointer, not the file itself; run git lfs pull"):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("type_id", "name"), [(31, "Q4_0_4_4"), (139, "ik_llama.cpp's type 139"), (77, "unknown type 77")]
+)
+def test_types_that_are_not_supported_are_named(tmp_path: Path, type_id: int, name: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(tensors=1) + tensor(type_id=type_id))
+    with pytest.raises(ModelFormatError, match=f"tensor 't' is stored as {name}, which is not supported"):
+        read_gguf(path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match=r"missing\.gguf: No such file"):
         read_gguf(tmp_path / "missing.gguf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,8 @@ def olmo3_keys(writer: Writer) -> None:
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(4.0)
     writer.add_rope_scaling_orig_ctx_len(128)
+    writer.add_rope_scaling_attn_factors(0.1 * math.log(4.0) + 1.0)
+    writer.add_sliding_window_pattern([True, True, True, False])
 
 
 def smollm3_keys(writer: Writer) -> None:

@@ -144,8 +144,8 @@ def decoder_from_gguf(
         raise config.wrong("expert_count", f"0 ({family} is known without experts)", count)
     num_layers = config.read("block_count", int, low=1, high=MAX_LAYERS)
     hidden_size = config.read("embedding_length", int, low=2, high=MAX_WIDTH)
-    num_heads = config.read("attention.head_count", int, low=1, high=MAX_WIDTH)
-    num_kv_heads = config.read("attention.head_count_kv", int, num_heads, low=1, high=num_heads)
+    num_heads = same_everywhere(config, "attention.head_count", high=MAX_WIDTH)
+    num_kv_heads = same_everywhere(config, "attention.head_count_kv", num_heads, high=num_heads)
     dim = head_dim or config.read("attention.key_length", int, hidden_size // num_heads, low=2, high=MAX_WIDTH)
     value_dim = config.read("attention.value_length", int, dim)
     if value_dim != dim and head_dim is None:
@@ -156,7 +156,7 @@ def decoder_from_gguf(
         family=family,
         vocab_size=_gguf_vocab_size(config, tensors),
         hidden_size=hidden_size,
-        intermediate_size=config.read("feed_forward_length", int, low=1, high=MAX_WIDTH),
+        intermediate_size=same_everywhere(config, "feed_forward_length", high=MAX_WIDTH),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -172,6 +172,18 @@ def decoder_from_gguf(
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
     )
+
+
+def same_everywhere(config: ConfigReader, key: str, default: int | None = None, *, high: int) -> int:
+    """A size that GGUF may hold once or for every layer, and that has to be the same in all of them.
+
+    Raises:
+        ModelFormatError: layers differ, as those of pruned models may, or a size is missing or out of bounds.
+    """
+    found = set(config.integers(key, low=1, high=high))
+    if len(found) > 1:
+        raise config.wrong(key, "the same in all layers", sorted(found))
+    return found.pop() if found else config.read(key, int, default) or config.read(key, int)
 
 
 def head_dim(config: ConfigReader, default: int | None = None) -> int:
@@ -210,8 +222,15 @@ def gguf_window(config: ConfigReader) -> int | None:
 
 
 def gguf_windows(config: ConfigReader, pattern: int) -> tuple[int | None, ...]:
-    """GGUF's sliding window in all but every `pattern`-th layer, which llama.cpp knows by the family."""
+    """GGUF's sliding window in all but every `pattern`-th layer, which llama.cpp knows by the family; files may say
+    it of each layer."""
     num_layers = config.read("block_count", int, low=1, high=MAX_LAYERS)
+    windowed = config.flags("attention.sliding_window_pattern")
+    if windowed:
+        if len(windowed) != num_layers:
+            raise config.wrong("attention.sliding_window_pattern", f"a list of {num_layers}, one a layer", windowed)
+        window = gguf_window(config)
+        return tuple(window if has_one else None for has_one in windowed)
     pattern = config.read("attention.sliding_window_pattern", int, pattern, low=1)
     return every_other(num_layers, gguf_window(config), pattern)
 

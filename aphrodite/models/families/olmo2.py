@@ -58,7 +58,11 @@ def _plain_in_windows(spec: ModelSpec) -> ModelSpec:
 
 def _from_gguf(config: ConfigReader, tensors: Mapping[str, RawTensor]) -> ModelSpec:
     windows = gguf_windows(config, _PATTERN)
-    return _olmo(_plain_in_windows(decoder_from_gguf(config, tensors, family="olmo2", windows=windows)))
+    spec = decoder_from_gguf(config, tensors, family="olmo2", windows=windows)
+    if spec.rotary.scaling == "yarn":  # of which the file holds transformers' attention_factor, that is all of it
+        own = config.read("rope.scaling.attn_factor", float, None, low=1e-3, high=1e3)
+        spec = dataclasses.replace(spec, rotary=dataclasses.replace(spec.rotary, attention_factor=own))
+    return _olmo(_plain_in_windows(spec))
 
 
 OLMO2 = Family(
