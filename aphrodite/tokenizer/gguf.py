@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, processors
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.gguf import read_gguf_metadata
 from aphrodite.tokenizer.pieces import WORD_START
-from aphrodite.tokenizer.pretokenizers import DEFAULT_KIND, PRE_TOKENIZERS, PreTokenizerKind
+from aphrodite.tokenizer.pretokenizers import DEFAULT_KIND, PRE_TOKENIZERS, PreTokenizerKind, kind_of_tokens
 from aphrodite.tokenizer.sentencepiece import PieceType, Vocabulary, build
 from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
@@ -121,7 +121,7 @@ class _Metadata:
 def _byte_level(meta: _Metadata) -> tuple[tokenizers.Tokenizer, bool]:
     """Byte-level BPE, and whether its pre-tokenizer kind adds bos by default."""
     tokens = meta.tokens()
-    kind = _pre_tokenizer(meta)
+    kind = _pre_tokenizer(meta, tokens)
     merges = [tuple(merge.split(" ")) for merge in meta.array("merges")]
     if not merges:
         raise ModelFormatError(f"{meta.source}: {_PREFIX}merges is missing; convert the model to GGUF again")
@@ -145,18 +145,28 @@ def _byte_level(meta: _Metadata) -> tuple[tokenizers.Tokenizer, bool]:
     return backend, kind.add_bos
 
 
-def _pre_tokenizer(meta: _Metadata) -> PreTokenizerKind:
-    name = meta.get("pre", str, "default")
+def _pre_tokenizer(meta: _Metadata, tokens: list[str]) -> PreTokenizerKind:
+    """How words are cut: as the file says, or as the models do that have these tokens.
+
+    Files before May 2024 name no kind, some converters write "default" for what they do not know, and new kinds come.
+    """
+    name = meta.get("pre", str, "")
     kind = PRE_TOKENIZERS.get(name)
+    if kind is not None and kind is not DEFAULT_KIND:
+        return kind
+    problem = f"pre-tokenizer kind {name!r} is not known" if name else "no pre-tokenizer kind is named"
+    shown = kind_of_tokens(set(tokens))
+    if shown is not None:
+        logger.info("%s: %s; by its tokens it is %s", meta.source, "it says 'default'" if kind else problem, shown)
+        return PRE_TOKENIZERS[shown]
     if kind is None:
         logger.warning(
-            "%s: pre-tokenizer kind %r is not known, so words are cut as for 'default'; "
-            "answers may be worse than the model can give",
+            "%s: %s, so words are cut as for 'default'; answers may be worse than the model can give, "
+            "and a newer file of it may be better",
             meta.source,
-            name,
+            problem,
         )
-        return DEFAULT_KIND
-    return kind
+    return DEFAULT_KIND
 
 
 def _sentencepiece(meta: _Metadata, *, unigram: bool) -> tokenizers.Tokenizer:

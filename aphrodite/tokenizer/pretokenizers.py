@@ -6,7 +6,7 @@ published with; merges were learned on words cut this way, so a wrong pattern co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,6 +39,15 @@ _QWEN35 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 )
+_BAILING = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_SEED = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
+)
+_WORDS = " ?[^(\\s|.,!?…。，、।۔،)]+"  # of Poro and Viking
 _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
@@ -51,6 +60,16 @@ _DEEPSEEK_LETTERS = (
     r"Ꜣ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
 )
 _DEEPSEEK_CJK = "[一-龥ࠀ-一가-퟿]+"
+
+
+def _kimi() -> str:
+    """Kimi's variety of o200k: Chinese characters are apart from other letters."""
+    lead, ends = r"[^\r\n\p{L}\p{N}]?", _CONTRACTIONS + "?"
+    upper, lower = (letters[:-1] + r"&&[^\p{Han}]]" for letters in (_UPPER, _LOWER))
+    return (
+        rf"\p{{Han}}+|{lead}{upper}*{lower}+{ends}|{lead}{upper}+{lower}*{ends}"
+        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+    )
 
 
 def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
@@ -91,6 +110,11 @@ def _deepseek_coder() -> pre_tokenizers.PreTokenizer:
     return _split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}")
 
 
+def _youtu() -> pre_tokenizers.PreTokenizer:
+    scripts = "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+"
+    return _split(scripts, _o200k("", _CONTRACTIONS + "?"))
+
+
 def _deepseek_v3() -> pre_tokenizers.PreTokenizer:
     return _split(r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3)
 
@@ -125,6 +149,9 @@ _GPT2_KIND = PreTokenizerKind(build=_gpt2)
 _GPT2_NFC = PreTokenizerKind(build=_gpt2, nfc=True)
 _DIGITS = PreTokenizerKind(build=_digits_gpt2)
 _DEEPSEEK_V3_KIND = PreTokenizerKind(build=_deepseek_v3)
+_SINGLE_DIGITS = PreTokenizerKind(build=lambda: _split(_cl100k("")))
+_BAILING_KIND = PreTokenizerKind(build=lambda: _split(_BAILING))
+_TINY_AYA = PreTokenizerKind(build=lambda: _split(r"\d{1,3}(?=(?:\d{3})*\b)", _o200k("{1,3}", _CONTRACTIONS + "?")))
 
 PRE_TOKENIZERS: Final[dict[str, PreTokenizerKind]] = {
     "default": DEFAULT_KIND,
@@ -135,6 +162,8 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizerKind]] = {
     "trillion": _GPT2_KIND,
     "gigachat": _GPT2_KIND,
     "mellum": _GPT2_KIND,
+    "a.x-4.0": _GPT2_KIND,
+    "granite-docling": _GPT2_KIND,
     "olmo": _GPT2_NFC,
     "mpt": _GPT2_NFC,
     "smollm": _DIGITS,
@@ -143,6 +172,7 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizerKind]] = {
     "codeshell": _DIGITS,
     "exaone": _DIGITS,
     "minerva-7b": _DIGITS,
+    "mellum2": _DIGITS,
     "command-r": PreTokenizerKind(build=_digits_gpt2, nfc=True),
     "falcon": PreTokenizerKind(build=_falcon),
     "llama3": _LLAMA3,
@@ -153,6 +183,7 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizerKind]] = {
     "pixtral": _LLAMA3,
     "midm-2.0": _LLAMA3,
     "lfm2": _LLAMA3,
+    "jina-v5-nano": _LLAMA3,
     "dbrx": _CL100K,
     "smaug-bpe": _CL100K,
     "glm4": _CL100K,
@@ -161,17 +192,53 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizerKind]] = {
     "deepseek-r1-qwen": _QWEN2,
     "kormo": _QWEN2,
     "megrez": _QWEN2,
-    "stablelm2": PreTokenizerKind(build=lambda: _split(_cl100k(""))),
-    "hunyuan": PreTokenizerKind(build=lambda: _split(_cl100k(""))),
+    "f2llmv2": _QWEN2,
+    "stablelm2": _SINGLE_DIGITS,
+    "hunyuan": _SINGLE_DIGITS,
+    "solar-open": _SINGLE_DIGITS,
+    "grok-2": _SINGLE_DIGITS,
+    "minicpm5": PreTokenizerKind(build=lambda: _split(r"\p{N}{1,3}", _cl100k("+")), ignore_merges=True),
+    "seed-coder": PreTokenizerKind(build=lambda: _split(_SEED)),
+    "bailingmoe": _BAILING_KIND,
+    "bailingmoe2": _BAILING_KIND,
+    "llada-moe": _BAILING_KIND,
+    "poro-chat": PreTokenizerKind(build=lambda: _split(_WORDS)),
+    "viking": PreTokenizerKind(build=lambda: _split(_WORDS, r"\p{N}")),
     "qwen35": PreTokenizerKind(build=lambda: _split(_QWEN35), nfc=True),
     "gpt-4o": _O200K,
     "gpt-oss": _O200K,
     "llama4": _O200K,
     "kanana2": _O200K,
     "minimax-m2": _O200K,
+    "talkie": _O200K,
+    "tiny_aya": _TINY_AYA,
+    "cohere2moe": _TINY_AYA,
+    "kimi-k2": PreTokenizerKind(build=lambda: _split(_kimi())),
+    "youtu": PreTokenizerKind(build=_youtu, ignore_merges=True),
     "tekken": _TEKKEN,
     "deepseek-llm": PreTokenizerKind(build=_deepseek_llm),
     "deepseek-coder": PreTokenizerKind(build=_deepseek_coder),
     "deepseek-v3": _DEEPSEEK_V3_KIND,
     "hunyuan-dense": _DEEPSEEK_V3_KIND,
+    "joyai-llm": _DEEPSEEK_V3_KIND,
 }
+
+# Tokens, and the least size of a vocabulary, by which the kind shows where a file does not name one it knows.
+_SIGNATURES: Final[tuple[tuple[str, tuple[str, ...], int], ...]] = (
+    ("llama-bpe", ("<|begin_of_text|>", "<|eot_id|>"), 128_000),
+    ("qwen2", ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), 150_000),
+    ("tekken", ("[INST]", "[/INST]", "[TOOL_CALLS]"), 130_000),
+    ("command-r", ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"), 250_000),
+    ("deepseek-v3", ("<｜begin▁of▁sentence｜>", "<｜Assistant｜>"), 128_000),
+    ("deepseek-llm", ("<｜begin▁of▁sentence｜>",), 100_000),
+    ("deepseek-coder", ("<｜begin▁of▁sentence｜>", "<｜fim▁begin｜>"), 32_000),
+    ("glm4", ("[gMASK]", "<|assistant|>", "<|user|>"), 150_000),
+)
+
+
+def kind_of_tokens(tokens: Collection[str]) -> str | None:
+    """The name of the kind that a vocabulary is known to have, None where that does not show."""
+    for name, marks, size in _SIGNATURES:
+        if len(tokens) >= size and all(mark in tokens for mark in marks):
+            return name
+    return None

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from aphrodite.errors import InvalidRequestError, ModelFormatError
 from aphrodite.tokenizer.gguf import from_metadata
 from aphrodite.tokenizer.loader import load_tokenizer
-from aphrodite.tokenizer.pretokenizers import PRE_TOKENIZERS
+from aphrodite.tokenizer.pretokenizers import PRE_TOKENIZERS, kind_of_tokens
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
 
@@ -119,6 +119,13 @@ def test_kinds_cut_words_as_transformers_does(corpus: list[str]) -> None:
         ("deepseek-llm", "\u1f7d\u1fbeא", ["á½½á¾¾", "×Ĳ"]),
         ("stablelm2", "I'LL 12", ["I", "'LL", "Ġ", "1", "2"]),
         ("dbrx", "1234", ["123", "4"]),
+        ("seed-coder", "x! 12\n\nw", ["x", "!", "Ġ", "1", "2", "ĊĊ", "w"]),
+        ("kimi-k2", "aB你b1234!\n", ["a", "B", "ä½ł", "b", "123", "4", "!Ċ"]),
+        ("bailingmoe", "I'll 1\n\n", ["I", "'ll", "Ġ", "1", "ĊĊ"]),
+        ("tiny_aya", "in 1234567", ["in", "Ġ", "1", "234", "567"]),
+        ("minicpm5", "I'm 1234", ["I", "'m", "Ġ", "123", "4"]),
+        ("viking", "a,b 12", ["a", ",", "b", "Ġ", "1", "2"]),
+        ("youtu", "字aB 12", ["åŃĹ", "a", "B", "Ġ", "1", "2"]),
     ],
 )
 def test_kinds_cut_words_as_their_models_were_trained(kind: str, text: str, words: list[str]) -> None:
@@ -130,6 +137,22 @@ def test_every_kind_keeps_every_byte(kind: str, corpus: list[str]) -> None:
     decode = decoders.ByteLevel().decode
     for text in corpus[::20]:
         assert decode(_words(PRE_TOKENIZERS[kind].build(), text)) == text
+
+
+@pytest.mark.parametrize(
+    ("marks", "count", "kind"),
+    [
+        (["<|begin_of_text|>", "<|eot_id|>"], 128_256, "llama-bpe"),
+        (["<|begin_of_text|>", "<|eot_id|>"], 32_000, None),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], 151_936, "qwen2"),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], 49_152, None),
+        (["<｜begin▁of▁sentence｜>", "<｜Assistant｜>"], 129_280, "deepseek-v3"),
+        (["<｜begin▁of▁sentence｜>"], 102_400, "deepseek-llm"),
+        (["<｜begin▁of▁sentence｜>", "<｜fim▁begin｜>"], 32_256, "deepseek-coder"),
+    ],
+)
+def test_vocabularies_of_well_known_models_show_their_kind(marks: list[str], count: int, kind: str | None) -> None:
+    assert kind_of_tokens({*marks, *map(str, range(count - len(marks)))}) == kind
 
 
 # --- small tokenizers ---
@@ -232,3 +255,30 @@ def test_damaged_metadata_is_one_clear_error(
 ) -> None:
     with pytest.raises(ModelFormatError, match=message):
         from_metadata(change(metadata), "x.gguf")
+
+
+@pytest.mark.parametrize("named", [None, "default", "brand-new"])
+def test_files_that_name_no_kind_are_known_by_their_tokens(
+    named: str | None, metadata: Metadata, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Llama 3's first GGUF files."""
+    marks = ["<|begin_of_text|>", "<|eot_id|>"]
+    tokens = [*metadata["tokenizer.ggml.tokens"], *marks]
+    tokens += [f"word {number}" for number in range(128_256 - len(tokens))]
+    types = [*metadata["tokenizer.ggml.token_type"]]
+    changes = {"tokens": tokens, "token_type": types + [3, 3] + [1] * (len(tokens) - len(types) - 2), "pre": named}
+    changed = {**metadata, **{f"tokenizer.ggml.{key}": value for key, value in changes.items() if value is not None}}
+    if named is None:
+        del changed["tokenizer.ggml.pre"]
+    with caplog.at_level(logging.INFO, "aphrodite.tokenizer"):
+        found = from_metadata(changed, "old.gguf")
+    assert "by its tokens it is llama-bpe" in caplog.text
+    known = from_metadata({**changed, "tokenizer.ggml.pre": "llama-bpe"}, "new.gguf")
+    text = "In 2024, we'll see 123456 of them!!\n"
+    assert found.encode(text, add_special_tokens=True) == known.encode(text, add_special_tokens=True)
+
+
+def test_a_small_vocabulary_without_a_kind_is_told(metadata: Metadata, caplog: pytest.LogCaptureFixture) -> None:
+    unnamed = {key: value for key, value in metadata.items() if key != "tokenizer.ggml.pre"}
+    from_metadata(unnamed, "old.gguf")
+    assert "no pre-tokenizer kind is named, so words are cut as for 'default'" in caplog.text
