@@ -21,7 +21,7 @@ from aphrodite.quantization.types import QuantType, RawTensor
 
 ROWS = 53  # no multiple of a tile
 OF_256 = [qtype for qtype in UNITS if qtype.block_size == 256]
-STEPS = {Activation.INT16: 32767, Activation.INT8: 127}
+STEPS = {Activation.INT16: 32512, Activation.INT8: 120}
 
 pytestmark = pytest.mark.skipif(not available_isas(), reason="the native library is not built")
 
@@ -96,6 +96,24 @@ def test_extreme_quants_do_not_overflow(isa: str) -> None:
             for kind in (Activation.INT16, Activation.INT8):
                 got = product_harness(x, weight, kind, isa).run(step([([0], 0, [0])]))
                 np.testing.assert_allclose(got, x[:1] @ exact_values(weight).T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("kind", [Activation.INT16, Activation.INT8])
+@pytest.mark.parametrize("qtype", [t for t in TILED if _quantized(t)], ids=lambda qtype: qtype.name)
+def test_eight_extreme_rows_are_those_of_one(qtype: QuantType, kind: Activation, isa: str) -> None:
+    """Quants and activations at the ends of their ranges, where what is added to what could overflow."""
+    generator = np.random.default_rng(5)
+    columns = columns_of(qtype)
+    signs = generator.choice([-1.0, 1.0], (16, columns))
+    weight = raw_tensor(signs, qtype) if qtype not in UNITS else random_weight(qtype, 16, columns, 5)
+    x = 3 * generator.choice([-1.0, 1.0], (8, columns)).astype(np.float32)
+    x[:2] = [[-3], [3]]
+    harness = product_harness(x, weight, kind, isa)
+    together = harness.run(step([(range(8), 0, range(8))]))
+    np.testing.assert_allclose(together, x @ exact_values(weight).T, rtol=1e-5, atol=1e-3 * np.abs(together).max())
+    for row in range(8):
+        assert np.array_equal(harness.run(step([([row], 0, [0])])), together[[row]])
 
 
 @pytest.mark.parametrize("isa", available_isas())

@@ -15,8 +15,16 @@ enum class Activation : int32_t { Float = 0, Int16 = 1, Int8 = 2 };
 
 // Rows of activations, packed for matrix products: groups of 8, then 4, 2 and 1 rows, so that a group's words are
 // contiguous. A group of M rows holds words [columns / per_word][M] and, if quantized, meta [columns / 32][kMeta][M]:
-// scale, scale * sum, and as int32 -sum, -sum of the first 16 and of the last 16, where sums are those of quants.
-constexpr int kMeta = 5;
+// scale, scale * sum, and as int32 -sum, -sum of the first 16 and of the last 16, where sums are those of quants, and
+// what paired dots add for the row alone, negated (paired_dots.h).
+constexpr int kMeta = 6;
+
+// Largest magnitudes of quants: a weight's quant of at most 255, or at most 15, may be added to one.
+constexpr int kLargestInt16 = 32767 - 255, kLargestInt8 = 120;
+
+// Which dots of a block are paired: of int16 the two words of each of the first 16 columns' groups, of int8 each of the
+// first words with the one 16 columns behind it.
+constexpr int kPairedBytes = 2;
 
 struct PackedRows {
     Activation kind;

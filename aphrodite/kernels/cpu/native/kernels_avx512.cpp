@@ -5,6 +5,8 @@
 #include "simd_avx512.h"
 // after the lanes' definition
 #include "kernel_table.h"
+#include "pack_avx512.h"
+#include "paired_dots.h"
 
 namespace aph {
 const Kernels* kernels_avx512() {

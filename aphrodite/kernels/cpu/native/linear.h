@@ -117,10 +117,24 @@ inline void dot_group(const Bytes& group, int index, const int32_t* words, IVec*
     }
 }
 
+// Whether paired dots can take the place of some of a type's: they need the sums of a whole block, and in bytes room
+// beside the activation.
+template <Type kType, Activation kKind>
+constexpr bool pairs_dots() {
+    constexpr TypeInfo info = type_info(kType);
+    if (!kPairedDots || !info.quantized() || kKind == Activation::Float || info.parts() != 1) return false;
+    return kKind == Activation::Int16 || info.largest() <= 15;
+}
+
+// What paired_dots.h defines, where there are paired dots.
+template <Activation kKind, int kFirst, int kSecond, int kRows>
+void dot_pair(const Bytes (&groups)[2], const int32_t* words, IVec& own, IVec (&sums)[kRows]);
+bool adds_beside_dots();
+
 constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
 
 // Adds the products of 32 columns of kRows rows of a group of kWidth to `results`.
-template <Type kType, Activation kKind, int kWidth, int kRows>
+template <Type kType, Activation kKind, bool kPaired, int kWidth, int kRows>
 inline __attribute__((always_inline)) void dot_step(const Step& step, const int32_t* words, const float* meta,
                                                     Vec (&results)[kRows]) {
     constexpr TypeInfo info = type_info(kType);
@@ -128,19 +142,35 @@ inline __attribute__((always_inline)) void dot_step(const Step& step, const int3
     unroll<kParts>([&](auto part) __attribute__((always_inline)) {
         constexpr int kPart = decltype(part)::value;
         const int32_t* negative_sums = reinterpret_cast<const int32_t*>(meta) + (kParts == 1 ? 2 : 3 + kPart) * kWidth;
-        IVec sums[kRows];
+        IVec sums[kRows], own;
+        if constexpr (kPaired) own = izero();
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
-            if constexpr (info.offset == 0) sums[m] = izero();
+            if constexpr (kPaired && info.offset == 0)
+                sums[m] = splat_shifted<0>(reinterpret_cast<const int32_t*>(meta) + 5 * kWidth + m);
+            else if constexpr (info.offset == 0) sums[m] = izero();
             else sums[m] = splat_shifted<log2_of(info.offset)>(negative_sums + m);
         }
         unroll<kPairs>([&](auto index) __attribute__((always_inline)) {
             constexpr int kPair = kPart * kPairs + decltype(index)::value;
             Bytes groups[2];
+            constexpr int kFirst = pair_group(info, kPair, 0), kSecond = pair_group(info, kPair, 1);
             load_groups<kType, kPair>(step, groups);
-            dot_group<kKind, (info.largest() > 128), kWidth, kRows>(groups[0], pair_group(info, kPair, 0), words, sums);
-            dot_group<kKind, (info.largest() > 128), kWidth, kRows>(groups[1], pair_group(info, kPair, 1), words, sums);
+            if constexpr (kPaired && (kKind == Activation::Int16 || kPair < kPairedBytes)) {
+                dot_pair<kKind, kFirst, kSecond>(groups, words, own, sums);
+            } else {
+                dot_group<kKind, (info.largest() > 128), kWidth, kRows>(groups[0], kFirst, words, sums);
+                dot_group<kKind, (info.largest() > 128), kWidth, kRows>(groups[1], kSecond, words, sums);
+            }
         });
+        if constexpr (kPaired) {
+            if constexpr (info.offset != 0)
+#pragma GCC unroll 8
+                for (int m = 0; m < kRows; ++m)
+                    sums[m] = add(sums[m], splat_shifted<0>(reinterpret_cast<const int32_t*>(meta) + 5 * kWidth + m));
+#pragma GCC unroll 8
+            for (int m = 0; m < kRows; ++m) sums[m] = sub(sums[m], own);
+        }
         const Vec scale = part_scale<kType>(step, kPart);
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m)
@@ -160,7 +190,7 @@ inline __attribute__((always_inline)) void dot_step(const Step& step, const int3
 }
 
 // Results of kRows rows of a group of kWidth, out[kRows][16].
-template <Type kType, Activation kKind, int kWidth, int kRows>
+template <Type kType, Activation kKind, bool kPaired, int kWidth, int kRows>
 inline void dot_rows(const uint8_t* tile, BlockShape shape, const int32_t* words, const float* meta, float* out) {
     constexpr TypeInfo info = type_info(kType);
     constexpr int kWords = kKind == Activation::Int16 ? 16 : 8;
@@ -175,7 +205,7 @@ inline void dot_rows(const uint8_t* tile, BlockShape shape, const int32_t* words
         for (int i = 0; i < steps; ++i) {
             for (int line = 0; line < kStepBytes; line += 64)
                 __builtin_prefetch(tile + i * kStepBytes + kPrefetchBytes + line);
-            dot_step<kType, kKind, kWidth, kRows>(step_of<kType>(tile, i), words, meta, results);
+            dot_step<kType, kKind, kPaired, kWidth, kRows>(step_of<kType>(tile, i), words, meta, results);
             words += kWords * kWidth;
             meta += kMeta * kWidth;
         }
@@ -251,7 +281,7 @@ inline void float_rows(const uint8_t* tile, BlockShape shape, const float* words
 // A tile times the group of kWidth rows: out[kWidth][16].
 using GroupKernel = void (*)(const uint8_t* tile, BlockShape shape, const int32_t* words, const float* meta, float* out);
 
-template <Type kType, Activation kKind, int kWidth>
+template <Type kType, Activation kKind, int kWidth, bool kPaired = false>
 void group_kernel(const uint8_t* tile, BlockShape shape, const int32_t* words, const float* meta, float* out) {
     if constexpr (kKind == Activation::Float) {
         constexpr int kRows = kWidth < kFloatRows ? kWidth : kFloatRows;
@@ -260,12 +290,15 @@ void group_kernel(const uint8_t* tile, BlockShape shape, const int32_t* words, c
     } else {
         constexpr int kRows = kWidth < kDotRows ? kWidth : kDotRows;
         for (int m = 0; m < kWidth; m += kRows)
-            dot_rows<kType, kKind, kWidth, kRows>(tile, shape, words + m, meta + m, out + 16 * m);
+            dot_rows<kType, kKind, kPaired, kWidth, kRows>(tile, shape, words + m, meta + m, out + 16 * m);
     }
 }
 
 template <Type kType, Activation kKind>
 GroupKernel kernel_of_width(int width) {
+    if constexpr (pairs_dots<kType, kKind>()) {
+        if (width == 8 && adds_beside_dots()) return group_kernel<kType, kKind, 8, true>;
+    }
     switch (width) {
         case 8: return group_kernel<kType, kKind, 8>;
         case 4: return group_kernel<kType, kKind, 4>;

@@ -12,7 +12,7 @@ namespace {
 // scale so too, and thereby the logits of its own row.
 template <int kBits>
 inline void quantize_block(const float* x, int32_t* quants, float& scale, int32_t* sums) {
-    constexpr float kLargest = kBits == 16 ? 32767.0f : 127.0f;
+    constexpr float kLargest = kBits == 16 ? kLargestInt16 : kLargestInt8;
     const Vec a = load(x), b = load(x + 16);
     const float largest = largest_magnitude(a, b);
     const Vec inverse = splat(largest > 0 ? kLargest / largest : 0.0f);
@@ -34,9 +34,15 @@ inline void quantize_block(const float* x, int32_t* quants, float& scale, int32_
     }
 }
 
+// pack_quantized for eight rows, defined where there are paired dots.
+template <int kBits>
+void pack_eight(const float* x, int64_t stride, int32_t* words, float* meta);
+
 // Packs 32 columns of a group's `width` rows: row m at x + m * stride. words and meta are the block's.
 template <int kBits>
 inline void pack_quantized(const float* x, int64_t stride, int width, int32_t* words, float* meta) {
+    if constexpr (kPairedDots)
+        if (width == 8) return pack_eight<kBits>(x, stride, words, meta);
     constexpr int kWords = kBits;  // 32 values of kBits bits
     int32_t quants[kWords];
     for (int m = 0; m < width; ++m) {

@@ -10,6 +10,7 @@ namespace {
 constexpr int kDotRows = 2;
 constexpr int kFloatRows = 1;
 constexpr int kResultVecs = 6;
+constexpr bool kPairedDots = false;
 
 struct Vec {
     __m256 lo, hi;

@@ -10,6 +10,7 @@ namespace {
 constexpr int kDotRows = 8;    // rows of activations whose sums stay in registers
 constexpr int kFloatRows = 4;  // the same for float products
 constexpr int kResultVecs = 16;  // results of attention that stay in registers
+constexpr bool kPairedDots = true;  // see paired_dots.h
 
 struct Vec {
     __m512 v;
@@ -134,6 +135,14 @@ inline Vec byte_to_float(Bytes a) {
     const __m512i shifted = kIndex == 0 ? a.v : _mm512_srli_epi32(a.v, 8 * kIndex);
     return {_mm512_cvtepi32_ps(kIndex == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi32(255)))};
 }
+inline Bytes add_byte(Bytes a, int value) { return {_mm512_add_epi8(a.v, _mm512_set1_epi8(static_cast<char>(value)))}; }
+inline IVec sub(IVec a, IVec b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+// Element by element a and the broadcast word.
+inline Shorts add_word(Shorts a, const int32_t* word) { return {_mm512_add_epi16(a.v, _mm512_set1_epi32(*word))}; }
+inline Bytes add_word(Bytes a, const int32_t* word) { return {_mm512_add_epi8(a.v, _mm512_set1_epi32(*word))}; }
+// Adds the dot products of each word of a with that of b; of Bytes, b's are signed.
+inline IVec dot(IVec sum, Shorts a, Shorts b) { return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)}; }
+inline IVec dot(IVec sum, Bytes a, Bytes b) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }
 inline Shorts load_shorts(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
 // Adds the dot products of each word with the broadcast word.
 inline IVec dot(IVec sum, Shorts a, const int32_t* word) {

@@ -16,6 +16,7 @@ namespace {
 constexpr int kDotRows = 1;
 constexpr int kFloatRows = 1;
 constexpr int kResultVecs = 3;
+constexpr bool kPairedDots = false;
 constexpr int kParts = 4;
 
 typedef float Float4 __attribute__((vector_size(16)));
