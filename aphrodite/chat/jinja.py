@@ -215,9 +215,9 @@ def _mark_end(messages: list[dict[str, Any]]) -> str:
 def _public_text(error: Exception) -> str:
     """An error's text for the client: template errors say what is wrong, others may show addresses and values."""
     if isinstance(error, TemplateError):
-        return str(error)[:500]
+        return str(error)[:500].rstrip(".")
     return type(error).__name__
 
 
 def _invalid(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"The chat template cannot be used: {reason}.", param="chat_template")
+    return InvalidRequestError(f"The chat template cannot be used: {reason.rstrip('.')}.", param="chat_template")

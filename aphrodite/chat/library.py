@@ -75,6 +75,11 @@ def named_template(name_or_path: str, *, bos_token: str | None = None, eos_token
     return _build(_named(name_or_path), bos_token, eos_token)
 
 
+def library_row(name: str) -> LibraryTemplate | None:
+    """The row of the library with this name or alias, if there is one."""
+    return template_names().get(_key(name))
+
+
 def _compile(source: _Source, tokenizer: Tokenizer) -> ChatTemplate:
     silent = source.row is not None and not tokenizer.adds_bos  # a library template leaves that to the tokenizer
     return _build(source, None if silent else tokenizer.bos_token, tokenizer.eos_token)
@@ -125,21 +130,22 @@ def _of_row(row: LibraryTemplate) -> _Source:
 
 
 def _find(name_or_path: str, tokenizer: Tokenizer) -> _Source:
-    if name_or_path.lower() not in template_names() and name_or_path in tokenizer.chat_templates:
+    if library_row(name_or_path) is None and name_or_path in tokenizer.chat_templates:
         return _Source(tokenizer.chat_templates[name_or_path], f"the checkpoint's template {name_or_path}")
     return _named(name_or_path)
 
 
 def _named(name_or_path: str) -> _Source:
     """A template by its name in the library, or the text of a file."""
-    if (row := template_names().get(name_or_path.lower())) is not None:
+    if (row := library_row(name_or_path)) is not None:
         return _of_row(row)
     path = Path(name_or_path).expanduser()
     if not path.is_file():
-        close = difflib.get_close_matches(name_or_path, template_names())
+        close = difflib.get_close_matches(_key(name_or_path), template_names())
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"{name_or_path}: no chat template of the library ({_names()}) and no file has this name.{hint}"
+            f"{name_or_path}: no chat template of the library and no file has this name.{hint} The library has "
+            f"{_names()}."
         )
     try:
         with path.open(encoding="utf-8") as file:
@@ -148,5 +154,10 @@ def _named(name_or_path: str) -> _Source:
         raise ConfigError(f"{path}: this chat template cannot be read as text ({error}).") from None
 
 
+def _key(name: str) -> str:
+    """A name as the library has it: front ends write `Mistral V7-Tekken` or `llama_3`."""
+    return name.strip().lower().replace(" ", "-").replace("_", "-")
+
+
 def _names() -> str:
-    return ", ".join(TEMPLATES)
+    return ", ".join(sorted(TEMPLATES))

@@ -102,12 +102,12 @@ _ROWS: Final = (
         tokens=_CHATML, pattern=r"chat-?ml|dolphin|magnum|smollm", families=("qwen2", "qwen2_moe"),
     ),
     LibraryTemplate(
-        "gpt-oss", "gpt-oss (harmony)", "gpt-oss", ("harmony", "gptoss"),
+        "gpt-oss", "gpt-oss (harmony)", "gpt-oss", ("harmony", "gptoss", "openai-harmony"),
         tokens=("<|start|>", "<|message|>", "<|channel|>"), pattern=r"gpt-?oss", families=("gpt_oss",),
     ),
     LibraryTemplate(
-        "llama-4", "Llama 4", "llama-4", ("llama4",), tokens=("<|header_start|>", "<|header_end|>", "<|eot|>"),
-        pattern=r"llama-?4",
+        "llama-4", "Llama 4", "llama-4", ("llama4", "llama-4-instruct"),
+        tokens=("<|header_start|>", "<|header_end|>", "<|eot|>"), pattern=r"llama-?4",
     ),
     LibraryTemplate(
         "llama-3.1", "Llama 3.1, 3.2 and 3.3, with functions and its preamble of dates", "llama-3.1",
@@ -115,14 +115,17 @@ _ROWS: Final = (
         pattern=r"llama-?3\.[123].*instruct",
     ),
     LibraryTemplate(
-        "llama-3", "Llama 3 and most fine-tunes of Llama 3 to 3.3", "llama-3", ("llama3",), tokens=_LLAMA_3
+        "llama-3", "Llama 3 and most fine-tunes of Llama 3 to 3.3", "llama-3", ("llama3", "llama-3-instruct"),
+        tokens=_LLAMA_3,
     ),
     LibraryTemplate("deepseek-r1", "DeepSeek R1 and its distillations", "deepseek-r1", tokens=_DEEPSEEK,
                     pattern=r"deepseek.*\br1\b", shares_tokens=True),
-    LibraryTemplate("deepseek-v3", "DeepSeek V3", "deepseek-v3", ("deepseek",), tokens=_DEEPSEEK,
+    LibraryTemplate("deepseek-v3.1", "DeepSeek V3.1 and later, with reasoning on demand", "deepseek-v3.1",
+                    ("deepseek-v3.2",), tokens=_DEEPSEEK, pattern=r"deepseek.*v3\.[12]", shares_tokens=True),
+    LibraryTemplate("deepseek-v3", "DeepSeek V3", "deepseek-v3", ("deepseek", "deepseek3"), tokens=_DEEPSEEK,
                     families=("deepseek_v3",)),
     LibraryTemplate(
-        "deepseek-v2", "DeepSeek LLM, V2 and V2.5", "deepseek-v2", stop=("\n\nUser:",),
+        "deepseek-v2", "DeepSeek LLM, V2 and V2.5", "deepseek-v2", ("deepseek2", "deepseek-v2.5"), stop=("\n\nUser:",),
         tokens=("<｜begin▁of▁sentence｜>",), pattern=r"deepseek.*(v2|llm)", families=("deepseek_v2",),
     ),
     LibraryTemplate(
@@ -149,6 +152,10 @@ _ROWS: Final = (
     ),
     LibraryTemplate("glm-4", "GLM 4", "glm-4", ("glm4", "chatglm4"), tokens=("[gMASK]", "<sop>", "<|user|>"),
                     families=("glm4",)),
+    LibraryTemplate("seed-oss", "Seed-OSS", "seed-oss", ("seed", "bytedance-seed"), tokens=("<seed:bos>", "<seed:eos>"),
+                    pattern=r"seed-?oss", families=("seed_oss",)),
+    LibraryTemplate("kimi-k2", "Kimi K2", "kimi-k2", ("kimi", "moonshot"),
+                    tokens=("<|im_user|>", "<|im_assistant|>", "<|im_middle|>"), pattern=r"kimi-?k2"),
     LibraryTemplate(
         "granite", "Granite 3, with tools and documents", "granite", ("granite-3",),
         tokens=("<|start_of_role|>", "<|end_of_role|>"), families=("granite",),
@@ -168,7 +175,7 @@ _ROWS: Final = (
         "mistral-v3-tekken", "Mistral Nemo", "mistral-v3-tekken", ("mistral-nemo",), tokens=_MISTRAL, byte_level=True
     ),
     LibraryTemplate("mistral-v3", "Mistral 7B v0.3, Small and Large 2407, Mixtral 8x22B", "mistral-v3",
-                    tokens=_MISTRAL, byte_level=False),
+                    ("mistral-v2",), tokens=_MISTRAL, byte_level=False),
     LibraryTemplate("mixtral", "Mixtral 8x7B", "mistral-v1", stop=("[INST]",), pattern=r"mixtral.*instruct",
                     families=("mixtral",)),
     LibraryTemplate(
@@ -187,7 +194,8 @@ _ROWS: Final = (
     LibraryTemplate("solar", "SOLAR Instruct and other `### User:` models", "solar", stop=("### User:",),
                     pattern=r"\bsolar"),
     LibraryTemplate("koala", "Koala", "koala", stop=("USER:",), pattern=r"koala"),
-    LibraryTemplate("vicuna", "Vicuna 1.1 and later, WizardLM, Airoboros and others", "vicuna", stop=("USER:",),
+    LibraryTemplate("vicuna", "Vicuna 1.1 and later, WizardLM, Airoboros and others", "vicuna", ("vicuna-1.1",),
+                    stop=("USER:",),
                     pattern=r"vicuna|wizardlm|airoboros|stable-?vicuna|goliath|xwin|midnight-?miqu"),
     LibraryTemplate("falcon", "Falcon Instruct", "falcon", stop=("\nUser:",), pattern=r"falcon-(7b|40b|180b)"),
     LibraryTemplate("alpaca", "Alpaca: many merges and writing models of the Llama 1 and 2 time", "alpaca",
@@ -195,7 +203,7 @@ _ROWS: Final = (
                     pattern=r"alpaca|nous-hermes-(llama|13b)|mythomax|mythologic|noromaid|fimbulvetr"),
     LibraryTemplate("mistral-v1", "Mistral 7B Instruct v0.1 and v0.2", "mistral-v1", ("mistral",), stop=("[INST]",),
                     pattern=r"mistral-7b-instruct-v0\.[12]|miqu", families=("mistral",)),
-    LibraryTemplate("llama-2", "Llama 2 Chat", "llama-2", ("llama2",), stop=("[INST]",),
+    LibraryTemplate("llama-2", "Llama 2 Chat", "llama-2", ("llama2", "llama-2-chat"), stop=("[INST]",),
                     pattern=r"llama-?2.*chat"),
     LibraryTemplate("plain", "no model's format: a dialogue in plain text", "plain", ("none",), stop=("\nUser:",)),
 )

@@ -122,7 +122,8 @@ _REASONING_SHOWN: Final[tuple[tuple[ReasoningName, tuple[str, ...]], ...]] = (
 _SWITCHES: Final = ("enable_thinking", "thinking")
 
 CONTROL_TOKEN: Final = re.compile(
-    r"<\|[^<>|\s]{1,40}\|?>|<[a-z_]{1,20}\|>|<｜[^<>｜\s]{1,40}｜>|</s>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,20}\]"
+    r"<\|[^<>|\s]{1,40}\|?>|<[a-z_]{1,20}\|>|<｜[^<>｜\s]{1,40}｜>|</s>|<(?:start|end)_of_turn>"
+    r"|</?seed:[a-z_]{1,40}>|\[/?[A-Z_]{3,20}\]"
 )
 _STOPS_SHOWN = 2  # of the control tokens between an answer and the next question: its end, and the next turn's start
 _HANDOVER: Final = ("<|eom_id|>", "<|observation|>")  # to a tool

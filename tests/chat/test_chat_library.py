@@ -137,6 +137,14 @@ def test_an_alias_is_a_name_too() -> None:
     assert named("Mistral-Nemo", tokenizer()).source == TEMPLATES["mistral-v3-tekken"].source
 
 
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [("Mistral V7-Tekken", "mistral-v7-tekken"), ("llama_3", "llama-3"), ("Gemma 2", "gemma-2"), ("GLM-4", "glm-4")],
+)
+def test_names_may_be_typed_as_front_ends_show_them(typed: str, name: str) -> None:
+    assert named(typed, tokenizer()).source == TEMPLATES[name].source
+
+
 def test_the_only_template_serves_whatever_it_is_called(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "aphrodite"):
         assert named(None, tokenizer(chat="only")).render([]) == "only"
@@ -187,13 +195,15 @@ def test_a_file_may_be_named(tmp_path: Path) -> None:
 
 
 def test_unknown_names_get_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match="Did you mean chatml"):
+    with pytest.raises(ConfigError, match=r"this name\. Did you mean chatml\? The library has alpaca, chatml, "):
         load_chat_template("chatmm", tokenizer())
 
 
 def test_damaged_templates_and_files_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match=r"line 1.*--chat-template"):
         load_chat_template(None, tokenizer(default="{% for %}"))
+    with pytest.raises(ModelFormatError, match=r"No filter named 'nosuch'\. Choose"):
+        load_chat_template(None, tokenizer(default="{{ messages | nosuch }}"))
     file = tmp_path / "binary"
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read as text"):
@@ -223,6 +233,9 @@ RECOGNISED = [
     ("Phi-3-mini-4k-instruct", "phi3", ("<|user|>", "<|end|>"), "phi-3"),
     ("phi-4", "phi3", (*CHATML, "<|im_sep|>"), "phi-4"),
     ("DeepSeek-R1-Distill-Qwen-7B", "qwen2", ("<｜User｜>", "<｜Assistant｜>"), "deepseek-r1"),
+    ("DeepSeek-V3.1-Terminus", "deepseek_v3", ("<｜User｜>", "<｜Assistant｜>"), "deepseek-v3.1"),
+    ("Seed-OSS-36B-Instruct", "seed_oss", ("<seed:bos>", "<seed:eos>"), "seed-oss"),
+    ("Kimi-K2-Instruct", "deepseek_v3", ("<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"), "kimi-k2"),
     ("DeepSeek-V3", "deepseek_v3", ("<｜User｜>", "<｜Assistant｜>"), "deepseek-v3"),
     ("deepseek-llm-7b-chat", "llama", ("<｜begin▁of▁sentence｜>",), "deepseek-v2"),
     ("GLM-4-9B-0414", "glm4", ("[gMASK]", "<sop>", "<|user|>"), "glm-4"),

@@ -27,6 +27,7 @@ def test_a_system_role_is_one_that_shows() -> None:
         ("{{ eos_token }}<|user|>\n", ("<|user|>",)),
         ("<｜end▁of▁sentence｜><｜User｜>", ("<｜end▁of▁sentence｜>", "<｜User｜>")),
         ("<turn|>\n<|turn>user\n", ("<turn|>", "<|turn>")),
+        ("<seed:eos><seed:bos>user\n", ("<seed:eos>", "<seed:bos>")),
         ("\n\nUSER: ", ()),
         (" [link] <b> a < b | c > d [X", ()),
     ],
@@ -82,7 +83,9 @@ def test_the_librarys_formats() -> None:
         "qwen-3": Reasoning("<think>", "</think>", opened=False, switch="enable_thinking"),
         "glm-4.5": Reasoning("<think>", "</think>", opened=False, switch="enable_thinking"),
         "deepseek-v3": Reasoning("<think>", "</think>", opened=False, switch=None),
+        "deepseek-v3.1": Reasoning("<think>", "</think>", opened=False, switch="thinking"),
         "deepseek-r1": Reasoning("<think>", "</think>", opened=True, switch=None),
+        "seed-oss": Reasoning("<seed:think>", "</seed:think>", opened=False, switch=None),
         "gpt-oss": Reasoning("<|channel|>analysis<|message|>", "<|end|>", opened=False, switch=None),
     }
 
