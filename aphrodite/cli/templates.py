@@ -43,6 +43,11 @@ _OTHERS = tuple(
 )
 _BOS, _EOS = "<s>", "</s>"  # stand for a tokenizer's own where no model is given
 
+# Columns of the list, and how wide a terminal has to be for all of them.
+WIDE = ("Name", "Also", "Tools", "Reasoning", "Ends with", "For")
+NARROW = ("Name", "Tools", "Reasoning", "For")
+WIDE_FROM = 150
+
 TemplateArgument = Annotated[
     str | None,
     typer.Argument(help="A name of the library, or a Jinja file; without it, the template of --model.", metavar="NAME"),
@@ -56,7 +61,7 @@ def _group() -> None:
 
 @app.command("ls")
 def ls(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the library: names, tools, reasoning, what ends an answer."""
+    """List the library: names, tools, reasoning, and whose formats they are; on wide terminals all of it."""
     from rich.table import Table
 
     from aphrodite.chat.table import TEMPLATES
@@ -64,31 +69,42 @@ def ls(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
     if as_json:
         print(json.dumps([_row_facts(row) for row in TEMPLATES.values()], ensure_ascii=False, indent=2))
         return
+    console = stdout()
+    titles = WIDE if console.width >= WIDE_FROM else NARROW
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("Name", "Also", "Tools", "Reasoning", "Ends with", "For"):
+    for title in titles:
         table.add_column(title, overflow="fold", no_wrap=title == "Name")
     for row in sorted(TEMPLATES.values(), key=lambda row: row.name):
-        reasoning = row.traits.reasoning
-        table.add_row(
-            row.name,
-            ", ".join(row.aliases),
-            row.traits.tool_format or "",
-            reasoning.start.removesuffix("<|message|>") if reasoning is not None else "",
-            " ".join(map(_shown, row.all_stops)),
-            row.help,
-        )
-    console = stdout()
+        cells = _cells(row)
+        table.add_row(*(cells[title] for title in titles))
     console.print(table)
-    console.print("Use one with --chat-template NAME; `aphrodite templates try NAME` shows what it makes of a chat.")
+    console.print("Use one with --chat-template NAME. `aphrodite templates show NAME` tells all about it,")
+    console.print("`aphrodite templates try NAME` shows what it makes of a chat.")
+
+
+def _cells(row: LibraryTemplate) -> dict[str, str]:
+    """A row of the list, by the titles of its columns."""
+    reasoning = row.traits.reasoning
+    return {
+        "Name": row.name,
+        "Also": ", ".join(row.aliases),
+        "Tools": row.traits.tool_format or "",
+        "Reasoning": reasoning.start.removesuffix("<|message|>") if reasoning is not None else "",
+        "Ends with": ", ".join(map(_shown, row.all_stops)),
+        "For": row.help,
+    }
 
 
 @app.command("show")
 @with_options(EngineConfig, skip=_OTHERS, model_argument=False)
 def show(name: TemplateArgument = None, *, settings: Settings) -> None:
     """Print a template, and on standard error what it can do."""
+    from aphrodite.chat.library import library_row
+
     template, _ = _template(name, settings.engine)
     console = stderr()
-    for label, value in _facts(template.name, template.traits).items():
+    row = library_row(name) if name is not None else None
+    for label, value in _facts(template.name, template.traits, row).items():
         console.print(f"{label:<14} {value}", soft_wrap=True)
     stdout().print(template.source, soft_wrap=True, end="")
 
@@ -163,7 +179,7 @@ def _row_facts(row: LibraryTemplate) -> dict[str, Any]:
     }
 
 
-def _facts(name: str, traits: TemplateTraits) -> dict[str, str]:
+def _facts(name: str, traits: TemplateTraits, row: LibraryTemplate | None) -> dict[str, str]:
     reasoning = "none"
     if traits.reasoning is not None:
         opened = ", opened by the template" if traits.reasoning.opened else ""
@@ -171,6 +187,7 @@ def _facts(name: str, traits: TemplateTraits) -> dict[str, str]:
         reasoning = f"{traits.reasoning.start} … {traits.reasoning.end}{opened}{switch}"
     return {
         "Name": name.removeprefix("the template "),
+        **({} if row is None else {"For": row.help, "Also": ", ".join(row.aliases) or "no other name"}),
         "System role": "yes" if traits.system_role else "none; its text goes into the first question",
         "Names": "shown" if traits.names else "put before the texts",
         "Tools": traits.tool_format or "none",

@@ -45,6 +45,16 @@ def test_the_list_has_every_template() -> None:
     assert facts["plain"]["stop"] == ["\nUser:"]
 
 
+def test_a_narrow_terminal_gets_fewer_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "<|return|>, <|call|>" in run("ls")[0]
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("ls")[0].splitlines()
+    assert lines[0].split() == ["Name", "Tools", "Reasoning", "For"]
+    assert max(map(len, lines)) <= 80
+    facts = run("show", "llama_4")[1]
+    assert "Also           llama4, llama-4-instruct" in facts
+
+
 def test_a_template_is_printed_so_that_it_can_be_saved(tmp_path: Path) -> None:
     out, facts = run("show", "deepseek-r1")
     assert out == TEMPLATES["deepseek-r1"].source
