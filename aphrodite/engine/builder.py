@@ -100,6 +100,13 @@ def build_engine(
     defaults = sampling_defaults(checkpoint.generation_defaults, source=config.generation_config)
     adapters, room = _adapters(config, checkpoint)
     eos = frozenset(checkpoint.generation_defaults.eos_token_ids).union(eos_token_ids)
+    eos = frozenset(token for token in eos if token < checkpoint.spec.vocab_size)
+    if tokenizer is not None and tokenizer.vocab_size > checkpoint.spec.vocab_size:
+        logger.warning(
+            "the tokenizer knows %d tokens, the model %d: prompts with others are refused",
+            tokenizer.vocab_size,
+            checkpoint.spec.vocab_size,
+        )
     if _serves_on_gpu(config):
         runner, memory, limits = _build_on_device(config, checkpoint, eos, tokenizer, progress, room)
     else:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from aphrodite.loading.config_reader import ConfigReader
 
-_MAX_ID = (1 << 31) - 1
+logger = logging.getLogger(__name__)
+
+_MAX_ID = (1 << 32) - 1  # with which GGUF stands for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +42,9 @@ def generation_from_config(config: ConfigReader, directory: Path, vocab_size: in
     file = directory / "generation_config.json"
     generation = ConfigReader.from_file(file) if file.exists() else None
     sources = [generation, config] if generation is not None else [config]
-    eos = [token for source in sources for token in source.integers("eos_token_id", low=0, high=vocab_size - 1)]
     values = generation or ConfigReader(config.source, {})
     return GenerationDefaults(
-        eos_token_ids=tuple(dict.fromkeys(eos)),
+        eos_token_ids=_end_ids(sources, ["eos_token_id"], vocab_size),
         bos_token_id=_first_id(sources, "bos_token_id", vocab_size),
         pad_token_id=_first_id(sources, "pad_token_id", vocab_size),
         temperature=values.read("temperature", float, None, low=0.0),
@@ -60,11 +63,9 @@ def generation_from_gguf(metadata: ConfigReader, vocab_size: int) -> GenerationD
     Raises:
         ModelFormatError: a value is mistyped or out of bounds.
     """
-    eos: list[int] = []
-    for kind in ("eos", "eot", "eom"):
-        eos += metadata.integers(f"tokenizer.ggml.{kind}_token_id", low=0, high=vocab_size - 1)
+    ends = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     return GenerationDefaults(
-        eos_token_ids=tuple(dict.fromkeys(eos)),
+        eos_token_ids=_end_ids([metadata], ends, vocab_size),
         bos_token_id=_first_id([metadata], "tokenizer.ggml.bos_token_id", vocab_size),
         pad_token_id=_first_id([metadata], "tokenizer.ggml.padding_token_id", vocab_size),
         temperature=metadata.read("general.sampling.temp", float, None, low=0.0),
@@ -73,6 +74,21 @@ def generation_from_gguf(metadata: ConfigReader, vocab_size: int) -> GenerationD
         min_p=metadata.read("general.sampling.min_p", float, None, low=0.0, high=1.0),
         repetition_penalty=metadata.read("general.sampling.penalty_repeat", float, None, low=0.0),
     )
+
+
+def _end_ids(sources: Sequence[ConfigReader], keys: Sequence[str], vocab_size: int) -> tuple[int, ...]:
+    """All ids under `keys` that are inside the vocabulary; the model cannot answer with others, whatever merged them
+    in."""
+    named = [token for source in sources for key in keys for token in source.integers(key, low=-1, high=_MAX_ID)]
+    outside = sorted({token for token in named if token >= vocab_size})
+    if outside:
+        logger.warning(
+            "%s: end-of-text ids %s are outside the vocabulary of %d and ignored",
+            sources[0].source,
+            outside[:8],
+            vocab_size,
+        )
+    return tuple(dict.fromkeys(token for token in named if 0 <= token < vocab_size))
 
 
 def _first_id(sources: list[ConfigReader], key: str, vocab_size: int) -> int | None:

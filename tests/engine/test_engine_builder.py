@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.runner.memory import device_workspace, plan_memory
+from aphrodite.tokenizer.loader import load_tokenizer
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -52,6 +54,18 @@ def test_a_cpu_quantizes_at_load(tiny_model: Path, executor: str) -> None:
     assert sizes["int4"] < sizes["none"]
     if executor == "native":  # torch has no products of 8-bit blocks
         assert sizes["int4"] < sizes["int8"] < sizes["none"]
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_told(
+    tiny_model: Path, tmp_path: Path, smollm2_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a model whose vocabulary was cut; ends that it cannot answer with are none."""
+    described = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "vocab_size": 1000}))
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", threads=1, device="cpu")
+    built = build_engine(config, (3, 40_000), tokenizer=load_tokenizer(smollm2_path))
+    assert built.info.eos_token_ids == [2, 3]
+    assert "the tokenizer knows 49152 tokens, the model 1000" in caplog.text
 
 
 def plan(**changes: Any) -> Any:

@@ -283,7 +283,6 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "values": (lambda writer: writer.add_value_length(8), "llama.attention.value_length should be 16"),
     "key type": (lambda writer: writer.add_string("llama.attention.key_length", "16"), 'but is "16"'),
     "key list": (lambda writer: writer.add_array("llama.attention.key_length", [1, 2]), "but is a list of 2"),
-    "eos": (lambda writer: writer.add_eos_token_id(64), "tokenizer.ggml.eos_token_id"),
 }
 
 
