@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from safetensors.numpy import save_file
+from gpu_engines import TINY, Engines, write_model
 
 from aphrodite.config import EngineConfig
 from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
-from aphrodite.loading.checkpoint import open_checkpoint
-from aphrodite.loading.dummy import dummy_weights
-from aphrodite.loading.parameters import HF_NAMES
-from aphrodite.quantization.dequantize import dequantize
-from aphrodite.quantization.types import QuantType
 from aphrodite.runner.inputs import StepSize
 from aphrodite.runner.step_graphs import StepGraphs
 from aphrodite.sampling.params import SamplingParams
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 40_000,
-    "rope_theta": 500_000.0,
-    "initializer_range": 0.02,
-}
 PROMPTS = [[3 + (7 * i + 13 * j) % 900 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 700))]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(
@@ -57,29 +35,11 @@ OTHERS = [
 ]
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """Random weights in a file: dummy ones are others on a GPU than on a CPU."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    weights = dummy_weights(open_checkpoint(tmp_path, load_format="dummy").spec, QuantType.F32)
-    tensors = {HF_NAMES.checkpoint_name(name): dequantize(raw) for name, raw in weights.items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    return tmp_path
-
-
-@pytest.fixture
-def make_core(model: Path) -> Iterator[Any]:
-    cores: list[EngineCore] = []
-
-    def make(**settings: Any) -> EngineCore:
-        chosen = {"device": "cuda", "dtype": "float32", "kv_cache_memory": 1 << 28, "max_num_seqs": 16, **settings}
-        cores.append(build_engine(EngineConfig(model=str(model), **chosen), ()).core)
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.close()
-    torch.cuda.empty_cache()
+@pytest.fixture(scope="module")
+def make_core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    engines = Engines(write_model(tmp_path_factory.mktemp("model"), TINY))
+    yield engines
+    engines.close()
 
 
 def add(core: EngineCore, name: str, prompt: list[int], params: SamplingParams) -> None:
@@ -107,7 +67,7 @@ def answers(core: EngineCore, params: SamplingParams, prompts: list[list[int]] =
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_tokens_are_those_of_the_cpu(make_core: Any, params: SamplingParams) -> None:
+def test_tokens_are_those_of_the_cpu(make_core: Engines, params: SamplingParams) -> None:
     expected = answers(make_core(device="cpu", executor="torch"), params)
     assert answers(make_core(), params) == expected
 
@@ -124,14 +84,14 @@ def test_tokens_are_those_of_the_cpu(make_core: Any, params: SamplingParams) -> 
     ],
     ids="-".join,
 )
-def test_settings_do_not_change_tokens(make_core: Any, settings: dict[str, Any]) -> None:
+def test_settings_do_not_change_tokens(make_core: Engines, settings: dict[str, Any]) -> None:
     expected = answers(make_core(), SEEDED)
     core = make_core(**settings)
     assert answers(core, SEEDED) == expected
     assert answers(core, SEEDED) == expected  # and from the prefix cache, where there is one
 
 
-def test_preemption_does_not_change_tokens(make_core: Any) -> None:
+def test_preemption_does_not_change_tokens(make_core: Engines) -> None:
     params = msgspec.structs.replace(SEEDED, max_tokens=80)
     prompts = [PROMPTS[3][index:] for index in range(8)]  # each grows from three blocks to eight
     roomy = make_core()
@@ -141,7 +101,7 @@ def test_preemption_does_not_change_tokens(make_core: Any) -> None:
     assert core.stats().num_preemptions > 0
 
 
-def test_neighbours_do_not_change_tokens(make_core: Any) -> None:
+def test_neighbours_do_not_change_tokens(make_core: Engines) -> None:
     expected = answers(make_core(), SEEDED, PROMPTS[:1])
     core = make_core()
     add(core, "0", PROMPTS[0], SEEDED)
@@ -150,7 +110,7 @@ def test_neighbours_do_not_change_tokens(make_core: Any) -> None:
     assert drain(core)["0"] == expected["0"]
 
 
-def test_log_probabilities_are_those_of_the_cpu(make_core: Any) -> None:
+def test_log_probabilities_are_those_of_the_cpu(make_core: Engines) -> None:
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=4, prompt_logprobs=2)
 
     def logprobs(core: EngineCore) -> list[tuple[int, float]]:
@@ -166,7 +126,7 @@ def test_log_probabilities_are_those_of_the_cpu(make_core: Any) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "kv", "share"), [("bfloat16", "auto", 0.9), ("bfloat16", "fp8", 0.6)])
-def test_short_types_stay_close(make_core: Any, dtype: str, kv: str, share: float) -> None:
+def test_short_types_stay_close(make_core: Engines, dtype: str, kv: str, share: float) -> None:
     """Random weights have flat logits, so this asks for the first token of each prompt only."""
     one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=20)
     prompts = [[3 + (11 * i + 17 * j) % 900 for j in range(20 + 5 * i)] for i in range(15)]
@@ -183,14 +143,14 @@ def test_short_types_stay_close(make_core: Any, dtype: str, kv: str, share: floa
 
 
 @pytest.mark.parametrize("length", [4095, 4096, 4097, 32_000])
-def test_long_prompts_are_computed_alike_in_one_piece_and_in_many(make_core: Any, length: int) -> None:
-    prompts = [[3 + (7 * j + j // 97) % 900 for j in range(length)]]
+def test_long_prompts_are_computed_alike_in_one_piece_and_in_many(make_core: Engines, length: int) -> None:
+    prompts = [[3 + (7 * j + j // 97 + length) % 900 for j in range(length)]]  # no beginning of another's
     short = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
     whole = answers(make_core(max_num_batched_tokens=32_768, max_model_len=33_000), short, prompts)
     assert answers(make_core(max_num_batched_tokens=1000, max_model_len=33_000), short, prompts) == whole
 
 
-def test_a_decode_step_does_not_wait_for_the_device(make_core: Any) -> None:
+def test_a_decode_step_does_not_wait_for_the_device(make_core: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of synchronisation that torch can see is an error while steps are launched."""
     core = make_core()
     for number, prompt in enumerate(PROMPTS):
@@ -208,14 +168,15 @@ def test_a_decode_step_does_not_wait_for_the_device(make_core: Any) -> None:
         assert step.error is None, step.error
         return step
 
-    core.runner.launch = watched
+    monkeypatch.setattr(core.runner, "launch", watched)
     for _ in range(10):
         core.step()
     assert core.has_work()
+    drain(core)
 
 
-def test_nothing_is_captured_while_requests_are_served(make_core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = make_core()
+def test_nothing_is_captured_while_requests_are_served(make_core: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core(max_num_seqs=16)  # one of its own, that has served nobody
 
     def fails(graphs: StepGraphs, size: StepSize) -> None:
         raise AssertionError(f"a graph of {size} was captured")
@@ -226,7 +187,7 @@ def test_nothing_is_captured_while_requests_are_served(make_core: Any, monkeypat
 
 
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no file")
-def test_smollm2_writes_the_same_on_both(make_core: Any) -> None:
+def test_smollm2_writes_the_same_on_both(make_core: Engines) -> None:
     path = os.environ["SMOLLM2_GGUF"]
     params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
     prompts = [[1 + (31 * i + 97 * j) % 40_000 for j in range(8 + 9 * i)] for i in range(10)]

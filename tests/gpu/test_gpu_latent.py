@@ -165,11 +165,10 @@ def expected(model: Path) -> dict[str, list[int]]:
     "settings",
     [
         {"kv_cache_memory": 1 << 28},
-        {"kv_cache_memory": 1 << 28, "enable_graphs": False},
-        {"kv_cache_memory": 1 << 28, "max_num_batched_tokens": 100},  # prompts in chunks
-        {"kv_cache_memory": 1_600_000, "max_model_len": 512},  # preemption
+        {"kv_cache_memory": 1 << 28, "max_num_batched_tokens": 100, "enable_graphs": False},  # prompts in chunks
+        {"kv_cache_memory": 1_600_000, "max_model_len": 512, "enable_graphs": False},  # preemption
     ],
-    ids=["graphs", "no graphs", "chunks", "preemption"],
+    ids=["graphs", "chunks", "preemption"],
 )
 def test_tokens_are_those_of_the_cpu(
     settings: dict[str, Any], model: Path, expected: dict[str, list[int]], device: torch.device

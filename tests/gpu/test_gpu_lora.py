@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gpu_engines import TINY, Engines, write_model
 from safetensors.numpy import save_file
-from test_gpu_engine import PROMPTS, TINY
+from test_gpu_engine import PROMPTS
 
-from aphrodite.config import EngineConfig
-from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.lora import AdapterStack, adapter_tiles, add_adapters, gated_groups, result_blocks
 from aphrodite.layers.triton_linear import TritonLinear
-from aphrodite.loading.checkpoint import open_checkpoint
-from aphrodite.loading.dummy import dummy_weights
-from aphrodite.loading.parameters import HF_NAMES
-from aphrodite.quantization.dequantize import dequantize
-from aphrodite.quantization.types import QuantType
 from aphrodite.sampling.params import SamplingParams
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -83,15 +76,10 @@ def test_products_without_their_activation(device: torch.device, rows: int) -> N
     assert distance(gated_groups(product, "silu", group), expected) < 1e-2
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model in a file, and adapters beside it."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    weights = dummy_weights(open_checkpoint(tmp_path, load_format="dummy").spec, QuantType.F32)
-    save_file(
-        {HF_NAMES.checkpoint_name(name): dequantize(raw) for name, raw in weights.items()},
-        tmp_path / "model.safetensors",
-    )
+@pytest.fixture(scope="module")
+def make_core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """Engines of a model in a file, with adapters from beside it."""
+    folder = write_model(tmp_path_factory.mktemp("lora"), TINY)
     shapes = {"self_attn.q_proj": (256, 256), "self_attn.v_proj": (128, 256), "mlp.gate_proj": (512, 256)}
     shapes |= {"mlp.up_proj": (512, 256), "mlp.down_proj": (256, 512), "self_attn.o_proj": (256, 256)}
     for number, rank in enumerate((4, 16, 24)):
@@ -102,27 +90,13 @@ def folder(tmp_path: Path) -> Path:
                 name = f"base_model.model.model.layers.{layer}.{module}"
                 tensors[f"{name}.lora_A.weight"] = random.standard_normal((rank, columns), np.float32)
                 tensors[f"{name}.lora_B.weight"] = 0.02 * random.standard_normal((rows, rank), np.float32)
-        adapter = tmp_path / f"adapter{number}"
+        adapter = folder / f"adapter{number}"
         adapter.mkdir()
         save_file(tensors, adapter / "adapter_model.safetensors")
         (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": rank}))
-    return tmp_path
-
-
-@pytest.fixture
-def make_core(folder: Path) -> Iterator[Any]:
-    cores: list[EngineCore] = []
-
-    def make(**settings: Any) -> EngineCore:
-        lora = tuple(f"{number}={folder / f'adapter{number}'}" for number in range(3))
-        chosen = {"device": "cuda", "dtype": "float32", "kv_cache_memory": 1 << 28, "max_num_seqs": 16, **settings}
-        cores.append(build_engine(EngineConfig(model=str(folder), lora=lora, **chosen), ()).core)
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.close()
-    torch.cuda.empty_cache()
+    engines = Engines(folder, lora=tuple(f"{number}={folder / f'adapter{number}'}" for number in range(3)))
+    yield engines
+    engines.close()
 
 
 def answers(core: EngineCore, wanted: list[int | None]) -> dict[str, list[int]]:
@@ -139,17 +113,17 @@ def answers(core: EngineCore, wanted: list[int | None]) -> dict[str, list[int]]:
 WANTED = [0, None, 1, 2, 1, 0, None, 2]
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_loras": 1}, {"enable_graphs": False}], ids=str)
-def test_answers_are_those_of_the_cpu(make_core: Any, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{}, {"max_loras": 1, "enable_graphs": False}], ids=str)
+def test_answers_are_those_of_the_cpu(make_core: Engines, settings: dict[str, Any]) -> None:
     expected = answers(make_core(device="cpu", executor="torch"), WANTED)
     assert expected["0"] != answers(make_core(device="cpu", executor="torch"), [None])["0"]
     assert answers(make_core(**settings), WANTED) == expected
 
 
 @pytest.mark.parametrize("quantization", ["none", "int4", "fp8"])
-def test_sixteen_bits_and_packed_weights_serve_them_too(make_core: Any, quantization: str) -> None:
+def test_sixteen_bits_and_packed_weights_serve_them_too(make_core: Engines, quantization: str) -> None:
     """Greedy answers in a batch and alone may part where logits tie; most of their tokens are the same."""
-    core = make_core(dtype="bfloat16", quantization=quantization)
+    core = make_core(dtype="bfloat16", quantization=quantization, enable_graphs=False)
     together = answers(core, WANTED)
     alone = {}
     for number, adapter in enumerate(WANTED):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu_engine import GREEDY, PROMPTS, TINY, add, answers, drain, make_core, model, updates  # noqa: F401
+from gpu_engines import TINY, Engines, write_model
+from test_gpu_engine import GREEDY, PROMPTS, add, answers, drain, updates
 
 from aphrodite.config import EngineConfig
 from aphrodite.engine.builder import BuiltEngine, build_engine
@@ -60,8 +61,9 @@ def test_the_context_fits_itself_to_the_memory(tmp_path: Path) -> None:
         engine.core.close()
 
 
-def test_running_out_of_memory_in_a_step_ends_its_requests_only(make_core: Any, limited: Any) -> None:  # noqa: F811
-    core = make_core(max_model_len=33_000, max_num_batched_tokens=32_768)
+def test_running_out_of_memory_in_a_step_ends_its_requests_only(tmp_path: Path, limited: Any) -> None:
+    engines = Engines(write_model(tmp_path, TINY), max_model_len=33_000, max_num_batched_tokens=32_768)
+    core = engines()
     expected = answers(core, GREEDY)
     add(core, "long", [3] * 30_000, GREEDY)
     torch.cuda.empty_cache()
@@ -70,6 +72,7 @@ def test_running_out_of_memory_in_a_step_ends_its_requests_only(make_core: Any, 
     limited(torch.cuda.mem_get_info()[1])
     assert len(errors) == 1
     assert answers(core, GREEDY) == expected
+    engines.close()
 
 
 def test_log_probabilities_of_a_long_prompt_need_no_room_for_all_logits(tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ core.close()
 """
 
 
-def test_a_fault_of_the_device_ends_the_engine(model: Path) -> None:  # noqa: F811
-    command = [sys.executable, "-c", LOST, str(model)]
+def test_a_fault_of_the_device_ends_the_engine(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOST, str(write_model(tmp_path, TINY))]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "lost: the GPU failed (CUDA error" in run.stdout, run.stdout + run.stderr[-2000:]

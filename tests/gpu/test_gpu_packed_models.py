@@ -14,6 +14,8 @@ from aphrodite.quantization.at_load import QuantizedWeights
 from aphrodite.sampling.params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+# Kernels by numbers of rows and graphs have tests of their own; a start without takes a fraction of the time.
+FEW_KERNELS = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "enable_graphs": False}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,7 @@ def test_tokens_are_those_of_the_expanded_weights(
 
     def tokens(**settings: str) -> dict[str, list[int]]:
         answers: dict[str, list[int]] = {}
-        built, updates = run(model, GREEDY, dtype="float32", quantization=kind, **settings)
+        built, updates = run(model, GREEDY, dtype="float32", quantization=kind, **FEW_KERNELS, **settings)
         for update in updates:
             answers.setdefault(update.request_id, []).extend(update.token_ids)
         sizes.append(built.info.weight_bytes)
@@ -49,6 +51,6 @@ def test_a_model_in_k_blocks_answers_with_its_embedding_packed(tmp_path: Path, f
     quantization = {"quant_method": "gguf", "file_type": file_type}
     (tmp_path / "config.json").write_text(json.dumps({**QWEN3, "quantization_config": quantization}))
     stored = open_checkpoint(tmp_path, load_format="dummy").weight_bytes
-    built, updates = run(tmp_path, GREEDY, load_format="dummy")
+    built, updates = run(tmp_path, GREEDY, load_format="dummy", **FEW_KERNELS)
     assert sum(len(update.token_ids) for update in updates) == 8 * 16
     assert built.info.weight_bytes <= 1.07 * stored  # norms of a small model count

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import torch
-from safetensors.numpy import save_file
+from gpu_engines import TINY, Engines, write_model
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from aphrodite.config import EngineConfig
-from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
-from aphrodite.loading.checkpoint import open_checkpoint
-from aphrodite.loading.dummy import dummy_weights
-from aphrodite.loading.parameters import HF_NAMES
-from aphrodite.quantization.dequantize import dequantize
-from aphrodite.quantization.types import QuantType
 from aphrodite.sampling.params import SamplingParams, from_mapping
 from aphrodite.sampling.table import ReasoningMarks
 from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 256,
-    "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0,
-    "initializer_range": 0.02,
-}  # fmt: skip
 PROMPTS = [[3 + (7 * i + 13 * j) % 240 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 300))]
 FREE = SamplingParams(max_tokens=48, temperature=1.2, top_p=0.95, ignore_eos=True, seed=5)
 MARKS = ReasoningMarks("<think>", "</think>", True)
@@ -49,29 +33,11 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("thinking")
-    (folder / "config.json").write_text(json.dumps(TINY))
-    weights = dummy_weights(open_checkpoint(folder, load_format="dummy").spec, QuantType.F32)
-    save_file(
-        {HF_NAMES.checkpoint_name(name): dequantize(raw) for name, raw in weights.items()}, folder / "model.safetensors"
-    )
-    return folder
-
-
-@pytest.fixture
-def make_core(model: Path, tokenizer: Tokenizer) -> Iterator[Any]:
-    cores: list[EngineCore] = []
-
-    def make(**settings: Any) -> EngineCore:
-        chosen = {"device": "cuda", "dtype": "float32", "kv_cache_memory": 1 << 27, "max_num_seqs": 16, **settings}
-        cores.append(build_engine(EngineConfig(model=str(model), **chosen), (), tokenizer=tokenizer).core)
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.close()
-    torch.cuda.empty_cache()
+def make_core(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Engines]:
+    model = write_model(tmp_path_factory.mktemp("thinking"), {**TINY, "vocab_size": 256})
+    engines = Engines(model, tokenizer)
+    yield engines
+    engines.close()
 
 
 def thinking(budget: int, **fields: Any) -> SamplingParams:
@@ -97,8 +63,8 @@ REQUESTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{}, {"async_depth": 0}, {"enable_graphs": False}], ids=str)
-def test_tokens_are_those_of_the_cpu(make_core: Any, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{}, {"async_depth": 0, "enable_graphs": False}], ids=str)
+def test_tokens_are_those_of_the_cpu(make_core: Engines, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
     expected = answers(make_core(device="cpu", executor="torch"), REQUESTS)
     found = answers(make_core(**settings), REQUESTS)
     assert found == expected
@@ -107,7 +73,7 @@ def test_tokens_are_those_of_the_cpu(make_core: Any, tokenizer: Tokenizer, setti
         assert tokenizer.decode(closing) == MARKS.end
 
 
-def test_nobody_waits_where_nothing_can_be_forced(make_core: Any) -> None:
+def test_nobody_waits_where_nothing_can_be_forced(make_core: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core()
     sampler = core.runner.sampler
     stage, alone = sampler.stage, list[bool]()
@@ -117,7 +83,7 @@ def test_nobody_waits_where_nothing_can_be_forced(make_core: Any) -> None:
         alone.append(launches is not None)
         return launches
 
-    sampler.stage = observed
+    monkeypatch.setattr(sampler, "stage", observed)
     free = answers(core, [FREE] * 6)
     assert all(alone)
     alone.clear()
