@@ -197,6 +197,9 @@ class DeviceRunner:
         """
         largest = min(max_tokens, self.rows.max_model_len)
         prompts = sorted({min(16, largest), min(2048, largest), largest})
+        reached = smallest(self._ragged_sizes, largest, self.rows.num_rows)
+        if reached is not None:  # no step needs larger ones
+            self._ragged_sizes = [size for size in self._ragged_sizes if size.tokens <= reached.tokens]
         sizes = list(reversed(self._decode_sizes))
         tried = sizes if self._graphs is not None else [sizes[0], sizes[-1]]
         tasks: list[Callable[[], object]] = [partial(self._try_prompt, tokens) for tokens in prompts]
