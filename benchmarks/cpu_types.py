@@ -48,10 +48,13 @@ UNITS = {
     "Q6_K": (208,),
     "Q4_1": (0, 2),
     "Q5_1": (0, 2),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
 }
 TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_NL", "IQ4_XS", "MXFP4", *GROUPS),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0"),
 )
 
 
@@ -82,6 +85,8 @@ def make_matrix(library: NativeLibrary, name: str) -> Matrix:
     blocks = data.reshape(-1, kind.block_bytes)
     if kind is QuantType.MXFP4:
         blocks[:, 0] = 120
+    elif kind is QuantType.IQ1_M:
+        blocks[:, 49::2] = blocks[:, 49::2] & 15 | np.array([0x00, 0x10, 0x20, 0x20], np.uint8)  # d is 0x2210
     else:
         for place in UNITS.get(name, (0,)):
             blocks[:, place : place + 2] = np.array([0.01], "<f2").view(np.uint8)

@@ -11,8 +11,11 @@ from __future__ import annotations
 import base64
 import functools
 import zlib
+from collections.abc import Callable
 
 import numpy as np
+
+from aphrodite.quantization.types import QuantType
 
 _IQ1_LEVELS = (-1, 0, 1)
 _IQ2_LEVELS = (0x08, 0x19, 0x2B)
@@ -59,6 +62,8 @@ _IQ3_S = (
     "+Lf3a_=1ov?9@{igP&9v4ypFswx3&TJZ@M2_=SuX>*z&qp%+CoXl)ge8!drA@5Agyn!FG+()?*sDei}n1QT95(J|p-wR7#Aht{0!Hx!aZfy;"
     "cl!bD4D3uqR(zW`GY5;6>@R{_|3X$jRqNR^eu)^e<Ll^vCYlKPU1;QQ+o$IB(hKom+bHx0SXmXXwyZnVo8~6jd#wQ>"
 )
+
+_WORD_SHIFTS = {8: np.array([0, 2, 8, 10, 4, 6, 12, 14], np.uint16), 4: np.array([0, 4, 8, 12], np.uint16)}
 
 IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 """What the sixteen codes of IQ4_NL and IQ4_XS stand for."""
@@ -119,9 +124,35 @@ def even_signs() -> np.ndarray:
     return table
 
 
+@functools.cache
+def grid_words(qtype: QuantType) -> np.ndarray | None:
+    """The type's grid with its levels numbered, a word a point: uint16 `[points]`; None for a type that has none.
+
+    A coordinate of eight is two bits, in the order 0, 1, 4, 5, 2, 3, 6, 7 from the low end; one of four is four bits.
+    """
+    found = _GRIDS.get(qtype)
+    if found is None:
+        return None
+    grid, levels = found[0](), np.array(found[1], np.float32)
+    shifts = _WORD_SHIFTS[grid.shape[1]]
+    words: np.ndarray = np.bitwise_or.reduce(np.searchsorted(levels, grid).astype(np.uint16) << shifts, axis=1)
+    return words
+
+
 def _points(packed: str, levels: tuple[int, ...], dimensions: int) -> np.ndarray:
     members = np.frombuffer(zlib.decompress(base64.b85decode(packed)), np.uint8)
     numbers = np.flatnonzero(np.unpackbits(members, bitorder="little"))
     coordinates = numbers[:, None] // len(levels) ** np.arange(dimensions) % len(levels)
     points: np.ndarray = np.array(levels, np.float32)[coordinates]
     return points
+
+
+_GRIDS: dict[QuantType, tuple[Callable[[], np.ndarray], tuple[int, ...]]] = {
+    QuantType.IQ1_S: (iq1_grid, _IQ1_LEVELS),
+    QuantType.IQ1_M: (iq1_grid, _IQ1_LEVELS),
+    QuantType.IQ2_XXS: (iq2_xxs_grid, _IQ2_LEVELS),
+    QuantType.IQ2_XS: (iq2_xs_grid, _IQ2_LEVELS),
+    QuantType.IQ2_S: (iq2_s_grid, _IQ2_LEVELS),
+    QuantType.IQ3_XXS: (iq3_xxs_grid, _IQ3_XXS_LEVELS),
+    QuantType.IQ3_S: (iq3_s_grid, _IQ3_S_LEVELS),
+}

@@ -6,7 +6,7 @@ import numpy as np
 
 from aphrodite.quantization.types import QuantType, RawTensor
 
-# Byte of the float16 d, byte of the float16 dmin, of a type's block.
+# Byte of the float16 d, byte of the float16 dmin, of a type's block. IQ1_M has the nibbles of d above its scales.
 UNITS = {
     QuantType.Q2_K: (80, 82),
     QuantType.Q3_K: (108, None),
@@ -15,7 +15,16 @@ UNITS = {
     QuantType.Q6_K: (208, None),
     QuantType.IQ4_NL: (0, None),
     QuantType.IQ4_XS: (0, None),
+    QuantType.TQ1_0: (52, None),
+    QuantType.TQ2_0: (64, None),
+    QuantType.IQ1_S: (0, None),
+    QuantType.IQ2_XXS: (0, None),
+    QuantType.IQ2_XS: (0, None),
+    QuantType.IQ2_S: (0, None),
+    QuantType.IQ3_XXS: (0, None),
+    QuantType.IQ3_S: (0, None),
 }
+IQ1_M_UNIT = (49, 51, 53, 55)  # bytes whose high nibbles are d, the lowest first
 # Root mean square of a value over d, where scales and quants are uniformly random and minima balance them.
 _SPREAD = {
     QuantType.Q2_K: 9.8,
@@ -25,10 +34,20 @@ _SPREAD = {
     QuantType.Q6_K: 1365.0,
     QuantType.IQ4_NL: 69.0,
     QuantType.IQ4_XS: 1274.0,
+    QuantType.TQ1_0: 0.82,
+    QuantType.TQ2_0: 1.22,
+    QuantType.IQ1_S: 7.2,
+    QuantType.IQ1_M: 7.2,
+    QuantType.IQ2_XXS: 53.0,
+    QuantType.IQ2_XS: 56.0,
+    QuantType.IQ2_S: 56.0,
+    QuantType.IQ3_XXS: 142.0,
+    QuantType.IQ3_S: 140.0,
 }
 # The mean of a quant.
 _CENTER = {QuantType.Q2_K: 1.5, QuantType.Q4_K: 7.5, QuantType.Q5_K: 15.5}
-MADE = (*UNITS, QuantType.MXFP4)
+GRIDS = tuple(qtype for qtype in _SPREAD if qtype.name.startswith(("IQ1", "IQ2", "IQ3")))
+MADE = (*UNITS, QuantType.IQ1_M, QuantType.MXFP4)
 
 
 def random_blocks(
@@ -46,15 +65,25 @@ def random_blocks(
         exponent = 128 + round(np.log2(deviation / 5.5))
         blocks[:, 0] = generator.integers(exponent - 1, exponent + 2, len(blocks))
     else:
-        d, dmin = UNITS[qtype]
         unit = deviation / _SPREAD[qtype] * generator.uniform(0.7, 1.3, len(blocks))
-        blocks[:, d : d + 2] = unit.astype("<f2").view(np.uint8).reshape(-1, 2)
-        if dmin is not None:
-            low = unit.astype("<f2").astype(np.float32) * _CENTER[qtype]
-            blocks[:, dmin : dmin + 2] = low.astype("<f2").view(np.uint8).reshape(-1, 2)
-            if balanced:
-                _balance(qtype, blocks)
+        low = unit.astype("<f2").astype(np.float32) * _CENTER.get(qtype, 0.0)
+        set_units(qtype, blocks, unit, low)
+        if balanced and qtype in _CENTER:
+            _balance(qtype, blocks)
     return RawTensor(name, shape, qtype, blocks.reshape(rows, -1))
+
+
+def set_units(qtype: QuantType, blocks: np.ndarray, d: np.ndarray | float, dmin: np.ndarray | float) -> None:
+    """Writes the blocks' d and, where the type has one, dmin."""
+    if qtype is QuantType.IQ1_M:
+        bits = np.broadcast_to(np.asarray(d, np.float16), len(blocks)).copy().view(np.uint16)
+        for index, byte in enumerate(IQ1_M_UNIT):
+            blocks[:, byte] = blocks[:, byte] & 15 | (bits >> 4 * index & 15).astype(np.uint8) << 4
+        return
+    for place, value in zip(UNITS[qtype], (d, dmin), strict=True):
+        if place is not None:
+            halves = np.broadcast_to(np.asarray(value, "<f2"), len(blocks))
+            blocks[:, place : place + 2] = np.ascontiguousarray(halves).view(np.uint8).reshape(-1, 2)
 
 
 def _balance(qtype: QuantType, blocks: np.ndarray) -> None:

@@ -106,7 +106,15 @@ def test_tiles_take_the_files_bytes_and_give_rows_back(qtype: QuantType) -> None
     assert loaded is not None
     columns = max(64, qtype.block_size)
     weight = random_weight(qtype, columns, columns, 6)
-    widened = {QuantType.Q3_K: 1.04, QuantType.Q4_K: 1.03, QuantType.Q5_K: 1.03, QuantType.IQ4_XS: 1.02}
+    widened = {
+        QuantType.Q3_K: 1.04,
+        QuantType.Q4_K: 1.03,
+        QuantType.Q5_K: 1.03,
+        QuantType.IQ4_XS: 1.02,
+        QuantType.IQ1_M: 1.04,
+        QuantType.IQ2_XS: 1.06,
+        QuantType.IQ3_XXS: 1.05,
+    }
     assert weight.nbytes <= tiles_bytes(loaded, qtype, columns, columns) <= widened.get(qtype, 1.0) * weight.nbytes
     assert tiles_bytes(loaded, qtype, 33, columns) == tiles_bytes(loaded, qtype, 48, columns)  # padded to 16 rows
     assert tiles_bytes(loaded, qtype, 48, columns - 24) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from k_blocks import UNITS
+from k_blocks import MADE, set_units
 from native_harness import (
     TILED,
     available_isas,
@@ -20,7 +20,7 @@ from aphrodite.kernels.cpu.program import Activation
 from aphrodite.quantization.types import QuantType, RawTensor
 
 ROWS = 53  # no multiple of a tile
-OF_256 = [qtype for qtype in UNITS if qtype.block_size == 256]
+OF_256 = [qtype for qtype in MADE if qtype.block_size == 256]
 STEPS = {Activation.INT16: 32512, Activation.INT8: 120}
 
 pytestmark = pytest.mark.skipif(not available_isas(), reason="the native library is not built")
@@ -75,7 +75,10 @@ def test_product_is_exact_up_to_the_activations_rounding(qtype: QuantType, kind:
 @pytest.mark.parametrize("kind", list(Activation))
 @pytest.mark.parametrize(
     "qtype",
-    [QuantType.Q4_1, QuantType.Q5_0, QuantType.Q8_0, QuantType.Q2_K, QuantType.Q5_K, QuantType.Q6_K],
+    [
+        *(QuantType.Q4_1, QuantType.Q5_0, QuantType.Q8_0, QuantType.Q2_K, QuantType.Q5_K, QuantType.Q6_K),
+        *(QuantType.IQ2_XXS, QuantType.IQ1_M, QuantType.IQ3_S),
+    ],
     ids=lambda qtype: qtype.name,
 )
 def test_rows_do_not_depend_on_their_batch(qtype: QuantType, kind: Activation, isa: str) -> None:
@@ -106,7 +109,7 @@ def test_eight_extreme_rows_are_those_of_one(qtype: QuantType, kind: Activation,
     generator = np.random.default_rng(5)
     columns = columns_of(qtype)
     signs = generator.choice([-1.0, 1.0], (16, columns))
-    weight = raw_tensor(signs, qtype) if qtype not in UNITS else random_weight(qtype, 16, columns, 5)
+    weight = random_weight(qtype, 16, columns, 5) if qtype in MADE else raw_tensor(signs, qtype)
     x = 3 * generator.choice([-1.0, 1.0], (8, columns)).astype(np.float32)
     x[:2] = [[-3], [3]]
     harness = product_harness(x, weight, kind, isa)
@@ -122,8 +125,7 @@ def test_eight_extreme_rows_are_those_of_one(qtype: QuantType, kind: Activation,
 def test_extreme_fields_do_not_overflow(qtype: QuantType, fill: int, isa: str) -> None:
     """Every scale, minimum and quant at an end of its range, against largest activations of one sign."""
     blocks = np.full((16, qtype.block_bytes), fill, np.uint8)
-    for place in (place for place in UNITS[qtype] if place is not None):
-        blocks[:, place : place + 2] = np.array([0.01], "<f2").view(np.uint8)
+    set_units(qtype, blocks, 0.01, 0.01)
     weight = RawTensor("w", (16, 256), qtype, blocks)
     for value in (-3.0, 3.0):
         x = np.full((16, 256), value, np.float32)

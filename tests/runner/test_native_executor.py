@@ -40,10 +40,22 @@ SMALL = {
     "embed": QuantType.IQ4_XS,
     "head": QuantType.Q2_K,
 }
+GRIDS = {
+    "q": QuantType.IQ3_S,
+    "k": QuantType.IQ2_S,
+    "v": QuantType.IQ1_M,
+    "o": QuantType.TQ1_0,
+    "gate": QuantType.IQ2_XXS,
+    "up": QuantType.IQ1_S,
+    "down": QuantType.IQ3_XXS,
+    "embed": QuantType.IQ2_XS,
+    "head": QuantType.IQ3_S,
+}
 VARIANTS: dict[str, tuple[dict[str, Any], Mapping[str, QuantType] | QuantType]] = {
     "q4_1": ({}, QuantType.Q4_1),
     "k types": (WIDE, K_MEDIUM),
     "small types": (WIDE, SMALL),
+    "grids": (WIDE, GRIDS),
     "tied": ({"tied_head": True}, {"embed": QuantType.Q8_0}),
     "mixed types": ({}, MIXED),
     "dense": ({}, QuantType.BF16),

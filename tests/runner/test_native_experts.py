@@ -34,6 +34,13 @@ K_MEDIUM = {
     **dict.fromkeys(("q", "k", "o", "gate", "up"), QuantType.Q4_K),
     **dict.fromkeys(("v", "down", "embed", "head"), QuantType.Q6_K),
 }
+GRIDS = {
+    **K_MEDIUM,
+    "q": QuantType.TQ1_0,
+    "gate": QuantType.IQ2_XXS,
+    "up": QuantType.Q2_K,
+    "down": QuantType.IQ1_M,
+}
 MIXED = {"gate": QuantType.Q5_0, "up": QuantType.F16, "down": QuantType.IQ4_NL}
 
 
@@ -74,6 +81,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Mapping[str, QuantType] | QuantType]] 
         {**dict.fromkeys(("gate", "up", "down"), QuantType.MXFP4), "q": QuantType.Q8_0},
     ),
     "k types": ({**WIDE, "moe": experts(intermediate_size=256)}, K_MEDIUM),
+    "grids": ({**WIDE, "moe": experts(intermediate_size=256)}, GRIDS),
 }
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from aphrodite.kernels.cpu.library import NativeLibrary
+from aphrodite.quantization.codebooks import grid_words
 from aphrodite.quantization.types import QuantType, RawTensor
 
 BLOCK_COLUMNS = 32
@@ -253,8 +255,24 @@ def tiles_bytes(library: NativeLibrary, kind: TileKind, rows: int, columns: int)
     function.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     function.restype = ctypes.c_int64
     number, group = _type_number(kind)
+    if isinstance(kind, QuantType):
+        _tell_grid(library, kind)
     size: int = function(number, rows, columns, group) if number >= 0 else 0
     return size
+
+
+@functools.cache
+def _tell_grid(library: NativeLibrary, qtype: QuantType) -> None:
+    """The library holds matrices of a grid's points only when it knows them."""
+    words = grid_words(qtype)
+    if words is None:
+        return
+    function: Any = library.cdll.aph_set_grid
+    function.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64]
+    function.restype = ctypes.c_int64
+    points: int = function(qtype.gguf_id, words.ctypes.data, len(words))
+    if points != len(words):
+        raise RuntimeError(f"the native library has {points} points for {qtype.name}, not {len(words)}")
 
 
 def repack(library: NativeLibrary, weight: RawTensor, address: int) -> None:

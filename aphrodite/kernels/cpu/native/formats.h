@@ -11,7 +11,8 @@
 //            0, 2, 1, 3, so that the even bytes of a word are two neighbouring columns, and so are the odd ones.
 //            8 low bits: groups 0-7, 64 bytes each. 4: 4 x 64 bytes, two groups each (`pair_group`). 2: 2 x 64 bytes
 //            of groups 0-3 and 4-7, the first group lowest.
-// Signed quants are stored with an offset that makes them unsigned. A dense tile is [column][16 rows].
+// Signed quants are stored with an offset that makes them unsigned. A dense tile is [column][16 rows]. Types that name
+// points of a grid, and TQ1_0, have blocks of their own (grids.h), which are decoded before they are multiplied.
 #pragma once
 #include <cstdint>
 
@@ -34,9 +35,18 @@ enum class Type : int32_t {
     Q4_K = 12,
     Q5_K = 13,
     Q6_K = 14,
+    IQ2_XXS = 16,
+    IQ2_XS = 17,
+    IQ3_XXS = 18,
+    IQ1_S = 19,
     IQ4_NL = 20,
+    IQ3_S = 21,
+    IQ2_S = 22,
     IQ4_XS = 23,
+    IQ1_M = 29,
     BF16 = 30,
+    TQ1_0 = 34,
+    TQ2_0 = 35,
     MXFP4 = 39,
     Int4F16 = 1000,
     Int4BF16 = 1001,
@@ -54,6 +64,7 @@ enum class Scales : int32_t {
     NibblePair,   // the same with both in one byte, the scale low
     HalfGroup,    // f16 a row; minimum: less zero x scale
     BfloatGroup,  // bf16 a row; the same
+    Decoded,      // of blocks that are decoded as a whole (grids.h)
 };
 
 struct TypeInfo {
@@ -65,8 +76,10 @@ struct TypeInfo {
     int columns = 32;              // of a block; groups: 0, for any multiple of 32
     int part = 32;                 // columns that share a scale
     const uint8_t* values = nullptr;  // what a quant stands for before the offset is subtracted; null: itself
+    int decoded_bytes = 0;            // of a block in tiles, of types that are decoded as a whole
 
     constexpr bool quantized() const { return scales != Scales::None; }
+    constexpr bool decoded() const { return scales == Scales::Decoded; }
     constexpr bool grouped() const { return columns == 0; }
     constexpr int largest() const {  // of quants or values
         int most = values == nullptr ? (1 << bits) - 1 : 0;
@@ -88,6 +101,7 @@ struct TypeInfo {
     constexpr int quants_offset() const { return high_offset() + steps() * high_bytes(); }
     constexpr int quant_bytes() const { return 64 * low_bits(); }  // of 32 columns
     constexpr int block_bytes() const {
+        if (decoded()) return decoded_bytes;
         return quantized() ? quants_offset() + steps() * quant_bytes() : kBlock * kTileRows * bits / 8;
     }
     constexpr int step_bytes() const { return grouped() ? quant_bytes() : block_bytes() / steps(); }  // about
@@ -110,6 +124,10 @@ constexpr int pair_group(const TypeInfo& info, int pair, int which) {
 constexpr uint8_t kIq4Values[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 constexpr uint8_t kFp4Values[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
 
+constexpr TypeInfo decoded_info(int file_bytes, int part, int decoded_bytes) {
+    return {8, file_bytes, Scales::Decoded, 64, false, 256, part, nullptr, decoded_bytes};
+}
+
 constexpr TypeInfo type_info(Type type) {
     switch (type) {
         case Type::F32: return {32, 128};
@@ -128,6 +146,15 @@ constexpr TypeInfo type_info(Type type) {
         case Type::IQ4_NL: return {4, 18, Scales::Unit, 128, false, 32, 32, kIq4Values};
         case Type::IQ4_XS: return {4, 136, Scales::Signed, 128, false, 256, 32, kIq4Values};
         case Type::MXFP4: return {4, 17, Scales::Power, 16, false, 32, 32, kFp4Values};
+        case Type::IQ2_XXS: return decoded_info(66, 32, 1056);
+        case Type::IQ2_XS: return decoded_info(74, 16, 1248);
+        case Type::IQ2_S: return decoded_info(82, 16, 1312);
+        case Type::IQ3_XXS: return decoded_info(98, 32, 1632);
+        case Type::IQ3_S: return decoded_info(110, 32, 1760);
+        case Type::IQ1_S: return decoded_info(50, 32, 800);
+        case Type::IQ1_M: return decoded_info(56, 16, 928);
+        case Type::TQ1_0: return decoded_info(54, 32, 864);
+        case Type::TQ2_0: return {2, 66, Scales::Unit, 1, false, 256};
         case Type::Int4F16: return {4, 0, Scales::HalfGroup, 0, true, 0};
         case Type::Int4BF16: return {4, 0, Scales::BfloatGroup, 0, true, 0};
         case Type::Int8F16: return {8, 0, Scales::HalfGroup, 0, true, 0};

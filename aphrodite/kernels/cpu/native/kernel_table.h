@@ -9,6 +9,8 @@
 #include "attention.h"
 #include "limits.h"
 #include "linear.h"
+// products of types that linear.h leaves to it
+#include "decoded.h"
 
 namespace aph {
 namespace {

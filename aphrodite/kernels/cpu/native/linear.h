@@ -57,9 +57,8 @@ inline void load_groups(const Step& step, Bytes (&groups)[2]) {
         groups[0] = low_nibbles(raw);
         groups[1] = high_nibbles(raw);
     } else {
-        const Bytes raw = load_bytes(step.quants + 64 * (kPair / 2));
-        groups[0] = bit_pairs<2 * (kFirst % 4)>(raw);
-        groups[1] = bit_pairs<2 * (kSecond % 4)>(raw);
+        groups[0] = bit_pairs<2 * (kFirst % 4)>(load_bytes(step.quants + 64 * (kFirst / 4)));
+        groups[1] = bit_pairs<2 * (kSecond % 4)>(load_bytes(step.quants + 64 * (kSecond / 4)));
     }
     if constexpr (info.high_bits() == 1) {
         groups[0] = add_bit<1 << info.low_bits()>(groups[0], step.high + 8 * kFirst);
@@ -333,6 +332,7 @@ GroupKernel find_kernel(Type type, Activation kind, int width) {
         case Type::IQ4_NL: return kernel_of_kind<Type::IQ4_NL>(kind, width);
         case Type::IQ4_XS: return kernel_of_kind<Type::IQ4_XS>(kind, width);
         case Type::MXFP4: return kernel_of_kind<Type::MXFP4>(kind, width);
+        case Type::TQ2_0: return kernel_of_kind<Type::TQ2_0>(kind, width);
         case Type::Int4F16: return kernel_of_kind<Type::Int4F16>(kind, width);
         case Type::Int4BF16: return kernel_of_kind<Type::Int4BF16>(kind, width);
         case Type::Int8F16: return kernel_of_kind<Type::Int8F16>(kind, width);
@@ -367,17 +367,38 @@ inline void write_tile(const float* result, const TileWeight& weight, int64_t ti
     for (int64_t i = 0; i < left; ++i) target[i] = out.accumulate ? target[i] + values[i] : values[i];
 }
 
-void linear(const PackedRows& in, const TileWeight& weight, Range tiles, Range rows, const LinearOut& out) {
-    const int64_t bytes = weight.tile_bytes();
-    float result[kGroupRows * kTileRows];
+// decoded.h
+void decoded_products(const PackedRows& in, const TileWeight& weight, int64_t tile, Range rows, float* results);
+
+// Rows for which a tile is read once: a group, of types that are decoded first as many as decoding should serve.
+constexpr int kSpanRows = 64;
+inline int64_t span_end(const TileWeight& weight, const PackedRows& in, int64_t row, int64_t end) {
+    if (!type_info(weight.type).decoded()) return row + group_width(row, in.rows);
+    return row + kSpanRows < end ? row + kSpanRows : end;
+}
+
+// Results of a tile for the rows of a span: results[rows][16].
+inline void tile_products(const PackedRows& in, const TileWeight& weight, int64_t tile, Range rows, float* results) {
+    if (type_info(weight.type).decoded()) return decoded_products(in, weight, tile, rows, results);
+    const uint8_t* data = weight.tiles + tile * weight.tile_bytes();
     for (int64_t row = rows.begin; row < rows.end;) {
         const int width = group_width(row, in.rows);
-        const GroupKernel kernel = find_kernel(weight.type, in.kind, width);
-        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-            kernel(weight.tiles + tile * bytes, block_shape(weight), group_words(in, row), group_meta(in, row), result);
-            for (int m = 0; m < width; ++m) write_tile(result + m * kTileRows, weight, tile, out, row + m);
-        }
+        find_kernel(weight.type, in.kind, width)(data, block_shape(weight), group_words(in, row), group_meta(in, row),
+                                                 results + (row - rows.begin) * kTileRows);
         row += width;
+    }
+}
+
+void linear(const PackedRows& in, const TileWeight& weight, Range tiles, Range rows, const LinearOut& out) {
+    float results[kSpanRows * kTileRows];
+    for (int64_t row = rows.begin; row < rows.end;) {
+        const Range span{row, span_end(weight, in, row, rows.end)};
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+            tile_products(in, weight, tile, span, results);
+            for (int64_t i = row; i < span.end; ++i)
+                write_tile(results + (i - row) * kTileRows, weight, tile, out, i);
+        }
+        row = span.end;
     }
 }
 
@@ -390,33 +411,32 @@ inline Vec gate_values(GateKind kind, Vec gate, Vec up) {
     return gate;
 }
 
-// Two tiles of both weights for one group of rows: product[width][32].
-inline void gated_block(const GatedPair& pair, int64_t block, int64_t row, int width, float* product) {
-    const GroupKernel gate_kernel = find_kernel(pair.gate.type, pair.gate_in.kind, width);
-    const GroupKernel up_kernel = find_kernel(pair.up.type, pair.up_in.kind, width);
-    float gates[kGroupRows * kTileRows], ups[kGroupRows * kTileRows];
+// Two tiles of both weights for a span of rows: product[rows][32].
+inline void gated_block(const GatedPair& pair, int64_t block, Range rows, float* product) {
+    float gates[kSpanRows * kTileRows], ups[kSpanRows * kTileRows];
     for (int64_t tile = 2 * block; tile < 2 * block + 2; ++tile) {
-        gate_kernel(pair.gate.tiles + tile * pair.gate.tile_bytes(), block_shape(pair.gate),
-                    group_words(pair.gate_in, row), group_meta(pair.gate_in, row), gates);
-        up_kernel(pair.up.tiles + tile * pair.up.tile_bytes(), block_shape(pair.up),
-                  group_words(pair.up_in, row), group_meta(pair.up_in, row), ups);
-        for (int m = 0; m < width; ++m) {
+        tile_products(pair.gate_in, pair.gate, tile, rows, gates);
+        tile_products(pair.up_in, pair.up, tile, rows, ups);
+        for (int64_t m = 0; m < rows.end - rows.begin; ++m) {
             store(product + m * kBlock + (tile % 2) * kTileRows,
-                  gate_values(pair.kind, completed(gates + m * kTileRows, pair.gate, tile, row + m),
-                              completed(ups + m * kTileRows, pair.up, tile, row + m)));
+                  gate_values(pair.kind, completed(gates + m * kTileRows, pair.gate, tile, rows.begin + m),
+                              completed(ups + m * kTileRows, pair.up, tile, rows.begin + m)));
         }
     }
 }
 
 void gated(const GatedPair& pair, Range blocks, Range rows, const PackedRows* packs, int pack_count) {
-    float product[kGroupRows * kBlock];
+    float product[kSpanRows * kBlock];
     for (int64_t row = rows.begin; row < rows.end;) {
-        const int width = group_width(row, pair.gate_in.rows);
+        const TileWeight& decoded = type_info(pair.up.type).decoded() ? pair.up : pair.gate;
+        const int64_t end = span_end(decoded, pair.gate_in, row, rows.end);
         for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-            gated_block(pair, block, row, width, product);
-            for (int i = 0; i < pack_count; ++i) pack_block(product, kBlock, row, block, packs[i]);
+            gated_block(pair, block, {row, end}, product);
+            for (int64_t first = row; first < end; first += group_width(first, pair.gate_in.rows))
+                for (int i = 0; i < pack_count; ++i)
+                    pack_block(product + (first - row) * kBlock, kBlock, first, block, packs[i]);
         }
-        row += width;
+        row = end;
     }
 }
 

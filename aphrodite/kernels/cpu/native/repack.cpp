@@ -4,6 +4,7 @@
 
 #include "api.h"
 #include "formats.h"
+#include "grids.h"
 #include "half.h"
 #include "kernels.h"
 #include "thread_pool.h"
@@ -122,14 +123,25 @@ void take_q3_k(const uint8_t* file, RowBlock& out) {
         }
 }
 
+// 256 pairs: of each 32 bytes the lowest first.
+void take_pairs(const uint8_t* file, uint32_t* words) {
+    for (int step = 0; step < 8; ++step)
+        for (int i = 0; i < kWordsOfStep; ++i)
+            words[kWordsOfStep * step + i] = load_word(file + 32 * (step / 4) + 4 * i) >> 2 * (step % 4) & kPairs;
+}
+
 // 16 bytes of scales and minima, 64 of quants, d, dmin.
 void take_q2_k(const uint8_t* file, RowBlock& out) {
     take_unit(file + 80, out.units);
     take_negative_unit(file + 82, out.units + 2);
     std::memcpy(out.factors, file, 16);
-    for (int step = 0; step < 8; ++step)
-        for (int i = 0; i < kWordsOfStep; ++i)
-            out.words[kWordsOfStep * step + i] = load_word(file + 16 + 32 * (step / 4) + 4 * i) >> 2 * (step % 4) & kPairs;
+    take_pairs(file + 16, out.words);
+}
+
+// 64 bytes of digits, d.
+void take_tq2_0(const uint8_t* file, RowBlock& out) {
+    take_unit(file + 64, out.units);
+    take_pairs(file, out.words);
 }
 
 // d, the high pairs of eight 6-bit scales, their low nibbles, 128 bytes of codes.
@@ -152,6 +164,7 @@ void take_block(const uint8_t* file, RowBlock& out) {
         case Type::Q5_K: return take_q45_k<true>(file, out);
         case Type::Q6_K: return take_q6_k(file, out);
         case Type::IQ4_XS: return take_iq4_xs(file, out);
+        case Type::TQ2_0: return take_tq2_0(file, out);
         default: return take_plain<kType>(file, out);
     }
 }
@@ -256,6 +269,7 @@ TileRepacker find_repacker(Type type) {
         case Type::IQ4_NL: return repack_tile<Type::IQ4_NL>;
         case Type::IQ4_XS: return repack_tile<Type::IQ4_XS>;
         case Type::MXFP4: return repack_tile<Type::MXFP4>;
+        case Type::TQ2_0: return repack_tile<Type::TQ2_0>;
         default: return repack_tile<Type::F32>;
     }
 }
@@ -365,6 +379,7 @@ int quant_of(const TypeInfo& info, const uint8_t* block, int64_t column, int lan
 // Dequantizes one row: out[columns].
 void tile_row(const TileWeight& weight, int64_t row, float* out) {
     const TypeInfo info = type_info(weight.type);
+    if (info.decoded()) return decoded_row(weight, row, out);
     const uint8_t* tile = weight.tiles + row / kTileRows * weight.tile_bytes();
     const int lane = static_cast<int>(row % kTileRows);
     if (!info.quantized()) {
@@ -385,11 +400,13 @@ void tile_row(const TileWeight& weight, int64_t row, float* out) {
 
 }  // namespace aph
 
-// Bytes of the tiles of a [rows, columns] weight; 0 for a type or shape that has no tile layout. `group` is that of
+// Bytes of the tiles of a [rows, columns] weight; 0 for a type or shape that has no tile layout, and for the types of a
+// grid until aph_set_grid has told its points. `group` is that of
 // types of integer groups.
 APH_API int64_t aph_tiles_bytes(int32_t type, int64_t rows, int64_t columns, int64_t group) {
     const aph::TypeInfo info = aph::type_info(static_cast<aph::Type>(type));
     if (info.bits == 0 || rows <= 0 || columns <= 0) return 0;
+    if (!aph::grid_known(static_cast<aph::Type>(type))) return 0;
     if (info.grouped() && (group <= 0 || group % aph::kBlock != 0)) return 0;
     if (columns % info.block_columns(group) != 0) return 0;
     return aph::tile_count(rows) * info.tile_bytes(columns, group);
@@ -400,6 +417,10 @@ APH_API void aph_repack(int32_t type, const uint8_t* source, int64_t rows, int64
     const aph::Type kind = static_cast<aph::Type>(type);
     const aph::TypeInfo info = aph::type_info(kind);
     const aph::Repack job{source, rows, columns, columns / info.columns * info.file_bytes, tiles};
+    if (info.decoded()) {
+        const aph::FileRows file{source, rows, columns, job.row_bytes};
+        return aph::for_each_tile(rows, [&](int64_t index) { aph::repack_decoded_tile(kind, file, index, tiles); });
+    }
     const aph::TileRepacker tile = aph::find_repacker(kind);
     aph::for_each_tile(rows, [&](int64_t index) { tile(job, index); });
 }

@@ -187,6 +187,92 @@ inline Bytes add_pairs(Bytes a, Bytes pairs) {
     };
     return {add(a.lo, pairs.lo), add(a.hi, pairs.hi)};
 }
+inline void store(uint8_t* p, Bytes a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), a.hi);
+}
+inline Bytes either(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+inline Bytes shift_right(Bytes a, int bits) {
+    const __m128i count = _mm_cvtsi32_si128(bits);
+    return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
+}
+template <int kMask>
+inline Bytes masked(Bytes a) {
+    const __m256i mask = _mm256_set1_epi8(kMask);
+    return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+template <int kBit>
+inline Bytes words_where(Bytes a, uint32_t value) {
+    const __m256i bit = _mm256_set1_epi32(1 << kBit), all = _mm256_set1_epi32(static_cast<int>(value));
+    const auto chosen = [&](__m256i x) {
+        return _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(x, bit), bit), all);
+    };
+    return {chosen(a.lo), chosen(a.hi)};
+}
+template <int kBit>
+inline Vec floats_where(Bytes a, float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    const Bytes chosen = words_where<kBit>(a, bits);
+    return {_mm256_castsi256_ps(chosen.lo), _mm256_castsi256_ps(chosen.hi)};
+}
+inline Vec nibbles_to_float(uint64_t nibbles) {
+    const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const auto eight = [&](uint64_t word) {
+        const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shifts);
+        return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+    };
+    return {eight(nibbles & 0xffffffff), eight(nibbles >> 32)};
+}
+inline Shorts join_even(Bytes low, Bytes high) {
+    const __m256i mask = _mm256_set1_epi32(0x00ff00ff);
+    const auto join = [&](__m256i x, __m256i y) {
+        return _mm256_or_si256(_mm256_and_si256(x, mask), _mm256_slli_epi16(y, 8));
+    };
+    return {join(low.lo, high.lo), join(low.hi, high.hi)};
+}
+inline Shorts join_odd(Bytes low, Bytes high) {
+    const __m256i mask = _mm256_set1_epi32(0x00ff00ff);
+    const auto join = [&](__m256i x, __m256i y) {
+        return _mm256_or_si256(_mm256_srli_epi16(x, 8), _mm256_andnot_si256(mask, y));
+    };
+    return {join(low.lo, high.lo), join(low.hi, high.hi)};
+}
+// Reads the word behind the table, too.
+template <int kCount>
+inline Shorts look_up_words(Shorts a, const uint16_t* table) {
+    const auto gathered = [table](__m256i words) {
+        const int* pairs = reinterpret_cast<const int*>(table);
+        const __m256i mask = _mm256_set1_epi32(0xffff);
+        const __m256i low = _mm256_i32gather_epi32(pairs, _mm256_and_si256(words, mask), 2);
+        const __m256i high = _mm256_i32gather_epi32(pairs, _mm256_srli_epi32(words, 16), 2);
+        return _mm256_or_si256(_mm256_and_si256(low, mask), _mm256_slli_epi32(high, 16));
+    };
+    return {gathered(a.lo), gathered(a.hi)};
+}
+inline __m256i low_words(__m256i low, __m256i high) { return _mm256_blend_epi16(high, low, 0x55); }
+template <int kBits>
+inline Bytes spread_low(Shorts a) {
+    return {low_words(a.lo, _mm256_slli_epi32(a.lo, 16 - kBits)), low_words(a.hi, _mm256_slli_epi32(a.hi, 16 - kBits))};
+}
+template <int kBits>
+inline Bytes spread_high(Shorts a) {
+    return {low_words(_mm256_srli_epi32(a.lo, 16), _mm256_srli_epi32(a.lo, kBits)),
+            low_words(_mm256_srli_epi32(a.hi, 16), _mm256_srli_epi32(a.hi, kBits))};
+}
+template <int kBase>
+inline Bytes ternary_digit(Bytes a) {
+    const auto digit = [](__m256i x) {
+        const __m256i one = _mm256_set1_epi8(86), two = _mm256_set1_epi8(static_cast<char>(171));
+        const __m256i above = _mm256_cmpeq_epi8(_mm256_max_epu8(x, one), x);
+        const __m256i far = _mm256_cmpeq_epi8(_mm256_max_epu8(x, two), x);
+        return _mm256_sub_epi8(_mm256_sub_epi8(_mm256_set1_epi8(kBase), above), far);
+    };
+    return {digit(a.lo), digit(a.hi)};
+}
+inline Bytes ternary_rest(Bytes a) {
+    return {_mm256_add_epi8(a.lo, _mm256_add_epi8(a.lo, a.lo)), _mm256_add_epi8(a.hi, _mm256_add_epi8(a.hi, a.hi))};
+}
 inline Bytes look_up(Bytes a, const uint8_t* values) {
     const __m256i table = _mm256_broadcastsi128_si256(load_128(values));
     return {_mm256_shuffle_epi8(table, a.lo), _mm256_shuffle_epi8(table, a.hi)};

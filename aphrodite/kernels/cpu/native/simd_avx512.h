@@ -123,6 +123,71 @@ inline Bytes add_pairs(Bytes a, Bytes pairs) {
     const __m512i moved = kPair < 2 ? _mm512_slli_epi32(pairs.v, 4 - 2 * kPair) : _mm512_srli_epi32(pairs.v, 2 * kPair - 4);
     return {_mm512_or_si512(a.v, _mm512_and_si512(moved, _mm512_set1_epi8(0x30)))};
 }
+inline void store(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
+inline Bytes either(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+// Words shifted; what is wanted of them lies within bytes.
+inline Bytes shift_right(Bytes a, int bits) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
+template <int kMask>
+inline Bytes masked(Bytes a) {
+    return {_mm512_and_si512(a.v, _mm512_set1_epi8(kMask))};
+}
+// `value` in every word that has bit kBit set, else 0.
+template <int kBit>
+inline Bytes words_where(Bytes a, uint32_t value) {
+    const __mmask16 set = _mm512_test_epi32_mask(a.v, _mm512_set1_epi32(1 << kBit));
+    return {_mm512_maskz_set1_epi32(set, static_cast<int>(value))};
+}
+template <int kBit>
+inline Vec floats_where(Bytes a, float value) {
+    return {_mm512_maskz_mov_ps(_mm512_test_epi32_mask(a.v, _mm512_set1_epi32(1 << kBit)), _mm512_set1_ps(value))};
+}
+// Sixteen nibbles, the lowest first.
+inline Vec nibbles_to_float(uint64_t nibbles) {
+    const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i words = _mm512_castsi128_si512(_mm_cvtsi64_si128(static_cast<int64_t>(nibbles)));
+    const __m512i shifted = _mm512_srlv_epi32(_mm512_permutexvar_epi32(places, words), shifts);
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(15)))};
+}
+// The even bytes of `low` as words with those of `high` above them; the same of the odd bytes.
+inline Shorts join_even(Bytes low, Bytes high) {
+    return {_mm512_or_si512(_mm512_and_si512(low.v, _mm512_set1_epi32(0x00ff00ff)), _mm512_slli_epi16(high.v, 8))};
+}
+inline Shorts join_odd(Bytes low, Bytes high) {
+    return {_mm512_or_si512(_mm512_srli_epi16(low.v, 8), _mm512_andnot_si512(_mm512_set1_epi32(0x00ff00ff), high.v))};
+}
+// table[word] of words below kCount, a power of two
+template <int kCount>
+inline Shorts look_up_words(Shorts a, const uint16_t* table) {
+    if constexpr (kCount == 64) {
+        return {_mm512_permutex2var_epi16(_mm512_loadu_si512(table), a.v, _mm512_loadu_si512(table + 32))};
+    } else {
+        const __mmask32 upper = _mm512_test_epi16_mask(a.v, _mm512_set1_epi16(kCount / 2));
+        const Shorts below = look_up_words<kCount / 2>(a, table);
+        const Shorts above = look_up_words<kCount / 2>(a, table + kCount / 2);
+        return {_mm512_mask_blend_epi16(upper, below.v, above.v)};
+    }
+}
+// The low words, and above each the same word shifted right by kBits; the same of the high words.
+template <int kBits>
+inline Bytes spread_low(Shorts a) {
+    return {_mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), a.v, _mm512_slli_epi32(a.v, 16 - kBits), 0xca)};
+}
+template <int kBits>
+inline Bytes spread_high(Shorts a) {
+    const __m512i mask = _mm512_set1_epi32(0xffff);
+    return {_mm512_ternarylogic_epi32(mask, _mm512_srli_epi32(a.v, 16), _mm512_srli_epi32(a.v, kBits), 0xca)};
+}
+// kBase + the first ternary digit of every byte as a fraction of 256, and the rest of the fraction.
+template <int kBase>
+inline Bytes ternary_digit(Bytes a) {
+    const __m512i base = _mm512_set1_epi8(kBase);
+    const __mmask64 one = _mm512_cmpge_epu8_mask(a.v, _mm512_set1_epi8(86));
+    const __mmask64 two = _mm512_cmpge_epu8_mask(a.v, _mm512_set1_epi8(static_cast<char>(171)));
+    const __m512i below = _mm512_mask_mov_epi8(base, one, _mm512_set1_epi8(kBase + 1));
+    return {_mm512_mask_mov_epi8(below, two, _mm512_set1_epi8(kBase + 2))};
+}
+inline Bytes ternary_rest(Bytes a) { return {_mm512_add_epi8(a.v, _mm512_add_epi8(a.v, a.v))}; }
 // values[byte] of bytes below 16
 inline Bytes look_up(Bytes a, const uint8_t* values) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_128(values)), a.v)};

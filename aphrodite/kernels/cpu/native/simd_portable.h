@@ -23,6 +23,7 @@ typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
 typedef uint32_t Word4 __attribute__((vector_size(16)));
 typedef uint16_t Half4 __attribute__((vector_size(8)));
+typedef uint8_t Byte16 __attribute__((vector_size(16)));
 
 struct Vec {
     Float4 v[kParts];
@@ -231,6 +232,64 @@ inline Bytes add_pairs(const Bytes& a, const Bytes& pairs) {
                                       : pairs.v[i] >> (kPair < 2 ? 0 : 2 * kPair - 4);
         return a.v[i] | (moved & 0x30303030);
     });
+}
+inline void store(uint8_t* p, const Bytes& a) { std::memcpy(p, a.v, sizeof a.v); }
+inline Bytes either(const Bytes& a, const Bytes& b) {
+    return each<Bytes>([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline Bytes shift_right(const Bytes& a, int bits) {
+    return each<Bytes>([&](int i) { return a.v[i] >> bits; });
+}
+template <int kMask>
+inline Bytes masked(const Bytes& a) {
+    return each<Bytes>([&](int i) { return a.v[i] & (kMask * 0x01010101u); });
+}
+template <int kBit>
+inline Bytes words_where(const Bytes& a, uint32_t value) {
+    return each<Bytes>([&](int i) { return (0u - (a.v[i] >> kBit & 1)) & value; });
+}
+template <int kBit>
+inline Vec floats_where(const Bytes& a, float value) {
+    const Bytes chosen = words_where<kBit>(a, float_to_bits(value));
+    return each<Vec>([&](int i) { return (Float4)chosen.v[i]; });
+}
+inline Vec nibbles_to_float(uint64_t nibbles) {
+    float lanes[16];
+    for (int i = 0; i < 16; ++i) lanes[i] = static_cast<float>(nibbles >> 4 * i & 15);
+    return load(lanes);
+}
+inline Shorts join_even(const Bytes& low, const Bytes& high) {
+    return each<Shorts>([&](int i) { return (low.v[i] & 0x00ff00ff) | (high.v[i] & 0x00ff00ff) << 8; });
+}
+inline Shorts join_odd(const Bytes& low, const Bytes& high) {
+    return each<Shorts>([&](int i) { return (low.v[i] >> 8 & 0x00ff00ff) | (high.v[i] & 0xff00ff00); });
+}
+template <int kCount>
+inline Shorts look_up_words(const Shorts& a, const uint16_t* table) {
+    uint16_t words[32];
+    std::memcpy(words, a.v, sizeof words);
+    for (uint16_t& word : words) word = table[word];
+    return each<Shorts>([&](int i) { return load_part<Word4>(words + 8 * i); });
+}
+template <int kBits>
+inline Bytes spread_low(const Shorts& a) {
+    return each<Bytes>([&](int i) { return (a.v[i] & 0xffff) | (a.v[i] << (16 - kBits) & 0xffff0000); });
+}
+template <int kBits>
+inline Bytes spread_high(const Shorts& a) {
+    return each<Bytes>([&](int i) { return a.v[i] >> 16 | (a.v[i] >> kBits & 0xffff0000); });
+}
+template <int kBase>
+inline Bytes ternary_digit(const Bytes& a) {
+    return each<Bytes>([&](int i) {
+        const Byte16 bytes = (Byte16)a.v[i], base = Byte16{} + static_cast<uint8_t>(kBase);
+        const Byte16 one = Byte16{} + static_cast<uint8_t>(86), two = Byte16{} + static_cast<uint8_t>(171);
+        return (Word4)(base - (Byte16)(bytes >= one) - (Byte16)(bytes >= two));
+    });
+}
+inline Bytes ternary_rest(const Bytes& a) {
+    return each<Bytes>([&](int i) { const Byte16 bytes = (Byte16)a.v[i];
+        return (Word4)(bytes + bytes + bytes); });
 }
 inline Bytes look_up(const Bytes& a, const uint8_t* values) {
     uint8_t bytes[64];
