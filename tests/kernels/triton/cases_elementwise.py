@@ -1,4 +1,4 @@
-"""Normalisation and activation kernels for test_triton_compile.py."""
+"""Normalisation and activation kernels, and those of a step's inputs, for test_triton_compile.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from compiling import NVIDIA, Constant, KernelCase
 
 from aphrodite.kernels.triton.activation import BLOCK, WARPS, _gated_pairs_kernel
 from aphrodite.kernels.triton.norm import _rms_norm_kernel, norm_warps
+from aphrodite.kernels.triton.step_inputs import _BLOCK, _gather_tokens_kernel, _scatter_kernel
 
 
 def _norm(dtype: str, hidden: int, block: int, add: bool, pdl: bool = False) -> KernelCase:
@@ -49,7 +50,10 @@ def _gated(dtype: str, activation: str) -> KernelCase:
     )
 
 
+_NUMBERS = {"rows_ptr": "*i32", "count": "i32", "stride": "i32:16", "BLOCK": _BLOCK, "table_ptr": "*i32"}
 CASES = [
+    KernelCase("gather tokens", _gather_tokens_kernel, {**_NUMBERS, "tokens_ptr": "*i32", "positions_ptr": "*i32"}),
+    KernelCase("scatter", _scatter_kernel, {**_NUMBERS, "columns_ptr": "*i32", "values_ptr": "*i32"}),
     _norm("bf16", 4096, 4096, add=False, pdl=True),
     _norm("bf16", 4096, 4096, add=True),
     _norm("fp32", 576, 1024, add=True),
