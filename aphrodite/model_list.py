@@ -121,8 +121,9 @@ def _main(settings: Settings) -> OfferedModel:
     text = engine.model or ""
     path = Path(text)
     given = engine.served_model_name
-    if parse_name(text) is not None:
-        name = text
+    named = parse_name(text)
+    if named is not None:
+        name = str(named)
     else:
         name = checkpoint_name(path) if path.is_dir() else gguf_name(path.name)
     return _offered(settings, {}, given[0] if given else name, given[1:])

@@ -21,7 +21,14 @@ from aphrodite.loading.gguf import GGUFFile, GGUFValue, read_gguf
 from aphrodite.loading.multimodal import text_tensors
 from aphrodite.loading.quantized.methods import unpack_tensors
 from aphrodite.loading.report import count_by_size, listed
-from aphrodite.loading.safetensors import INDEX_NAME, StoredTensor, read_safetensors, read_sharded_safetensors
+from aphrodite.loading.safetensors import (
+    INDEX_NAME,
+    StoredTensor,
+    read_safetensors,
+    read_sharded_safetensors,
+    read_shards,
+    whole_set,
+)
 from aphrodite.loading.weights import Weights, match_weights
 from aphrodite.models.families.rotary import ROPE_TENSORS
 from aphrodite.models.registry import family_of_config, family_of_gguf, is_wrapped, text_config
@@ -33,6 +40,7 @@ logger = logging.getLogger(__name__)
 LoadFormat = Literal["auto", "gguf", "safetensors", "dummy"]
 
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+BESIDE_A_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # in names of GGUF files that are none
 _QUANT_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TRUNK = "model."
@@ -114,6 +122,8 @@ def _not_found(model: str) -> str:
             f"there is no file or folder {model}; if it is a model on the Hugging Face hub, "
             f"fetch it first: aphrodite models pull {model}"
         )
+    if "://" in model:
+        return f"{model} is no model that can be fetched; name one on the Hugging Face hub as ORG/NAME, or a file here"
     return (
         f"there is no file or folder {model}; name a GGUF file, a folder with safetensors files, or a model on the "
         "Hugging Face hub as ORG/NAME"
@@ -184,7 +194,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 def _gguf_in_directory(path: Path) -> Path:
     """The only GGUF model of a directory; of a model split over several files, the first."""
-    files = sorted(path.glob("*.gguf"))
+    files = sorted(file for file in path.glob("*.gguf") if not BESIDE_A_MODEL.search(file.name))
     splits = [match for file in files if (match := SPLIT_NAME.fullmatch(file.name))]
     if files and len(splits) == len(files) and len({(match[1], match[3]) for match in splits}) == 1:
         files = files[:1]
@@ -303,6 +313,9 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     if (path / INDEX_NAME).exists():
         return read_sharded_safetensors(path / INDEX_NAME)
     files = sorted(path.glob("*.safetensors"))
+    shards = whole_set(file.name for file in files)
+    if shards:
+        return read_shards(path, [path / name for name in shards])
     if len(files) != 1:
         raise ModelFormatError(
             f"{path} holds {len(files)} safetensors files and no {INDEX_NAME} that says which belong together; "

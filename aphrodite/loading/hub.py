@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 _LIST_TIMEOUT = 15.0  # seconds
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NAME = re.compile(rf"({_REPO.pattern})((?:[:@][^:@\s]+)*)")
+# As a browser shows it, and as other programs name models: with a revision and a file, or what _NAME takes.
+_ADDRESS = re.compile(
+    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/({_REPO.pattern})"
+    r"(?:/(?:tree|blob|resolve)/([^/?#]+)(?:/([^?#]+))?)?/?((?:[:@][^:@\s?#]+)*)(?:[?#].*)?"
+)
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
@@ -59,9 +64,12 @@ class Fetched(NamedTuple):
 def parse_name(text: str) -> ModelName | None:
     """The name that `text` is; None where it cannot be one, or names something that exists on this machine.
 
+    A model's address on the hub is a name, too: of its page, or of one of its GGUF files.
+
     Raises:
         ConfigError: it has two variants or revisions, or a revision that leaves its folder.
     """
+    text = _without_address(text)
     match = _NAME.fullmatch(text)
     if match is None or ".." in match[1] or "--" in match[1] or Path(text).exists():
         return None
@@ -78,6 +86,15 @@ def parse_name(text: str) -> ModelName | None:
         if not re.fullmatch(r"[\w./-]+", value) or value.startswith("/") or ".." in value:
             raise ConfigError(f"{text}: {value!r} is neither a quantization, a file nor a revision of a model")
     return ModelName(match[1], parts.get(":"), parts.get("@"))
+
+
+def _without_address(text: str) -> str:
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        return text
+    repo, revision, file, rest = match.groups()
+    variant = f":{file}" if file and file.endswith(".gguf") else ""
+    return repo + variant + (f"@{revision}" if revision not in (None, MAIN) else "") + rest
 
 
 def fetch(

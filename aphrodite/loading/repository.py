@@ -6,15 +6,15 @@ Works on names and sizes alone, whether they come from a hub or from what is alr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from aphrodite.errors import ConfigError
-from aphrodite.loading.checkpoint import PICKLE_SUFFIXES, SPLIT_NAME, LoadFormat
+from aphrodite.loading.checkpoint import BESIDE_A_MODEL, PICKLE_SUFFIXES, SPLIT_NAME, LoadFormat
 from aphrodite.loading.pooling import MODULES_NAME
-from aphrodite.loading.safetensors import INDEX_NAME, shard_names
+from aphrodite.loading.safetensors import INDEX_NAME, shard_names, whole_set
 
 # What of a repository describes a model beside its weights: configuration, tokenizer, chat templates, pooling.
 _DESCRIPTION = (
@@ -28,15 +28,22 @@ _SINGLE = "model.safetensors"
 
 # The best balance of size and quality first, then better ones, then smaller ones, then those that fit nowhere else.
 PREFERRED = (
-    *("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "Q4_K_L", "Q5_K_S", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"),
-    *("Q5_1", "Q5_0", "MXFP4", "Q3_K_L", "Q3_K_M", "IQ3_M", "IQ3_S", "Q3_K_S", "IQ3_XS", "IQ3_XXS", "Q2_K"),
-    *("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "BF16", "F16", "F32"),
+    *("Q4_K_M", "Q4_K_XL", "Q5_K_M", "Q5_K_XL", "Q6_K", "Q6_K_XL", "Q8_0", "Q8_K_XL", "Q4_K_L", "Q5_K_L", "Q6_K_L"),
+    *("Q5_K_S", "Q5_K", "Q4_K_S", "Q4_K", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0", "Q5_1", "Q5_0", "MXFP4", "MXFP4_MOE"),
+    *("Q3_K_XL", "Q3_K_L", "Q3_K_M", "Q3_K", "IQ3_M", "IQ3_S", "Q3_K_S", "IQ3_XS", "IQ3_XXS"),
+    *("Q2_K_XL", "Q2_K_L", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
+    *("TQ2_0", "TQ1_0", "BF16", "F16", "F32"),
 )
 _WORKSPACE = 1 << 29  # bytes beside the weights, for a KV cache and activations that are of use
 _LABEL = re.compile(
     r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d(?:_[A-Za-z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))(?![A-Za-z0-9_])",
     re.IGNORECASE,
 )
+
+
+# Layouts that llama.cpp has given up, still to be found beside the others.
+_RETIRED = re.compile(r"(Q4_0|IQ4_NL)_[48]_[48]")
+_PIECE = re.compile(r"(.+\.gguf)[.-](part\d+of\d+|split-[a-z]+)", re.IGNORECASE)
 
 
 class Room(NamedTuple):
@@ -113,7 +120,7 @@ def select(
     if variant is not None:
         if load_format not in ("auto", "gguf"):
             raise ConfigError(f"{repo}:{variant} names a GGUF file, but --load-format is {load_format}")
-        return _gguf(_named(repo, ggufs, variant), f"{variant}, as asked for")
+        return _gguf(_named(repo, files, ggufs, variant), f"{variant}, as asked for")
     if load_format == "dummy":
         return Selection(load_format="dummy", files=_description(files), entry=None, reason="only its configuration")
     if load_format != "gguf" and has_safetensors:
@@ -135,7 +142,7 @@ def gguf_models(files: Mapping[str, int]) -> list[GgufModel]:
     split models of which parts are missing."""
     models = []
     for name in sorted(files):
-        if not name.endswith(".gguf") or re.search(r"mmproj|imatrix", PurePosixPath(name).name, re.IGNORECASE):
+        if not name.endswith(".gguf") or BESIDE_A_MODEL.search(PurePosixPath(name).name):
             continue
         split = SPLIT_NAME.fullmatch(name)
         if split is None:
@@ -162,9 +169,10 @@ def _label(text: str) -> str:
     return found[-1].upper().replace("FP16", "F16").replace("FP32", "F32") if found else ""
 
 
-def _named(repo: str, ggufs: list[GgufModel], variant: str) -> GgufModel:
+def _named(repo: str, files: Iterable[str], ggufs: list[GgufModel], variant: str) -> GgufModel:
     """The one model that `variant` means: by file, by quantization, by quantization but for its maker's prefix."""
-    if not ggufs:
+    pieces = [name for name in sorted(files) if _PIECE.fullmatch(name)]
+    if not ggufs and not pieces:
         raise ConfigError(f"{repo} has no GGUF files, so there is no {variant} of it: aphrodite run {repo}")
     wanted = variant.upper().removesuffix(".GGUF")
     tests: tuple[Callable[[GgufModel], bool], ...] = (
@@ -179,7 +187,18 @@ def _named(repo: str, ggufs: list[GgufModel], variant: str) -> GgufModel:
             raise ConfigError(f"{repo} has {len(found)} GGUF files of {variant}; name one: {repo}:FILE of {names}")
         if found:
             return found[0]
-    raise ConfigError(f"{repo} has no {variant}; it has {_titles(repo, ggufs)}")
+    meant = [name for name in pieces if variant.upper() in name.upper()]
+    if meant:
+        raise ConfigError(_in_pieces(repo, meant))
+    raise ConfigError(f"{repo} has no {variant}; it has {_titles(repo, ggufs) if ggufs else 'models in pieces only'}")
+
+
+def _in_pieces(repo: str, pieces: Sequence[str]) -> str:
+    whole = pieces[0][: pieces[0].lower().rindex(".gguf") + 5]
+    return (
+        f"{repo} has {whole} in pieces that have to be joined ({', '.join(pieces[:4])}): download them, "
+        f"join them with cat in this order, and name the file"
+    )
 
 
 def _upper(file: str) -> str:
@@ -192,13 +211,15 @@ def _best(repo: str, ggufs: list[GgufModel], room: Callable[[], Room]) -> Select
         return _gguf(ggufs[0], f"{ggufs[0].title}, its only GGUF file")
     there = room()
     ranks = {label: rank for rank, label in enumerate(PREFERRED)}
+    ggufs = [model for model in ggufs if not _RETIRED.fullmatch(model.label)] or ggufs
     ordered = sorted(ggufs, key=lambda model: (ranks.get(model.label.removeprefix("UD-"), len(ranks)), model.size))
     fits = [model for model in ordered if model.size + _WORKSPACE <= there.bytes]
     chosen = fits[0] if fits else min(ggufs, key=lambda model: model.size)
     free = f"{_gigabytes(there.bytes)} of free {there.where}"
     why = f"the first in order of preference that fits {free}" if fits else f"the smallest, though none fits {free}"
-    others = _titles(repo, [model for model in ggufs if model is not chosen])
-    return _gguf(chosen, f"{chosen.title} ({_gigabytes(chosen.size)}), {why}; it also has {others}")
+    others = [model for model in ggufs if model is not chosen]
+    also = f"; it also has {_titles(repo, others)}" if others else ""
+    return _gguf(chosen, f"{chosen.title} ({_gigabytes(chosen.size)}), {why}{also}")
 
 
 def _gguf(model: GgufModel, reason: str) -> Selection:
@@ -222,6 +243,8 @@ def _safetensors(repo: str, files: Mapping[str, int], fetch: Callable[[str], Pat
     if INDEX_NAME in files:
         return (INDEX_NAME, *shard_names(fetch(INDEX_NAME)))
     found = [name for name in files if _is_weights(name)]
+    if shards := whole_set(found):
+        return tuple(shards)
     if len(found) == 1:
         return (found[0],)
     raise ConfigError(
@@ -249,6 +272,9 @@ def _nothing(repo: str, files: Mapping[str, int], load_format: LoadFormat) -> st
             f"{repo} has only .bin or .pt weights, which are not loaded, because opening them can run any code they "
             "contain; look for a safetensors or GGUF version of the model"
         )
+    pieces = [name for name in sorted(files) if _PIECE.fullmatch(name)]
+    if pieces:
+        return _in_pieces(repo, pieces)
     return f"{repo} has neither safetensors nor GGUF files to load ({len(files)} files)"
 
 

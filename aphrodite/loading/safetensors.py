@@ -8,7 +8,8 @@ checkpoints spread over several files that `model.safetensors.index.json` lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
@@ -24,6 +25,7 @@ from aphrodite.quantization.types import QuantType, RawTensor
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 8
 INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 DENSE_TYPES = {"F32": QuantType.F32, "F16": QuantType.F16, "BF16": QuantType.BF16}
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
@@ -126,17 +128,11 @@ def read_sharded_safetensors(index: Path) -> dict[str, StoredTensor]:
         ModelFormatError: the index or a file is damaged or missing, or they disagree.
     """
     weight_map = _weight_map(index)
-    tensors: dict[str, StoredTensor] = {}
     names = _shard_names(index, weight_map)
     absent_files = [file for file in names if not (index.parent / file).exists()]
     if absent_files:
         raise ModelFormatError(f"{index}: {len(names)} files belong together; {listed('missing', absent_files)[0]}")
-    for file in names:
-        shard = read_safetensors(index.parent / file)
-        twice = next((name for name in shard if name in tensors), None)
-        if twice is not None:
-            raise ModelFormatError(f"{index}: tensor {twice!r} is in more than one file; download the model again")
-        tensors.update(shard)
+    tensors = read_shards(index, [index.parent / file for file in names])
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise ModelFormatError(
@@ -144,6 +140,35 @@ def read_sharded_safetensors(index: Path) -> dict[str, StoredTensor]:
             "download the model again"
         )
     return tensors
+
+
+def read_shards(source: Path, files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of several files together.
+
+    Args:
+        source: what says that they belong together, for errors.
+
+    Raises:
+        ModelFormatError: a file is damaged, or two have a tensor of the same name.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        shard = read_safetensors(file)
+        twice = next((name for name in shard if name in tensors), None)
+        if twice is not None:
+            raise ModelFormatError(f"{source}: tensor {twice!r} is in more than one file; download the model again")
+        tensors.update(shard)
+    return tensors
+
+
+def whole_set(names: Iterable[str]) -> list[str]:
+    """The files among `names` that are one model by their names alone, `model-00001-of-00002.safetensors` and so on, in
+    order; none where they are no such set, are several, or a part is missing."""
+    found = [match for name in sorted(names) if (match := _SHARD.fullmatch(name))]
+    kinds = {(match[1], match[3]) for match in found}
+    if len(kinds) != 1 or [int(match[2]) for match in found] != list(range(1, int(found[0][3]) + 1)):
+        return []
+    return [match[0] for match in found]
 
 
 def shard_names(index: Path) -> list[str]:

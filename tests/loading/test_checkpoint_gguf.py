@@ -350,6 +350,13 @@ def test_folders_with_several_files_name_them(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_projector_beside_a_model_is_passed_over(tmp_path: Path) -> None:
+    model = tiny()
+    write(tmp_path / "m-Q8_0.gguf", gguf_tensors(model, permute=True))
+    (tmp_path / "mmproj-m-f16.gguf").write_bytes(b"GGUF")
+    assert_same_weights(tmp_path, model)
+
+
 def test_inspection_of_the_real_model(real_model: Path) -> None:
     found = inspect(real_model)
     assert (found.family, found.architecture, found.tokenizer, found.chat_template) == (

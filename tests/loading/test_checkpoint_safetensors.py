@@ -121,6 +121,15 @@ def test_shards_are_put_together(tmp_path: Path) -> None:
     assert_same_weights(tmp_path, model)
 
 
+def test_shards_without_their_index_are_put_together(tmp_path: Path) -> None:
+    model = save(tmp_path, transformers.LlamaConfig(**SHAPE), max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert_same_weights(tmp_path, model)
+    next(tmp_path.glob("model-00002-of-*.safetensors")).unlink()
+    with pytest.raises(ModelFormatError, match=r"safetensors files and no model\.safetensors\.index\.json"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_file_alone_uses_the_configuration_beside_it(tmp_path: Path) -> None:
     save(tmp_path, transformers.LlamaConfig(**SHAPE))
     assert open_checkpoint(tmp_path / "model.safetensors").path == tmp_path

@@ -65,6 +65,14 @@ def test_one_set_of_weights_is_enough(tmp_path: Path) -> None:
     assert chosen({**shards, "model.safetensors": 5}).files == ("config.json", "model.safetensors")
 
 
+def test_shards_without_an_index_are_known_by_their_names() -> None:
+    shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    files = {"config.json": 1, **dict.fromkeys(shards, 5)}
+    assert chosen(files).files == ("config.json", *shards)
+    with pytest.raises(ConfigError, match="holds 2 safetensors files"):
+        chosen({name: size for name, size in files.items() if "-00002-" not in name})
+
+
 def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../../x.safetensors"}}))
     with pytest.raises(Exception, match="not the name of a safetensors file beside it"):
@@ -80,6 +88,8 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
         ({"Q8_0": 30, "Q2_K": 13}, "Q2_K"),
         ({"F16": 4, "Q4_0": 2}, "Q4_0"),
         ({"UD-Q4_K_M": 5, "IQ1_S": 1}, "UD-Q4_K_M"),
+        ({"UD-Q4_K_XL": 5, "UD-Q2_K_XL": 3, "UD-IQ1_S": 1, "UD-Q8_K_XL": 9}, "UD-Q4_K_XL"),
+        ({"Q4_0_4_4": 4, "Q4_0_8_8": 4, "F16": 9}, "F16"),
     ],
 )
 def test_the_best_balance_that_fits_is_chosen(sizes: dict[str, int], label: str) -> None:
@@ -107,6 +117,8 @@ def test_a_makers_prefix_may_be_left_out_where_nothing_else_is_meant() -> None:
         ({"pytorch_model.bin": 1, "config.json": 1}, {}, "only .bin or .pt weights"),
         ({"adapter_model.safetensors": 1, "adapter_config.json": 1}, {}, "is an adapter"),
         ({"README.md": 1}, {}, "neither safetensors nor GGUF"),
+        ({"a.Q8_0.gguf.part1of2": 1, "a.Q8_0.gguf.part2of2": 1}, {}, r"a.Q8_0.gguf in pieces that have to be joined"),
+        ({"a.Q8_0.gguf.part1of2": 1, "a.Q2_K.gguf": 1}, {"variant": "Q8_0"}, r"a.Q8_0.gguf in pieces"),
         ({"a-Q8_0.gguf": 1}, {"load_format": "safetensors"}, "has no safetensors model"),
         ({"a-Q8_0.gguf": 1}, {"load_format": "dummy", "variant": "Q8_0"}, "names a GGUF file, but"),
         ({"config.json": 1, "a.safetensors": 1, "b.safetensors": 1}, {}, "holds 2 safetensors files"),
