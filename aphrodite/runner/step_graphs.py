@@ -15,6 +15,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -121,6 +122,9 @@ class StepGraphs:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             result = run()
-        finally:
-            graph.capture_end()
+        except Exception:
+            with suppress(RuntimeError):  # which only says that something failed before
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return graph, result

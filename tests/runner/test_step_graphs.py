@@ -99,3 +99,20 @@ def test_a_failed_capture_ends_and_leaves_nothing(graphs: StepGraphs) -> None:
         graphs.prepare(EIGHT)
     assert _Graph.log[-1] == "end"
     assert not graphs._graphs
+
+
+def test_what_fails_in_a_capture_is_what_is_told(graphs: StepGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending a capture that failed raises an error of its own, which says nothing."""
+
+    def full(size: StepSize) -> Any:
+        if _Graph.log[-1] == "begin":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return size.tokens
+
+    def invalidated(graph: _Graph) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(graphs, "_model", full)
+    monkeypatch.setattr(_Graph, "capture_end", invalidated)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.prepare(EIGHT)
