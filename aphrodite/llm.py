@@ -167,11 +167,16 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | None = None,
+        **template: Any,
     ) -> Iterator[RequestOutput]:
-        """Answer one prompt or conversation piece by piece. Closing the iterator aborts the answer."""
+        """Answer one prompt or conversation piece by piece. Closing the iterator aborts the answer.
+
+        Args:
+            template: for a conversation, passed to `ChatTemplate.render` as `chat` does.
+        """
         params = params or self.sampling_defaults
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt, params = self._encode_chat(prompt, params, {})  # type: ignore[arg-type]
+            prompt, params = self._encode_chat(prompt, params, template)  # type: ignore[arg-type]
         ids, params = self._check(prompt, params)  # type: ignore[arg-type]
         stream = self._add(ids, params, "stream", whole=False, adapter=self.adapters.number(adapter))
         try:

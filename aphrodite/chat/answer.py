@@ -73,6 +73,21 @@ class AnswerFormat:
         return reasoning if tools is None else _Chain(reasoning, tools)
 
 
+def reasoning_format(reasoning: Reasoning | None, prompt: str, *, begun: str | None = None) -> AnswerFormat:
+    """How the answers to a rendered prompt mark reasoning.
+
+    Args:
+        prompt: the text of the prompt, or of its last tokens.
+        begun: the text that the answer goes on with; None: it begins behind the prompt.
+    """
+    if reasoning is None:
+        return AnswerFormat()
+    if begun is None:
+        return AnswerFormat(reasoning, is_open=reasoning.is_open(prompt))
+    is_open = begun.rfind(reasoning.start) > begun.rfind(reasoning.end)
+    return AnswerFormat(reasoning, is_open=is_open, is_text=bool(begun) and not is_open)
+
+
 def raw_marks(reasoning: Reasoning | None, prompt: str) -> ReasoningMarks | None:
     """`marks_of_reasoning` of the answers to a text that no template made; None: the model marks none."""
     if reasoning is None:

@@ -16,10 +16,11 @@ import typer
 
 from aphrodite.cli.chat_session import ChatSession, Reply
 from aphrodite.cli.console import print_error, stderr
-from aphrodite.cli.options import SamplingFlags, with_options
+from aphrodite.cli.options import SamplingFlags, with_options, with_preset
 from aphrodite.cli.sources import EngineSource, Piece, TextSource, load_llm, printable, tokens_per_second
 from aphrodite.config import EngineConfig, Settings
 from aphrodite.errors import AphroditeError, ConfigError
+from aphrodite.sampling.params import SamplingParams
 
 COMPLETE_TOKENS = 256  # without --max-tokens; a plain continuation seldom ends by itself
 
@@ -27,6 +28,10 @@ UrlOption = Annotated[
     str | None, typer.Option("--url", help="Use a running server instead of loading a model.", metavar="URL")
 ]
 KeyOption = Annotated[str | None, typer.Option("--api-key", help="Key of the server at --url.", metavar="KEY")]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="Sampler preset (`aphrodite samplers presets`); flags win over it.", metavar="NAME"),
+]
 NOT_HERE = ("n", "logprobs", "prompt_logprobs", "logprobs_mode", "sampler_trace")
 
 
@@ -36,13 +41,15 @@ def chat(
     url: UrlOption = None,
     api_key: KeyOption = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.", metavar="TEXT")] = None,
+    preset: PresetOption = None,
     settings: Settings,
     sampling: SamplingFlags,
 ) -> None:
     """Chat with a model in the terminal. /help lists what you can do."""
+    _check_preset(preset)
     source = _open_source(settings.engine, url, api_key)
     try:
-        _ChatLoop(source, ChatSession(sampling.over(source.sampling_defaults), system=system)).run()
+        _ChatLoop(source, ChatSession(_sampling(source, preset, sampling), system=system)).run()
     finally:
         source.close()
 
@@ -53,6 +60,7 @@ def complete(
     *,
     url: UrlOption = None,
     api_key: KeyOption = None,
+    preset: PresetOption = None,
     settings: Settings,
     sampling: SamplingFlags,
 ) -> None:
@@ -60,10 +68,11 @@ def complete(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ConfigError("PROMPT is empty; there is nothing to continue.")
+    _check_preset(preset)
     source = _open_source(settings.engine, url, api_key)
     clean = printable if sys.stdout.isatty() else str
     try:
-        params = sampling.over(source.sampling_defaults)
+        params = _sampling(source, preset, sampling)
         if params.max_tokens is None:
             params = msgspec.structs.replace(params, max_tokens=COMPLETE_TOKENS)
         with _ctrl_c(source) as stopped, contextlib.closing(source.complete(text, params)) as pieces:  # type: ignore[type-var]
@@ -75,6 +84,18 @@ def complete(
         sys.stdout.write("\n")
     finally:
         source.close()
+
+
+def _check_preset(name: str | None) -> None:
+    """Refuse a wrong name before a model is loaded."""
+    if name is not None:
+        with_preset(SamplingParams(), name)
+
+
+def _sampling(source: TextSource, preset: str | None, flags: SamplingFlags) -> SamplingParams:
+    """What flags say, over the preset, over what the model's authors recommend."""
+    base = source.sampling_defaults
+    return flags.over(base if preset is None else with_preset(base, preset))
 
 
 def _open_source(config: EngineConfig, url: str | None, api_key: str | None) -> TextSource:
@@ -147,7 +168,7 @@ class _ChatLoop:
             if reply.note:
                 print(reply.note)
             if reply.answer:
-                self._answer()
+                self._answer(continues=reply.continues)
             return reply.quit
         except AphroditeError as error:
             print_error(str(error))
@@ -160,29 +181,30 @@ class _ChatLoop:
             return Reply("Nothing changed.")
         return self._session.edit_last(changed) if changed.strip() else Reply("Nothing changed.")
 
-    def _answer(self) -> None:
+    def _answer(self, *, continues: bool) -> None:
         """Stream an answer; what was written before it stopped or failed stays in the conversation."""
         texts: list[str] = []
         tokens, began, last = 0, None, Piece("", 0)
+        writer = _AnswerWriter(self._terminal)
         try:
-            with _ctrl_c(self._source) as stopped, contextlib.closing(self._pieces()) as pieces:
+            with _ctrl_c(self._source) as stopped, contextlib.closing(self._pieces(continues)) as pieces:
                 for last in pieces:
                     began = began or time.perf_counter()
                     tokens += last.num_tokens
-                    texts.append(last.text)
-                    sys.stdout.write(printable(last.text))
-                    sys.stdout.flush()
+                    if not last.thought:
+                        texts.append(last.text)
+                    writer.write(last)
                     if stopped:
                         break
         finally:
-            print()
-            if texts:
-                self._session.add_answer("".join(texts))
+            writer.end()
+            if any(texts):
+                self._session.add_answer("".join(texts), continues=continues)
         speed = tokens_per_second(tokens - 1, time.perf_counter() - (began or 0.0))
         self._summary(tokens, speed, "stopped" if stopped else last.finish_reason)
 
-    def _pieces(self) -> Any:
-        return self._source.chat(self._session.messages, self._session.params)
+    def _pieces(self, continues: bool) -> Any:
+        return self._source.chat(self._session.messages, self._session.params, continues=continues)
 
     def _summary(self, tokens: int, speed: float, reason: str | None) -> None:
         if not self._terminal:
@@ -225,6 +247,34 @@ class _ChatLoop:
         finally:
             self._readline.set_startup_hook(None)
         return line.replace("\\n", "\n") if text else line
+
+
+class _AnswerWriter:
+    """Writes an answer as it comes; before it, faint and in a terminal only, what the model thinks."""
+
+    def __init__(self, shows_thoughts: bool) -> None:
+        self._shows_thoughts = shows_thoughts
+        self._coloured = sys.stdout.isatty()
+        self._thinking = False
+
+    def write(self, piece: Piece) -> None:
+        if not piece.text or (piece.thought and not self._shows_thoughts):
+            return
+        if piece.thought and not self._thinking:
+            self._turn("\x1b[2m")
+        elif self._thinking and not piece.thought:
+            self._turn("\x1b[0m", "\n\n")
+        self._thinking = piece.thought
+        sys.stdout.write(printable(piece.text))
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        if self._thinking:
+            self._turn("\x1b[0m")
+        print()
+
+    def _turn(self, colour: str, between: str = "") -> None:
+        sys.stdout.write((colour if self._coloured else "") + between)
 
 
 def _faint(text: str) -> None:

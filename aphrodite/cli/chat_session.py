@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import msgspec
 
-from aphrodite.cli.options import sampling_from_texts
+from aphrodite.cli.options import sampling_from_texts, with_preset
 from aphrodite.cli.sources import Message
 from aphrodite.config import did_you_mean
 from aphrodite.errors import ConfigError
 from aphrodite.sampling.params import SamplingParams, to_mapping
+from aphrodite.sampling.presets import shipped_presets
 
 
 class Reply(NamedTuple):
@@ -21,6 +22,7 @@ class Reply(NamedTuple):
 
     note: str = ""
     answer: bool = False
+    continues: bool = False  # the answer goes on with the last one
     edit: str | None = None  # the text to offer for editing; the result goes to `edit_last`
     quit: bool = False
 
@@ -50,15 +52,20 @@ class ChatSession:
         elif line.startswith("/"):
             name, _, argument = line[1:].partition(" ")
             if name not in COMMANDS:
-                raise ConfigError(f"/{name} is not a command.{did_you_mean(name, COMMANDS)} /help lists them.")
+                close = did_you_mean(f"/{name}", [f"/{known}" for known in COMMANDS])
+                raise ConfigError(f"/{name} is not a command.{close} /help lists them.")
             return COMMANDS[name].run(self, argument.strip())
         if not line.strip():
             return Reply()
         self.turns.append({"role": "user", "content": line})
         return Reply(answer=True)
 
-    def add_answer(self, text: str) -> None:
-        self.turns.append({"role": "assistant", "content": text})
+    def add_answer(self, text: str, *, continues: bool = False) -> None:
+        """Keep what was written: as an answer, or as more of the last one."""
+        if continues:
+            self.turns[-1] = {"role": "assistant", "content": self.turns[-1]["content"] + text}
+        else:
+            self.turns.append({"role": "assistant", "content": text})
 
     def edit_last(self, text: str) -> Reply:
         """Replace the last message of the person and ask for a new answer."""
@@ -88,6 +95,11 @@ class ChatSession:
         self.params = msgspec.structs.replace(self.params, seed=self.params.seed + 1)
         return Reply(f"seed is {self.params.seed} now.", answer=True)
 
+    def _continue(self, argument: str) -> Reply:
+        if not self.turns or self.turns[-1]["role"] != "assistant":
+            raise ConfigError("there is no answer to go on with.")
+        return Reply(answer=True, continues=True)
+
     def _edit(self, argument: str) -> Reply:
         if argument:
             return self.edit_last(argument)
@@ -115,6 +127,12 @@ class ChatSession:
             raise ConfigError(f"/set {name} needs a value.")
         self.params = sampling_from_texts({name: text.strip()}, base=self.params)
         return Reply(f"{name} is {text.strip()}.")
+
+    def _preset(self, argument: str) -> Reply:
+        if not argument:
+            return Reply("\n".join(f"{preset.name}: {preset.about}" for preset in shipped_presets().presets.values()))
+        self.params = with_preset(self.params, argument)
+        return Reply(f"The values of {argument} hold; /set shows them.")
 
     def _save(self, argument: str) -> Reply:
         if not argument:
@@ -173,10 +191,12 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "help": Command("/help", "show this", ChatSession._help),
     "regenerate": Command("/regenerate", "write the last answer anew", ChatSession._regenerate),
+    "continue": Command("/continue", "go on with the last answer", ChatSession._continue),
     "edit": Command("/edit [TEXT]", "change your last message and have it answered anew", ChatSession._edit),
     "undo": Command("/undo", "remove your last message and its answer", ChatSession._undo),
     "system": Command("/system [TEXT|none]", "show, set or remove the system prompt", ChatSession._system),
     "set": Command("/set [NAME VALUE]", "show or set sampling parameters (/set temperature 0.7)", ChatSession._set),
+    "preset": Command("/preset [NAME]", "list sampler presets, or take the values of one", ChatSession._preset),
     "save": Command("/save FILE", "write the conversation to a file", ChatSession._save),
     "load": Command("/load FILE", "go on with a saved conversation", ChatSession._load),
     "clear": Command("/clear", "forget all messages", ChatSession._clear),

@@ -18,12 +18,14 @@ from aphrodite.config import (
     EngineConfig,
     ServerSettings,
     Setting,
+    did_you_mean,
     parse_value,
     resolve,
     settings_table,
 )
 from aphrodite.errors import ConfigError, InvalidRequestError
 from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping, parameter_table
+from aphrodite.sampling.presets import shipped_presets
 from aphrodite.sampling.table import ParamRow
 
 SAMPLING_PANEL = "Sampling"
@@ -184,6 +186,21 @@ def sampling_from_texts(texts: Mapping[str, Any], *, base: SamplingParams | None
         return from_mapping(values, base=base)
     except InvalidRequestError as error:
         raise ConfigError(str(error)) from None
+
+
+def with_preset(base: SamplingParams, name: str) -> SamplingParams:
+    """`base` with the values of a sampler preset that ships.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    presets = shipped_presets().presets
+    if name not in presets:
+        raise ConfigError(
+            f"there is no sampler preset {name}.{did_you_mean(name, presets)} There are {', '.join(presets)}."
+        )
+    preset = presets[name]
+    return from_mapping(preset.force, base=preset.base(base))
 
 
 def _sampling_value(row: ParamRow, text: Any) -> Any:

@@ -58,8 +58,11 @@ class ServerSource:
                 f"the server at {self._address} names sampling defaults that are none: {error}"
             ) from None
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[Piece]:
-        return self._stream("/v1/chat/completions", {"messages": list(messages)}, params)
+    def chat(self, messages: Sequence[Message], params: SamplingParams, *, continues: bool = False) -> Iterator[Piece]:
+        body: dict[str, object] = {"messages": list(messages)}
+        if continues:
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return self._stream("/v1/chat/completions", body, params)
 
     def complete(self, prompt: str, params: SamplingParams) -> Iterator[Piece]:
         return self._stream("/v1/completions", {"prompt": prompt}, params)
@@ -93,7 +96,11 @@ class ServerSource:
                 if "error" in event:
                     raise AphroditeError(f"the server ended the answer: {event['error'].get('message')}")
                 for choice in event.get("choices", ()):
-                    text = choice.get("text") if "text" in choice else choice.get("delta", {}).get("content")
+                    delta = choice.get("delta") or {}
+                    thought = delta.get("reasoning_content") or delta.get("reasoning")
+                    if thought:
+                        yield Piece(thought, 1, thought=True)
+                    text = choice.get("text") or delta.get("content")
                     yield Piece(text or "", 1 if text else 0, choice.get("finish_reason"))
 
     @contextlib.contextmanager

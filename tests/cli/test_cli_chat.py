@@ -12,8 +12,11 @@ from typing import Any
 
 import msgspec
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 from typer.testing import CliRunner
 
+from aphrodite.chat.template import ChatTemplate
 from aphrodite.cli import chat as chat_module
 from aphrodite.cli.chat_session import COMMANDS, ChatSession
 from aphrodite.cli.main import app
@@ -23,6 +26,8 @@ from aphrodite.cli.sources import EngineSource, Piece, printable
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.outputs import CompletionOutput, RequestOutput
 from aphrodite.sampling.params import SamplingParams
+from aphrodite.sampling.presets import shipped_presets
+from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 
 class FakeSource:
@@ -32,15 +37,20 @@ class FakeSource:
     sampling_defaults = SamplingParams()
 
     def __init__(self, pieces: int = 2) -> None:
+        self.continued: list[bool] = []
+        self.thoughts = ""
         self.asked: list[tuple[Any, SamplingParams]] = []
         self.closed_streams = 0
         self.closed = False
         self.interrupt_after: int | None = None
         self._pieces = pieces
 
-    def chat(self, messages: Any, params: SamplingParams) -> Iterator[Piece]:
+    def chat(self, messages: Any, params: SamplingParams, *, continues: bool = False) -> Iterator[Piece]:
         self.asked.append(([dict(message) for message in messages], params))
-        return self._answer(f"answer {len(self.asked)}")
+        self.continued.append(continues)
+        if self.thoughts:
+            yield Piece(self.thoughts, 1, thought=True)
+        yield from self._answer(f"answer {len(self.asked)}")
 
     def complete(self, prompt: str, params: SamplingParams) -> Iterator[Piece]:
         self.asked.append((prompt, params))
@@ -99,6 +109,28 @@ class TestSession:
         assert session.handle("/regenerate").answer
         assert session.turns[-1] == user("three")
 
+    def test_continue_adds_to_the_last_answer(self):
+        session = self.session()
+        reply = session.handle("/continue")
+        assert reply.answer
+        assert reply.continues
+        session.add_answer(" and more", continues=True)
+        assert session.turns[-2:] == [user("two"), assistant("2 and more")]
+        session.handle("three")
+        with pytest.raises(ConfigError, match="no answer to go on with"):
+            session.handle("/continue")
+
+    def test_a_preset_sets_its_values(self):
+        session = self.session()
+        assert "roleplay: " in session.handle("/preset").note
+        session.handle("/set top_k 7")
+        session.handle("/preset roleplay")
+        expected = shipped_presets().presets["roleplay"].base(SamplingParams(top_k=7))
+        assert session.params == expected
+        assert session.params != SamplingParams(top_k=7)
+        with pytest.raises(ConfigError, match="Did you mean roleplay"):
+            session.handle("/preset rolepaly")
+
     def test_edit_replaces_the_last_message(self):
         session = self.session()
         assert session.handle("/edit").edit == "two"
@@ -136,7 +168,7 @@ class TestSession:
             ("/set temperature", "needs a value"),
             ("/set temperature hot", "must be a number"),
             ("/set top_p 2", "top_p"),
-            ("/sett x 1", "Did you mean set?"),
+            ("/sett x 1", "Did you mean /set?"),
         ],
     )
     def test_a_wrong_line_changes_nothing(self, line, words):
@@ -231,6 +263,35 @@ class TestLoop:
         assert params == SamplingParams(temperature=0.3)
         assert source.closed
 
+    def test_an_answer_is_continued(self, monkeypatch):
+        source = FakeSource()
+        output = chat_with(monkeypatch, source, "hello\n/continue\nand?\n")
+        assert source.continued == [False, True, False]
+        assert source.asked[1][0] == [user("hello"), assistant("answer 1.")]
+        assert source.asked[2][0] == [user("hello"), assistant("answer 1.answer 2."), user("and?")]
+        assert output.split("\n")[:3] == ["answer 1.", "answer 2.", "answer 3."]
+
+    def test_thoughts_are_no_part_of_the_conversation(self, monkeypatch):
+        source = FakeSource()
+        source.thoughts = "Hm. "
+        output = chat_with(monkeypatch, source, "hello\nand?\n")
+        assert output.split("\n")[:2] == ["answer 1.", "answer 2."]  # shown in terminals only
+        assert source.asked[1][0] == [user("hello"), assistant("answer 1."), user("and?")]
+
+    def test_thoughts_are_shown_before_the_answer(self, capsys):
+        writer = chat_module._AnswerWriter(shows_thoughts=True)
+        for piece in (Piece("Hm", 1, thought=True), Piece(".\x07", 1, thought=True), Piece("", 0), Piece("Hello", 1)):
+            writer.write(piece)
+        writer.end()
+        assert capsys.readouterr().out == "Hm.\n\nHello\n"
+
+    def test_a_preset_lies_under_the_flags(self, monkeypatch):
+        source = FakeSource()
+        source.sampling_defaults = SamplingParams(top_k=3)
+        chat_with(monkeypatch, source, "hello\n", "--preset", "roleplay", "--temperature", "0.3")
+        preset = shipped_presets().presets["roleplay"].base(SamplingParams(top_k=3))
+        assert source.asked[0][1] == msgspec.structs.replace(preset, temperature=0.3)
+
     def test_longer_texts(self, monkeypatch):
         source = FakeSource()
         chat_with(monkeypatch, source, 'one\\\ntwo\n"""\na\n\nb\n"""\n"""x"""\n')
@@ -294,8 +355,11 @@ class TestEngineSource:
     class FakeLLM:
         def __init__(self, outputs: list[CompletionOutput]) -> None:
             self.outputs, self.closed = outputs, False
+            self.asked: list[SamplingParams] = []
 
-        def stream(self, prompt: Any, params: SamplingParams) -> Iterator[RequestOutput]:
+        def stream(self, prompt: Any, params: SamplingParams, **template: Any) -> Iterator[RequestOutput]:
+            self.asked.append(params)
+            self.template = template
             try:
                 for output in self.outputs:
                     yield RequestOutput("0", [1], [output], finished=False)
@@ -310,6 +374,36 @@ class TestEngineSource:
         next(stream)
         stream.close()
         assert llm.closed
+
+    @pytest.mark.parametrize("opened", [False, True])
+    def test_reasoning_comes_apart(self, opened):
+        backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
+        opening = "<think>" if opened else "{{ '' if true else '<think>' }}"
+        source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'A:' if add_generation_prompt }}" + opening
+        llm = self.FakeLLM(
+            [
+                CompletionOutput(0, "Hm." if opened else "<think>Hm.", [5]),
+                CompletionOutput(0, "</think>\n\nHel", [6, 7]),
+                CompletionOutput(0, "lo<|im_end|>", [8, 3], finish_reason="stop"),
+            ]
+        )
+        llm.chat_template = ChatTemplate(source)
+        llm.tokenizer = Tokenizer(backend, SpecialTokens(bos_id=1, eos_ids=(2,)), "test")
+        pieces = list(EngineSource(llm).chat([user("hi")], SamplingParams()))
+        assert "".join(piece.text for piece in pieces if piece.thought) == "Hm."
+        assert "".join(piece.text for piece in pieces if not piece.thought) == "Hello"
+        assert sum(piece.num_tokens for piece in pieces) == 5
+        assert pieces[-1].finish_reason == "stop"
+        assert not llm.asked[0].skip_special_tokens
+
+    def test_an_answer_goes_on(self):
+        llm = self.FakeLLM([CompletionOutput(0, "lo", [8], finish_reason="stop")])
+        llm.chat_template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}{{ '' or '<think>' if x }}")
+        pieces = list(EngineSource(llm).chat([user("hi"), assistant("Hel")], SamplingParams(), continues=True))
+        assert pieces == [Piece("lo", 1, "stop")]
+        assert llm.template == {"continue_final_message": True}
 
     def test_a_failed_request_is_an_error(self):
         llm = self.FakeLLM([CompletionOutput(0, error="bad logits", finish_reason="error")])
@@ -338,6 +432,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
+        if body["model"] == "thinks":
+            self.wfile.write(b'data: {"choices": [{"delta": {"reasoning_content": "Hm.", "reasoning": "Hm."}}]}\n\n')
         for text, reason in (("Hé", None), ("llo", "stop")):
             content: dict[str, Any] = {"delta": {"content": text}} if is_chat else {"text": text}
             event = {"choices": [{**content, "finish_reason": reason}]}
@@ -380,6 +476,14 @@ class TestServerSource:
         assert body == {
             "model": "first", "stream": True, "messages": [user("hi")], "temperature": 0.5, "logit_bias": {"7": 1.0},
         }  # fmt: skip
+
+    def test_what_a_model_thinks_and_how_an_answer_goes_on(self, server):
+        source = ServerSource(server, model="thinks")
+        pieces = list(source.chat([user("hi"), assistant("He")], SamplingParams(), continues=True))
+        assert pieces[0] == Piece("Hm.", 1, thought=True)
+        assert "".join(piece.text for piece in pieces if not piece.thought) == "Héllo"
+        body = Handler.received[0][1]
+        assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
 
     def test_complete(self, server):
         pieces = list(ServerSource(server, model="second").complete("Once", SamplingParams(max_tokens=3)))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from aphrodite.chat.answer import AnswerFormat
+from aphrodite.chat.answer import AnswerFormat, reasoning_format
 from aphrodite.chat.content import part_texts
 from aphrodite.chat.reasoning import reasoning_marks
 from aphrodite.sampling.params import SamplingParams
@@ -153,11 +153,6 @@ def _has_switch(fields: ChatFields, context: ModelContext) -> bool:
 
 def _reasoning_format(fields: ChatFields, context: ModelContext, prompt_token_ids: list[int]) -> AnswerFormat:
     reasoning = reasoning_marks(template_of(fields, context).traits, context.config.reasoning_parser)
-    if reasoning is None:
-        return AnswerFormat()
-    if fields.continue_final_message:
-        begun = "".join(part_texts(fields.messages[-1].get("content")))
-        is_open = begun.rfind(reasoning.start) > begun.rfind(reasoning.end)
-        return AnswerFormat(reasoning, is_open=is_open, is_text=bool(begun) and not is_open)
+    begun = "".join(part_texts(fields.messages[-1].get("content"))) if fields.continue_final_message else None
     tail = context.engine.tokenizer.decode(prompt_token_ids[-_TAIL:], skip_special_tokens=False)
-    return AnswerFormat(reasoning, is_open=reasoning.is_open(tail))
+    return reasoning_format(reasoning, tail, begun=begun)
