@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/gpu.py llama-3.1-8b                    all rows (about three minutes on an H100)
     PYTHONPATH=. python benchmarks/gpu.py qwen3-0.6b --only decode-1 ttft
-    PYTHONPATH=. python benchmarks/gpu.py llama-3.1-8b --profile 1 128    what a decode step's time goes to
+    PYTHONPATH=. python benchmarks/gpu.py llama-3.1-8b --profile 1 140@890  what a decode step's time goes to
     PYTHONPATH=. python benchmarks/gpu.py qwen3-0.6b --host ttft          what the host does meanwhile
     PYTHONPATH=. python benchmarks/gpu.py llama-3.1-8b --set quantization=fp8 --set enable_graphs=false
 
@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,19 +152,19 @@ class Bench:
             raise RuntimeError(f"{came} of {wanted} tokens came: {reason}")
         return elapsed
 
-    def step(self, batch: int, *, repeats: int = 3, **sampling: Any) -> float:
+    def step(self, batch: int, *, repeats: int = 3, prompt: int = PROMPT, steps: int = STEPS, **sampling: Any) -> float:
         """Seconds of a decode step: the best of `repeats` differences, after a run that warms everything up."""
-        self.seconds(self.prompts([PROMPT] * batch), 9, **sampling)
+        self.seconds(self.prompts([prompt] * batch), 9, **sampling)
         differences = []
         for _ in range(repeats):
-            prompts = self.prompts([PROMPT] * batch)
+            prompts = self.prompts([prompt] * batch)
             short = self.seconds(prompts, 1, **sampling)
-            differences.append((self.seconds(prompts, STEPS + 1, **sampling) - short) / STEPS)
+            differences.append((self.seconds(prompts, steps + 1, **sampling) - short) / steps)
         return min(differences)
 
     def decode(self, case: str, batch: int, **sampling: Any) -> Row:
         step = self.step(batch, **sampling)
-        return self._decode_row(case, batch, step, context=PROMPT + STEPS / 2)
+        return self.decode_row(case, batch, step, context=PROMPT + STEPS / 2)
 
     def long(self) -> Row:
         """Decode at a long context, timed from the first token to the last, so that one prefill will do."""
@@ -173,7 +174,7 @@ class Bench:
             arrivals.append((time.perf_counter(), sum(len(answer.token_ids) for answer in piece.outputs)))
         tokens = sum(count for _, count in arrivals[1:])
         step = (arrivals[-1][0] - arrivals[0][0]) / tokens
-        return self._decode_row("long", 1, step, context=LONG_CONTEXT + STEPS / 4)
+        return self.decode_row("long", 1, step, context=LONG_CONTEXT + STEPS / 4)
 
     def prefill(self) -> Row:
         count, length = 16, 2_048
@@ -199,7 +200,7 @@ class Bench:
         self.seconds(self.prompts(lengths), 1)
         return statistics.median(self.seconds(self.prompts(lengths), 1) for _ in range(repeats))
 
-    def _decode_row(self, case: str, batch: int, step: float, *, context: float) -> Row:
+    def decode_row(self, case: str, batch: int, step: float, *, context: float) -> Row:
         info = self.llm.info
         embedding = 0 if self._spec.tied_head else self._spec.vocab_size * self._spec.hidden_size * 2
         weights = (info.weight_bytes - embedding) * (1.0 - unread_share(self._spec, batch))
@@ -310,14 +311,14 @@ def measure(options: argparse.Namespace, config: Path, ceilings: Ceilings | None
             if chosen(name, options.only) and not ((options.profile or options.host) and options.only is None):
                 rows.append(run_case(name, case))
                 print(f"{name}: {_value(rows[-1])}", flush=True)
-        for batch in options.profile:
-            run_case(f"profile {batch}", lambda batch=batch: profile(bench, batch))  # type: ignore[misc]
+        for batch, context in options.profile:
+            run_case(f"profile {batch}", partial(profile, bench, batch, context))
         for name in options.host:
             run_case(f"host {name}", lambda name=name: host_profile(name, cases(bench)[name]))  # type: ignore[misc]
     return rows
 
 
-def profile(bench: Bench, batch: int) -> Row:
+def profile(bench: Bench, batch: int, context: int) -> Row:
     """Print a decode step's kernels: a long run's minus those of a run of one token; of 0 sequences, the prompts'."""
     if batch == 0:
         row, prompts = bench.prefill(), bench.prompts([2_048] * 16)
@@ -325,13 +326,15 @@ def profile(bench: Bench, batch: int) -> Row:
         print(f"\n16 prompts of 2,048 take {row.milliseconds:.1f} ms; their kernels (which may overlap):")
         print_table(["kernel", "calls", "us", "share"], lines)
         return row
-    step = bench.step(batch, repeats=1)
-    prompts = bench.prompts([PROMPT] * batch)
     steps = 32
+    step = bench.step(batch, repeats=3, prompt=context, steps=steps)
+    prompts = bench.prompts([context] * batch)
     lines = profile_table(lambda: bench.seconds(prompts, 1), lambda: bench.seconds(prompts, steps + 1), steps)
-    print(f"\nA decode step of {batch} takes {step * 1e3:.3f} ms; its kernels (which may overlap):")
+    row = bench.decode_row(f"profile {batch}", batch, step, context=context + steps / 2)
+    share = "" if row.share is None else f", {row.share:.0%} of what the card reads"
+    print(f"\nA decode step of {batch} behind {context} takes {step * 1e3:.3f} ms{share}; kernels (which may overlap):")
     print_table(["kernel", "calls", "us a step", "share"], lines)
-    return Row(case=f"profile {batch}", milliseconds=step * 1e3)
+    return row
 
 
 def host_profile(name: str, case: Callable[[], Row]) -> Row:
@@ -373,6 +376,12 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
+def _profiled(text: str) -> tuple[int, int]:
+    """`BATCH` or `BATCH@CONTEXT`."""
+    batch, _, context = text.partition("@")
+    return int(batch), int(context or PROMPT)
+
+
 def _setting(text: str) -> tuple[str, Any]:
     """`name=value` of `EngineConfig`."""
     name, _, value = text.partition("=")
@@ -389,7 +398,12 @@ def parse_arguments() -> argparse.Namespace:
     names = ", ".join(case_names())
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"cases or their beginnings: {names}")
     parser.add_argument(
-        "--profile", nargs="+", type=int, default=[], metavar="BATCH", help="kernels of a decode step, 0: of prompts"
+        "--profile",
+        nargs="+",
+        type=_profiled,
+        default=[],
+        metavar="BATCH[@CONTEXT]",
+        help=f"kernels of a decode step (default: contexts of {PROMPT}), 0: of prompts",
     )
     parser.add_argument("--host", nargs="+", default=[], metavar="NAME", help="functions of the host during cases")
     parser.add_argument("--set", action="append", type=_setting, default=[], metavar="NAME=VALUE", help="a setting")
