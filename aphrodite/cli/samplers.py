@@ -52,6 +52,12 @@ def samplers(context: typer.Context) -> None:
         _list(stdout())
 
 
+@app.command("ls")
+def ls() -> None:
+    """List all sampling parameters, as without a command."""
+    _list(stdout())
+
+
 @app.command("show")
 def show(name: Annotated[str, typer.Argument(help="A parameter, by any of its names.", metavar="NAME")]) -> None:
     """Show one parameter with its definition and source."""

@@ -45,6 +45,10 @@ def test_one_parameter_by_any_spelling(name: str) -> None:
         assert part in text
 
 
+def test_the_list_has_a_name_like_those_of_other_commands() -> None:
+    assert words("ls") == words()
+
+
 def test_an_alias_shows_its_parameter() -> None:
     assert words("rep_pen").startswith("repetition_penalty ")
 
