@@ -81,14 +81,17 @@ def _devices() -> dict[str, Any]:
     with stderr().status("Asking torch for devices"):
         import torch
 
+        from aphrodite import platforms
+
+        reason = platforms.unusable_reason()
     devices: dict[str, Any] = {"cpu": "yes"}
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or getattr(torch.version, "hip", None)
-        devices["gpu"] = "none found" if built else "none: this torch is built for CPUs only"
-        return devices
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices[f"cuda:{index}"] = f"{properties.name}, {format_bytes(properties.total_memory)}"
+    if reason is not None:
+        devices["gpu"] = f"not used: {reason}"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            memory = platforms.memory(torch.device("cuda", index))
+            free = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+            devices[f"cuda:{index}"] = f"{platforms.platform_of(torch.device('cuda', index)).describe()}, {free}"
     return devices
 
 
