@@ -154,6 +154,7 @@ def finish(
     bias,
     residual,
     out,
+    out_stride,
     M,
     out_features,
     strip,
@@ -184,7 +185,27 @@ def finish(
     column = first_column + gl.arange(0, C)
     layout: gl.constexpr = result.type.layout
     inside = gl.set_auto_layout((index < width)[:, None] & (column < M)[None, :], layout)
-    at = gl.set_auto_layout(column[None, :] * width + index[:, None], layout)
+    at = gl.set_auto_layout(column[None, :] * out_stride + index[:, None], layout)
     if HAS_RESIDUAL:
         result += gl.load(residual + at, mask=inside, other=0.0).to(gl.float32)
     gl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def sum_of_splits(partial, workspace, counters, tile, split, SPLITS: gl.constexpr):
+    """Leave `partial`; the last block of a tile gets (True, the sum of all in the order of the splits)."""
+    R: gl.constexpr = partial.shape[0]
+    C: gl.constexpr = partial.shape[1]
+    layout: gl.constexpr = partial.type.layout
+    # A warp's rows g make neighbours of 8 values.
+    offsets = gl.set_auto_layout(gl.arange(0, R)[:, None] + gl.arange(0, C)[None, :] * R, layout)
+    base = workspace + tile * (SPLITS * R * C)
+    gl.store(base + split * (R * C) + offsets, partial)
+    gl.thread_barrier()
+    last = gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    total = gl.zeros([R, C], gl.float32, layout)
+    if last:
+        for other in range(SPLITS):
+            total += gl.load(base + other * (R * C) + offsets, cache_modifier=".cg")
+        gl.store(counters + tile, 0)
+    return last, total

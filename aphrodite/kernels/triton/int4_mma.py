@@ -284,7 +284,8 @@ def _int4_row_kernel(
     if EARLY:
         done += addend.to(gl.float32)
     LATE: gl.constexpr = HAS_RESIDUAL and not EARLY
-    finish(done, bias, residual, out, M, out_features, strip, 0, N_WARPS, HAS_BIAS, LATE, ACTIVATION)
+    width = out_features if ACTIVATION is None else out_features // 2
+    finish(done, bias, residual, out, width, M, out_features, strip, 0, N_WARPS, HAS_BIAS, LATE, ACTIVATION)
 
 
 @gluon.constexpr_function
@@ -392,7 +393,8 @@ def _int4_rows_kernel(
     if EARLY:
         done += addend.to(gl.float32)
     LATE: gl.constexpr = HAS_RESIDUAL and not EARLY
-    finish(done, bias, residual, out, M, out_features, strip, 0, N_WARPS, HAS_BIAS, LATE, ACTIVATION)
+    width = out_features if ACTIVATION is None else out_features // 2
+    finish(done, bias, residual, out, width, M, out_features, strip, 0, N_WARPS, HAS_BIAS, LATE, ACTIVATION)
 
 
 def staging(in_features: int, cut: MmaConfig) -> dict[str, int]:

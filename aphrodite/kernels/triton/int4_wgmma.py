@@ -33,6 +33,7 @@ from aphrodite.kernels.triton.int4_gluon import (
     launch_dependents,
     pair_of_zeros,
     scale_of,
+    sum_of_splits,
     unpack,
     wait_for_producer,
     word_layout,
@@ -187,26 +188,6 @@ def _start_products(x, column, weights, total, smem, bars, start, chunk, end, S:
     _request(x, column, chunk - 1 + STAGES, smem, bars.index(free), free, chunk - 1 + STAGES < end, S)
     mbarrier.wait(bars.index(turn % STAGES), turn // STAGES & 1)
     return _multiply(weights, smem, turn % STAGES, total, S)
-
-
-@gluon.jit
-def _sum_of_splits(partial, workspace, counters, tile, split, SPLITS: gl.constexpr):
-    """Leave `partial`; the last block of a tile gets (True, the sum of all in the order of the splits)."""
-    R: gl.constexpr = partial.shape[0]
-    C: gl.constexpr = partial.shape[1]
-    layout: gl.constexpr = partial.type.layout
-    # A warp's rows g make neighbours of 8 values.
-    offsets = gl.set_auto_layout(gl.arange(0, R)[:, None] + gl.arange(0, C)[None, :] * R, layout)
-    base = workspace + tile * (SPLITS * R * C)
-    gl.store(base + split * (R * C) + offsets, partial)
-    gl.thread_barrier()
-    last = gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-    total = gl.zeros([R, C], gl.float32, layout)
-    if last:
-        for other in range(SPLITS):
-            total += gl.load(base + other * (R * C) + offsets, cache_modifier=".cg")
-        gl.store(counters + tile, 0)
-    return last, total
 
 
 @gluon.jit
@@ -366,15 +347,19 @@ def _int4_wgmma_kernel(
             x, words, scales, column, strip, strips, start, end, chunks, GROUP, WARPS, STAGES, mma, PDL
         )
 
+    width = out_features if ACTIVATION is None else out_features // 2
     if SPLITS == 1:
-        finish(total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+        finish(
+            total, bias, residual, out, width, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
+        )
     else:
         tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
-        last, total = _sum_of_splits(total, workspace, counters, tile, gl.program_id(2), SPLITS)
+        last, total = sum_of_splits(total, workspace, counters, tile, gl.program_id(2), SPLITS)
         if last:
             finish(
-                total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
-            )
+                total, bias, residual, out, width, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL,
+                ACTIVATION,
+            )  # fmt: skip
 
 
 def int4_wgmma(
