@@ -192,6 +192,23 @@ def test_log_probabilities_are_those_of_the_reference(monkeypatch: pytest.Monkey
     assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
 
 
+def test_one_step_scores_guides_embeds_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aphrodite.runner.device_runner.SCORED_ROWS", 5)
+    params = msgspec.structs.replace(GUIDED, prompt_logprobs=1, logprobs=1)
+
+    def results(runner: Runner | DeviceRunner) -> tuple[dict[str, list[int]], list[float], list[float]]:
+        found = sorted(updates(runner, 64, params, 128, (None, "mean", None)), key=lambda update: update.request_id)
+        entries = [entry for update in found for entry in [*(update.prompt_logprobs or []), *(update.logprobs or [])]]
+        (embedding,) = [update.embedding for update in found if update.embedding is not None]
+        return tokens(found), [entry.logprob for entry in entries], list(np.frombuffer(embedding, np.float32))
+
+    ours, theirs = results(device_runner(64, 1)), results(host_runner())
+    assert ours[0] == theirs[0]
+    assert len(theirs[1]) == sum(len(PROMPTS[number]) - 1 + params.max_tokens for number in (0, 2))
+    assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
+    assert ours[2] == pytest.approx(theirs[2], abs=1e-4)
+
+
 def test_a_prompt_without_log_probabilities_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = device_runner(64, 1)
     forward_rows = runner.executor.forward_rows
