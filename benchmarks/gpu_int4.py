@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from gpu_linear import CEILING, DTYPE, EPS, compile_cases, guarded, only_compile
 from triton.backends.compiler import GPUTarget
 
-from aphrodite.kernels.triton import int4_expand, int4_linear, int4_mma, int4_wgmma
+from aphrodite.kernels.triton import half_rows, int4_expand, int4_half, int4_linear, int4_mma, int4_wgmma
 from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.int4_half import HalfConfig
 from aphrodite.kernels.triton.int4_mma import MmaConfig
 from aphrodite.kernels.triton.int4_wgmma import WgmmaConfig
 from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4, whole_splits
@@ -40,7 +41,7 @@ ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TUNED_ROWS = (1, 8, 16, 32, 64, 128, 256)
 CHAIN_BYTES = 512 << 20  # of weights that one replay reads
 
-Config = MmaConfig | WgmmaConfig
+Config = MmaConfig | WgmmaConfig | HalfConfig
 
 
 class Layer(NamedTuple):
@@ -84,7 +85,7 @@ class Bench:
         zero = torch.empty(shape, dtype=torch.int32, device=self.device).random_(6, 10)
         scales = scale.view(torch.int32) & ~0xFF | zero
         paired = self.layer.activation is not None
-        return Int4Words(words, scales, self.layer.out_features, self.layer.in_features, group, paired)
+        return Int4Words(words, scales, self.layer.out_features, self.layer.in_features, group, paired, True)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPE, device=self.device).normal_()
@@ -141,6 +142,9 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
     if isinstance(cut, MmaConfig) and x.shape[0] == 1:
         return lambda weight: int4_mma.int4_mma(x, weight, epilogue, bench.norm, cut)
 
+    if isinstance(cut, HalfConfig):
+        return lambda weight: int4_half.int4_half(half_rows.half_rows(x, bench.norm), weight, x.dtype, epilogue, cut)
+
     def after_norm(weight: Any) -> torch.Tensor:
         normed = x if bench.norm is None else rms_norm(x, *bench.norm)
         if isinstance(cut, MmaConfig):
@@ -158,8 +162,10 @@ def default_cuts(layer: Layer, rows: int, group: int) -> dict[str, Any]:
     cuts: dict[str, Any] = {}
     if rows <= int4_linear.MMA_MAX_ROWS:
         cuts["mma"] = int4_mma.mma_config(n, k, rows, group)
-    if rows > 1 and rows <= 2 * int4_linear.WGMMA_MAX_ROWS:
+    if 1 < rows <= 256:
         cuts["wgmma"] = int4_wgmma.wgmma_config(n, k, rows, group)
+    if 32 < rows <= 2048:
+        cuts["half"] = int4_half.half_config(n, k, rows)
     if rows >= 64:
         cuts["library"] = "library"
     return cuts
@@ -167,9 +173,20 @@ def default_cuts(layer: Layer, rows: int, group: int) -> dict[str, Any]:
 
 def tried_cuts(layer: Layer, rows: int, group: int) -> list[Config]:
     """Candidates of one case, the shipped ones among them."""
-    cuts = {default_cuts(layer, rows, group)["mma" if rows <= 8 else "wgmma"]}
-    cuts |= set(_mma_cuts(layer, rows) if rows <= 8 else _wgmma_cuts(layer, rows, group))
-    return sorted(cuts)
+    cuts: list[Config] = [default_cuts(layer, rows, group)[taken_of(rows)]]
+    if rows <= int4_linear.MMA_MAX_ROWS:
+        cuts += _mma_cuts(layer, rows)
+    else:
+        cuts += _wgmma_cuts(layer, rows, group) if rows <= 2 * int4_linear.WGMMA_MAX_ROWS else ()
+        cuts += _half_cuts(layer, rows) if rows > int4_linear.WGMMA_MAX_ROWS // 2 else ()
+    return list({(type(cut), cut): cut for cut in cuts}.values())  # equal numbers of two kernels are two cuts
+
+
+def taken_of(rows: int) -> str:
+    """The kernel of our own for that many rows."""
+    if rows <= int4_linear.MMA_MAX_ROWS:
+        return "mma"
+    return "wgmma" if rows <= int4_linear.WGMMA_MAX_ROWS else "half"
 
 
 def _mma_cuts(layer: Layer, rows: int) -> Iterator[MmaConfig]:
@@ -206,10 +223,24 @@ def _wgmma_cuts(layer: Layer, rows: int, group: int) -> Iterator[WgmmaConfig]:
             )
 
 
+def _half_cuts(layer: Layer, rows: int) -> Iterator[HalfConfig]:
+    """Wide and narrow tiles, of one and two groups of warps."""
+    chunks = layer.in_features // 128
+    for columns, warps, splits in itertools.product((64, 128, 256), (4, 8), (1, 2, 3, 4, 5, 8)):
+        blocks = layer.out_features // (16 * warps) * -(-rows // columns) * splits
+        if columns > 2 * rows or blocks < 64 or splits != whole_splits(chunks, splits):
+            continue
+        if splits > 1 and (blocks > 400 or blocks * columns * 16 * warps > 1 << 22):
+            continue
+        yield from (HalfConfig(warps, columns, splits, stages) for stages in ((2, 3) if columns == 256 else (3, 4)))
+
+
 KERNELS = (
     (int4_mma, "_int4_row_kernel"),
     (int4_mma, "_int4_rows_kernel"),
     (int4_wgmma, "_int4_wgmma_kernel"),
+    (int4_half, "_int4_half_kernel"),
+    (half_rows, "_half_rows_kernel"),
 )
 
 
@@ -236,7 +267,7 @@ def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
     compile_ahead(
         [(layer, group, r, cut) for layer in layers for r in all_rows for cut in default_cuts(layer, r, group).values()]
     )
-    names = f"{'mma us':>9} {'wgmma us':>9} {'library us':>11}"
+    names = f"{'mma us':>9} {'wgmma us':>9} {'half us':>9} {'library us':>11}"
     print(f"{'layer':8} {'rows':>4} {names} {'%':>6} {'TF/s':>6} errors")
     for layer in layers:
         bench = Bench(layer, group, "cuda")
@@ -247,7 +278,7 @@ def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
 def _compared(bench: Bench, rows: int) -> None:
     layer = bench.layer
     x, residual = bench.inputs(rows)
-    taken = int4_linear.choose_int4_kernel(rows, x.device)
+    taken = int4_linear.choose_int4_kernel(rows, x.device, True)
     cuts = default_cuts(layer, rows, bench.group)
     times: dict[str, float] = {}
     errors: dict[str, float] = {}
@@ -260,12 +291,12 @@ def _compared(bench: Bench, rows: int) -> None:
             print(f"  {layer.name} {rows} {name} {cut}: {type(failure).__name__}: {str(failure).strip()[:200]}")
     cells = [
         f"{times[name]:.2f}{'*' if name == taken else ' '}" if name in times else ""
-        for name in ("mma", "wgmma", "library")
+        for name in ("mma", "wgmma", "half", "library")
     ]
     us = times.get(taken, float("nan"))
     rate = 2 * rows * layer.out_features * layer.in_features / us / 1e6
     found = " ".join(f"{error:.1e}" for error in errors.values())
-    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>11}"
+    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>9} {cells[3]:>11}"
     print(f"{line} {bench.share(us):6.1f} {rate:6.0f} {found}", flush=True)
 
 
@@ -294,10 +325,10 @@ def _tuned(bench: Bench, rows: int) -> None:
             found.append((bench.chain_us(one), cut))
         except Exception as failure:
             print(f"  {cut}: {type(failure).__name__}: {str(failure).strip()[:120]}")
-    shipped = default_cuts(bench.layer, rows, bench.group)["mma" if rows <= 8 else "wgmma"]
+    shipped = default_cuts(bench.layer, rows, bench.group)[taken_of(rows)]
     print(f"{bench.layer.name} rows {rows}", flush=True)
-    for us, cut in sorted(found)[:4] + [f for f in sorted(found)[4:] if f[1] == shipped]:
-        mark = " <- shipped" if cut == shipped else ""
+    for us, cut in sorted(found)[:4] + [f for f in sorted(found)[4:] if f[1] == shipped][:1]:
+        mark = " <- shipped" if (type(cut), cut) == (type(shipped), shipped) else ""
         print(f"   {us:8.2f} us {bench.share(us):5.1f} %  {type(cut).__name__[:-6]}{tuple(cut)}{mark}", flush=True)
 
 

@@ -58,7 +58,8 @@ class Int4GpuLinear:
         self.bias = interleave_gate_up(bias) if gated and bias is not None else bias
         self.permutation = weight.permutation
         self.gated = gated
-        self.choice = choice
+        # Layers of one name may be computed in each other's tensors, but not by another kernel.
+        self.choice = choice if self.weight.fits_half else choice._replace(name=f"{choice.name}, scales beyond float16")
         # Made now, for graphs keep its address and the memory plan has to see it.
         self.scratch = shared_scratch(weight.codes.device, dtype)
 
@@ -83,7 +84,8 @@ class Int4GpuLinear:
     def unactivated(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """See `GpuLinear`."""
         whole = self.weight.out_features % (2 * PAIR_ROWS) == 0
-        if choose_int4_kernel(x.shape[0], x.device) != "library" and whole and self.bias is None:
+        kernel = choose_int4_kernel(x.shape[0], x.device, self.weight.fits_half)
+        if kernel != "library" and whole and self.bias is None:
             return self._multiplied(x, None, None, None), PAIR_ROWS  # as rows lie in a strip
         x = x if self.permutation is None else x.index_select(1, self.permutation)
         return by_library(x, self.weight, self.scratch, Epilogue(self.bias, None, None)), 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,7 +28,7 @@ ACTIVATIONS = {
     "gelu_tanh": reference.gelu_tanh_mul,
     "swiglu_oai": functools.partial(gated_activation, kind="swiglu_oai"),
 }
-ROWS = (1, 2, 7, 8, 9, 16, 33, 64, 100, 128, 200, 256, 600, 1100)
+ROWS = (1, 2, 7, 8, 9, 16, 33, 64, 65, 100, 128, 200, 256, 300, 512, 600, 1100)
 LAYERS: list[tuple[tuple[int, int], int, dict[str, Any]]] = [
     ((6144, 4096), 128, {"norm": True}),
     ((4096, 4096), 128, {"residual": True}),
@@ -92,10 +93,33 @@ def test_layer(
         error = distance(out, expected)
         assert out.dtype == dtype
         alone = norm is None and activation is None
-        exact = rows <= int4_linear.WGMMA_MAX_ROWS
+        exact = rows <= int4_linear.HALF_MAX_ROWS
         if not error < TOLERANCE[dtype] * (1 if alone else 2) * (1 if exact else 1.6):
             wrong.append((rows, error))
     assert not wrong
+
+
+@pytest.mark.parametrize("factor", [2.0**12, 2.0**-12])
+def test_scales_that_float16_cannot_hold(device: torch.device, factor: float) -> None:
+    groups = random_groups(1024, 1024, 64, device)
+    groups = dataclasses.replace(groups, scales=groups.scales.float() * factor)
+    layer = Int4GpuLinear(groups, None, CHOICE, dtype=torch.bfloat16)
+    assert not layer.weight.fits_half
+    x = torch.randn(200, 1024, device=device).bfloat16()
+    assert distance(layer(x), x.double() @ groups.dequantize().double().T) < 2e-3
+
+
+def test_rows_of_very_different_sizes(device: torch.device) -> None:
+    groups = random_groups(1024, 1024, 128, device)
+    layer = Int4GpuLinear(groups, None, CHOICE, dtype=torch.bfloat16)
+    x = (torch.randn(200, 1024, device=device) * torch.logspace(-20, 20, 200, device=device)[:, None]).bfloat16()
+    x[7], x[9, 5] = 0.0, float("nan")
+    expected = x.double() @ groups.dequantize().double().T
+    for row, (actual, wanted) in enumerate(zip(layer(x).double(), expected, strict=True)):
+        if row in (7, 9):
+            assert torch.equal(actual.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        else:
+            assert distance(actual, wanted) < 2.5e-3, row
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64, 128, 256])

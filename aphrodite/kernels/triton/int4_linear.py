@@ -10,28 +10,32 @@ import triton
 
 from aphrodite.kernels.triton.activation import gated_pairs
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
+from aphrodite.kernels.triton.half_rows import half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import STRIP, Int4Words
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.platforms import platform_of
 
-Kernel = Literal["mma", "wgmma", "library"]
+Kernel = Literal["mma", "wgmma", "half", "library"]
 # Gluon is marked experimental: its kernels run with the versions of Triton that they were checked with.
 GLUON_VERSIONS = ("3.6.",)
 MMA_MAX_ROWS = 8
-WGMMA_MAX_ROWS = 512
+WGMMA_MAX_ROWS = 64  # but for weights whose scales float16 cannot hold
+HALF_MAX_ROWS = 512
 # Rows from which the fused gated product is faster than the library's and the activation's own kernel.
 GATED_GEMM_ROWS = 1024
 
 Norm = tuple[torch.Tensor, float]
 
 
-def choose_int4_kernel(rows: int, device: torch.device) -> Kernel:
+def choose_int4_kernel(rows: int, device: torch.device, fits_half: bool) -> Kernel:
     """The fastest kernel for 16-bit activations `[rows, in]`, as measured on an H100."""
-    if not 0 < rows <= WGMMA_MAX_ROWS or gluon_reason(device) is not None:
+    if not 0 < rows <= HALF_MAX_ROWS or gluon_reason(device) is not None:
         return "library"
-    return "mma" if rows <= MMA_MAX_ROWS else "wgmma"
+    if rows <= MMA_MAX_ROWS:
+        return "mma"
+    return "wgmma" if rows <= WGMMA_MAX_ROWS or not fits_half else "half"
 
 
 @functools.cache
@@ -59,7 +63,9 @@ def int4_linear(
     Returns:
         `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
     """
-    kernel = choose_int4_kernel(x.shape[0], x.device)
+    kernel = choose_int4_kernel(x.shape[0], x.device, weight.fits_half)
+    if kernel == "half":
+        return _gluon_half(x, weight, epilogue, norm)
     if x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)  # what fetches it moves 16 bytes
     if kernel == "mma" and x.shape[0] == 1:
@@ -82,6 +88,12 @@ def _gluon_wgmma(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue) -> torc
     from aphrodite.kernels.triton.int4_wgmma import int4_wgmma
 
     return int4_wgmma(x, weight, epilogue)
+
+
+def _gluon_half(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue, norm: Norm | None) -> torch.Tensor:
+    from aphrodite.kernels.triton.int4_half import int4_half
+
+    return int4_half(half_rows(x, norm), weight, x.dtype, epilogue)
 
 
 def by_library(

@@ -22,6 +22,8 @@ import torch
 
 STRIP = 16  # rows
 CHUNK = 128  # inputs
+# What kernels multiply scales by that they round to float16: those of small weights are below its normal numbers.
+RAISED = 64.0
 # Bytes of codes that are packed at once: intermediate values take some twelve times as much.
 PIECE_BYTES = 16 << 20
 
@@ -35,6 +37,7 @@ class Int4Words(NamedTuple):
         out_features, in_features: without padding.
         group_size: inputs that share a scale: 32, 64, or a multiple of 128.
         paired: the rows are (gate, up) pairs.
+        fits_half: scales times `RAISED` can be float16 without loss to speak of.
     """
 
     words: torch.Tensor
@@ -43,6 +46,7 @@ class Int4Words(NamedTuple):
     in_features: int
     group_size: int
     paired: bool
+    fits_half: bool
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -92,7 +96,9 @@ def pack_int4(
     scale = _by_strip(scales.float(), order, groups)
     rounded = (scale.view(torch.int32) + 0x80) & ~0xFF
     zero = _by_strip(zeros.to(torch.int32), order, groups)
-    return Int4Words(words, rounded | zero, out_features, in_features, group_size, paired)
+    largest = float(rounded.view(torch.float32).abs().max())
+    fits_half = 2.0**-16 <= largest < 16.0
+    return Int4Words(words, rounded | zero, out_features, in_features, group_size, paired, fits_half)
 
 
 def _strip_rows(out_features: int, paired: bool, device: torch.device) -> torch.Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 import triton
 from compiling import Constant, KernelCase
 
+from aphrodite.kernels.triton.half_rows import _half_rows_kernel
 from aphrodite.kernels.triton.int4_expand import STRIPS, _expand_kernel
 from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS
+from aphrodite.kernels.triton.norm import norm_warps
 
 HOPPER = ("sm_90",)
 
@@ -54,9 +56,32 @@ def _expand(group: int, *, paired: bool) -> KernelCase:
     )
 
 
+def _half_rows(in_features: int, block: int, *, norm: bool) -> KernelCase:
+    return KernelCase(
+        name=f"half_rows-{in_features}",
+        kernel=_half_rows_kernel,
+        arguments={
+            "x": "*bf16",
+            "x_stride": "i32:16",
+            "norm_weight": "*bf16",
+            "eps": "fp32",
+            "values": "*fp16",
+            "scales": "*fp32",
+            "in_features": in_features,
+            "BLOCK": block,
+            "HAS_NORM": norm,
+            "PDL": True,
+        },
+        num_warps=norm_warps(block),
+        targets=HOPPER,
+        options=_options(True),
+    )
+
+
 def _gluon_cases() -> list[KernelCase]:
     from triton.experimental.gluon import language as gl
 
+    from aphrodite.kernels.triton import int4_half as half
     from aphrodite.kernels.triton import int4_mma as mma
     from aphrodite.kernels.triton import int4_wgmma as wgmma
 
@@ -135,6 +160,35 @@ def _gluon_cases() -> list[KernelCase]:
             options=_options(True),
         )
 
+    def most(
+        shape: tuple[int, int], count: int, group: int, *, dtype: str = "bf16", spills: int = 0, **parts: Any
+    ) -> KernelCase:
+        cut = half.half_config(*shape, count)
+        block = [cut.columns, 128]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
+        arguments = {
+            "x": f"tensordesc<fp16{block},{layout!r}>",
+            "x_scales": "*fp32",
+            "workspace": "*fp32",
+            "counters": "*i32",
+            "in_features": shape[1],
+            "GROUP": group,
+            "WARPS": cut.warps,
+            "COLUMNS": cut.columns,
+            "SPLITS": cut.splits,
+            "STAGES": cut.stages,
+            "PDL": True,
+        }
+        return KernelCase(
+            name=f"int4_half-{dtype}-{shape[0]}x{shape[1]}-{count}-{group}",
+            kernel=half._int4_half_kernel,
+            arguments=arguments | _common(dtype, parts.pop("activation", None), **parts),
+            num_warps=cut.warps,
+            targets=HOPPER,
+            spills=spills,
+            options=_options(True),
+        )
+
     return [
         row((6144, 4096), 128, norm=True),
         row((28672, 4096), 128, norm=True, activation="silu"),
@@ -145,10 +199,16 @@ def _gluon_cases() -> list[KernelCase]:
         rows((28672, 1024), 32, activation="gelu_tanh", dtype="fp16"),
         many((6144, 4096), 16, 128),
         many((28672, 4096), 64, 128, activation="silu"),
-        many((4096, 14336), 128, 32, residual=True, bias=True),
+        many((4096, 14336), 64, 32, residual=True, bias=True),
         many((4096, 4096), 16, 32, residual=True),
         many((4096, 4096), 16, 64),
-        many((28672, 4096), 300, 64, activation="silu", dtype="fp16"),
+        many((28672, 4096), 128, 64, activation="silu", dtype="fp16"),
+        most((28672, 4096), 256, 128, activation="silu"),
+        most((28672, 4096), 128, 32, activation="gelu_tanh", dtype="fp16"),
+        most((6144, 4096), 512, 64, bias=True),
+        # Once, where the sums of the splits are added to those in the registers.
+        most((4096, 14336), 256, 128, residual=True, spills=128),
+        most((4096, 4096), 100, 4096, residual=True),
         many((4096, 4096), 512, 4096, residual=True, dtype="fp16", spills=8),  # once, where the result is stored
     ]
 
@@ -156,5 +216,7 @@ def _gluon_cases() -> list[KernelCase]:
 CASES = [
     _expand(128, paired=True),
     _expand(32, paired=False),
+    _half_rows(4096, 4096, norm=True),
+    _half_rows(14336, 16384, norm=False),
     *(_gluon_cases() if triton.__version__.startswith(GLUON_VERSIONS) else []),
 ]

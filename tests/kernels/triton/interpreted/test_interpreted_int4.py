@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
+from aphrodite.kernels.triton import int4_linear
+from aphrodite.kernels.triton.half_rows import half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import Int4Words, pack_int4, unpack_int4, unsupported_group, whole_splits
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear, decline_int4_gpu
@@ -66,6 +70,57 @@ def test_scales_of_16_bits_are_kept_exactly(dtype: torch.dtype) -> None:
     weight = pack_int4(codes, scales, torch.zeros(32, 1, dtype=torch.uint8), 128)
     error = (unpack_int4(weight)[:, :1] - scales.double()).abs() / scales.double().abs()
     assert float(error.max()) <= (2**-16 if dtype == torch.float32 else 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_rows_keep_what_16_bits_hold(dtype: torch.dtype) -> None:
+    sizes = torch.tensor([[1.0], [2.0**-14], [3e4], [0.0]])
+    x = (torch.randn(4, 96).clamp(min=-2, max=2) * sizes).to(dtype)[:, :72]
+    values, scales = half_rows(x)
+    assert (values.dtype, values.shape, values.is_contiguous(), scales.dtype) == (
+        *(torch.float16, (4, 72), True),
+        torch.float32,
+    )
+    lost = (values.double() * scales.double()[:, None] - x.double()).abs().amax(1)
+    assert bool((lost <= x.double().abs().amax(1) * 2.0**-38).all())  # far below the largest, under float16's numbers
+    assert bool((values[:3].abs().amax(1) >= 2.0**14).all())
+    assert half_rows(x[:0]).values.shape == (0, 72)
+
+
+def test_half_rows_of_normed_rows() -> None:
+    x, weight = torch.randn(3, 96).bfloat16(), torch.rand(96).add_(0.5).bfloat16()
+    expected = reference.rms_norm(x.double(), weight.double(), 1e-5)
+    values, scales = half_rows(x, (weight, 1e-5))
+    assert distance(values.double() * scales.double()[:, None], expected) < 3e-4
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_half_rows_that_are_not_finite(value: float) -> None:
+    x = torch.ones(2, 32).bfloat16()
+    x[0, 3] = value
+    values, scales = half_rows(x)
+    assert not bool(torch.isfinite(values[0, 3]))
+    assert bool(torch.isfinite(scales).all())
+    assert torch.equal(values[1].float() * scales[1], x[1].float())
+
+
+def test_kernels_by_rows_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4_linear, "gluon_reason", lambda device: None)
+    rows, device = (1, 8, 9, 64, 65, 512, 513), torch.device("cpu")
+    chosen = [[int4_linear.choose_int4_kernel(count, device, fits) for count in rows] for fits in (True, False)]
+    assert chosen[0] == ["mma", "mma", "wgmma", "wgmma", "half", "half", "library"]
+    assert chosen[1] == ["mma", "mma", "wgmma", "wgmma", "wgmma", "wgmma", "library"]
+
+
+def test_layers_with_other_scales_are_of_another_kind() -> None:
+    groups = random_groups(32, 128, 128)
+    usual, large = groups.scales.abs(), groups.scales.abs() + 16
+    layers = [
+        Int4GpuLinear(dataclasses.replace(groups, scales=scales), None, CHOICE, dtype=torch.float16)
+        for scales in (usual, large)
+    ]
+    assert [layer.weight.fits_half for layer in layers] == [True, False]
+    assert layers[0].choice == CHOICE != layers[1].choice
 
 
 @pytest.mark.parametrize("rows", [3, 70])
