@@ -21,7 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_gluon import (
-    finish,
+    gated,
     group_offsets,
     launch_dependents,
     pair_of_zeros,
@@ -184,6 +184,51 @@ def _lowered(total, x_scales, column, M):
     return total * (gl.load(x_scales + row, mask=row < M, other=0.0) * (1.0 / RAISE))[None, :]
 
 
+@gluon.constexpr_function
+def column_layout(rows, warps):
+    """Layout of results `[rows, columns]` in which a thread has 8 neighbours of a column, and a warp whole columns."""
+    across = min(rows // 8, 32)
+    return gl.BlockedLayout([8, 1], [across, 32 // across], [1, warps], [0, 1])
+
+
+@gluon.jit
+def _finish(
+    total, bias, residual, out, M, out_features, strip, first_column, WARPS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """As `int4_gluon.finish`, through shared memory, so that 16 bytes at a time are stored."""
+    C: gl.constexpr = total.shape[1]
+    R: gl.constexpr = total.shape[0] if ACTIVATION is None else total.shape[0] // 2
+    if ACTIVATION is None:
+        width = out_features
+        first = strip * 16
+        if HAS_BIAS:
+            row = first + gl.arange(0, R)
+            total += gl.load(bias + row, mask=row < out_features, other=0.0).to(gl.float32)[:, None]
+        result = total
+    else:
+        # Pairs (gate, up) are rows g and g + 8 of a strip.
+        width = out_features // 2
+        first = strip * 8
+        if HAS_BIAS:
+            place = gl.arange(0, 2 * R)
+            pair = strip * 16 + place // 16 * 16 + place % 8 * 2 + place // 8 % 2
+            total += gl.load(bias + pair, mask=pair < out_features, other=0.0).to(gl.float32)[:, None]
+        gate, up = total.reshape(R // 8, 2, 8, C).permute(0, 2, 3, 1).split()
+        result = gated(gate, up, ACTIVATION).reshape(R, C)
+    layout: gl.constexpr = column_layout(R, WARPS)
+    if not HAS_RESIDUAL:
+        result = result.to(out.dtype.element_ty)
+    result = gl.convert_layout(result, layout)
+    index = first + gl.arange(0, R, gl.SliceLayout(1, layout))
+    column = first_column + gl.arange(0, C, gl.SliceLayout(0, layout))
+    inside = (index < width)[:, None] & (column < M)[None, :]
+    at = column[None, :] * width + index[:, None]
+    if HAS_RESIDUAL:
+        result += gl.load(residual + at, mask=inside, other=0.0).to(gl.float32)
+    gl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
 @gluon.jit
 def _place(part, layout: gl.constexpr, R: gl.constexpr, C: gl.constexpr):
     """Where half `part` of a tile's partial sums lies; a warp's rows g make neighbours of 8 values."""
@@ -226,12 +271,9 @@ def _int4_half_kernel(
     start = gl.program_id(2) * share
     end = gl.minimum(start + share, chunks)
     total = _sum_of_chunks(x, words, scales, column, strip, strips, start, end, chunks, GROUP, WARPS, STAGES, mma, PDL)
-    width = out_features if ACTIVATION is None else out_features // 2
     if SPLITS == 1:
-        finish(
-            _lowered(total, x_scales, column, M), bias, residual, out, width, M, out_features, strip, column, WARPS,
-            HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
-        )  # fmt: skip
+        total = _lowered(total, x_scales, column, M)
+        _finish(total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
     else:
         # Half a tile at a time, for all of another's sums would not fit the registers beside its own.
         R: gl.constexpr = 16 * WARPS
@@ -250,10 +292,9 @@ def _int4_half_kernel(
                     half += gl.load(sums + split * (R * COLUMNS) + place, cache_modifier=".cg")
                 first = column + part * (COLUMNS // 2)
                 half = _lowered(half, x_scales, first, M)
-                finish(
-                    half, bias, residual, out, width, M, out_features, strip, first, WARPS, HAS_BIAS, HAS_RESIDUAL,
-                    ACTIVATION,
-                )  # fmt: skip
+                _finish(
+                    half, bias, residual, out, M, out_features, strip, first, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
+                )
             gl.store(counters + tile, 0)
 
 
