@@ -8,21 +8,27 @@ beside Q4_K queries and keys) are products of their own, whose results lie side 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 
 import torch
+import triton
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.kernels.triton.packed_gemm import PACKED_SKINNY_MAX_ROWS, expand_planes, packed_skinny
 from aphrodite.kernels.triton.packed_gemv import PACKED_GEMV_MAX_ROWS, packed_gemv
 from aphrodite.layers.linear import RmsNorm, unfused
 from aphrodite.layers.triton_linear import interleave_gate_up, unfused_pairs
+from aphrodite.platforms import platform_of
 from aphrodite.quantization.layouts import PackedLayout
 from aphrodite.quantization.planes import Planes, planes_of
 
+logger = logging.getLogger("aphrodite.kernels")
+MMA_KINDS = ("integer", "table", "e4m3", "e5m2")
 SCRATCH_BYTES = 256 << 20  # of rows that are expanded at a time
 
 
@@ -117,7 +123,7 @@ class PackedLinear:
             if few:
                 packed_gemv(_ordered(x, part), part, target, epilogue, norm)
             else:
-                packed_skinny(_ordered(x, part), part, target, epilogue)
+                multiply_rows(_ordered(x, part), part, target, epilogue)
             first = last
         return out
 
@@ -136,6 +142,30 @@ class PackedLinear:
                 torch.mm(values, weight.t(), out=out[:, first + begin : first + begin + rows])
             first += part.rows
         return out if self.bias is None else out.add_(self.bias)
+
+
+def multiply_rows(x: torch.Tensor, weight: Planes, out: torch.Tensor, epilogue: Epilogue) -> None:
+    """act(x W^T + b) + residual into `out` for 3 to 64 rows of a 16-bit type; see `packed_skinny`."""
+    aligned = x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    if aligned and weight.form.kind in MMA_KINDS and mma_reason(x.device) is None:
+        from aphrodite.kernels.triton.packed_mma import packed_mma  # Gluon is not in every Triton
+
+        packed_mma(x, weight, out, epilogue)
+    else:
+        packed_skinny(x, weight, out, epilogue)
+
+
+@functools.cache
+def mma_reason(device: torch.device) -> str | None:
+    """Why `packed_mma` does not run on `device`, which is logged; None if it does."""
+    reason = None
+    if not triton.__version__.startswith(GLUON_VERSIONS):
+        reason = f"the faster ones were checked with Triton {'x, '.join(GLUON_VERSIONS)}x, not {triton.__version__}"
+    elif device.type != "cuda" or platform_of(device).kind != "cuda" or platform_of(device).capability[0] < 8:
+        reason = "the faster ones are written for NVIDIA's cards from Ampere on"
+    if reason is not None:
+        logger.info("3 to %d rows times packed weights: the general kernels, for %s", PACKED_SKINNY_MAX_ROWS, reason)
+    return reason
 
 
 @functools.cache
