@@ -289,7 +289,9 @@ class ServerSettings:
         "How answers call tools: as the chat template asks for it, or by name; `none` leaves calls in the text.",
         "Server",
     )  # fmt: skip
-    reasoning_parser: Literal["auto", "none", "think", "mistral", "seed", "command_r", "granite", "harmony"] = _setting(
+    reasoning_parser: Literal[
+        "auto", "none", "think", "mistral", "seed", "command_r", "granite", "gemma", "harmony"
+    ] = _setting(
         "auto",
         "How answers mark what the model thinks, which chat answers tell apart from their text: as the chat template "
         "has it, or by name; `none` leaves it in the text.",

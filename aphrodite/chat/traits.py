@@ -101,13 +101,14 @@ _TOOL_MARKS: Final[tuple[tuple[ToolFormat, tuple[str, ...]], ...]] = (
     ("glm4", ("<|observation|>", "[gMASK]")),
     ("llama3", ("<|python_tag|>", "ipython")),
 )
-ReasoningName = Literal["think", "mistral", "seed", "command_r", "granite", "harmony"]
+ReasoningName = Literal["think", "mistral", "seed", "command_r", "granite", "gemma", "harmony"]
 # The start and end marks around reasoning.
 REASONING_MARKS: Final[Mapping[ReasoningName, tuple[str, str]]] = {
     "harmony": ("<|channel|>analysis<|message|>", "<|end|>"),
     "command_r": ("<|START_THINKING|>", "<|END_THINKING|>"),
     "mistral": ("[THINK]", "[/THINK]"),
     "seed": ("<seed:think>", "</seed:think>"),
+    "gemma": ("<|channel>thought", "<channel|>"),
     "think": ("<think>", "</think>"),
     "granite": ("Here is my thought process:", "Here is my response:"),
 }
@@ -117,6 +118,7 @@ _REASONING_SHOWN: Final[tuple[tuple[ReasoningName, tuple[str, ...]], ...]] = (
     ("command_r", ("<|START_THINKING|>",)),
     ("mistral", ("[THINK]",)),
     ("seed", ("<seed:think>",)),
+    ("gemma", ("<|channel>thought",)),
     ("think", ("<think>", "</think>")),
 )
 _SWITCHES: Final = ("enable_thinking", "thinking")

@@ -97,6 +97,7 @@ def test_the_librarys_formats() -> None:
         ("[THINK] [/THINK]", "[THINK]", "[/THINK]"),
         ("<|START_THINKING|>", "<|START_THINKING|>", "<|END_THINKING|>"),
         ("<seed:think>", "<seed:think>", "</seed:think>"),
+        ("<|channel>thought\n<channel|>", "<|channel>thought", "<channel|>"),
     ],
 )
 def test_reasoning_marks(marks: str, start: str, end: str) -> None:
