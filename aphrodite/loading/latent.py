@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aphrodite.models.spec import MlaSpec
+from aphrodite.quantization.dense_types import numbers_of
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.packed import PackedTensor
 from aphrodite.quantization.types import QuantType, RawTensor
@@ -22,8 +23,9 @@ from aphrodite.quantization.types import QuantType, RawTensor
 class LatentPart:
     """Makes `k_b` or `v_b` of the matrix `[heads * (nope + value), kv_lora_rank]` that holds both.
 
-    Dense types keep their type; blocks of a quantized one lie along the columns, which a transposition cuts, so that
-    they are expanded to float32.
+    Dense types keep their type. Blocks of a quantized one lie along the columns: the value's rows keep them, but the
+    transposition of the key's cuts them, so that those are expanded to float16, whose rounding (2^-11) is far below
+    theirs. Other packings are expanded to float32.
     """
 
     raw: RawTensor
@@ -32,25 +34,29 @@ class LatentPart:
 
     @property
     def qtype(self) -> QuantType:
-        return self.raw.qtype if self._is_dense else QuantType.F32
-
-    @property
-    def _is_dense(self) -> bool:
-        return self.raw.qtype.block_size == 1 and not isinstance(self.raw, PackedTensor)
+        if isinstance(self.raw, PackedTensor):
+            return QuantType.F32
+        return QuantType.F16 if self.is_key and self.raw.qtype.block_size > 1 else self.raw.qtype
 
     def __call__(self) -> RawTensor:
         mla, raw = self.mla, self.raw
-        if self._is_dense:
-            values = np.ascontiguousarray(raw.data).view(f"<u{raw.qtype.block_bytes}")
-        else:
-            values = dequantize(raw).astype("<f4", copy=False)
-        heads = values.reshape(-1, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
+        rows = np.arange(raw.shape[0]).reshape(-1, mla.qk_nope_head_dim + mla.v_head_dim)
+        keys, values = np.split(rows, [mla.qk_nope_head_dim], axis=1)
+        own = keys if self.is_key else values
+        shape = (*own.shape, mla.kv_lora_rank)
+        if not self.is_key and not isinstance(raw, PackedTensor):
+            return raw.regrouped(shape, own.reshape(-1))
+        stored = _numbers(raw.take_rows(own.reshape(-1)), self.qtype).reshape(shape)
         if self.is_key:
-            own = np.ascontiguousarray(heads[:, : mla.qk_nope_head_dim].transpose(0, 2, 1))
-        else:
-            own = np.ascontiguousarray(heads[:, mla.qk_nope_head_dim :])
-        rows = own.reshape(-1, own.shape[-1]).view(np.uint8)
-        return RawTensor(raw.name, own.shape, self.qtype, rows)
+            stored = np.ascontiguousarray(stored.transpose(0, 2, 1))
+        return RawTensor(raw.name, stored.shape, self.qtype, stored.reshape(-1, stored.shape[-1]).view(np.uint8))
+
+
+def _numbers(raw: RawTensor, qtype: QuantType) -> np.ndarray:
+    """A matrix's values in a dense type; those of the type itself as they are."""
+    if raw.qtype is qtype and not isinstance(raw, PackedTensor):
+        return numbers_of(raw)
+    return dequantize(raw).astype("<f2" if qtype is QuantType.F16 else "<f4")
 
 
 def latent_row_order(mla: MlaSpec, module: str, rows: int) -> np.ndarray | None:
