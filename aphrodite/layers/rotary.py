@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from aphrodite.errors import ModelFormatError
-from aphrodite.models.spec import RotarySpec
+from aphrodite.models.spec import ModelSpec, RotarySpec
 
 
 def inverse_frequencies(rotary: RotarySpec, max_len: int) -> tuple[np.ndarray, float]:
@@ -67,6 +67,15 @@ def rotary_tables(rotary: RotarySpec, max_len: int) -> tuple[np.ndarray, np.ndar
     cos = (np.cos(angles) * attention_factor).astype(np.float32)
     sin = (np.sin(angles) * attention_factor).astype(np.float32)
     return cos, sin
+
+
+def query_scales(spec: ModelSpec, max_len: int) -> np.ndarray | None:
+    """float32 `[max_len]`, what a query is multiplied by at each position; None where queries do not grow."""
+    if not spec.temperature_scale:
+        return None
+    lengths = np.arange(max_len, dtype=np.float64) // spec.temperature_length
+    scales: np.ndarray = (1.0 + spec.temperature_scale * np.log1p(lengths)).astype(np.float32)
+    return scales
 
 
 def _unscaled(theta: float, dim: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from aphrodite.attention.backend import AttentionShape, QueryKeyTransform, Rotar
 from aphrodite.attention.latent import LatentShape, LatentTransform
 from aphrodite.attention.softcap import soft_cap
 from aphrodite.layers.mlp import project
-from aphrodite.layers.rotary import rotary_tables
+from aphrodite.layers.rotary import query_scales, rotary_tables
 from aphrodite.models.blocks import BLOCKS
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.models.weights import DecoderWeights
@@ -120,10 +120,8 @@ def attention_transform(
 
 
 def _query_scales(spec: ModelSpec, max_model_len: int, device: torch.device) -> torch.Tensor | None:
-    if not spec.temperature_scale:
-        return None
-    lengths = torch.arange(max_model_len, dtype=torch.float64) // spec.temperature_length
-    return (1.0 + spec.temperature_scale * torch.log1p(lengths)).float().to(device)
+    scales = query_scales(spec, max_model_len)
+    return None if scales is None else torch.from_numpy(scales).to(device)
 
 
 def _table(rotary: RotarySpec | None, dim: int, max_model_len: int, device: torch.device) -> RotaryTable:

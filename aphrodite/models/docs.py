@@ -29,7 +29,8 @@ This page is made from the registry: `python -m aphrodite.models.docs > docs/mod
 _NOTES = """\
 ## Where they run
 
-- **CPU, native library**: {native}. Others run on torch operations; the log says what the library lacks.
+- **CPU, native library**: all, in the sizes that published models have. Matrices need types that it knows \
+([formats](formats.md)) and multiples of 32 columns; what it declines runs on torch operations, and the log says why.
 - **CPU, torch** (`--executor torch`): all.
 - **GPU**: all. Norms behind a layer's parts, LayerNorm, and norms of queries and keys other than per-head RMS are \
 plain torch operations there and not yet fused.
@@ -65,29 +66,22 @@ library of a CPU, which shares the products of all chosen experts out among its 
 - *DeepSeek's latent attention* caches one vector a position and layer (576 values, a tenth or less of what their \
 heads' keys and values would take), which `models inspect` and the memory plan count. Prefix cache, prompts in chunks, \
 preemption, graphs and, on a GPU, `--kv-cache-dtype fp8` work as elsewhere. Decoding attends to the vectors as they \
-are; on a GPU long prompts have keys and values expanded where that is less work. GGUF files of all its models are \
-`deepseek2`. Its kernels are tested on an H100; a DeepSeek model of full size has not been served there yet.
+are; on a GPU long prompts have keys and values expanded where that is less work. The native library of a CPU attends \
+to the vectors in prompts, too, so that no bit depends on how a prompt is cut; it caches them as integers of 16 bits \
+with a scale for the latent and one for the part that turns (1,160 bytes a position and layer). GGUF files of all its \
+models are `deepseek2`. Its kernels are tested on an H100; a DeepSeek model of full size has not been served there yet.
 - *Layers that predict further tokens* (DeepSeek V3, GLM 4.5) are not used. The log says so.
 - *Models that see images* are served without their vision part. The log says so. Which text model is \
 inside, `text_config` tells: LLaVA, InternVL and the like come with those of several families. Others (Gemma 3n, \
 Llama 3.2 Vision, Llama 4, PaliGemma, Qwen 3.5) are not served.
 - *Gemma's norms* are stored less one; the sum is kept in float32 whatever the compute type."""
 
-# Families that the native CPU library runs; its executor decides by the model (`NativeExecutor.declines`).
-NATIVE_FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm2"),
-    *("glm", "glm4", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2", "olmo3", "stablelm", "cohere", "cohere2"),
-    *("seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe"),
-    *("granitemoe", "granitemoehybrid"),
-)
-
 
 def models_page() -> str:
     """The whole page."""
     rows = [_cells(family) for family in sorted(FAMILIES, key=lambda family: family.title.lower())]
     table = _table(("Models", "Architecture in config.json", "Architecture in GGUF"), rows)
-    native = "; ".join(family.title for family in FAMILIES if family.name in NATIVE_FAMILIES)
-    return "\n\n".join([_INTRODUCTION, "## Families", table, _NOTES.format(native=native)]) + "\n"
+    return "\n\n".join([_INTRODUCTION, "## Families", table, _NOTES]) + "\n"
 
 
 def _cells(family: Family) -> tuple[str, str, str]:

@@ -34,13 +34,14 @@ from aphrodite.kernels.cpu.program import (
     tiles_bytes,
 )
 from aphrodite.layers.lora import AdapterRoom
-from aphrodite.layers.rotary import rotary_tables
+from aphrodite.layers.rotary import query_scales, rotary_tables
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import RawTensor, StackedTensor
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.native_adapters import NativeAdapters, PairTable
 from aphrodite.runner.native_compiler import GATES, Compiler, compile_norm
 from aphrodite.runner.native_experts import compile_experts, expert_names, unknown_parts_of_experts
+from aphrodite.runner.native_latent import compile_latent_attention, heads_beside, latent_names, unknown_latents
 from aphrodite.runner.native_weights import TiledWeights, tile_kind
 
 logger = logging.getLogger(__name__)
@@ -123,10 +124,6 @@ class NativeExecutor:
             return f"its KV cache has blocks of {KV_BLOCK} positions, not {block_size}"
         if unknown := _unknown_parts(spec):
             return f"its programs have no {', '.join(unknown)}"
-        if spec.head_dim % 16 != 0 or spec.rotary.dim > spec.head_dim:
-            return f"head size {spec.head_dim} is not a multiple of 16 or is below the rotary size {spec.rotary.dim}"
-        if spec.num_heads // spec.num_kv_heads > MAX_QUERY_GROUP:
-            return f"more than {MAX_QUERY_GROUP} query heads share a key head"
         for name in _linear_names(spec):
             tensor = weights[name]
             rows, columns = tensor.shape[-2:]
@@ -150,8 +147,10 @@ class NativeExecutor:
     @property
     def kv_bytes_per_block(self) -> int:
         """Bytes of KV cache for one block over all layers."""
-        spec = self.spec
-        return spec.num_layers * _KV_TYPES[self.kv_dtype].block_bytes(spec.num_kv_heads, spec.head_dim)
+        spec, kind = self.spec, _KV_TYPES[self.kv_dtype]
+        if spec.mla is not None:
+            return spec.num_layers * kind.latent_block_bytes(spec.mla.latent_dim)
+        return spec.num_layers * kind.block_bytes(spec.num_kv_heads, spec.head_dim)
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Reserve the cache; its pages are taken from the system as blocks are first written."""
@@ -260,32 +259,30 @@ def _compile(executor: NativeExecutor, compiler: Compiler) -> Program:
     spec = executor.spec
     builder = compiler.builder
     residual = builder.add_buffer(spec.hidden_size)
-    qkv = builder.add_buffer((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
-    attended = builder.add_buffer(spec.num_heads * spec.head_dim)
     embedding = compiler.table("embed.weight")
     builder.add_op(OpKind.EMBED, output=residual, weights=[embedding], value=spec.embedding_scale)
     part = builder.add_buffer(spec.hidden_size) if spec.block in ("post_norm", "sandwich") else residual
     rotaries = list(dict.fromkeys(spec.rotary_of(layer) for layer in range(spec.num_layers)))
     for layer in range(spec.num_layers):
         table = rotaries.index(spec.rotary_of(layer))
-        _compile_attention(compiler, spec, layer, table, (residual, qkv, attended, part))
+        _compile_attention(compiler, spec, layer, table, residual, part)
         moe = spec.moe_of(layer)
         if moe is not None:
             compile_experts(compiler, spec, moe, layer, residual)
         else:
             _compile_mlp(compiler, spec, layer, residual, part)
     _compile_head(compiler, spec, residual)
-    cos, sin = _stacked_tables(spec, rotaries, executor.max_model_len)
+    mla = spec.mla
     return builder.build(
         executor._library,
         executor.isa,
-        cos,
-        sin,
+        *_stacked_tables(spec, rotaries, executor.max_model_len),
+        query_scales(spec, executor.max_model_len),
         vocab_size=spec.vocab_size,
         num_layers=spec.num_layers,
         heads=spec.num_heads,
-        kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
+        kv_heads=spec.num_kv_heads if mla is None else spec.num_heads // heads_beside(spec.num_heads),
+        head_dim=spec.head_dim if mla is None else mla.kv_lora_rank,
         kv_type=_KV_TYPES[executor.kv_dtype],
     )
 
@@ -300,11 +297,25 @@ def _stacked_tables(
     return np.stack([cos for cos, _ in tables]), np.stack([sin for _, sin in tables])
 
 
-def _compile_attention(
-    compiler: Compiler, spec: ModelSpec, layer: int, table: int, buffers: tuple[int, int, int, int]
-) -> None:
-    residual, qkv, attended, part = buffers
+def _compile_attention(compiler: Compiler, spec: ModelSpec, layer: int, table: int, residual: int, part: int) -> None:
+    """Adds a layer's attention to the residual stream, through `part` in models with norms behind their parts."""
+    prefix, mla = f"layers.{layer}.", spec.mla
+    if mla is None:
+        attended, width = _compile_heads(compiler, spec, layer, table, residual), spec.num_heads * spec.head_dim
+    else:
+        attended = compile_latent_attention(compiler, spec, mla, layer, table, residual)
+        width = spec.num_heads * mla.v_head_dim
+    out_packs = compiler.packs("attended", [f"{prefix}o.weight"], width)
+    compiler.builder.add_op(OpKind.PACK, source=attended, packs=list(out_packs.values()))
+    out = compiler.weight(f"{prefix}o.weight", out_packs)
+    _compile_addition(compiler, spec, out, residual, part, f"{prefix}attn_post_norm")
+
+
+def _compile_heads(compiler: Compiler, spec: ModelSpec, layer: int, table: int, residual: int) -> int:
+    """Adds what leads to the attended values of all heads; returns the buffer that they are in."""
     builder, prefix = compiler.builder, f"layers.{layer}."
+    qkv = compiler.buffer("qkv", (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
+    attended = compiler.buffer("attended", spec.num_heads * spec.head_dim)
     names = [f"{prefix}{part}.weight" for part in "qkv"]
     packs = _normed_packs(compiler, spec, layer, names)
     columns = (0, spec.num_heads * spec.head_dim, (spec.num_heads + spec.num_kv_heads) * spec.head_dim)
@@ -333,10 +344,7 @@ def _compile_attention(
         value=spec.query_scale,
         bound=spec.attention_softcap,
     )
-    out_packs = compiler.packs("attended", [f"{prefix}o.weight"], spec.num_heads * spec.head_dim)
-    builder.add_op(OpKind.PACK, source=attended, packs=list(out_packs.values()))
-    out = compiler.weight(f"{prefix}o.weight", out_packs)
-    _compile_addition(compiler, spec, out, residual, part, f"{prefix}attn_post_norm")
+    return attended
 
 
 def _compile_addition(compiler: Compiler, spec: ModelSpec, weight: int, residual: int, part: int, norm: str) -> None:
@@ -390,17 +398,19 @@ def _gated_names(layer: int) -> list[str]:
     return [f"layers.{layer}.gate.weight", f"layers.{layer}.up.weight"]
 
 
+def _unknown_heads(spec: ModelSpec) -> str | None:
+    """What the sizes of heads have that programs have not, or None."""
+    if spec.head_dim % 16 != 0 or spec.rotary.dim > spec.head_dim:
+        return f"head size {spec.head_dim}, which is not a multiple of 16 or is below the rotary size {spec.rotary.dim}"
+    if spec.num_heads // spec.num_kv_heads > MAX_QUERY_GROUP:
+        return f"key heads that more than {MAX_QUERY_GROUP} query heads share"
+    return None
+
+
 def _unknown_parts(spec: ModelSpec) -> list[str]:
     """What the model has and programs have not."""
-    found = [
-        what
-        for what, present in (
-            ("latent attention", spec.mla is not None),
-            ("queries that grow with their position", spec.temperature_scale != 0.0),
-        )
-        if present
-    ]
-    return found + unknown_parts_of_experts(spec)
+    unknown = _unknown_heads(spec) if spec.mla is None else unknown_latents(spec.mla)
+    return ([] if unknown is None else [unknown]) + unknown_parts_of_experts(spec)
 
 
 def _linear_names(spec: ModelSpec) -> list[str]:
@@ -408,7 +418,8 @@ def _linear_names(spec: ModelSpec) -> list[str]:
     names: list[str] = []
     for layer in range(spec.num_layers):
         moe = spec.moe_of(layer)
-        parts = ["q", "k", "v", "o", *(("gate", "up", "down") if moe is None else expert_names(moe))]
+        attention = ["q", "k", "v", "o"] if spec.mla is None else latent_names(spec.mla)
+        parts = [*attention, *(("gate", "up", "down") if moe is None else expert_names(moe))]
         names += [f"layers.{layer}.{part}.weight" for part in parts]
     return [*names, "embed.weight"] if spec.tied_head else [*names, "head.weight", "embed.weight"]
 

@@ -55,6 +55,10 @@ class Compiler:
         self.weight_numbers[name.removesuffix(".weight")] = number
         return number
 
+    def columns(self, name: str) -> int:
+        """Of a matrix, or of each in a stack."""
+        return self._weights[name].shape[-1]
+
     def table(self, name: str) -> int:
         """A matrix whose rows are looked up."""
         tensor = self._weights[name]

@@ -21,6 +21,7 @@ from aphrodite.kernels.cpu.program import (
     Activation,
     GroupKind,
     KvType,
+    LatentDesc,
     NativeMemory,
     OpKind,
     Program,
@@ -259,3 +260,57 @@ def attention_harness(
     )
     cache = NativeMemory(library, num_blocks * kv_type.block_bytes(heads[1], head_dim))
     return Harness(program, cache, num_blocks, vocab_size, threads, [source, identity])
+
+
+def latent_harness(
+    table: np.ndarray,
+    *,
+    heads: tuple[int, int],
+    rank: int,
+    turning: int,
+    kv_type: KvType,
+    num_blocks: int,
+    isa: str,
+    threads: int = 2,
+) -> Harness:
+    """logits = attended latents of tokens whose queries and vectors are the rows of `table`; heads = (query heads,
+    groups of them). What takes queries to the latent are identities, latents are normed by ones, nothing turns, and
+    scores are not scaled."""
+    library = load()
+    assert library is not None
+    width, dim = heads[0] * rank, rank + turning
+    vocab_size = max(width, len(table))
+    source = place(library, raw_tensor(table, QuantType.F32))
+    identity = place(library, raw_tensor(np.eye(vocab_size, width), QuantType.F32))
+    builder = ProgramBuilder()
+    widths = (table.shape[1], heads[0] * dim, width, width)
+    both, absorbed, out, last = (builder.add_buffer(columns) for columns in widths)
+    builder.latent = LatentDesc(turning, rank, both, heads[0] * dim)
+    stack = place(library, raw_tensor(np.tile(np.eye(rank), (heads[0], 1)), QuantType.F32))
+    head_pack = builder.add_pack(Activation.FLOAT32, rank, RowSet.HEADS)
+    identities = builder.add_weight(stack.address, QuantType.F32, (rank, rank), pack=head_pack)
+    pack = builder.add_pack(Activation.FLOAT32, width, RowSet.LOGITS)
+    lookup = builder.add_weight(source.address, QuantType.F32, table.shape)
+    product = builder.add_weight(identity.address, QuantType.F32, (vocab_size, width), pack=pack)
+    builder.add_op(OpKind.EMBED, output=both, weights=[lookup])
+    builder.add_op(OpKind.LATENT_KV, source=both, output=absorbed, vector=builder.add_vector(np.ones(rank)))
+    builder.add_op(OpKind.HEAD_LINEAR, source=both, output=absorbed, weights=[identities], window=dim, flag=dim)
+    builder.add_op(OpKind.ATTENTION, source=absorbed, output=out, value=1.0)
+    builder.add_op(OpKind.GATHER, rows=RowSet.LOGITS, source=out, output=last)
+    builder.add_op(OpKind.PACK, rows=RowSet.LOGITS, source=last, packs=[pack])
+    builder.add_op(OpKind.LINEAR, rows=RowSet.LOGITS, output=LOGITS, weights=[product])
+    flat = np.ones((4096, turning // 2), np.float32)
+    program = builder.build(
+        library,
+        isa,
+        flat,
+        0 * flat,
+        vocab_size=vocab_size,
+        num_layers=1,
+        heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=rank,
+        kv_type=kv_type,
+    )
+    cache = NativeMemory(library, num_blocks * kv_type.latent_block_bytes(dim))
+    return Harness(program, cache, num_blocks, vocab_size, threads, [source, identity, stack])

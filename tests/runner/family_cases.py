@@ -47,7 +47,6 @@ class Case:
         keys: adds those of the architecture's own.
         permutes: llama.cpp's converter reorders rows of q and k.
         norm_offset: which it adds to norms.
-        native: the native CPU library runs it.
         splits_latents: the converter stores the expansions of keys and values apart, as it does today.
     """
 
@@ -58,7 +57,6 @@ class Case:
     permutes: bool = False
     norm_offset: float = 0.0
     layer_norm: bool = False
-    native: bool = True
     turning: int = HEAD_DIM
     splits_latents: bool = True
 
@@ -263,13 +261,13 @@ def common_latent_keys(writer: Writer) -> None:
 
 LATENTS: dict[str, Any] = {
     "num_key_value_heads": HEADS,
-    "q_lora_rank": 40,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 20,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 64,
     "qk_rope_head_dim": HEAD_DIM,
-    "v_head_dim": 12,
+    "v_head_dim": 16,
     "first_k_dense_replace": 1,
-    "moe_intermediate_size": 48,
+    "moe_intermediate_size": 64,
     "n_routed_experts": 8,
     "n_shared_experts": 2,
     "num_experts_per_tok": 3,
@@ -364,7 +362,6 @@ CASES: dict[str, Case] = {
         ARCH.MISTRAL3,
         ministral_keys,
         permutes=True,
-        native=False,
     ),
     "mistral nemo": Case("Mistral", {"head_dim": 32, "sliding_window": None}, ARCH.LLAMA, nemo_keys, True, turning=32),
     "mixtral": Case("Mixtral", {"num_local_experts": 4}, ARCH.LLAMA, mixtral_keys, True),
@@ -422,27 +419,23 @@ CASES: dict[str, Case] = {
         {**LATENTS, "q_lora_rank": None, "rope_parameters": LATENT_YARN, "routed_scaling_factor": 1.5},
         ARCH.DEEPSEEK2,
         deepseek_v2_keys,
-        native=False,
     ),
     "deepseek v2, older gguf": Case(
         "DeepseekV2",
         {**LATENTS, "q_lora_rank": None},
         ARCH.DEEPSEEK2,
         older_latent_keys,
-        native=False,
         splits_latents=False,
     ),
     "deepseek v2": Case(
         "DeepseekV2",
         {**LATENTS, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
-        native=False,
     ),
     "deepseek v3": Case(
         "DeepseekV3",
         {**LATENTS, "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0},
         ARCH.DEEPSEEK2,
         deepseek_v3_keys,
-        native=False,
     ),
     "glm 4.5": Case(
         "Glm4Moe",
@@ -463,12 +456,10 @@ CASES: dict[str, Case] = {
     "glm 4.7 flash": Case(
         "Glm4MoeLite",
         {**{name: size for name, size in LATENTS.items() if name != "first_k_dense_replace"}, **NOTHING_FURTHER},
-        native=False,
     ),
     "mistral 4": Case(
         "Mistral4",
-        {**LATENTS, "head_dim": 36, "rope_parameters": MINISTRAL_ROPE, "n_group": 4, "topk_group": 2},
-        native=False,
+        {**LATENTS, "head_dim": 80, "rope_parameters": MINISTRAL_ROPE, "n_group": 4, "topk_group": 2},
     ),
     "seed-oss": Case("SeedOss", {"head_dim": 32}, ARCH.SEED_OSS, nemo_keys, turning=32),
     "internlm 2 (gguf)": Case("Llama", {}, ARCH.INTERNLM2, permutes=True),

@@ -134,7 +134,7 @@ def test_a_gpu_keeps_room_for_expanded_prompts(folder: Path) -> None:
         ({"n_group": 8, "topk_group": 4}, "n_group should be groups of two experts at least"),
         ({"topk_group": 1}, "topk_group should be enough groups for the 3 experts"),
         ({"topk_method": "other"}, "topk_method should be one of noaux_tc"),
-        ({"kv_lora_rank": 32}, "wrong shape"),
+        ({"kv_lora_rank": 48}, "wrong shape"),
         ({"kv_lora_rank": None}, "kv_lora_rank is missing"),
         ({"q_lora_rank": None}, r"missing: model\.layers\.0\.self_attn\.q_proj\.weight"),
     ],

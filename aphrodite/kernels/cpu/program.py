@@ -22,6 +22,7 @@ BLOCK_COLUMNS = 32
 TILE_ROWS = 16
 KV_BLOCK = 16
 MAX_QUERY_GROUP = 32
+MAX_QUERY_ROWS = 48  # (position, head) pairs that a task of attention computes at once
 MAX_CHOICES = 64
 LOGITS = -1
 HIDDEN = -2
@@ -68,18 +69,22 @@ class OpKind(enum.IntEnum):
     EXPERT_GATED = 10
     EXPERT_LINEAR = 11
     EXPERT_SUM = 12
+    LATENT_KV = 13
+    HEAD_LINEAR = 14
 
 
 class RowSet(enum.IntEnum):
     """Which rows an operation writes: all tokens, or those whose logits or hidden states are wanted.
 
-    PAIRS are those of packs of experts: a row for each token and choice, ordered by expert.
+    PAIRS are those of packs of experts: a row for each token and choice, ordered by expert. HEADS are those of packs of
+    `HEAD_LINEAR`, of one head at a time.
     """
 
     TOKENS = 0
     LOGITS = 1
     HIDDEN = 2
     PAIRS = 3
+    HEADS = 4
 
 
 class Activation(enum.IntEnum):
@@ -101,6 +106,11 @@ class KvType(enum.IntEnum):
         """Bytes of a block of one layer."""
         element, units = {KvType.FLOAT32: (4, 0), KvType.FLOAT16: (2, 0), KvType.INT16: (2, 2)}[self]
         return kv_heads * KV_BLOCK * (2 * head_dim * element + 4 * units)
+
+    def latent_block_bytes(self, latent_dim: int) -> int:
+        """The same of latent attention, which has `latent_dim` values a position."""
+        element, units = {KvType.FLOAT32: (4, 0), KvType.FLOAT16: (2, 0), KvType.INT16: (2, 2)}[self]
+        return KV_BLOCK * (latent_dim * element + 4 * units)
 
 
 class NormKind(enum.IntEnum):
@@ -180,14 +190,22 @@ class RoutingDesc(ctypes.Structure):
     )
 
 
+class LatentDesc(ctypes.Structure):
+    """How a program's latents lie; `native/program.h` describes the fields. All zeros: attention is not latent."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("turning", "plain", "source", "column"))
+
+
 _DIMENSIONS = ("vocab_size", "max_len", "num_layers", "heads", "kv_heads", "head_dim", "rotary_half", "kv_type")
-_ARRAYS = ("cos", "sin", "ops", "weights", "packs", "buffers", "vectors", "routings")
+_ARRAYS = ("cos", "sin", "query_scales", "ops", "weights", "packs", "buffers", "vectors", "routings")
 _COUNTS = ("op_count", "weight_count", "pack_count", "buffer_count", "vector_count", "routing_count")
 
 
 class _ProgramDesc(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in (*_DIMENSIONS, "choices")),
+        *((name, ctypes.c_int64) for name in _DIMENSIONS),
+        ("latent", LatentDesc),
+        ("choices", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in _ARRAYS),
         *((name, ctypes.c_int64) for name in _COUNTS),
     )
@@ -338,6 +356,7 @@ class ProgramBuilder:
         self._vectors: list[np.ndarray] = []
         self._biases: list[np.ndarray] = []
         self._routings: list[RoutingDesc] = []
+        self.latent = LatentDesc()
 
     @property
     def num_weights(self) -> int:
@@ -430,28 +449,39 @@ class ProgramBuilder:
         )
 
     def build(
-        self, library: NativeLibrary, isa: str | None, cos: np.ndarray, sin: np.ndarray, **dimensions: int
+        self,
+        library: NativeLibrary,
+        isa: str | None,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        query_scales: np.ndarray | None = None,
+        **dimensions: int,
     ) -> Program:
         """The program; `cos` and `sin` are `[max_len, rotary_half]`, or several such tables stacked.
 
-        `dimensions` are those of `ProgramDesc` in `native/program.h` that no table gives.
+        `query_scales` `[max_len]` multiply queries by their position; `dimensions` are those of `ProgramDesc` in
+        `native/program.h` that no table gives.
         """
         cos, sin = (np.ascontiguousarray(table, dtype=np.float32) for table in (cos, sin))
+        keep_alive = [cos, sin, *self._vectors, *self._biases]
         ops = (_Op * len(self._ops))(*self._ops)
         weights = (_WeightDesc * len(self._weights))(*self._weights)
         packs = (_PackDesc * len(self._packs))(*self._packs)
         buffers = (ctypes.c_int64 * len(self._buffers))(*self._buffers)
         vectors = (ctypes.c_void_p * len(self._vectors))(*(vector.ctypes.data for vector in self._vectors))
         routings = (RoutingDesc * len(self._routings))(*self._routings)
-        desc = _ProgramDesc(max_len=cos.shape[-2], rotary_half=cos.shape[-1], **dimensions)
+        desc = _ProgramDesc(max_len=cos.shape[-2], rotary_half=cos.shape[-1], latent=self.latent, **dimensions)
         desc.choices = self._routings[0].choices if self._routings else 0
         desc.cos, desc.sin = cos.ctypes.data, sin.ctypes.data
+        if query_scales is not None:
+            keep_alive.append(np.ascontiguousarray(query_scales, dtype=np.float32))
+            desc.query_scales = keep_alive[-1].ctypes.data
         named = (("op", ops), ("weight", weights), ("pack", packs), ("buffer", buffers), ("routing", routings))
         for name, array in named:
             setattr(desc, f"{name}s", ctypes.addressof(array))
             setattr(desc, f"{name}_count", len(array))
         desc.vectors, desc.vector_count = ctypes.addressof(vectors), len(vectors)
-        return Program(library, desc, isa, [cos, sin, *self._vectors, *self._biases])
+        return Program(library, desc, isa, keep_alive)
 
 
 class Program:

@@ -7,34 +7,50 @@
 #pragma once
 #include "attention_float.h"
 #include "attention_int16.h"
+#include "attention_latent.h"
 
 namespace aph {
 namespace {
 
 // The parts of a worker's scratch, see attention_scratch.
 struct AttentionScratch {
-    AttentionScratch(float* memory, int head_dim)
+    AttentionScratch(float* memory, const AttentionShape& shape)
         : scores(memory),
           ints{reinterpret_cast<int32_t*>(memory + kMaxQueryRows * kKvTile), nullptr, nullptr, nullptr} {
-        ints.weights = ints.queries + kMaxQueryRows * head_dim / 2;
+        ints.weights = ints.queries + kMaxQueryRows * (shape.head_dim + shape.turning) / 2;
         ints.query_units = reinterpret_cast<float*>(ints.weights + kMaxQueryRows * kKvTile / 2);
-        ints.weight_units = ints.query_units + kMaxQueryRows;
+        ints.weight_units = ints.query_units + 2 * kMaxQueryRows;
         partial = ints.weight_units + kMaxQueryRows;
-        running = partial + kMaxQueryRows * (head_dim + 2);
+        running = partial + kMaxQueryRows * (shape.head_dim + 2);
+        turned = reinterpret_cast<int16_t*>(running + kMaxQueryRows * (shape.head_dim + 2));
     }
     float* scores;
     IntRows ints;
     float* partial;
     float* running;
+    int16_t* turned;  // of latents
 };
 
 // Whatever of a task does not change with the tile.
 inline void start_task(const AttentionShape& shape, const AttentionTask& task, const AttentionScratch& scratch) {
-    if (shape.kv == KvType::Int16) quantize_queries(shape, task, scratch.ints);
+    if (shape.kv != KvType::Int16) return;
+    if (shape.turning > 0) quantize_latent_queries(shape, task, scratch.ints);
+    else quantize_queries(shape, task, scratch.ints);
+}
+
+inline void attend_latents(const AttentionShape& shape, const AttentionTask& task, int64_t tile,
+                           const AttentionScratch& scratch, float* partial) {
+    switch (shape.kv) {
+        case KvType::Float32: return attend_latents_as<float>(shape, task, tile, scratch.scores, partial);
+        case KvType::Float16: return attend_latents_as<uint16_t>(shape, task, tile, scratch.scores, partial);
+        case KvType::Int16:
+            return attend_latents_int16(shape, task, tile, scratch.ints, scratch.scores, scratch.turned, partial);
+    }
 }
 
 inline void attend_started(const AttentionShape& shape, const AttentionTask& task, int64_t tile,
                            const AttentionScratch& scratch, float* partial) {
+    if (shape.turning > 0) return attend_latents(shape, task, tile, scratch, partial);
     switch (shape.kv) {
         case KvType::Float32: return attend_tile_as<float>(shape, task, tile, scratch.scores, partial);
         case KvType::Float16: return attend_tile_as<uint16_t>(shape, task, tile, scratch.scores, partial);
@@ -43,7 +59,7 @@ inline void attend_started(const AttentionShape& shape, const AttentionTask& tas
 }
 
 void attend_tile(const AttentionShape& shape, const AttentionTask& task, int64_t tile, float* memory, float* partial) {
-    const AttentionScratch scratch(memory, shape.head_dim);
+    const AttentionScratch scratch(memory, shape);
     start_task(shape, task, scratch);
     attend_started(shape, task, tile, scratch, partial);
 }
@@ -92,7 +108,7 @@ inline void finish_rows(const AttentionShape& shape, const AttentionTask& task, 
 }
 
 void attend(const AttentionShape& shape, const AttentionTask& task, float* memory) {
-    const AttentionScratch scratch(memory, shape.head_dim);
+    const AttentionScratch scratch(memory, shape);
     const int rows = task.count * (shape.heads / shape.kv_heads);
     const int64_t stride = shape.head_dim + 2;
     start_task(shape, task, scratch);

@@ -92,10 +92,13 @@ inline void dot_key_words(const int32_t* queries, const float* query_units, cons
                   mul(to_float(sums[r][b]), mul(load(in.key_units[block + b]), splat(query_units[r]))));
 }
 
-// Softmax weights, times the units of their values, to integers: words[kKvTile / 2]; returns what one stands for.
+constexpr float kWeightSum = 262000.0f;  // 2^18 less rounding up
+
+// Softmax weights, times the units of their values, to integers of at most `most_together`: words[kKvTile / 2]; returns
+// what one stands for.
 inline float quantize_weights(float* weights, const float* const* value_units, Visible seen, int blocks,
-                              int32_t* words) {
-    constexpr float kLargest = 32767.0f, kSum = 262000.0f;  // 2^18 less rounding up
+                              int32_t* words, float most_together = kWeightSum) {
+    constexpr float kLargest = 32767.0f;
     Vec largest = zero(), total = zero();
     for (int b = 0; b < blocks; ++b) {
         const int base = b * kKvBlock;
@@ -108,7 +111,7 @@ inline float quantize_weights(float* weights, const float* const* value_units, V
     }
     const float most = maximum(largest), all = sum(total);
     // One that is not finite gets a unit that is not either.
-    const float unit = most * kSum > all * kLargest ? most / kLargest : all / kSum;
+    const float unit = most * most_together > all * kLargest ? most / kLargest : all / most_together;
     const Vec inverse = inverse_unit(unit);
     int16_t* quants = reinterpret_cast<int16_t*>(words);
     for (int b = 0; b < blocks; ++b)

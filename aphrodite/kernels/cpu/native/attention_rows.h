@@ -89,21 +89,24 @@ inline void for_row_steps(int rows, F&& f) {
 
 // Where one kv head's share of a tile's blocks lies, as far as a query sees it; returns how many blocks that is.
 inline int tile_blocks(const AttentionShape& shape, const AttentionTask& task, int64_t tile, const char** blocks) {
-    const int64_t bytes = kv_head_bytes(shape.kv, shape.head_dim);
+    const bool latent = shape.turning > 0;
+    const int64_t bytes = latent ? latent_block_bytes(shape.kv, shape.head_dim + shape.turning)
+                                 : kv_head_bytes(shape.kv, shape.head_dim);
     const int64_t seen = task.position + task.count - tile * kKvTile;
     int count = 0;
     for (; count < kTileBlocks && count * kKvBlock < seen; ++count) {
         const int64_t block = task.blocks[tile * kTileBlocks + count];
-        blocks[count] = static_cast<const char*>(task.cache) + (block * shape.kv_heads + task.kv_head) * bytes;
+        const int64_t index = latent ? block : block * shape.kv_heads + task.kv_head;
+        blocks[count] = static_cast<const char*>(task.cache) + index * bytes;
     }
     return count;
 }
 
-// A query row's vector of head_dim floats.
+// A query row's vector, as long as a key.
 inline const float* query_row(const AttentionShape& shape, const AttentionTask& task, int row) {
     const int group = shape.heads / shape.kv_heads;
     const int64_t head = task.kv_head * group + row % group;
-    return task.q + row / group * shape.q_stride + head * shape.head_dim;
+    return task.q + row / group * shape.q_stride + head * (shape.head_dim + shape.turning);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ namespace aph {
 namespace {
 
 constexpr Kernels kernel_table(const char* isa) {
-    return {isa,         linear,           gated,             shrink,           pack_group, rms_norm,         layer_norm,        rotate,  store_kv,
+    return {isa,         linear,           gated,             shrink,           pack_group, rms_norm,         layer_norm,        rotate,  store_kv, store_latent,
             attend,      attend_tile,      merge_tiles,       add_weighted,     dot_chains<true>, dot_chains<false>, kChains, read_all};
 }
 

@@ -100,6 +100,9 @@ constexpr int kMaxQueryRows = 48;  // (position, head) pairs of a task
 //   int16 block  units of K: 16 x f32 | units of V: 16 x f32 | K: head_dim / 2 x 16 words of two dimensions
 //                | V: 8 x head_dim words of two positions
 // An integer times its position's unit is the value. Units are such that sums of products fit 32 bits (attention_int.h).
+// Of latents (attention_latent.h) each layer is [block], with `dim` values a position, those of the latent first:
+//   float block  16 positions x dim
+//   int16 block  units of latents: 16 x f32 | of turning parts: 16 x f32 | dim / 2 x 16 words of two dims
 enum class KvType : int32_t { Float32 = 0, Float16 = 1, Int16 = 2 };
 
 // Bytes of one kv head in a block.
@@ -109,9 +112,17 @@ inline int64_t kv_head_bytes(KvType type, int64_t head_dim) {
                                                                             : 2 * elements + 8 * kKvBlock;
 }
 
-// One attention layer's view of the cache.
+inline int64_t latent_block_bytes(KvType type, int64_t dim) {
+    const int64_t elements = dim * kKvBlock;
+    return type == KvType::Float32 ? 4 * elements : type == KvType::Float16 ? 2 * elements
+                                                                            : 2 * elements + 8 * kKvBlock;
+}
+
+// One attention layer's view of the cache. Latents have no heads: there kv_heads are groups of query heads that one
+// task computes, and head_dim is that of latents.
 struct AttentionShape {
     int heads, kv_heads, head_dim;
+    int turning;                   // dimensions of keys behind those of latents; 0: keys and values of their own
     int64_t q_stride, out_stride;  // in floats, between tokens
     KvType kv;
     int window;                    // 0: none
@@ -150,6 +161,8 @@ struct Kernels {
     void (*rotate)(float* head, const float* cos, const float* sin, int64_t half_dim);
     // Writes one position's key and value of one kv head into its block.
     void (*store_kv)(const float* key, const float* value, int64_t head_dim, KvType type, void* block, int offset);
+    // Writes one position's latent of `rank` dimensions and the turning part behind it into its block.
+    void (*store_latent)(const float* vector, int rank, int turning, KvType type, void* block, int offset);
     // A task over the tiles of its context, result in task.out.
     void (*attend)(const AttentionShape& shape, const AttentionTask& task, float* scratch);
     // One tile of a task: unnormalised output, maximum and sum of each (position, head): partial[row][head_dim + 2].
@@ -168,9 +181,11 @@ struct Kernels {
 };
 
 // Floats of scratch that the attention kernels need: a row's scores, integer weights and their unit, integer query and
-// its unit, and two results with their maximum and sum.
-inline int64_t attention_scratch(int head_dim) {
-    return kMaxQueryRows * (kKvTile + kKvTile / 2 + 1 + head_dim / 2 + 1 + 2 * (static_cast<int64_t>(head_dim) + 2));
+// its units, and two results with their maximum and sum; of latents, those of a tile that are turned around at once.
+constexpr int kTurnedColumns = 64;
+inline int64_t attention_scratch(int head_dim, int turning) {
+    const int64_t row = kKvTile + kKvTile / 2 + 1 + (head_dim + turning) / 2 + 2 + 2 * (static_cast<int64_t>(head_dim) + 2);
+    return kMaxQueryRows * row + (turning > 0 ? kKvTile * kTurnedColumns / 2 : 0);
 }
 
 // First tile that the earliest query of a task sees, and one past the last tile of its last query.

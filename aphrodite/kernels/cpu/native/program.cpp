@@ -51,8 +51,8 @@ void Program::prepare() {
     if (!routings_.empty()) routing_.prepare(routings_, step_.tokens, step_.threads);
     const int64_t widest = *std::max_element(widths_.begin(), widths_.end());
     norm_rows_ = norm_memory_.get<float>(step_.threads * kGroupRows * widest);
-    attention_scratch_ =
-        attention_memory_.get<float>(step_.threads * attention_scratch(static_cast<int>(desc_.head_dim)));
+    attention_scratch_ = attention_memory_.get<float>(
+        step_.threads * attention_scratch(static_cast<int>(desc_.head_dim), desc_.latent.turning));
 }
 
 // Where query tiles are few or one is much of the work, the tiles of their contexts are spread over the workers too.
@@ -123,6 +123,8 @@ void Program::run_op(const Op& op, Team& team, int worker) {
         case OpKind::ExpertGated: return expert_gated(op, team, worker);
         case OpKind::ExpertLinear: return expert_linear(op, team, worker);
         case OpKind::ExpertSum: return expert_sum(op, team, worker);
+        case OpKind::LatentKv: return latent_kv(op, team, worker);
+        case OpKind::HeadLinear: return head_linear(op, team, worker);
     }
 }
 
@@ -284,7 +286,11 @@ void Program::rotary_kv(const Op& op, Team& team, int worker) {
                     kernels_.layer_norm(head, vectors_[norm] + index * head_dim, nullptr, op.value, head_dim, head);
                 kernels_.rotate(head, cos, sin, half);
             };
-            for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) turn(row + h * head_dim, op.vector, h);
+            const float scale = query_scale(t);
+            for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+                turn(row + h * head_dim, op.vector, h);
+                for (int64_t i = 0; scale != 1.0f && i < head_dim; ++i) row[h * head_dim + i] *= scale;
+            }
             float* key = row + (desc_.heads + kv_head) * head_dim;
             turn(key, op.vector + 1, kv_head);
             const int64_t block = step_.slots[t] / kKvBlock;
@@ -307,10 +313,11 @@ AttentionTask Program::task(const Op& op, const QueryTile& tile) const {
 
 void Program::attention(const Op& op, Team& team, int worker) {
     const AttentionShape shape{static_cast<int>(desc_.heads), static_cast<int>(desc_.kv_heads),
-                               static_cast<int>(desc_.head_dim), widths_[op.input], widths_[op.output],
+                               static_cast<int>(desc_.head_dim), desc_.latent.turning, widths_[op.input],
+                               widths_[op.output],
                                kv_type(), op.window, op.value, op.bound,
                                op.flag != 0 ? vectors_[op.vector] : nullptr};
-    float* scratch = attention_scratch_ + worker * attention_scratch(shape.head_dim);
+    float* scratch = attention_scratch_ + worker * attention_scratch(shape.head_dim, shape.turning);
     const int64_t count = static_cast<int64_t>(queries_.size());
     if (!split_tiles_) {
         team.phase(worker, count, [&](int64_t i) { kernels_.attend(shape, task(op, queries_[i]), scratch); });

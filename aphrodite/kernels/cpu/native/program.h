@@ -26,8 +26,13 @@ enum class OpKind : int32_t {
     ExpertGated = 10,   // packs = act(gate) * up of their experts, as in Gated
     ExpertLinear = 11,  // output = their expert's weight x packs; a row of output holds all pairs of a token
     ExpertSum = 12,     // output += results in input of a token's choices, weighed, and the shared experts'
+    // Latent attention (LatentDesc); Attention is over what these leave.
+    LatentKv = 13,      // writes what is cached of the latents into the cache of layer: normed by vector, value = eps,
+                        // and rotated; output = the rotated parts of input's queries; window = rotary table
+    HeadLinear = 14,    // output = each head's weight of a stack x its columns of input; window and flag = floats from
+                        // head to head of input and of output
 };
-constexpr int kOpKinds = 13;
+constexpr int kOpKinds = 15;
 
 // Root mean square with the weight `vector`; LayerNorm with it, without or with the bias `vector + 1`.
 enum class NormKind : int32_t { Rms = 0, Layer = 1, BiasedLayer = 2 };
@@ -36,8 +41,9 @@ enum class NormKind : int32_t { Rms = 0, Layer = 1, BiasedLayer = 2 };
 // by a weight of its own.
 enum class HeadNorm : int32_t { None = 0, Rms = 1, Width = 2, Layer = 3 };
 
-// All tokens, those whose logits are wanted, those whose hidden states are, tokens times `choices`.
-enum class RowSet : int32_t { Tokens = 0, Logits = 1, Hidden = 2, Pairs = 3 };
+// All tokens, those whose logits are wanted, those whose hidden states are, tokens times `choices`; of packs of
+// HeadLinear those that each worker packs for itself.
+enum class RowSet : int32_t { Tokens = 0, Logits = 1, Hidden = 2, Pairs = 3, Heads = 4 };
 
 constexpr int32_t kLogits = -1;  // as an output: the caller's logits
 constexpr int32_t kHidden = -2;  // the caller's hidden states
@@ -89,12 +95,22 @@ struct RoutingDesc {
     float scale;           // of the scores of the chosen
 };
 
+// Latent attention: a token's queries have heads of `plain + turning` columns; taken to the latent they have heads of
+// `head_dim + turning`. `kv_heads` are groups of heads that one worker computes.
+struct LatentDesc {
+    int32_t turning;       // columns that are rotated; 0: attention is not latent
+    int32_t plain;
+    int32_t source, column;  // buffer of latents and turning parts, and where in its rows they begin
+};
+
 struct ProgramDesc {
     int64_t vocab_size, max_len, num_layers, heads, kv_heads, head_dim, rotary_half;
     int64_t kv_type;       // KvType
+    LatentDesc latent;
     int64_t choices;       // experts a token, of all layers that have any
     const float* cos;      // [rotary tables, max_len, rotary_half]
     const float* sin;
+    const float* query_scales;  // [max_len], of queries by their position; null: none
     const Op* ops;
     const WeightDesc* weights;
     const PackDesc* packs;
@@ -115,7 +131,7 @@ struct StepDesc {
     const int32_t* logits_index;
     int64_t tokens, sequences, table_stride, max_blocks, logits_rows;
     float* logits;         // [logits_rows, vocab_size]
-    void* cache;           // [num_layers][num_blocks][kv_heads] blocks of KvType
+    void* cache;           // [num_layers][num_blocks][kv_heads] blocks of KvType; of latents one for all heads
     int64_t num_blocks;
     int64_t threads;
     int64_t* nanoseconds;  // [kOpKinds], added to; or null

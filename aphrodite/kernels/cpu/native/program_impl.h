@@ -105,6 +105,11 @@ private:
     void expert_linear(const Op& op, Team& team, int worker);
     void expert_sum(const Op& op, Team& team, int worker);
 
+    // Latent attention: program_latent.cpp.
+    void latent_kv(const Op& op, Team& team, int worker);
+    void cache_latent(const Op& op, int64_t token, int worker);
+    void head_linear(const Op& op, Team& team, int worker);
+
     template <class F>
     void for_experts(Team& team, int worker, int64_t parts, int64_t step, F&& f);
     void pack_expert_rows(const Op& op, int64_t group, int worker);
@@ -123,6 +128,7 @@ private:
     int64_t rows_of(int32_t set) const {
         if (set == static_cast<int32_t>(RowSet::Tokens)) return step_.tokens;
         if (set == static_cast<int32_t>(RowSet::Pairs)) return step_.tokens * desc_.choices;
+        if (set == static_cast<int32_t>(RowSet::Heads)) return step_.threads * std::min(step_.tokens, kHeadRows);
         return set == static_cast<int32_t>(RowSet::Logits) ? step_.logits_rows : step_.hidden_rows;
     }
     TileWeight weight(int64_t index) const {
@@ -136,10 +142,18 @@ private:
         return found;
     }
     char* layer_cache(int layer) const {
-        return static_cast<char*>(step_.cache) + layer * step_.num_blocks * desc_.kv_heads * head_bytes();
+        return static_cast<char*>(step_.cache) + layer * step_.num_blocks * block_bytes();
     }
     KvType kv_type() const { return static_cast<KvType>(desc_.kv_type); }
     int64_t head_bytes() const { return kv_head_bytes(kv_type(), desc_.head_dim); }  // of a block
+    int64_t latent_dim() const { return desc_.head_dim + desc_.latent.turning; }
+    int64_t block_bytes() const {
+        return desc_.latent.turning > 0 ? latent_block_bytes(kv_type(), latent_dim()) : desc_.kv_heads * head_bytes();
+    }
+    // What a query at a token's position is multiplied by.
+    float query_scale(int64_t token) const {
+        return desc_.query_scales == nullptr ? 1.0f : desc_.query_scales[step_.positions[token]];
+    }
     AttentionTask task(const Op& op, const QueryTile& tile) const;
 
     ProgramDesc desc_;
@@ -159,6 +173,7 @@ private:
     float* attention_scratch_ = nullptr;
     float* partials_ = nullptr;
     float* norm_rows_ = nullptr;
+    static constexpr int64_t kHeadRows = 64;  // tokens of a HeadLinear's chunk
     static constexpr int kMostAdapted = 3;  // weights of an operation that adapters may add to: q, k and v
     Scratch low_memory_, adapter_memory_;
     std::vector<int32_t> token_slots_;

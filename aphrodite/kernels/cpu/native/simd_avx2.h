@@ -311,5 +311,24 @@ inline IVec dot(IVec sum, Bytes a, const int32_t* word) {
             _mm256_add_epi32(sum.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(a.hi, b), ones))};
 }
 
+inline void transpose_pairs(const int16_t* in, int16_t* out, int64_t stride) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    for (int part = 0; part < 4; ++part) {  // eight positions of eight dimensions
+        const int16_t* from = in + part / 2 * 128 + part % 2 * 16;
+        int16_t* to = out + part % 2 * 4 * stride + part / 2 * 16;
+        const __m256i a = load_256(from), b = load_256(from + 32), c = load_256(from + 64), d = load_256(from + 96);
+        const __m256i ab = _mm256_unpacklo_epi64(a, b), cd = _mm256_unpacklo_epi64(c, d);
+        const __m256i ab_odd = _mm256_unpackhi_epi64(a, b), cd_odd = _mm256_unpackhi_epi64(c, d);
+        const auto write = [&](int pair, __m256i words) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + pair * stride), _mm256_shuffle_epi8(words, order));
+        };
+        write(0, _mm256_permute2x128_si256(ab, cd, 0x20));
+        write(1, _mm256_permute2x128_si256(ab_odd, cd_odd, 0x20));
+        write(2, _mm256_permute2x128_si256(ab, cd, 0x31));
+        write(3, _mm256_permute2x128_si256(ab_odd, cd_odd, 0x31));
+    }
+}
+
 }  // namespace
 }  // namespace aph

@@ -332,5 +332,14 @@ inline IVec dot(const IVec& sum, const Bytes& a, const int32_t* word) {
     return dot(dot(sum, even_bytes(a), &even), odd_bytes(a), &odd);
 }
 
+inline void transpose_pairs(const int16_t* in, int16_t* out, int64_t stride) {
+    for (int i = 0; i < 8; ++i)
+        for (int pair = 0; pair < 8; ++pair) {
+            const int16_t* from = in + 32 * i + 4 * pair;
+            const int16_t words[4] = {from[0], from[2], from[1], from[3]};
+            std::memcpy(out + pair * stride + 4 * i, words, sizeof words);
+        }
+}
+
 }  // namespace
 }  // namespace aph
