@@ -167,7 +167,8 @@ def _tokenizer_in(folder: Path) -> str | None:
         except ModelFormatError as error:
             return f"unreadable ({error})"
         return str(model.get("type", "unnamed")) if isinstance(model, dict) else "unnamed"
-    return "SentencePiece" if (folder / "tokenizer.model").exists() else None
+    others = {"tokenizer.model": "SentencePiece", "tekken.json": "tekken", "tiktoken.model": "tiktoken"}
+    return next((kind for name, kind in others.items() if (folder / name).exists()), None)
 
 
 def _has_template(folder: Path) -> bool:

@@ -23,6 +23,7 @@ _DESCRIPTION = (
     *("chat_template.jinja", "chat_template.json"),
     *(MODULES_NAME, *(f"{number}_Pooling/config.json" for number in range(1, 4))),
 )
+_OTHER_VOCABULARIES = ("tokenizer.model", "tekken.json", "tiktoken.model")  # where there is no tokenizer.json
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _SINGLE = "model.safetensors"
 
@@ -255,8 +256,8 @@ def _safetensors(repo: str, files: Mapping[str, int], fetch: Callable[[str], Pat
 
 def _description(files: Mapping[str, int]) -> tuple[str, ...]:
     found = [name for name in _DESCRIPTION if name in files]
-    if "tokenizer.json" not in files and "tokenizer.model" in files:
-        found.append("tokenizer.model")
+    if "tokenizer.json" not in files:
+        found += [name for name in _OTHER_VOCABULARIES if name in files][:1]
     templates = [name for name in files if PurePosixPath(name).parent == PurePosixPath(_TEMPLATE_FOLDER)]
     return (*found, *sorted(name for name in templates if name.endswith(".jinja")))
 

@@ -1,4 +1,5 @@
-"""Tokenizers from a checkpoint directory: tokenizer.json, else tokenizer.model, with the JSON files beside them."""
+"""Tokenizers from a checkpoint directory: tokenizer.json, else tokenizer.model or a vocabulary by rank, with the JSON
+files beside them."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from tokenizers import AddedToken
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.tokenizer.gguf import surround
+from aphrodite.tokenizer.ranks import added_tokens, read_tekken, read_tiktoken
 from aphrodite.tokenizer.sentencepiece import build, read_model_file
 from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
+FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")  # the first that is there counts
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -22,9 +25,9 @@ def load_directory(path: Path, file: Path | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint directory.
 
     Args:
-        file: the tokenizer.json or tokenizer.model to read; None: the one that the directory has.
+        file: the one of `FILES` to read; None: the one that the directory has.
 
-    Files read where there: tokenizer.json or tokenizer.model; tokenizer_config.json, special_tokens_map.json and
+    Files read where there: one of `FILES`; tokenizer_config.json, special_tokens_map.json and
     added_tokens.json for special and added tokens; config.json and generation_config.json for token ids;
     chat_template.jinja, chat_template.json and additional_chat_templates/ for templates.
 
@@ -34,7 +37,7 @@ def load_directory(path: Path, file: Path | None = None) -> Tokenizer:
     config = _read_json(path / "tokenizer_config.json")
     names = _read_json(path / "special_tokens_map.json") | config
     ids = _read_json(path / "config.json") | _read_json(path / "generation_config.json")
-    backend, own = _backend(file or _find(path))
+    backend, own = _backend(file or _find(path), config)
     _add_tokens(backend, path, config, names)
     special = _special_tokens(backend, path, config, names, ids if own is None else own | ids)
     if own is not None:  # a tokenizer.json says itself what surrounds a text
@@ -48,17 +51,22 @@ def load_directory(path: Path, file: Path | None = None) -> Tokenizer:
 
 
 def _find(path: Path) -> Path:
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in FILES:
         if (file := path / name).is_file():
             return file
     raise ModelFormatError(
-        f"{path}: no tokenizer.json and no tokenizer.model here. Download the tokenizer files of the model, or "
+        f"{path}: there is none of {', '.join(FILES)} here. Download the tokenizer files of the model, or "
         "point to a directory that has them"
     )
 
 
-def _backend(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None] | None]:
-    """The tokenizer itself, and the token ids that a .model file names, as config.json would."""
+def _backend(file: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, int | None] | None]:
+    """The tokenizer itself, and the token ids that a file names as config.json would; None where it says itself what
+    surrounds a text."""
+    if file.name == "tekken.json":
+        return read_tekken(file), {"bos_token_id": 1, "eos_token_id": 2}
+    if file.name == "tiktoken.model":
+        return read_tiktoken(file, added_tokens(config)), None
     if file.suffix == ".model":
         vocabulary = read_model_file(file)
         return build(vocabulary), {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}

@@ -14,7 +14,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
     Args:
-        path: a GGUF file, a directory with tokenizer.json or tokenizer.model, or one of these two files.
+        path: a GGUF file, a directory with one of the files that `tokenizer/directory.py` knows, or one of these.
 
     Raises:
         ModelFormatError: there is no tokenizer, it is damaged, or its kind is not supported.

@@ -213,7 +213,7 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizerKind]] = {
     "talkie": _O200K,
     "tiny_aya": _TINY_AYA,
     "cohere2moe": _TINY_AYA,
-    "kimi-k2": PreTokenizerKind(build=lambda: _split(_kimi())),
+    "kimi-k2": PreTokenizerKind(build=lambda: _split(_kimi()), ignore_merges=True),
     "youtu": PreTokenizerKind(build=_youtu, ignore_merges=True),
     "tekken": _TEKKEN,
     "deepseek-llm": PreTokenizerKind(build=_deepseek_llm),
