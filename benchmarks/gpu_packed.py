@@ -158,7 +158,9 @@ def with_cut(bench: Bench, rows: int, cut: PackedGemvCut | PackedSkinnyCut) -> C
 
 def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
     target, pdl, name, layer, rows, cut = task
-    kernels = ((packed_gemv, "_packed_gemv_kernel"), (packed_gemm, "_packed_skinny_kernel"))
+    kernels = (
+        (packed_gemv, "_packed_gemv_kernel"), (packed_gemv, "grid_gemv_kernel"), (packed_gemm, "_packed_skinny_kernel"),
+    )  # fmt: skip
     only_compile(target, pdl, kernels)
     try:
         bench = Bench(name, layer, "meta")

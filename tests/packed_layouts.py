@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
+from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.layouts import (
     CodebookGroups,
     GgufBlocks,
@@ -14,6 +14,7 @@ from aphrodite.quantization.layouts import (
     NarrowGroups,
     PackedLayout,
 )
+from aphrodite.quantization.noise import write_factors
 from aphrodite.quantization.types import QuantType
 
 NF4 = torch.tensor([-1.0, -0.7, -0.52, -0.4, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0])
@@ -21,18 +22,20 @@ NF4 = torch.tensor([-1.0, -0.7, -0.52, -0.4, -0.28, -0.18, -0.09, 0.0, 0.08, 0.1
 
 def random_blocks(qtype: QuantType, rows: int, columns: int, seed: int = 0) -> GgufBlocks:
     """Random codes with scales that are numbers."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (rows * columns // qtype.block_size, qtype.block_bytes), np.uint8)
-    for at in BLOCK_FORMS[qtype].halves:
-        scales = rng.uniform(0.001, 0.01, (len(blocks), 1)) * rng.choice([-1, 1], (len(blocks), 1))
-        blocks[:, at : at + 2] = scales.astype("<f2").view(np.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    count = rows * columns // qtype.block_size
+    blocks = torch.randint(0, 256, (count, qtype.block_bytes), generator=generator, dtype=torch.uint8)
     if qtype is QuantType.MXFP4:
-        blocks[:, 0] = rng.integers(110, 125, len(blocks))
-    return GgufBlocks(torch.from_numpy(blocks.reshape(rows, -1)), qtype)
+        blocks[:, 0] = torch.randint(110, 125, (count,), generator=generator)
+    else:
+        sizes = torch.rand((count, 2), generator=generator) * 0.009 + 0.001
+        signs = torch.randint(0, 2, (count, 2), generator=generator) * 2 - 1
+        write_factors(qtype, blocks, (sizes * signs).half())
+    return GgufBlocks(blocks.view(rows, -1), qtype)
 
 
 def random_layouts(rows: int, columns: int, seed: int = 0) -> dict[str, PackedLayout]:
-    """Every layout by name; `columns` is a multiple of 96, those of K-quants become one of 256."""
+    """Every layout by name; `columns` is a multiple of 96, those of super-blocks become one of 256."""
     generator = torch.Generator().manual_seed(seed)
 
     def codes(*shape: int, high: int = 256) -> torch.Tensor:
@@ -60,7 +63,7 @@ def random_layouts(rows: int, columns: int, seed: int = 0) -> dict[str, PackedLa
         "e5m2": Int8Groups(values.to(torch.float8_e5m2), scales(columns).bfloat16(), None, columns),
         "nf4": CodebookGroups(four, scales(32), NF4, 32),
     }
-    for qtype in BLOCK_FORMS:
+    for qtype in (*BLOCK_FORMS, *GRID_FORMS):
         width = columns if qtype.block_size == 32 else -(-columns // 256) * 256
         grouped[qtype.name] = random_blocks(qtype, rows, width, seed)
     return grouped

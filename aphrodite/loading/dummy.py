@@ -54,7 +54,10 @@ class BlockPacking(NamedTuple):
 Packing = GroupPacking | BlockPacking
 
 
-_UNIFORM = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+_UNIFORM = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS",
+    "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0",
+)  # fmt: skip
 _FILE_TYPES: dict[str, Packing] = {
     "Q4_K_M": BlockPacking(QuantType.Q4_K, QuantType.Q6_K),
     **{name: BlockPacking(QuantType[name], QuantType[name]) for name in _UNIFORM},

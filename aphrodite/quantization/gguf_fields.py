@@ -135,6 +135,10 @@ def _mxfp4(blocks: torch.Tensor) -> BlockFields:
     return BlockFields(_split_nibbles(blocks[:, 1:]).flatten(1), bits.view(torch.bfloat16))
 
 
+def _tq2_0(blocks: torch.Tensor) -> BlockFields:
+    return BlockFields(_pairs(blocks[:, :64]), _halves(blocks, 64, 66))
+
+
 def _pairs(quants: torch.Tensor) -> torch.Tensor:
     """Two bits of 256 values: of each 32 bytes the lowest pairs, then the next."""
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=quants.device)
@@ -164,5 +168,6 @@ BLOCK_FORMS = {
     QuantType.IQ4_NL: BlockForm(_q4_0, 4, 0, 32, table=codebooks.IQ4_VALUES),
     QuantType.IQ4_XS: BlockForm(_iq4_xs, 4, 0, 32, table=codebooks.IQ4_VALUES),
     QuantType.MXFP4: BlockForm(_mxfp4, 4, 0, 32, halves=(), table=codebooks.MXFP4_VALUES),
+    QuantType.TQ2_0: BlockForm(_tq2_0, 2, 0, 256, halves=(64,), zero=1),
 }
-"""The types that kernels of planes take. The others (IQ1, IQ2, IQ3, TQ, Q8_K) are expanded."""
+"""The types whose values are codes of their own. Those that name points of a grid are in `grid_fields.py`."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
+from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.types import QuantType, RawTensor
 
 _SAMPLE = 256  # blocks of which the spread is measured
@@ -30,23 +30,35 @@ def noise_blocks(
     blocks.random_(0, 256, generator=generator)
     if qtype is QuantType.MXFP4:
         blocks[:, 0] = _MXFP4_EXPONENT
-    sample = blocks[:_SAMPLE].cpu().numpy().copy()
-    halves = BLOCK_FORMS[qtype].halves
-    factors: list[float] = []
-    if halves:
-        scaled = _expanded(qtype, sample, (1.0, 0.0))
-        factors.append(standard_deviation / float(scaled.std()))
-    if len(halves) == 2:
-        factors.append(-factors[0] * float(scaled.mean()) / float(_expanded(qtype, sample, (0.0, 1.0)).mean()))
-    for at, factor in zip(halves, factors, strict=True):
-        number = torch.tensor([factor], dtype=torch.float16).view(torch.uint8)
-        blocks[:, at : at + 2] = number.to(device)
+        return blocks.view(shape[0], -1)
+    if qtype is QuantType.TQ2_0:  # of two bits three codes mean something; the fourth becomes the middle one
+        codes = blocks[:, :64]
+        codes ^= codes << 1 & codes & 0xAA
+    sample = blocks[:_SAMPLE].cpu()
+    scaled = _expanded(qtype, sample, 1.0, 0.0)
+    scale = standard_deviation / float(scaled.std())
+    offset = 0.0
+    if qtype in BLOCK_FORMS and len(BLOCK_FORMS[qtype].halves) == 2:
+        offset = -scale * float(scaled.mean()) / float(_expanded(qtype, sample, 0.0, 1.0).mean())
+    write_factors(qtype, blocks, torch.tensor([[scale, offset]], dtype=torch.float16, device=device))
     return blocks.view(shape[0], -1)
 
 
-def _expanded(qtype: QuantType, blocks: np.ndarray, factors: tuple[float, float]) -> np.ndarray:
+def write_factors(qtype: QuantType, blocks: torch.Tensor, factors: torch.Tensor) -> None:
+    """Put float16 factors, of the scale and of the offset, `[n or 1, 2]`, into blocks `[n, block_bytes]` uint8."""
+    if qtype is QuantType.IQ1_M:  # the scale's nibbles are the upper ones of four words
+        bits = factors[:, :1].contiguous().view(torch.int16).int()
+        nibbles = bits >> torch.arange(0, 16, 4, dtype=torch.int32, device=bits.device) & 15
+        blocks[:, 49:56:2] = (blocks[:, 49:56:2] & 15) | nibbles.to(torch.uint8) << 4
+        return
+    halves = GRID_FORMS[qtype].halves if qtype in GRID_FORMS else BLOCK_FORMS[qtype].halves
+    for number, at in enumerate(halves):
+        blocks[:, at : at + 2] = factors[:, number : number + 1].contiguous().view(torch.uint8)
+
+
+def _expanded(qtype: QuantType, sample: torch.Tensor, scale: float, offset: float) -> torch.Tensor:
     """Values of blocks with other factors of the scale and the offset."""
-    for at, factor in zip(BLOCK_FORMS[qtype].halves, factors, strict=False):
-        blocks[:, at : at + 2] = np.array([factor], "<f2").view(np.uint8)
+    blocks = sample.clone()
+    write_factors(qtype, blocks, torch.tensor([[scale, offset]], dtype=torch.float16))
     count = len(blocks) * qtype.block_size
-    return dequantize(RawTensor("noise", (1, count), qtype, blocks.reshape(1, -1)))
+    return torch.from_numpy(dequantize(RawTensor("noise", (1, count), qtype, blocks.view(1, -1).numpy())))

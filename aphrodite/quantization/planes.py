@@ -7,8 +7,12 @@ bits so that an even one is four bits above the odd one that follows it (`field_
 word moves two fields at once to where it wants them. Scales are one for a group of
 columns, and of the K-quants an integer times that of a super-block.
 
-The planes of a layout have the same bits in another order; only 6-bit scales become bytes: Q4_K takes 1.03 times its
-file's memory, Q3_K 1.04, Q5_K, Q6_K and IQ4_XS at most 1.02, MXFP4 1.06, all others what the layout takes.
+GGUF's codebook types (IQ1, IQ2, IQ3) and TQ1_0 name eight consecutive columns by the number of a point of a grid. Their
+planes have a number for each run of 32 columns: `grid_fields.py`.
+
+The planes of a layout have the same bits in another order; only scales of 3 to 6 bits become bytes: Q4_K takes 1.03
+times its file's memory, Q3_K, IQ3_S and IQ1_M 1.04, Q5_K, Q6_K and IQ4_XS at most 1.02, MXFP4 1.06, all others what the
+layout takes.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import torch
 
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
+from aphrodite.quantization.grid_fields import GRID_FORMS, GridKind, grid_table
 from aphrodite.quantization.layouts import (
     CodebookGroups,
     GgufBlocks,
@@ -35,7 +40,7 @@ RUN_WORDS = 4
 _PIECE_VALUES = 4 * 1024 * 1024  # repacked at a time, which bounds what lies beside the result
 _FLOAT8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 _Grouped: TypeAlias = Int4Groups | Int8Groups | NarrowGroups | CodebookGroups
-CodeKind = Literal["integer", "table", "e4m3", "e5m2"]
+CodeKind: TypeAlias = Literal["integer", "table", "e4m3", "e5m2"] | GridKind
 OffsetKind = Literal["none", "zeros", "offsets", "paired"]
 
 
@@ -44,14 +49,14 @@ class PlaneForm(NamedTuple):
 
     Attributes:
         columns: of the matrix, a multiple of a run.
-        low_bits: of a code in the first plane: 2, 4 or 8.
-        high_bits: of a code in the second plane: 0, 1 or 2.
+        low_bits: of a code in the first plane: 2, 4 or 8; of grids 1 or 2, as many as there are for a column.
+        high_bits: of a code in the second plane: 0, 1 or 2; of grids 0.
         group_size: columns that share a scale, a multiple of 16 (of 8-bit codes: of any run).
         super_size: columns that share a super-scale, 0 for none.
         offset: what is subtracted: "zeros" from the code of a group, "offsets" from the scaled value; "paired": the
             scale's byte holds a scale (low nibble) and an offset.
         zero: subtracted from every code.
-        kind: what a code means.
+        kind: what a code means; of grids, which points there are and what has which bits.
     """
 
     columns: int
@@ -86,13 +91,13 @@ class Planes:
     """A matrix `[out, columns]` on a device."""
 
     form: PlaneForm
-    low: torch.Tensor  # [out, words] int32, int16 where codes have 2 low bits
-    high: torch.Tensor | None  # [out, words] uint8 (1 bit) or int16 (2 bits)
-    scales: torch.Tensor  # [out, groups] floating, or int8 beside super_scales
+    low: torch.Tensor  # [out, words] int32, int16 where codes have 2 low bits; of grids `GridFields.low`
+    high: torch.Tensor | None  # [out, words] uint8 (1 bit) or int16 (2 bits); of grids `GridFields.high`
+    scales: torch.Tensor | None  # [out, groups] floating, or int8 beside super_scales; of grids `GridFields.scales`
     super_scales: torch.Tensor | None  # [out, super-blocks] float16
     offsets: torch.Tensor | None  # [out, groups]
     super_offsets: torch.Tensor | None  # [out, super-blocks] float16
-    table: torch.Tensor | None  # [16] float32
+    table: torch.Tensor | None  # [16] float32; of grids `grid_table`
     permutation: torch.Tensor | None  # [columns] int32, see layouts.Int4Groups
 
     @property
@@ -113,7 +118,8 @@ def decline_planes(layout: PackedLayout) -> Declined | None:
     """Why `layout` has no form in planes; None if it has."""
     columns = layout.shape[1]
     if isinstance(layout, GgufBlocks):
-        return None if layout.qtype in BLOCK_FORMS else Declined(f"no kernel for {layout.qtype.name}")
+        known = layout.qtype in BLOCK_FORMS or layout.qtype in GRID_FORMS
+        return None if known else Declined(f"no kernel for {layout.qtype.name}")
     run, least = (16, 4) if isinstance(layout, Int8Groups) else (32, 16)
     if columns % run:
         return Declined(f"needs a multiple of {run} inputs, not {columns}")
@@ -125,7 +131,7 @@ def decline_planes(layout: PackedLayout) -> Declined | None:
 def planes_of(layout: PackedLayout) -> Planes:
     """`layout` in planes, on its device; `decline_planes` has been asked."""
     if isinstance(layout, GgufBlocks):
-        return _of_blocks(layout)
+        return _of_points(layout) if layout.qtype in GRID_FORMS else _of_blocks(layout)
     form = _form_of(layout)
     table = layout.table.float() if isinstance(layout, CodebookGroups) else None
     low, high = _pack_planes(form, layout.shape[0], layout.codes.device, lambda rows: _codes_of(layout, rows))
@@ -195,6 +201,30 @@ def _of_blocks(layout: GgufBlocks) -> Planes:
         raise TypeError(f"{layout.qtype.name} has no scales")
     table = None if block.table is None else torch.from_numpy(block.table).to(device)
     return Planes(form, low, high, scales, super_scales, offsets, super_offsets, table, None)
+
+
+def _of_points(layout: GgufBlocks) -> Planes:
+    grid, kind = GRID_FORMS[layout.qtype], layout.qtype
+    rows, columns = layout.shape
+    data, device = layout.data, layout.data.device
+    fields = [
+        None
+        if field is None
+        else torch.empty((rows, columns // kind.block_size * field.shape[1]), dtype=field.dtype, device=device)
+        for field in grid.unpack(data[:1, : kind.block_bytes])
+    ]
+    step = max(1, _PIECE_VALUES // columns)
+    for first in range(0, rows, step):
+        piece = slice(first, first + step)
+        for target, source in zip(fields, grid.unpack(data[piece].reshape(-1, kind.block_bytes)), strict=True):
+            if target is not None and source is not None:
+                target[piece] = source.reshape(-1, target.shape[1])
+    low, high, scales, super_scales = fields
+    if low is None:
+        raise TypeError(f"{kind.name} has no points")
+    low_bits = low.itemsize // RUN_WORDS
+    form = PlaneForm(columns, low_bits, 0, grid.group_size, kind.block_size, "none", 0, grid.kind)
+    return Planes(form, low, high, scales, super_scales, None, None, grid_table(grid.kind, device), None)
 
 
 def _pack_planes(

@@ -14,6 +14,7 @@ import torch
 from aphrodite.kernels.dispatch import Declined
 from aphrodite.quantization.at_load import AtLoadMatrix, quantize
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
+from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.layouts import (
     CodebookGroups,
     GgufBlocks,
@@ -49,7 +50,8 @@ _DENSE = {QuantType.F32: torch.float32, QuantType.F16: torch.float16, QuantType.
 def decline_layout(raw: RawTensor) -> Declined | None:
     """Why a tensor has no canonical layout; None if it has. Reads no weights but the groups of an act-order."""
     if not isinstance(raw, PackedTensor):
-        return None if raw.qtype in BLOCK_FORMS else Declined(f"{raw.qtype.name} has no packed kernel")
+        packed = raw.qtype in BLOCK_FORMS or raw.qtype in GRID_FORMS
+        return None if packed else Declined(f"{raw.qtype.name} has no packed kernel")
     matrix = raw.matrix
     if isinstance(matrix, GptqMatrix | PackQuantizedMatrix):
         if matrix.shape[1] % 8:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_layouts import random_layouts
+from packed_layouts import random_blocks, random_layouts
 
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.layers.linear import RmsNorm
+from aphrodite.quantization.grid_fields import GRID_FORMS
+from aphrodite.quantization.planes import planes_of
+from aphrodite.quantization.types import QuantType
 
 NAMES = list(random_layouts(1, 96))
 CHOICE = Choice("packed", ())
@@ -30,6 +33,39 @@ def test_every_layout_within_the_tolerance(device: torch.device, name: str) -> N
         error = (linear(x).double() - expected).norm() / expected.norm()
         # Above 64 rows weights are rounded to bfloat16, which alone is 1.6e-3, as rounding the result is.
         assert error < (2e-3 if rows <= 64 else 2.5e-3), (rows, float(error))
+
+
+@pytest.mark.parametrize("qtype", GRID_FORMS)
+def test_points_are_those_of_the_file_bit_by_bit(device: torch.device, qtype: QuantType) -> None:
+    from aphrodite.kernels.triton.packed_gemm import expand_planes, expand_rows
+
+    blocks = random_blocks(qtype, OUT, 4 * 768)
+    planes, weight = planes_of(blocks.to(device)), blocks.dequantize()
+    dense = torch.empty(OUT - 3, 4 * 768, device=device)
+    expand_planes(planes, dense, 3)
+    assert torch.equal(dense.cpu(), weight[3:])
+    numbers = torch.tensor([7, 0, 319, 7], device=device)
+    named = torch.empty(4, 4 * 768, device=device)
+    expand_rows(planes, numbers, named)
+    assert torch.equal(named.cpu(), weight[numbers.cpu()])
+
+
+@pytest.mark.parametrize("qtype", GRID_FORMS)
+@pytest.mark.parametrize(("out", "columns", "gated"), [(514, 4096, True), (130, 14336, False), (66, 28672, False)])
+def test_rows_of_points(device: torch.device, qtype: QuantType, out: int, columns: int, gated: bool) -> None:
+    from aphrodite.layers.packed_linear import PackedLinear
+
+    layout = random_blocks(qtype, out, columns)
+    weight = layout.dequantize().double().to(device)
+    linear = PackedLinear([layout.to(device)], None, CHOICE, dtype=torch.bfloat16, gated=gated)
+    norm = RmsNorm(torch.rand(columns, device=device).bfloat16(), 1e-5) if gated else None
+    for rows in (1, 2):
+        x = torch.randn(rows, columns, device=device).bfloat16()
+        residual = torch.randn(rows, out // 2 if gated else out, device=device).bfloat16()
+        expected = (reference.rms_norm(x.double(), norm.weight.double(), norm.eps) if norm else x.double()) @ weight.T
+        expected = (reference.silu_mul(expected) if gated else expected) + residual.double()
+        found = linear(x, norm=norm, activation="silu" if gated else None, residual=residual)
+        assert (found.double() - expected).norm() / expected.norm() < 2e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -46,7 +46,7 @@ def test_tokens_are_those_of_the_expanded_weights(
     assert sizes[0] < 0.6 * sizes[1]
 
 
-@pytest.mark.parametrize("file_type", ["Q4_K_M", "Q5_K", "Q3_K"])
+@pytest.mark.parametrize("file_type", ["Q4_K_M", "Q5_K", "Q3_K", "IQ2_XS", "IQ3_S", "TQ2_0"])
 def test_a_model_in_k_blocks_answers_with_its_embedding_packed(tmp_path: Path, file_type: str) -> None:
     quantization = {"quant_method": "gguf", "file_type": file_type}
     (tmp_path / "config.json").write_text(json.dumps({**QWEN3, "quantization_config": quantization}))
@@ -54,3 +54,15 @@ def test_a_model_in_k_blocks_answers_with_its_embedding_packed(tmp_path: Path, f
     built, updates = run(tmp_path, GREEDY, load_format="dummy", **FEW_KERNELS)
     assert sum(len(update.token_ids) for update in updates) == 8 * 16
     assert built.info.weight_bytes <= 1.07 * stored  # norms of a small model count
+
+
+def test_a_model_of_points_that_is_offloaded_answers_alike(tmp_path: Path) -> None:
+    """Layers that take turns on the device share the table of points."""
+    quantization = {"quant_method": "gguf", "file_type": "IQ2_XXS"}
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN3, "quantization_config": quantization}))
+
+    def tokens(**settings: float) -> list[list[int]]:
+        _, updates = run(tmp_path, GREEDY, load_format="dummy", **FEW_KERNELS, **settings)
+        return [update.token_ids for update in sorted(updates, key=lambda update: update.request_id)]
+
+    assert tokens(cpu_offload_gb=1.0) == tokens()

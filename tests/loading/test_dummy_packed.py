@@ -14,6 +14,7 @@ from aphrodite.errors import ModelFormatError
 from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
+from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.layouts import GgufBlocks, Int4Groups, Int8Groups
 from aphrodite.quantization.repack import decline_layout, layout_of
 from aphrodite.quantization.types import QuantType
@@ -60,7 +61,7 @@ def test_a_mixture_of_blocks(tmp_path: Path) -> None:
     assert types["layers.0.q.weight"] == types["layers.1.down.weight"] == "Q4_K"
 
 
-@pytest.mark.parametrize("qtype", BLOCK_FORMS)
+@pytest.mark.parametrize("qtype", [*BLOCK_FORMS, *GRID_FORMS])
 def test_blocks(tmp_path: Path, qtype: QuantType) -> None:
     raw = opened(tmp_path, {"quant_method": "gguf", "file_type": qtype.name}).weights["layers.0.up.weight"]
     layout = layout_of(raw, CPU)
@@ -76,4 +77,4 @@ def test_other_methods_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="bits"):
         opened(tmp_path, {"quant_method": "gptq", "bits": 3})
     with pytest.raises(ModelFormatError, match="file_type"):
-        opened(tmp_path, {"quant_method": "gguf", "file_type": "IQ1_S"})
+        opened(tmp_path, {"quant_method": "gguf", "file_type": "Q8_K"})

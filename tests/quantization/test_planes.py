@@ -9,6 +9,7 @@ import torch
 from packed_layouts import random_blocks, random_layouts
 
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
+from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.layouts import GgufBlocks, Int4Groups
 from aphrodite.quantization.planes import Planes, decline_planes, planes_of
 from aphrodite.quantization.types import QuantType
@@ -72,6 +73,17 @@ def test_blocks(qtype: QuantType) -> None:
     assert sum(tensor.nbytes for tensor in planes.tensors if tensor is not planes.table) <= 1.06 * blocks.nbytes
 
 
+@pytest.mark.parametrize("qtype", GRID_FORMS)
+def test_points_take_the_memory_of_the_file(qtype: QuantType) -> None:
+    """What they mean, kernels tell: tests/kernels/triton/interpreted/test_interpreted_grid.py."""
+    blocks = random_blocks(qtype, ROWS, COLUMNS)
+    planes, again = planes_of(blocks), planes_of(blocks.take_rows(slice(1, 3)))
+    assert planes.table is again.table
+    assert sum(tensor.nbytes for tensor in planes.tensors if tensor is not planes.table) <= 1.06 * blocks.nbytes
+    for whole, part in zip(planes.tensors, again.tensors, strict=True):
+        assert whole is planes.table or torch.equal(whole[1:3], part)
+
+
 @pytest.mark.parametrize("name", GROUPED)
 def test_layouts(name: str) -> None:
     layout = random_layouts(ROWS, 96)[name]
@@ -89,5 +101,5 @@ def test_what_does_not_fit_is_declined() -> None:
     assert "multiple of 32" in str(decline_planes(narrow))
     odd = Int4Groups(layout.codes, layout.scales.repeat(1, 4), layout.zeros.repeat(1, 4), 8)
     assert "groups of 8" in str(decline_planes(odd))
-    unknown = GgufBlocks(torch.zeros((1, QuantType.IQ2_S.block_bytes), dtype=torch.uint8), QuantType.IQ2_S)
-    assert "IQ2_S" in str(decline_planes(unknown))
+    unknown = GgufBlocks(torch.zeros((1, QuantType.Q8_K.block_bytes), dtype=torch.uint8), QuantType.Q8_K)
+    assert "Q8_K" in str(decline_planes(unknown))

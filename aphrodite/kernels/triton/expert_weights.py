@@ -14,6 +14,20 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton.packed import load_plane, load_values, packed_code, packed_field, spread_runs
+from aphrodite.kernels.triton.packed_grid import (
+    grid_code,
+    grid_codes,
+    grid_scale,
+    grid_tile,
+    grid_zero,
+    is_grid,
+    is_shifted,
+    load_run_values,
+    load_runs,
+    run_factor,
+    run_shift,
+    scale_words,
+)
 from aphrodite.quantization.planes import Planes
 
 
@@ -399,6 +413,54 @@ def _plane_tiles(
 
 
 @triton.jit
+def _grid_rows(
+    x, low, high, scales, super_scales, table, rows,
+    columns: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    RUNS: tl.constexpr = CHUNK // 32
+    PART: tl.constexpr = scale_words(KIND)
+    of_runs = tl.zeros((ROWS, RUNS), tl.float32)
+    for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
+        runs = load_runs(low, high, scales, super_scales, rows, step * RUNS, columns, KIND, RUNS)
+        values = load_run_values(x, step * RUNS, columns, RUNS)
+        for part in tl.static_range(4 // PART):
+            products = tl.zeros((ROWS, RUNS), tl.float32)
+            summed = tl.zeros((RUNS,), tl.float32)
+            shifted = tl.zeros((ROWS, RUNS), tl.float32)
+            for word in tl.static_range(part * PART, (part + 1) * PART):
+                codes = grid_codes(runs, table, word, KIND)
+                of_word = tl.zeros((RUNS,), tl.float32)
+                for index in tl.static_range(8):
+                    products += grid_code(codes, index, KIND) * values[8 * word + index][None, :]
+                    of_word += values[8 * word + index]
+                summed += of_word
+                if is_shifted(KIND):
+                    shifted += run_shift(runs, word, KIND) * of_word[None, :]
+            products = products * grid_scale(KIND) - (summed * (grid_scale(KIND) + grid_zero(KIND)))[None, :]
+            of_runs += run_factor(runs, part, KIND) * (products - shifted)
+    return tl.sum(of_runs, axis=1)
+
+
+@triton.jit
+def _grid_tiles(
+    from_x, low, high, scales, super_scales, table, rows,
+    columns: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PAIRS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    RUNS: tl.constexpr = CHUNK // 32
+    total = tl.zeros((ROWS, PAIRS), tl.float32)
+    for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
+        k = step * CHUNK + tl.arange(0, CHUNK)
+        if columns % CHUNK == 0:
+            values = tl.load(from_x + k[:, None])
+        else:
+            values = tl.load(from_x + k[:, None], mask=k[:, None] < columns, other=0.0)
+        tile = grid_tile(low, high, scales, super_scales, table, rows, step * RUNS, columns, KIND, ROWS, RUNS)
+        total = tl.dot(tile.to(values.dtype), values, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def dot_expert_rows(
     x,  # a row of activations
     low,  # of "dense" weights these themselves
@@ -424,6 +486,8 @@ def dot_expert_rows(
     """`[ROWS]` float32: rows of experts times one of x, on the vector units."""
     if KIND == "dense":
         result = _dense_rows(x, low, rows, columns, ROWS, CHUNK)
+    elif is_grid(KIND):
+        result = _grid_rows(x, low, high, scales, super_scales, table, rows, columns, KIND, ROWS, CHUNK, STAGES)
     else:
         result = _plane_rows(
             x, low, high, scales, super_scales, offsets, super_offsets, table, rows, columns, LOW_BITS, HIGH_BITS,
@@ -461,6 +525,10 @@ def dot_expert_tiles(
         result = tl.zeros((ROWS, PAIRS), tl.float32)
         for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
             result = _dense_tile(result, from_x, low, rows, step, columns, ROWS, CHUNK)
+    elif is_grid(KIND):
+        result = _grid_tiles(
+            from_x, low, high, scales, super_scales, table, rows, columns, KIND, ROWS, CHUNK, PAIRS, STAGES
+        )
     else:
         result = _plane_tiles(
             from_x, low, high, scales, super_scales, offsets, super_offsets, table, rows, columns, LOW_BITS, HIGH_BITS,

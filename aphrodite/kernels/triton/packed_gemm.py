@@ -40,6 +40,7 @@ from aphrodite.kernels.triton.packed import (
     plane_arguments,
     spread_runs,
 )
+from aphrodite.kernels.triton.packed_grid import grid_tile, is_grid
 from aphrodite.quantization.planes import RUN_WORDS, Planes
 
 PACKED_SKINNY_MAX_ROWS = 64
@@ -102,6 +103,56 @@ def _store_skinny(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _decoded_tile(
+    low, high, scales, super_scales, offsets, super_offsets, table, one, rows, step,
+    columns: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr,
+    OFFSET: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
+    """`[ROWS, CHUNK]` weights of columns step * CHUNK and following."""
+    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
+    COUNT: tl.constexpr = CHUNK // IN_WORD
+    if is_grid(KIND):
+        tile = grid_tile(
+            low, high, scales, super_scales, table, rows, step * (CHUNK // 32), columns, KIND, ROWS, CHUNK // 32
+        )
+        weight = tile.to(TYPE)
+    else:
+        RUN: tl.constexpr = 4 * IN_WORD
+        SPANS: tl.constexpr = 2 if GROUP < RUN else 1
+        SPAN: tl.constexpr = RUN // SPANS
+        BITS: tl.constexpr = LOW_BITS + HIGH_BITS
+        RUNS: tl.constexpr = CHUNK // RUN
+        words: tl.constexpr = columns // IN_WORD
+        low_words = load_plane(low, rows, step * COUNT, words, COUNT)
+        high_words = low_words
+        if HIGH_BITS > 0:
+            high_words = load_plane(high, rows, step * COUNT, words, COUNT)
+        fields = ()  # type: Any
+        for span in tl.static_range(SPANS):
+            factor, shift = load_affine(
+                scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
+                GROUP, SUPER, OFFSET, ZERO, KIND, PLAIN=True,
+            )  # fmt: skip
+            # Of codes in a mantissa, by their place: those of even and of odd fields.
+            affine = ()  # type: Any
+            for parity in tl.static_range(2):
+                raised = (
+                    factor * (1 << (23 - mantissa_place(parity, LOW_BITS, HIGH_BITS))) if KIND == "integer" else factor
+                )
+                offset = shift + raised if KIND == "integer" else shift
+                affine = affine + (spread_runs(raised, ROWS, RUNS), spread_runs(offset, ROWS, RUNS))
+            for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+                if KIND == "integer":
+                    code = packed_mantissa(low_words, high_words, one, index, LOW_BITS, HIGH_BITS)
+                else:
+                    code = packed_code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+                fields = fields + ((code * affine[index % 2 * 2] - affine[index % 2 * 2 + 1]).to(TYPE),)
+        weight = in_column_order(fields, ROWS, RUNS, IN_WORD)
+    return weight
+
+
 @direct_launch
 @triton.jit(do_not_specialize=["M"])
 def _packed_skinny_kernel(
@@ -142,14 +193,6 @@ def _packed_skinny_kernel(
     PDL: tl.constexpr,
 ):
     launch_dependents(PDL)
-    IN_WORD: tl.constexpr = 4 if LOW_BITS == 8 else 8
-    RUN: tl.constexpr = 4 * IN_WORD
-    SPANS: tl.constexpr = 2 if GROUP < RUN else 1
-    SPAN: tl.constexpr = RUN // SPANS
-    BITS: tl.constexpr = LOW_BITS + HIGH_BITS
-    words: tl.constexpr = columns // IN_WORD
-    COUNT: tl.constexpr = CHUNK // IN_WORD
-    RUNS: tl.constexpr = CHUNK // RUN
     TYPE: tl.constexpr = tl.float16 if x.dtype.element_ty == tl.float16 else tl.float32
     first = tl.program_id(0) * ROWS
     rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
@@ -160,31 +203,10 @@ def _packed_skinny_kernel(
     share: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     start = tl.program_id(1) * share
     for step in tl.range(start, tl.minimum(start + share, steps), num_stages=STAGES):
-        low_words = load_plane(low, rows, step * COUNT, words, COUNT)
-        high_words = low_words
-        if HIGH_BITS > 0:
-            high_words = load_plane(high, rows, step * COUNT, words, COUNT)
-        fields = ()  # type: Any
-        for span in tl.static_range(SPANS):
-            factor, shift = load_affine(
-                scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
-                GROUP, SUPER, OFFSET, ZERO, KIND, PLAIN=True,
-            )  # fmt: skip
-            # Of codes in a mantissa, by their place: those of even and of odd fields.
-            affine = ()  # type: Any
-            for parity in tl.static_range(2):
-                raised = (
-                    factor * (1 << (23 - mantissa_place(parity, LOW_BITS, HIGH_BITS))) if KIND == "integer" else factor
-                )
-                offset = shift + raised if KIND == "integer" else shift
-                affine = affine + (spread_runs(raised, ROWS, RUNS), spread_runs(offset, ROWS, RUNS))
-            for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
-                if KIND == "integer":
-                    code = packed_mantissa(low_words, high_words, one, index, LOW_BITS, HIGH_BITS)
-                else:
-                    code = packed_code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-                fields = fields + ((code * affine[index % 2 * 2] - affine[index % 2 * 2 + 1]).to(TYPE),)
-        weight = in_column_order(fields, ROWS, RUNS, IN_WORD)
+        weight = _decoded_tile(
+            low, high, scales, super_scales, offsets, super_offsets, table, one, rows, step, columns, LOW_BITS,
+            HIGH_BITS, GROUP, SUPER, OFFSET, ZERO, KIND, ROWS, CHUNK, TYPE,
+        )  # fmt: skip
         column = step * CHUNK + tl.arange(0, CHUNK)
         pointers = x + tokens[None, :] * x_stride + column[:, None]
         if columns % CHUNK == 0:
@@ -250,25 +272,31 @@ def _expand_kernel(
     if HAS_NUMBERS:
         wait_for_producer(PDL)
         rows = tl.load(numbers + rows).to(tl.int64)
-    low_words = load_plane(low, rows, step * COUNT, words, COUNT)
-    high_words = low_words
-    if HIGH_BITS > 0:
-        high_words = load_plane(high, rows, step * COUNT, words, COUNT)
+    if is_grid(KIND):
+        tile = grid_tile(
+            low, high, scales, super_scales, table, rows, step * (CHUNK // 32), columns, KIND, ROWS, CHUNK // 32
+        )
+        weight = tile.to(out.dtype.element_ty)
+    else:
+        low_words = load_plane(low, rows, step * COUNT, words, COUNT)
+        high_words = low_words
+        if HIGH_BITS > 0:
+            high_words = load_plane(high, rows, step * COUNT, words, COUNT)
+        fields = ()  # type: Any
+        for span in tl.static_range(SPANS):
+            factor, shift = load_affine(
+                scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
+                GROUP, SUPER, OFFSET, ZERO, KIND,
+            )  # fmt: skip
+            factor = spread_runs(factor, ROWS, RUNS)
+            shift = spread_runs(shift, ROWS, RUNS)
+            for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
+                code = packed_code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
+                fields = fields + ((code * factor - shift).to(out.dtype.element_ty),)
+        weight = in_column_order(fields, ROWS, RUNS, IN_WORD)
     if not HAS_NUMBERS:
         # The result's memory may still be read by an earlier kernel's product.
         wait_for_producer(PDL)
-    fields = ()  # type: Any
-    for span in tl.static_range(SPANS):
-        factor, shift = load_affine(
-            scales, super_scales, offsets, super_offsets, rows, step * RUNS, span, columns, RUN, SPAN, RUNS, BITS,
-            GROUP, SUPER, OFFSET, ZERO, KIND,
-        )  # fmt: skip
-        factor = spread_runs(factor, ROWS, RUNS)
-        shift = spread_runs(shift, ROWS, RUNS)
-        for index in tl.static_range(span * (IN_WORD // SPANS), (span + 1) * (IN_WORD // SPANS)):
-            code = packed_code(low_words, high_words, table, index, LOW_BITS, HIGH_BITS, KIND)
-            fields = fields + ((code * factor - shift).to(out.dtype.element_ty),)
-    weight = in_column_order(fields, ROWS, RUNS, IN_WORD)
     column = step * CHUNK + tl.arange(0, CHUNK)
     inside = (first_row + row < end_row)[:, None] & (column < columns)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * columns + column[None, :], weight, mask=inside)

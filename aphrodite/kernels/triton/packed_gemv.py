@@ -13,13 +13,13 @@ squares are summed beside the products, and 1 / rms scales the finished sums.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple  # noqa: F401 (Any: the type comments of kernels)
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.activation import gated
+from aphrodite.kernels.triton.grid_gemv import grid_gemv_kernel
 from aphrodite.kernels.triton.launch import (
     ceil_div,
     direct_launch,
@@ -40,11 +40,14 @@ from aphrodite.kernels.triton.packed import (
     packed_code,
     packed_mantissa,
     plane_arguments,
+    store_gemv,
 )
+from aphrodite.kernels.triton.packed_grid import grid_arguments, is_grid, understands_ptx
 from aphrodite.platforms import platform_of
 from aphrodite.quantization.planes import Planes
 
 PACKED_GEMV_MAX_ROWS = 2
+GRID_COLUMNS = 16384  # of activations that the registers of a block hold beside the tiles of a grid's points
 
 
 class PackedGemvCut(NamedTuple):
@@ -68,38 +71,12 @@ def packed_gemv_cut(in_features: int, rows: int, bits: int) -> PackedGemvCut:
     return PackedGemvCut(2 if rows > 1 or bits > 4 else 4, chunk, warps, max(1, 16 // warps))
 
 
-@triton.jit
-def _store_gemv(
-    total,
-    bias,
-    residual,
-    out,
-    row,
-    out_stride,
-    out_features,
-    first,
-    ROWS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Bias, activation and residual of one activation row's `total` `[ROWS]`, and the store."""
-    index = first + tl.arange(0, ROWS)
-    if HAS_BIAS:
-        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)
-    if ACTIVATION is None:
-        width = out_features
-        result = total
-    else:
-        width = out_features // 2
-        index = first // 2 + tl.arange(0, ROWS // 2)
-        gate, up = tl.split(tl.reshape(total, (ROWS // 2, 2)))
-        result = gated(gate, up, ACTIVATION)
-    inside = index < width
-    at = row * out_stride + index
-    if HAS_RESIDUAL:
-        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+@functools.cache
+def grid_gemv_cut(in_features: int, rows: int, gated: bool) -> PackedGemvCut:
+    """The same for weights that name points of a grid, whose decoding takes more registers."""
+    cut = packed_gemv_cut(in_features, rows, 1)
+    few = in_features * rows > GRID_COLUMNS and not gated  # pairs of rows make one activation
+    return cut._replace(rows=1 if few else 2, blocks=max(1, 16 // rows // cut.warps))
 
 
 @triton.jit
@@ -270,7 +247,7 @@ def _packed_gemv_kernel(
             total = tl.sum(totals[m], axis=1)
             if HAS_NORM:
                 total = total * norms[m]
-            _store_gemv(
+            store_gemv(
                 total, bias, residual, out, m, out_stride, out_features, first_of_tile, ROWS, ACTIVATION, HAS_BIAS,
                 HAS_RESIDUAL,
             )  # fmt: skip
@@ -300,17 +277,30 @@ def packed_gemv(
         cut: chosen by shape when None.
     """
     form = weight.form
-    cut = cut or packed_gemv_cut(form.columns, x.shape[0], form.low_bits + form.high_bits)
+    if is_grid(form.kind):
+        if x.shape[0] > 1 and form.columns > GRID_COLUMNS:
+            for row in range(x.shape[0]):
+                packed_gemv(x[row : row + 1], weight, out[row : row + 1], epilogue, norm)
+            return
+        cut = cut or grid_gemv_cut(form.columns, x.shape[0], epilogue.activation is not None)
+    else:
+        cut = cut or packed_gemv_cut(form.columns, x.shape[0], form.low_bits + form.high_bits)
     tiles = ceil_div(weight.rows, cut.rows)
     passes = ceil_div(tiles, cut.blocks * _multiprocessors(x.device))
     norm_weight, eps = norm if norm is not None else (x, 0.0)
     pdl = pdl_supported(x.device)
-    _packed_gemv_kernel[(ceil_div(tiles, passes),)](
+    if is_grid(form.kind):
+        kernel: Any = grid_gemv_kernel
+        planes = grid_arguments(weight)
+        constants: dict[str, Any] = {"columns": form.columns, "KIND": form.kind, "PTX": understands_ptx(x.device)}
+    else:
+        kernel, planes, constants = _packed_gemv_kernel, plane_arguments(weight), form_arguments(weight)
+    kernel[(ceil_div(tiles, passes),)](
         x,
         x.stride(0),
         norm_weight,
         eps,
-        *plane_arguments(weight),
+        *planes,
         x if epilogue.bias is None else epilogue.bias,
         out,
         out,
@@ -318,7 +308,7 @@ def packed_gemv(
         weight.rows,
         passes,
         BITS_OF_ONE,
-        **form_arguments(weight),
+        **constants,
         M=x.shape[0],
         ROWS=cut.rows,
         CHUNK=cut.chunk,

@@ -30,6 +30,7 @@ DENSE = ("bf16", 16, 0, 32, 0, "none", 0, "dense")
 INT4 = ("i32", 4, 0, 128, 0, "zeros", 0, "integer")
 MXFP4 = ("i32", 4, 0, 32, 0, "none", 0, "e2m1")
 Q4_K = ("i32", 4, 0, 32, 256, "offsets", 0, "integer")
+IQ2_XS = ("i64", 2, 0, 16, 256, "none", 0, "iq2_xs")
 NAMES = ("LOW_BITS", "HIGH_BITS", "GROUP", "SUPER", "OFFSET", "ZERO", "KIND")
 
 
@@ -38,7 +39,7 @@ def _weights(kind: tuple[Any, ...], bias: bool = False) -> dict[str, Any]:
     form = {
         name: Constant(value) if isinstance(value, str) else value for name, value in zip(NAMES, kind[1:], strict=True)
     }
-    scales = "*u8" if kind is Q4_K else "*bf16" if kind is INT4 else "*fp32"
+    scales = "*u8" if kind in (Q4_K, IQ2_XS) else "*bf16" if kind is INT4 else "*fp32"
     return {
         "low": f"*{dtype}",
         "high": f"*{dtype}",
@@ -46,7 +47,7 @@ def _weights(kind: tuple[Any, ...], bias: bool = False) -> dict[str, Any]:
         "super_scales": "*fp16",
         "offsets": "*u8",
         "super_offsets": "*fp16",
-        "table": "*fp32",
+        "table": "*i64" if kind is IQ2_XS else "*fp32",
         "bias": "*fp32",
         "HAS_BIAS": bias,
         **form,
@@ -54,7 +55,8 @@ def _weights(kind: tuple[Any, ...], bias: bool = False) -> dict[str, Any]:
 
 
 def _name(kind: tuple[Any, ...], pdl: bool) -> str:
-    return {DENSE: "dense", INT4: "int4", MXFP4: "mxfp4", Q4_K: "q4_k"}[kind] + ("-pdl" if pdl else "")
+    names = {DENSE: "dense", INT4: "int4", MXFP4: "mxfp4", Q4_K: "q4_k", IQ2_XS: "iq2_xs"}
+    return names[kind] + ("-pdl" if pdl else "")
 
 
 def _pdl(pdl: bool) -> dict[str, Any]:
@@ -251,6 +253,9 @@ CASES = [
     _grouped(4096, 128, INT4, gated=True, hip=True),
     _grouped(2880, 16, MXFP4, gated=True),
     _grouped(2048, 16, Q4_K, gated=True),
+    *_pairs((4096, 14336), 2, IQ2_XS),
+    _grouped(4096, 64, IQ2_XS, gated=True),
+    _grouped(14336, 16, IQ2_XS, gated=False, hip=True),
     KernelCase(
         name="combine_experts",
         kernel=_combine_kernel,

@@ -8,18 +8,25 @@ import torch
 from compiling import TARGETS, Constant, KernelCase
 from packed_layouts import random_blocks, random_layouts
 
+from aphrodite.kernels.triton.grid_gemv import grid_gemv_kernel
 from aphrodite.kernels.triton.packed_gemm import _expand_kernel, _packed_skinny_kernel, packed_skinny_cut
-from aphrodite.kernels.triton.packed_gemv import PACKED_GEMV_MAX_ROWS, _packed_gemv_kernel, packed_gemv_cut
+from aphrodite.kernels.triton.packed_gemv import (
+    PACKED_GEMV_MAX_ROWS,
+    _packed_gemv_kernel,
+    grid_gemv_cut,
+    packed_gemv_cut,
+)
+from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.planes import Planes, planes_of
 from aphrodite.quantization.types import QuantType
 
 _NOTATION = {
-    torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.float16: "*fp16",
-    torch.float32: "*fp32", torch.bfloat16: "*bf16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.float16: "*fp16", torch.float32: "*fp32", torch.bfloat16: "*bf16",
 }  # fmt: skip
 _BLOCKS = (QuantType.Q4_K, QuantType.Q6_K, QuantType.Q3_K, QuantType.Q2_K, QuantType.Q5_1, QuantType.Q8_0)
 _PLANES: dict[str, Planes] = {
-    **{qtype.name: planes_of(random_blocks(qtype, 1, 256)) for qtype in _BLOCKS},
+    **{qtype.name: planes_of(random_blocks(qtype, 1, 256)) for qtype in (*_BLOCKS, *GRID_FORMS)},
     **{name: planes_of(random_layouts(1, 96)[name]) for name in ("int4", "nf4", "e4m3")},
 }
 _OF_PLANES = ("low", "high", "scales", "super_scales", "offsets", "super_offsets", "table")
@@ -86,6 +93,13 @@ def _product(
             title, _packed_skinny_kernel, {**epilogue, **own}, skinny.warps, targets=targets, options=options
         )
     form = _PLANES[name].form
+    if QuantType.__members__.get(name) in GRID_FORMS:
+        cut = grid_gemv_cut(shape[1], rows, gated)
+        unused = ("offsets", "super_offsets", "LOW_BITS", "HIGH_BITS", "GROUP", "SUPER", "OFFSET", "ZERO")
+        own = {part: value for part, value in epilogue.items() if part not in unused}
+        own |= {"norm_weight": f"*{dtype}", "eps": "fp32", "HAS_NORM": gated, "M": rows, "PTX": targets != ("gfx942",)}
+        own |= {"passes": "i32", "one": "i32:16", "ROWS": cut.rows, "CHUNK": cut.chunk}
+        return KernelCase(title, grid_gemv_kernel, own, cut.warps, targets=targets, options=options)
     cut = packed_gemv_cut(shape[1], rows, form.low_bits + form.high_bits)
     own = {"norm_weight": f"*{dtype}", "eps": "fp32", "HAS_NORM": gated, "M": rows}
     own |= {"passes": "i32", "one": "i32:16", "ROWS": cut.rows, "CHUNK": cut.chunk}
@@ -112,6 +126,18 @@ CASES = [
     _product("int4", (28672, 4096), 2, gated=True, targets=("gfx942",)),
     _product("nf4", (4096, 4096), 1, targets=("sm_90",)),
     _product("e4m3", (4096, 4096), 1, targets=("gfx942",)),
+    _product("IQ2_XS", (57344, 8192), 1, gated=True, pdl=True),
+    _product("IQ2_XXS", (28672, 4096), 2, gated=True, targets=("sm_90",)),
+    _product("IQ2_S", (8192, 28672), 1, targets=("sm_80",)),
+    _product("IQ3_XXS", (4096, 14336), 2, targets=("gfx942",)),
+    _product("IQ3_S", (4096, 14336), 1, targets=("sm_90",)),
+    _product("IQ1_S", (8192, 28672), 1, targets=("gfx942",)),
+    _product("IQ1_M", (28672, 4096), 2, gated=True, dtype="fp16", targets=("sm_80",)),
+    _product("TQ1_0", (4096, 4096), 2, targets=("sm_90",)),
+    _product("IQ2_XS", (57344, 8192), 64, gated=True, targets=("sm_90",)),
+    _product("IQ3_S", (4096, 14336), 8, targets=("gfx942",)),
+    _expansion("IQ2_XXS", "gfx942"),
+    _expansion("IQ1_M", "sm_80"),
     _product("Q4_K", (4096, 14336), 8, pdl=True),
     _product("Q6_K", (128256, 4096), 64, dtype="fp16", targets=("sm_80",)),
     _product("e4m3", (28672, 4096), 64, gated=True, targets=("sm_90",)),

@@ -15,11 +15,12 @@ from aphrodite.layers.triton_linear import TritonLinear
 from aphrodite.layers.triton_moe import TritonExperts, TritonGate, TritonMixture, TritonRouter, TritonShared
 from aphrodite.models.spec import MoeSpec
 from aphrodite.quantization.layouts import GgufBlocks, Int4Groups, PackedLayout
+from aphrodite.quantization.noise import noise_blocks
 from aphrodite.quantization.planes import planes_of
 from aphrodite.quantization.types import QuantType
 
 LAYERS = ("dense", "shared", "mxfp4", "int4")
-GGUF_LAYERS = ("q4_k", "q6_k")
+GGUF_LAYERS = ("q4_k", "q6_k", "iq2_xs", "iq3_s", "iq1_m", "tq1_0")
 DTYPES = (torch.float16, torch.float32)
 CHOICE = Choice("test", ())
 
@@ -67,7 +68,7 @@ def make_experts(
         router_bias=kind == "mxfp4",
         shared_intermediate_size=24 if kind == "shared" else 0,
     )
-    if kind in ("q4_k", "q6_k"):  # whole super-blocks
+    if kind in GGUF_LAYERS:  # whole super-blocks
         hidden, inner = 256, 256
     sizes = ((2 * inner, hidden), (hidden, inner))
     made = [_weights(kind, dtype, random(count, *size) / size[1] ** 0.5, device) for size in sizes]
@@ -113,6 +114,9 @@ def _weights(kind: str, dtype: torch.dtype, values: torch.Tensor, device: str) -
 
 
 def _packed(kind: str, values: torch.Tensor) -> PackedLayout:
+    if kind in GGUF_LAYERS[2:]:
+        qtype = QuantType[kind.upper()]
+        return GgufBlocks(noise_blocks(qtype, (values.shape[0], values.shape[1]), 0.06, 3, torch.device("cpu")), qtype)
     generator = torch.Generator().manual_seed(values.shape[0])
     if kind in ("mxfp4", "q4_k", "q6_k"):
         qtype = {"mxfp4": QuantType.MXFP4, "q4_k": QuantType.Q4_K, "q6_k": QuantType.Q6_K}[kind]

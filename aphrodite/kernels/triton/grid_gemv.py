@@ -1,0 +1,190 @@
+"""Products of one or two activation rows with a weight that names points of a grid: act(norm(x) W^T + b) + residual.
+
+`packed_gemv.py`'s design over `packed_grid.py`'s runs, a run a thread. 1.6 to 3.5 bits a value are read once; at some 5
+operations a weight of 2.3 bits the vector units of an H100 keep up with half of its bandwidth.
+"""
+
+# ruff: noqa: RUF005  (Triton's tuples know no unpacking)
+from __future__ import annotations
+
+from typing import Any  # noqa: F401 (the type comments of kernels)
+
+import triton
+import triton.language as tl
+
+from aphrodite.kernels.triton.launch import direct_launch, launch_dependents, wait_for_producer
+from aphrodite.kernels.triton.packed import store_gemv
+from aphrodite.kernels.triton.packed_grid import (
+    ends_shift,
+    grid_codes,
+    grid_mantissa,
+    grid_raise,
+    grid_zero,
+    load_run_values,
+    load_runs,
+    run_factor,
+    run_shift,
+    scale_words,
+)
+
+
+@triton.jit
+def _load_tile(
+    low, high, scales, super_scales, rows, columns: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """`load_runs` of whole rows, chunk after chunk."""
+    tile = ()  # type: Any
+    for chunk in tl.static_range((columns + CHUNK - 1) // CHUNK):
+        tile = tile + load_runs(low, high, scales, super_scales, rows, chunk * CHUNK // 32, columns, KIND, CHUNK // 32)
+    return tile
+
+
+@triton.jit
+def _prepare(values, KIND: tl.constexpr, RUNS: tl.constexpr, EXACT: tl.constexpr):
+    """Of what a chunk's runs are multiplied by, 32 `[RUNS]`: the same times what makes their product with a mantissa
+    that with the code, plus themselves; sums of those and of what the zero adds for each scale of a run; and sums of
+    the values for each shift of a run, as tuples."""
+    raised_values = ()  # type: Any
+    raised_sums = ()  # type: Any
+    sums = ()  # type: Any
+    raised_sum = tl.zeros((RUNS,), tl.float32)
+    summed = tl.zeros((RUNS,), tl.float32)
+    for word in tl.static_range(4):
+        for index in tl.static_range(8):
+            value = values[8 * word + index]
+            raised = value * grid_raise(index, KIND, EXACT)
+            raised_values = raised_values + (raised,)
+            raised_sum += raised + value * grid_zero(KIND)
+            summed += value
+        if (word + 1) % scale_words(KIND) == 0:
+            raised_sums = raised_sums + (raised_sum,)
+            raised_sum = tl.zeros((RUNS,), tl.float32)
+        if ends_shift(word, KIND):
+            sums = sums + (summed,)
+            summed = tl.zeros((RUNS,), tl.float32)
+    return raised_values, raised_sums, sums
+
+
+@triton.jit
+def _add_products(
+    totals, runs, prepared, table, one,
+    KIND: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr, EXACT: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """`totals`, `[ROWS, RUNS]` for each of the M rows of activations, and the products of a chunk's runs with what
+    `_prepare` made of each."""
+    PART: tl.constexpr = scale_words(KIND)
+    for part in tl.static_range(4 // PART):
+        products = ()  # type: Any
+        for m in tl.static_range(M):
+            products = products + (tl.zeros((ROWS, RUNS), tl.float32) - prepared[m][1][part][None, :],)
+        for word in tl.static_range(part * PART, (part + 1) * PART):
+            codes = grid_codes(runs, table, word, KIND)
+            for index in tl.static_range(8):
+                code = grid_mantissa(codes, one, index, KIND, EXACT, PTX)
+                new_products = ()  # type: Any
+                for m in tl.static_range(M):
+                    new_products = new_products + (products[m] + code * prepared[m][0][8 * word + index][None, :],)
+                products = new_products
+            if ends_shift(word, KIND):
+                shift = run_shift(runs, word, KIND)
+                shifted = ()  # type: Any
+                for m in tl.static_range(M):
+                    summed = prepared[m][2][word if KIND == "iq1_m" else 0]
+                    shifted = shifted + (products[m] - shift * summed[None, :],)
+                products = shifted
+        factor = run_factor(runs, part, KIND)
+        new_totals = ()  # type: Any
+        for m in tl.static_range(M):
+            new_totals = new_totals + (totals[m] + factor * products[m],)
+        totals = new_totals
+    return totals
+
+
+@direct_launch
+@triton.jit(do_not_specialize=["passes"])
+def grid_gemv_kernel(
+    x,  # [M, in]
+    x_stride,
+    norm_weight,  # [in], or anything when not HAS_NORM
+    eps,
+    low,
+    high,
+    scales,
+    super_scales,
+    table,
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # as out, or anything when not HAS_RESIDUAL
+    out,  # [M, width]
+    out_stride,
+    out_features,
+    passes,  # tiles of rows a block
+    one,  # the bits of 1.0
+    columns: tl.constexpr,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,  # columns
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PTX: tl.constexpr,  # whether the device understands it
+    PDL: tl.constexpr,
+):
+    launch_dependents(PDL)
+    RUNS: tl.constexpr = CHUNK // 32
+    CHUNKS: tl.constexpr = (columns + CHUNK - 1) // CHUNK
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    # Rows beyond the last read the last again instead of being masked.
+    first = tl.program_id(0) * ROWS
+    rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
+    tile = _load_tile(low, high, scales, super_scales, rows, columns, KIND, CHUNK)
+    factors = ()  # type: Any
+    if HAS_NORM:
+        for chunk in tl.static_range(CHUNKS):
+            factors = factors + (load_run_values(norm_weight, chunk * RUNS, columns, RUNS),)
+    wait_for_producer(PDL)
+    # Activations stay in registers for all rows of the block: [chunk][m].
+    prepared = ()  # type: Any
+    squares = ()  # type: Any
+    for _ in tl.static_range(M):
+        squares = squares + (tl.zeros((RUNS,), tl.float32),)
+    for chunk in tl.static_range(CHUNKS):
+        of_chunk = ()  # type: Any
+        new_squares = ()  # type: Any
+        for m in tl.static_range(M):
+            values = load_run_values(x + m * x_stride, chunk * RUNS, columns, RUNS)
+            if HAS_NORM:
+                square = squares[m]
+                normed = ()  # type: Any
+                for field in tl.static_range(32):
+                    square += values[field] * values[field]
+                    normed = normed + (values[field] * factors[chunk][field],)
+                new_squares = new_squares + (square,)
+                of_chunk = of_chunk + (_prepare(normed, KIND, RUNS, EXACT),)
+            else:
+                of_chunk = of_chunk + (_prepare(values, KIND, RUNS, EXACT),)
+        prepared = prepared + (of_chunk,)
+        if HAS_NORM:
+            squares = new_squares
+    for _ in tl.range(passes):
+        current = tile
+        first_of_tile = first
+        first += tl.num_programs(0) * ROWS
+        rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
+        tile = _load_tile(low, high, scales, super_scales, rows, columns, KIND, CHUNK)
+        totals = ()  # type: Any
+        for _ in tl.static_range(M):
+            totals = totals + (tl.zeros((ROWS, RUNS), tl.float32),)
+        for chunk in tl.static_range(CHUNKS):
+            runs = (current[4 * chunk], current[4 * chunk + 1], current[4 * chunk + 2], current[4 * chunk + 3])
+            totals = _add_products(totals, runs, prepared[chunk], table, one, KIND, M, ROWS, RUNS, EXACT, PTX)
+        for m in tl.static_range(M):
+            total = tl.sum(totals[m], axis=1)
+            if HAS_NORM:
+                total = total * (1.0 / tl.sqrt(tl.sum(squares[m], axis=0) / columns + eps))
+            store_gemv(
+                total, bias, residual, out, m, out_stride, out_features, first_of_tile, ROWS, ACTIVATION, HAS_BIAS,
+                HAS_RESIDUAL,
+            )  # fmt: skip
