@@ -23,7 +23,7 @@ from aphrodite.errors import ConfigError, RequestFailedError
 from aphrodite.kernels.triton.compile_ahead import Jobs, compile_ahead
 from aphrodite.kernels.triton.launch import recording
 from aphrodite.runner.device_rows import DeviceRows, PaddedStep, StagedStep, ragged_lengths
-from aphrodite.runner.executor import DeviceModelExecutor, LogitsOf, place_adapter
+from aphrodite.runner.executor import DeviceModelExecutor, LogitsOf, place_adapters
 from aphrodite.runner.inputs import HostLengths, StepSize
 from aphrodite.runner.pooling import HiddenLayout, Pooler, part_sums
 from aphrodite.runner.results import (
@@ -32,6 +32,7 @@ from aphrodite.runner.results import (
     PromptLogprobs,
     RowRequests,
     logits_layout,
+    take_over,
     with_prompt_logprobs,
 )
 from aphrodite.runner.step_graphs import Ending, StepGraphs, decode_sizes, ragged_sizes, smallest
@@ -244,11 +245,9 @@ class DeviceRunner:
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         began = self._transfers.mark()
-        for slot, adapter in plan.adapters:
-            place_adapter(self.executor, slot, adapter)
-        self.rows.apply(plan)
-        self._requests.apply(plan)
-        self._pooler.apply(plan)
+        parts: list[Callable[[StepPlan], None]] = [partial(place_adapters, self.executor)]
+        parts += [self.rows.apply, self._requests.apply, self._pooler.apply]
+        take_over(parts, lambda part: part(plan))
         if not plan.steps:
             return LaunchedStep()
         decodes = all(step.count == 1 and step.samples for step in plan.steps)

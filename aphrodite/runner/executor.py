@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from aphrodite.core.plan import StepPlan
 from aphrodite.models.shape import ModelShape
 from aphrodite.runner.inputs import DeviceInputs, ForwardInputs, HostLengths, StepSize
 
@@ -44,11 +45,12 @@ class AdapterStore(Protocol):
         """Compute with the adapter whatever rows have this slot from now on."""
 
 
-def place_adapter(executor: Executor, slot: int, number: int) -> None:
-    """Put an adapter into a slot of an executor that a plan names one for."""
-    if executor.adapters is None:
-        raise RuntimeError("a plan names an adapter, and no room was made for any")
-    executor.adapters.place(slot, number)
+def place_adapters(executor: Executor, plan: StepPlan) -> None:
+    """Put the adapters that a plan names into their slots."""
+    for slot, number in plan.adapters:
+        if executor.adapters is None:
+            raise RuntimeError("a plan names an adapter, and no room was made for any")
+        executor.adapters.place(slot, number)
 
 
 class Executor(Protocol):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
 
 logger = logging.getLogger(__name__)
+Change = TypeVar("Change")
 
 NON_FINITE_LOGITS = (
     "the model produced non-finite logits for this request; the weights may be damaged or overflow"
@@ -95,6 +96,22 @@ def logits_layout(steps: Sequence[RowStep], scored: Mapping[int, int]) -> Logits
     return LogitsLayout(np.array(entries, dtype=np.int32), sampling, prompt, guides)
 
 
+def take_over(changes: Iterable[Change], part: Callable[[Change], None]) -> None:
+    """Call `part` with each of `changes`, even if some fail: steps to come build on all of them.
+
+    Raises:
+        Exception: the first that was raised.
+    """
+    errors: list[Exception] = []
+    for change in changes:
+        try:
+            part(change)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 def error_of(exhausted: bool) -> str:
     """Why a row has no token that may be shown."""
     if exhausted:
@@ -119,7 +136,7 @@ class RowRequests:
     def apply(self, plan: StepPlan) -> None:
         """Take over what the plan changes; the rows' tokens have been."""
         for row in plan.ends:
-            self._sampler.end(row)
+            self._end(row)
             self.params.pop(row, None)
             self.scored.pop(row, None)
             self._unservable.discard(row)
@@ -127,7 +144,7 @@ class RowRequests:
             self.params[start.row] = start.sampling
             if start.sampling.prompt_logprobs is not None:
                 self.scored[start.row] = len(start.prompt_token_ids)
-            self._start(start)
+        take_over(plan.starts, self._start)
         for rewind in plan.rewinds:
             self._sampler.rewind(rewind.row, rewind.position)
             if rewind.barred:
@@ -158,6 +175,13 @@ class RowRequests:
             if result.row in self._unservable:
                 results[number] = RowResult(result.row, error=UNSERVABLE)
 
+    def _end(self, row: int) -> None:
+        """Free a row, come what may: it is given to another request."""
+        try:
+            self._sampler.end(row)
+        except Exception:
+            logger.exception("row %d was freed in part only", row)
+
     def _start(self, start: RowStart) -> None:
         """Give a row to the sampler. A plan that cannot be prepared must not cost others their step: the row is
         sampled without any stage then, until its request is told."""
@@ -165,5 +189,6 @@ class RowRequests:
             self._sampler.start(start.row, start.sampling, start.seed, start.prompt_token_ids)
         except Exception:
             logger.exception("request %s fails: its sampler could not be prepared", start.request_id)
+            self._end(start.row)
             self._sampler.start(start.row, SamplingParams(), start.seed, start.prompt_token_ids)
             self._unservable.add(start.row)

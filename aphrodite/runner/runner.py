@@ -8,14 +8,15 @@ Both read and write the same rows, so what a step computes does not depend on th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from aphrodite.core.plan import RowResult, RowStep, StepPlan, StepResult
 from aphrodite.errors import RequestFailedError
-from aphrodite.runner.executor import ModelExecutor, place_adapter
+from aphrodite.runner.executor import ModelExecutor, place_adapters
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.pooling import HiddenLayout, Pooler, part_sums
 from aphrodite.runner.results import (
@@ -24,6 +25,7 @@ from aphrodite.runner.results import (
     PromptLogprobs,
     RowRequests,
     logits_layout,
+    take_over,
     with_prompt_logprobs,
 )
 from aphrodite.runner.rows import Rows
@@ -95,11 +97,9 @@ class Runner:
             self._thread.shutdown(wait=True)
 
     def _run(self, plan: StepPlan) -> Outcome:
-        for slot, adapter in plan.adapters:
-            place_adapter(self.executor, slot, adapter)
-        self.rows.apply(plan)
-        self._requests.apply(plan)
-        self._pooler.apply(plan)
+        parts: list[Callable[[StepPlan], None]] = [partial(place_adapters, self.executor)]
+        parts += [self.rows.apply, self._requests.apply, self._pooler.apply]
+        take_over(parts, lambda part: part(plan))
         steps = plan.steps
         if not steps:
             return Outcome(StepResult(plan.step_id, []), 0.0, 0.0)

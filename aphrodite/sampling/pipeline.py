@@ -150,9 +150,11 @@ class Sampler:
 
     @torch.inference_mode()
     def end(self, row: int) -> None:
-        """The row's request is gone and the row is free."""
-        plan = self._plans.pop(row)
-        del self._num_prompt[row]
+        """The row's request is gone and the row is free, which it may have been before."""
+        plan = self._plans.pop(row, None)
+        if plan is None:  # its start failed
+            return
+        self._num_prompt.pop(row, None)
         self._barred.pop(row, None)
         self._followers.pop(row, None)
         if self._fused is not None and row in self._fused_rows:

@@ -98,11 +98,12 @@ class TritonSampler:
         self._barred.pop(row, None)
         self._followers.pop(row, None)
         program = self._programs.pop(row)
+        del self._num_prompt[row], self._launches[row]
+        self._memory.pop(row, None)  # steps in flight come first on the stream on which it would be used again
         if program.marks or program.only_allowed:
             self.kernels.marks[row].zero_()
         self._records[row] = 0
         self._send(row)
-        del self._memory[row], self._num_prompt[row], self._launches[row]
 
     def rewind(self, row: int, position: int) -> None:
         """Forget the row's tokens at `position` and after it; its history is right before that."""

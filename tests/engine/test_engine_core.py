@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -264,3 +265,33 @@ def test_a_sampler_that_cannot_be_prepared_fails_its_request_only(make_core: Mak
     assert tokens == expected
     assert list(errors) == ["broken"]
     assert "sampler" in errors["broken"]
+
+
+@pytest.mark.parametrize(
+    ("part", "failures"),
+    [("rows.apply", 1), ("sampler.start", 2), ("sampler._fused.end", 2)],  # a start is tried twice
+)
+def test_what_fails_as_requests_come_and_go_leaves_no_trace(
+    make_core: MakeCore, monkeypatch: pytest.MonkeyPatch, part: str, failures: int
+) -> None:
+    """As where memory runs out: the rows of that step may fail, and all later requests are served in them."""
+    core = make_core(max_num_seqs=2)
+    expected = alone(make_core)
+    path, _, method = part.rpartition(".")
+    owner = attrgetter(path)(core.runner)
+    original, calls = getattr(owner, method), 0
+
+    def fails_at_first(*arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= failures:
+            raise MemoryError("injected")
+        original(*arguments)
+
+    monkeypatch.setattr(owner, method, fails_at_first)
+    for number in (1, 2):
+        add(core, f"{number}", PROMPTS[number])
+    assert len([update for update in drain_updates(core) if update.finish_reason]) == 2
+    for number in (0, 3, 4, 5):
+        add(core, f"{number}", PROMPTS[number])
+    assert drain(core) == {name: expected[name] for name in "0345"}
