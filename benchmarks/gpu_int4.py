@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from gpu_linear import CEILING, DTYPE, EPS, compile_cases, guarded, only_compile
 from triton.backends.compiler import GPUTarget
 
-from aphrodite.kernels.triton import half_rows, int4_expand, int4_half, int4_linear, int4_mma, int4_wgmma
+from aphrodite.kernels.triton import half_gemm, half_rows, int4_expand, int4_half, int4_linear, int4_mma, int4_wgmma
 from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_half import HalfConfig
 from aphrodite.kernels.triton.int4_mma import MmaConfig
 from aphrodite.kernels.triton.int4_wgmma import WgmmaConfig
-from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4, whole_splits
+from aphrodite.kernels.triton.int4_words import RAISED, Int4Words, unpack_int4, whole_splits
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 
@@ -145,6 +146,9 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
     if isinstance(cut, HalfConfig):
         return lambda weight: int4_half.int4_half(half_rows.half_rows(x, bench.norm), weight, x.dtype, epilogue, cut)
 
+    if cut == "exact":
+        return lambda weight: exact(bench, half_rows.half_rows(x, bench.norm), weight, x.dtype, epilogue)
+
     def after_norm(weight: Any) -> torch.Tensor:
         normed = x if bench.norm is None else rms_norm(x, *bench.norm)
         if isinstance(cut, MmaConfig):
@@ -154,6 +158,12 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
         return int4_linear.by_library(normed, weight, bench.scratch, epilogue)
 
     return after_norm
+
+
+def exact(bench: Bench, x: HalfRows, weight: Int4Words, dtype: torch.dtype, epilogue: Epilogue) -> torch.Tensor:
+    """As by the library, with both operands in float16."""
+    dense = bench.scratch.view(torch.float16).view(weight.out_features, weight.in_features)
+    return half_gemm.half_gemm(x, int4_expand.expand_int4(weight, dense, RAISED), RAISED, dtype, epilogue)
 
 
 def default_cuts(layer: Layer, rows: int, group: int) -> dict[str, Any]:
@@ -168,6 +178,8 @@ def default_cuts(layer: Layer, rows: int, group: int) -> dict[str, Any]:
         cuts["half"] = int4_half.half_config(n, k, rows)
     if rows >= 64:
         cuts["library"] = "library"
+    if rows >= 512:
+        cuts["exact"] = "exact"
     return cuts
 
 
@@ -241,6 +253,8 @@ KERNELS = (
     (int4_wgmma, "_int4_wgmma_kernel"),
     (int4_half, "_int4_half_kernel"),
     (half_rows, "_half_rows_kernel"),
+    (half_gemm, "_half_gemm_kernel"),
+    (int4_expand, "_expand_kernel"),
 )
 
 
@@ -248,8 +262,8 @@ def _compile_task(task: tuple[GPUTarget, bool, Layer, int, int, Any]) -> str | N
     """Compile one case into Triton's cache; what went wrong, or None."""
     target, pdl, layer, group, rows, cut = task
     only_compile(target, pdl, KERNELS)
-    one_row = isinstance(cut, MmaConfig) and rows == 1
-    bench = Bench(layer._replace(norm=layer.norm and one_row), group, "meta")
+    norms = not isinstance(cut, MmaConfig | WgmmaConfig) or rows == 1  # by itself, or by a kernel that is compiled here
+    bench = Bench(layer._replace(norm=layer.norm and norms), group, "meta")
     try:
         run_cut(bench, *bench.inputs(rows), cut)(bench.weights[0])
     except Exception as error:
@@ -267,7 +281,7 @@ def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
     compile_ahead(
         [(layer, group, r, cut) for layer in layers for r in all_rows for cut in default_cuts(layer, r, group).values()]
     )
-    names = f"{'mma us':>9} {'wgmma us':>9} {'half us':>9} {'library us':>11}"
+    names = f"{'mma us':>9} {'wgmma us':>9} {'half us':>9} {'library us':>11} {'exact us':>9}"
     print(f"{'layer':8} {'rows':>4} {names} {'%':>6} {'TF/s':>6} errors")
     for layer in layers:
         bench = Bench(layer, group, "cuda")
@@ -291,12 +305,12 @@ def _compared(bench: Bench, rows: int) -> None:
             print(f"  {layer.name} {rows} {name} {cut}: {type(failure).__name__}: {str(failure).strip()[:200]}")
     cells = [
         f"{times[name]:.2f}{'*' if name == taken else ' '}" if name in times else ""
-        for name in ("mma", "wgmma", "half", "library")
+        for name in ("mma", "wgmma", "half", "library", "exact")
     ]
     us = times.get(taken, float("nan"))
     rate = 2 * rows * layer.out_features * layer.in_features / us / 1e6
     found = " ".join(f"{error:.1e}" for error in errors.values())
-    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>9} {cells[3]:>11}"
+    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>9} {cells[3]:>11} {cells[4]:>9}"
     print(f"{line} {bench.share(us):6.1f} {rate:6.0f} {found}", flush=True)
 
 

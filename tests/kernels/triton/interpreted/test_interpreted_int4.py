@@ -10,9 +10,11 @@ import torch
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import int4_linear
+from aphrodite.kernels.triton.half_gemm import HalfGemmConfig, half_gemm
 from aphrodite.kernels.triton.half_rows import half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import Int4Words, pack_int4, unpack_int4, unsupported_group, whole_splits
+from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear, decline_int4_gpu
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.quantization.layouts import Int4Groups
@@ -92,6 +94,30 @@ def test_half_rows_of_normed_rows() -> None:
     expected = reference.rms_norm(x.double(), weight.double(), 1e-5)
     values, scales = half_rows(x, (weight, 1e-5))
     assert distance(values.double() * scales.double()[:, None], expected) < 3e-4
+
+
+@pytest.mark.parametrize("case", ["bias", "residual", "gated"])
+@pytest.mark.parametrize(("rows", "out_features", "into"), [(70, 96, 64), (5, 80, 40)])
+def test_half_gemm(case: str, rows: int, out_features: int, into: int) -> None:
+    """Tiles at the edges of rows, columns and sums, and blocks that do several tiles."""
+    x, weight = torch.randn(rows, into), (torch.randn(out_features, into) / 64).half()
+    x *= torch.logspace(-12, 12, rows)[:, None]
+    bias = torch.randn(out_features).half() if case == "bias" else None
+    residual = torch.randn(rows, out_features) if case == "residual" else None
+    expected = x.double() @ weight.double().T
+    if bias is not None:
+        expected += bias.double()
+    if case == "gated":
+        gate, up = expected[:, ::2], expected[:, 1::2]
+        expected = gate * torch.sigmoid(gate) * up
+    if residual is not None:
+        expected += residual.double()
+    epilogue = Epilogue(bias, "silu" if case == "gated" else None, residual)
+    config = HalfGemmConfig(32, 32, 32, 2, 2, 4)
+    out = half_gemm(half_rows(x), weight * 16, 16.0, torch.float32, epilogue, config)
+    assert residual is None or out is residual
+    error = (out.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(error.max()) < 1e-3
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
