@@ -33,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_machine import Ceilings, limit_seconds, measure_ceilings, profile_table, write_tokenizer
+from gpu_machine import Ceilings, idle_times, limit_seconds, measure_ceilings, profile_table, write_tokenizer
 
 from aphrodite import platforms
 from aphrodite.cli.bench import print_table
@@ -323,8 +323,11 @@ def profile(bench: Bench, batch: int, context: int) -> Row:
     if batch == 0:
         row, prompts = bench.prefill(), bench.prompts([2_048] * 16)
         lines = profile_table(lambda: None, lambda: bench.seconds(prompts, 1), 1)
+        idle = idle_times(lambda: bench.seconds(prompts, 1))
         print(f"\n16 prompts of 2,048 take {row.milliseconds:.1f} ms; their kernels (which may overlap):")
         print_table(["kernel", "calls", "us", "share"], lines)
+        longest = ", ".join(f"{gap / 1e3:.2f}" for gap in idle[:8])
+        print(f"Nothing ran for {sum(idle) / 1e3:.2f} ms in between, in {len(idle)} gaps; the longest, ms: {longest}")
         return row
     steps = 32
     step = bench.step(batch, repeats=3, prompt=context, steps=steps)

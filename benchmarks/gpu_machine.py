@@ -81,6 +81,23 @@ def profile_table(short: Callable[[], object], long: Callable[[], object], steps
     return [*rows, ["sum", "", f"{total:.1f}", ""]]
 
 
+def idle_times(function: Callable[[], object]) -> list[float]:
+    """Microseconds in which no kernel ran, between the first and the last one of `function`; the longest first."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        function()
+        torch.cuda.synchronize()
+    spans = sorted((e.time_range.start, e.time_range.end) for e in recorded.events() or () if _on_device(e))
+    gaps, ended = [], spans[0][0] if spans else 0.0
+    for start, end in spans:
+        gaps.append(start - ended)
+        ended = max(ended, end)
+    return sorted((gap for gap in gaps if gap > 0), reverse=True)
+
+
+def _on_device(event: Any) -> bool:
+    return bool(event.device_type.name == "CUDA")
+
+
 def _kernel_times(function: Callable[[], object]) -> dict[str, tuple[int, float]]:
     """Calls and microseconds of every kernel and copy that runs while `function` does."""
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -88,7 +105,7 @@ def _kernel_times(function: Callable[[], object]) -> dict[str, tuple[int, float]
         torch.cuda.synchronize()
     times: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for event in recorded.events() or ():
-        if event.device_type.name == "CUDA":
+        if _on_device(event):
             calls, microseconds = times[event.name]
             times[event.name] = (calls + 1, microseconds + event.device_time_total)
     return times
