@@ -161,7 +161,7 @@ class Sampler:
             self._fused.end(row)
             return
         for name in plan.steps:
-            state = self._states[name]
+            state = self._states.get(name)
             if state is not None:
                 state.end(row)
 
