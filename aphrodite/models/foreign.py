@@ -254,7 +254,8 @@ def _model_class(checkpoint: ForeignCheckpoint) -> tuple[Any, Any]:
         raise _declined(checkpoint, f"transformers {transformers.__version__} is too old: pip install -U transformers")
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise _declined(checkpoint, f"transformers {transformers.__version__} does not know it either")
+        own = ", and code that comes with a checkpoint is never run" if "auto_map" in checkpoint.config else ""
+        raise _declined(checkpoint, f"transformers {transformers.__version__} does not know it either{own}")
     try:
         config = CONFIG_MAPPING[model_type].from_dict(_without_hooks(checkpoint.config))
     except Exception as error:  # whatever transformers makes of values that nobody has checked

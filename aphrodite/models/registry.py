@@ -147,8 +147,18 @@ def family_of_gguf(metadata: ConfigReader) -> Family:
     for family in FAMILIES:
         if found == family.gguf_architecture or found in family.gguf_wrapped_by:
             return family
-    known = [family.gguf_architecture for family in FAMILIES if family.gguf_architecture]
-    raise _unsupported(metadata.source, found, known)
+    if found == "clip":
+        raise UnknownArchitectureError(
+            f"{metadata.source}: this is only the part of a model that sees images, which is not served; "
+            "name the GGUF file of its text model"
+        )
+    known = sorted(
+        {name for family in FAMILIES for name in (family.gguf_architecture, *family.gguf_wrapped_by) if name}
+    )
+    raise UnknownArchitectureError(
+        f"{metadata.source}: the architecture is {found[:200]!r}, which is not supported in GGUF files; supported: "
+        f"{', '.join(known)}. A safetensors version of the model may run through transformers"
+    )
 
 
 def _unsupported(source: str, found: str, known: Iterable[str]) -> UnknownArchitectureError:

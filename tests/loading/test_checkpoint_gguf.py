@@ -322,8 +322,10 @@ def test_frequencies_that_old_converters_stored_are_harmless(tmp_path: Path) -> 
 
 def test_unknown_architectures_list_what_is_supported(tmp_path: Path) -> None:
     path = write(tmp_path / "t.gguf", {}, architecture="lama")
-    with pytest.raises(ModelFormatError, match=r"did you mean 'llama'\?\); supported: .*llama, .*qwen2, .*qwen3"):
+    with pytest.raises(ModelFormatError, match=r"is 'lama', which is not supported in .*: .*llama, .*qwen2, .*qwen3"):
         open_checkpoint(path)
+    with pytest.raises(ModelFormatError, match="only the part of a model that sees images"):
+        open_checkpoint(write(tmp_path / "mmproj.gguf", {}, architecture="clip"))
 
 
 def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:

@@ -239,12 +239,13 @@ def test_what_does_not_fit_is_declined_with_the_reason(
     ("changes", "reason"),
     [
         ({"model_type": "nobody_knows_it"}, "does not know it either"),
+        ({"model_type": "new", "auto_map": {"AutoModelForCausalLM": "m.M"}}, "code that comes .* is never run"),
         ({"architectures": ["GPTNeoXForTokenClassification"]}, "no causal language model"),
         ({"model_type": "gpt2"}, "another model's"),
         ({"quantization_config": {"quant_method": "exotic"}}, "quantized with exotic"),
         ({"num_attention_heads": "many"}, "is refused by transformers"),
     ],
-    ids=["unknown", "no_text", "mixed", "quantized", "mistyped"],
+    ids=["unknown", "own code", "no_text", "mixed", "quantized", "mistyped"],
 )
 def test_configurations_that_cannot_be_served_are_refused(
     changes: dict[str, Any], reason: str, gpt_neox: Path, tmp_path: Path
