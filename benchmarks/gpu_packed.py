@@ -30,6 +30,7 @@ from aphrodite.kernels.triton.packed_gemm import PackedSkinnyCut
 from aphrodite.kernels.triton.packed_gemv import PackedGemvCut
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.layers.packed_linear import PackedLinear
+from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
 from aphrodite.quantization.noise import noise_blocks
 from aphrodite.quantization.types import QuantType
@@ -115,8 +116,9 @@ class Bench:
         return self.nbytes / (us * 1e-6) / CEILING * 100
 
 
-def cuts(layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinnyCut]:
+def cuts(name: str, layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinnyCut]:
     """Candidates: of GEMVs with one or two runs of columns a thread."""
+    points = QuantType.__members__.get(name) in GRID_FORMS  # which take more registers
     if rows > packed_gemv.PACKED_GEMV_MAX_ROWS:
         return [
             PackedSkinnyCut(tile, chunk, splits, stages, warps)
@@ -130,16 +132,19 @@ def cuts(layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinnyCut]:
         ]
     return [
         PackedGemvCut(tile, 1024 * warps * runs, warps, blocks)
-        for tile, warps, runs, blocks in itertools.product((2, 4, 8), (2, 4, 8, 16), (1, 2), (2, 3, 4, 6, 8, 12, 16))
+        for tile, warps, runs, blocks in itertools.product(
+            (1, 2, 4) if points else (2, 4, 8), (2, 4, 8, 16), (1, 2), (1, 2, 3, 4, 6, 8, 12, 16)
+        )
         if layer.in_features <= 1024 * warps * runs * 2
         and layer.in_features * 2 > 1024 * warps * runs
         and tile * runs <= 8
-        and 16 <= warps * blocks <= 48
+        and (tile > 1 or layer.activation is None)
+        and (8 if points else 16) <= warps * blocks <= (32 if points else 48)
     ]
 
 
-def with_cut(bench: Bench, rows: int, cut: PackedGemvCut | PackedSkinnyCut) -> Callable[[PackedLinear], torch.Tensor]:
-    """A layer by the kernel of `cut`."""
+def with_cut(bench: Bench, rows: int, cut: Any) -> Callable[[PackedLinear], torch.Tensor]:
+    """A layer of up to 64 rows in the cut, a PackedGemvCut or a PackedSkinnyCut; None for what is shipped."""
     layer = bench.layer
     x = torch.empty((rows, layer.in_features), dtype=DTYPE, device=bench.device).normal_()
     width = layer.out_features // 2 if layer.activation else layer.out_features
@@ -147,7 +152,7 @@ def with_cut(bench: Bench, rows: int, cut: PackedGemvCut | PackedSkinnyCut) -> C
     epilogue = Epilogue(None, layer.activation, out if layer.residual else None)
 
     def one(linear: PackedLinear) -> torch.Tensor:
-        if isinstance(cut, PackedGemvCut):
+        if rows <= packed_gemv.PACKED_GEMV_MAX_ROWS:
             packed_gemv.packed_gemv(x, linear.parts[0], out, epilogue, bench.norm, cut)
         else:
             packed_gemm.packed_skinny(x, linear.parts[0], out, epilogue, cut)
@@ -162,6 +167,7 @@ def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
         (packed_gemv, "_packed_gemv_kernel"), (packed_gemv, "grid_gemv_kernel"), (packed_gemm, "_packed_skinny_kernel"),
     )  # fmt: skip
     only_compile(target, pdl, kernels)
+    packed_gemv.understands_ptx = lambda device: target.backend == "cuda"
     try:
         bench = Bench(name, layer, "meta")
         with_cut(bench, rows, cut)(bench.linears[0])
@@ -173,7 +179,7 @@ def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
 def tune(formats: list[str], layers: list[Layer], all_rows: list[int]) -> None:
     """Try every candidate of every case and print the best three."""
     cases = [
-        (f, layer, rows, cut) for f in formats for layer in layers for rows in all_rows for cut in cuts(layer, rows)
+        (f, layer, rows, cut) for f in formats for layer in layers for rows in all_rows for cut in cuts(f, layer, rows)
     ]
     compile_cases(_compile_task, cases)
     for name, layer in itertools.product(formats, layers):
@@ -184,7 +190,7 @@ def tune(formats: list[str], layers: list[Layer], all_rows: list[int]) -> None:
 
 def _tuned(name: str, bench: Bench, rows: int) -> None:
     found: list[tuple[float, Any]] = []
-    for cut in cuts(bench.layer, rows):
+    for cut in cuts(name, bench.layer, rows):
         try:
             found.append((bench.chain_us(with_cut(bench, rows, cut)), cut))
         except Exception as failure:
@@ -199,6 +205,8 @@ def _tuned(name: str, bench: Bench, rows: int) -> None:
 
 def compare(formats: list[str], layers: list[Layer], all_rows: list[int]) -> None:
     """A row for each format and shape: microseconds (percent of the bandwidth) for each number of rows."""
+    few = [rows for rows in all_rows if rows <= packed_gemm.PACKED_SKINNY_MAX_ROWS]
+    compile_cases(_compile_task, [(*case, None) for case in itertools.product(formats, layers, few)])
     print(f"{'format':8}{'layer':9}" + "".join(f"{rows:>15}" for rows in all_rows))
     for name, layer in itertools.product(formats, layers):
         bench = Bench(name, layer, "cuda")

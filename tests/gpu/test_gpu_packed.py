@@ -50,7 +50,7 @@ def test_points_are_those_of_the_file_bit_by_bit(device: torch.device, qtype: Qu
     assert torch.equal(named.cpu(), weight[numbers.cpu()])
 
 
-@pytest.mark.parametrize("qtype", GRID_FORMS)
+@pytest.mark.parametrize("qtype", [QuantType.IQ2_XS, QuantType.IQ3_XXS, QuantType.IQ1_M])
 @pytest.mark.parametrize(("out", "columns", "gated"), [(514, 4096, True), (130, 14336, False), (66, 28672, False)])
 def test_rows_of_points(device: torch.device, qtype: QuantType, out: int, columns: int, gated: bool) -> None:
     from aphrodite.layers.packed_linear import PackedLinear
