@@ -36,7 +36,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 GIB = 1 << 30
 DEFAULT_SHARE = 0.9  # of a card's memory that the engine takes
 DRIVER_GIB = 1.0  # context and kernels, which torch does not count
-PROMPTS = [[random.Random(length).randrange(1000) for _ in range(length)] for length in (20, 300, 45)]
+PROMPTS = [random.Random(length).choices(range(1000), k=length) for length in (20, 300, 45)]
 
 
 def load(options: argparse.Namespace, config: Path, folder: Path, **settings: Any) -> LLM:
