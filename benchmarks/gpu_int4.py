@@ -163,7 +163,12 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
 def exact(bench: Bench, x: HalfRows, weight: Int4Words, dtype: torch.dtype, epilogue: Epilogue) -> torch.Tensor:
     """As by the library, with both operands in float16."""
     dense = bench.scratch.view(torch.float16).view(weight.out_features, weight.in_features)
-    return half_gemm.half_gemm(x, int4_expand.expand_int4(weight, dense, RAISED), RAISED, dtype, epilogue)
+    out = epilogue.residual
+    if out is None:
+        width = weight.out_features if epilogue.activation is None else weight.out_features // 2
+        out = torch.empty((x.values.shape[0], width), dtype=dtype, device=dense.device)
+    half_gemm.half_gemm(x, int4_expand.expand_int4(weight, dense, RAISED), RAISED, out, epilogue)
+    return out
 
 
 def default_cuts(layer: Layer, rows: int, group: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from aphrodite.kernels.dispatch import Choice, Declined
 from aphrodite.kernels.triton.activation import Activation
-from aphrodite.kernels.triton.int4_linear import by_library, choose_int4_kernel, gluon_reason, int4_linear
+from aphrodite.kernels.triton.int4_linear import by_expansion, choose_int4_kernel, gluon_reason, int4_linear
 from aphrodite.kernels.triton.int4_words import STRIP, pack_int4, unsupported_group
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
@@ -88,7 +88,7 @@ class Int4GpuLinear:
         if kernel != "library" and whole and self.bias is None:
             return self._multiplied(x, None, None, None), PAIR_ROWS  # as rows lie in a strip
         x = x if self.permutation is None else x.index_select(1, self.permutation)
-        return by_library(x, self.weight, self.scratch, Epilogue(self.bias, None, None)), 1
+        return by_expansion(x, self.weight, self.scratch, Epilogue(self.bias, None, None)), 1
 
     def _multiplied(
         self,

@@ -17,8 +17,9 @@ import triton.language as tl
 from aphrodite.kernels.triton.activation import gated
 from aphrodite.kernels.triton.gated_gemm import _multiprocessors
 from aphrodite.kernels.triton.half_rows import HalfRows
-from aphrodite.kernels.triton.launch import ceil_div, direct_launch, tiles
+from aphrodite.kernels.triton.launch import ceil_div, direct_launch, pdl_supported, tiles
 from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.paged import card_of
 
 
 class HalfGemmConfig(NamedTuple):
@@ -101,31 +102,28 @@ def _store(values, residual, out, row, column, HAS_RESIDUAL: tl.constexpr):
     out.store([row, column], values.to(out.dtype))
 
 
+def half_gemm_supports(device: torch.device) -> bool:
+    """Whether the copy engine is there, and the shared memory that it takes to keep it busy."""
+    return pdl_supported(device) and card_of(device) == "hopper"
+
+
 def half_gemm(
     x: HalfRows,
     weight: torch.Tensor,
     raised: float,
-    dtype: torch.dtype,
+    out: torch.Tensor,
     epilogue: Epilogue = Epilogue(),
     config: HalfGemmConfig | None = None,
-) -> torch.Tensor:
-    """act(x W^T / raised + b) + residual.
+) -> None:
+    """Writes act(x W^T / raised + b) + residual.
 
     Args:
-        weight: `[out, in]` float16, contiguous; (gate, up) rows interleaved where there is an activation. `out` is a
-            multiple of 16 and `in` of 8, and the card has the copy engine (`gated_gemm_supports`).
-        dtype: of the result.
-        epilogue: its residual is contiguous.
-
-    Returns:
-        `[T, out]`, or `[T, out / 2]` with an activation; `residual` itself where one is given.
+        weight: `[out, in]` float16, contiguous; (gate, up) rows interleaved where there is an activation.
+        out: `[T, out]`, or `[T, out / 2]` with an activation; rows may be strided. Holds the residual where there is
+            one. It and the weight begin at multiples of 16 bytes, and so do all their rows.
     """
     rows, (out_features, in_features) = x.values.shape[0], weight.shape
     bias, activation, residual = epilogue
-    out = residual
-    if out is None:
-        width = out_features if activation is None else out_features // 2
-        out = torch.empty((rows, width), dtype=dtype, device=weight.device)
     config = config or (DEFAULT if residual is None else WITH_RESIDUAL)
     count = ceil_div(rows, config.rows) * ceil_div(out_features, config.columns)
     stored = tiles(out, [config.rows, config.columns // 2])
@@ -150,4 +148,3 @@ def half_gemm(
         ACTIVATION=activation,
         num_warps=config.warps,
     )
-    return out

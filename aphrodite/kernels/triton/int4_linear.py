@@ -10,9 +10,10 @@ import triton
 
 from aphrodite.kernels.triton.activation import gated_pairs
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
-from aphrodite.kernels.triton.half_rows import half_rows
+from aphrodite.kernels.triton.half_gemm import half_gemm, half_gemm_supports
+from aphrodite.kernels.triton.half_rows import HalfRows, half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
-from aphrodite.kernels.triton.int4_words import STRIP, Int4Words
+from aphrodite.kernels.triton.int4_words import RAISED, STRIP, Int4Words
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.platforms import platform_of
@@ -70,12 +71,10 @@ def int4_linear(
         x = x.clone(memory_format=torch.contiguous_format)  # what fetches it moves 16 bytes
     if kernel == "mma" and x.shape[0] == 1:
         return _gluon_mma(x, weight, epilogue, norm)
+    if kernel == "library":
+        return by_expansion(x, weight, scratch, epilogue, norm)
     x = x if norm is None else rms_norm(x, *norm)
-    if kernel == "mma":
-        return _gluon_mma(x, weight, epilogue, None)
-    if kernel == "wgmma":
-        return _gluon_wgmma(x, weight, epilogue)
-    return by_library(x, weight, scratch, epilogue)
+    return _gluon_mma(x, weight, epilogue, None) if kernel == "mma" else _gluon_wgmma(x, weight, epilogue)
 
 
 def _gluon_mma(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue, norm: Norm | None) -> torch.Tensor:
@@ -94,6 +93,36 @@ def _gluon_half(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue, norm: No
     from aphrodite.kernels.triton.int4_half import int4_half
 
     return int4_half(half_rows(x, norm), weight, x.dtype, epilogue)
+
+
+def by_expansion(
+    x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue = Epilogue(), norm: Norm | None = None
+) -> torch.Tensor:
+    """As `int4_linear`, for many rows: the weight is expanded into `scratch`, piece by piece."""
+    width = weight.out_features if epilogue.activation is None else weight.out_features // 2
+    half = x.dtype == torch.bfloat16 and weight.fits_half and width % 8 == 0 and half_gemm_supports(x.device)
+    if half and x.shape[0] > 0:
+        return _by_half_gemm(half_rows(x, norm), weight, scratch, epilogue, width)
+    return by_library(x if norm is None else rms_norm(x, *norm), weight, scratch, epilogue)
+
+
+def _by_half_gemm(
+    x: HalfRows, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue, width: int
+) -> torch.Tensor:
+    bias, activation, out = epilogue
+    if out is None:
+        out = torch.empty((x.values.shape[0], width), dtype=scratch.dtype, device=scratch.device)
+    taken = min(scratch.numel() // (STRIP * weight.in_features), weight.words.shape[0])
+    for start in range(0, weight.words.shape[0], taken):
+        part = _strips_of(weight, start, start + taken)
+        dense = scratch[: part.out_features * part.in_features].view(torch.float16).view(-1, part.in_features)
+        expand_int4(part, dense, RAISED)
+        first = start * STRIP
+        each = 1 if activation is None else 2
+        columns = out[:, first // each : (first + part.out_features) // each]
+        own = None if bias is None else bias[first : first + part.out_features]
+        half_gemm(x, dense, RAISED, columns, Epilogue(own, activation, None if epilogue.residual is None else columns))
+    return out
 
 
 def by_library(
