@@ -1,14 +1,15 @@
 // Products with blocks that are decoded as a whole (grids.h). Included after a simd_*.h and rows.h.
 //
-// Cost: decoding 32 columns of a tile takes about 40 vector instructions and the looking up of 64 or 128 points, once for
-// up to kSpanRows rows of activations; then a product costs what one of 8-bit quants does.
+// Cost: decoding 32 columns of a tile takes about 80 vector instructions and the looking up of 64 or 128 points, once for
+// up to kSpanRows rows of activations; then a product costs what one of 8-bit quants does. A single group of rows is
+// multiplied as steps are decoded, which keeps all units of the processor busy.
 #pragma once
 #include "grids.h"
 
 namespace aph {
 namespace {
 
-// 256 columns of 16 rows: groups of 4 columns as in a tile of 8-bit quants, with kDecodedOffset, and scales of parts.
+// 256 columns of 16 rows, decoded (`decode_step`).
 struct DecodedBlock {
     alignas(64) uint8_t quants[kGridSteps][8][64];
     alignas(64) float scales[2 * kGridSteps][kTileRows];
@@ -80,11 +81,13 @@ inline __attribute__((always_inline)) void plane_codes(const uint8_t* block, int
     point_codes<kType, 3>(spread_high<kBits>(odd), upper, groups + 3 * kGroups);
 }
 
+// 32 columns of 16 rows: groups of 4 columns as in a tile of 8-bit quants, with kDecodedOffset, and scales of parts.
 template <Type kType>
-inline __attribute__((always_inline)) void decode_step(const uint8_t* block, int step, Vec unit, DecodedBlock& out) {
+inline __attribute__((always_inline)) void decode_step(const uint8_t* block, int step, Vec unit, Bytes (&groups)[8],
+                                                       Vec (&scales)[type_info(kType).parts()]) {
     constexpr GridInfo grid = grid_info(kType);
     constexpr int kPlanes = grid.index_planes() / kGridSteps, kParts = type_info(kType).parts();
-    Bytes groups[8], upper{};
+    Bytes upper{};
     unroll<kPlanes>([&](auto plane) __attribute__((always_inline)) {
         const int index = step * kPlanes + plane;
         if constexpr (grid.upper_bits > 0) {
@@ -94,37 +97,40 @@ inline __attribute__((always_inline)) void decode_step(const uint8_t* block, int
         plane_codes<kType>(block, index, upper, groups + 4 * plane);
     });
     const uint8_t* signs = block + grid.signs_offset() + 64 * step;
-    Vec codes[2];  // of the scales
     uint64_t planes[8];
     if constexpr (grid.signs == Signs::Even) {
         std::memcpy(planes, signs, sizeof planes);
-        codes[0] = nibbles_to_float(complete_signs(planes));
+        scales[0] = nibbles_to_float(complete_signs(planes));
         signs = reinterpret_cast<const uint8_t*>(planes);
     }
     if constexpr (kType == Type::IQ1_S)
-        codes[0] = add(add(floats_where<3>(upper, 1), floats_where<11>(upper, 2)), floats_where<19>(upper, 4));
+        scales[0] = add(add(floats_where<3>(upper, 1), floats_where<11>(upper, 2)), floats_where<19>(upper, 4));
     unroll<8>([&](auto group) __attribute__((always_inline)) {
         if constexpr (grid.signs != Signs::Shift) groups[group] = add_bit<grid.sign_code()>(groups[group], signs + 8 * group);
-        store(out.quants[step][group], look_up(groups[group], grid.values));
+        groups[group] = look_up(groups[group], grid.values);
     });
     if constexpr (has_scale_bytes(kType)) {
-        const uint8_t* scales = block + grid.scales_offset() + step * kParts / 2 * kTileRows;
-        codes[0] = kParts == 1 && step % 2 == 1 ? load_high(scales) : load_low(scales);
-        if constexpr (kParts == 2) codes[1] = load_high(scales);
+        const uint8_t* codes = block + grid.scales_offset() + step * kParts / 2 * kTileRows;
+        scales[0] = kParts == 1 && step % 2 == 1 ? load_high(codes) : load_low(codes);
+        if constexpr (kParts == 2) scales[1] = load_high(codes);
     }
-    for (int part = 0; part < kParts; ++part) {
-        const Vec scale = fma(codes[part], splat(2 * grid.unit), splat(grid.unit));
-        store(out.scales[step * kParts + part], mul(unit, scale));
-    }
+    for (Vec& scale : scales) scale = mul(unit, fma(scale, splat(2 * grid.unit), splat(grid.unit)));
 }
 
 inline Vec block_unit(const uint8_t* block) { return load(reinterpret_cast<const uint16_t*>(block)); }
 
 template <Type kType>
 void decode_grid(const uint8_t* block, DecodedBlock& out) {
+    constexpr int kParts = type_info(kType).parts();
     const Vec unit = block_unit(block);
 #pragma GCC unroll 1
-    for (int step = 0; step < kGridSteps; ++step) decode_step<kType>(block, step, unit, out);
+    for (int step = 0; step < kGridSteps; ++step) {
+        Bytes groups[8];
+        Vec scales[kParts];
+        decode_step<kType>(block, step, unit, groups, scales);
+        unroll<8>([&](auto group) { store(out.quants[step][group], groups[group]); });
+        for (int part = 0; part < kParts; ++part) store(out.scales[step * kParts + part], scales[part]);
+    }
 }
 
 void decode_ternary(const uint8_t* block, DecodedBlock& out) {
@@ -154,7 +160,28 @@ void decode_block(Type type, const uint8_t* block, DecodedBlock& out) {
     }
 }
 
-// Adds the products of a block with kRows rows of a group of kWidth to results[kRows][16]; words and meta are the block's.
+// Adds the products of 32 columns with kRows rows of a group of kWidth to `totals`; words and meta are the columns'.
+// `groups(i)` are the quants of group i.
+template <Activation kKind, int kParts, int kWidth, int kRows, class F>
+inline __attribute__((always_inline)) void dot_groups(F&& groups, const Vec (&scales)[kParts], const int32_t* words,
+                                                      const float* meta, Vec (&totals)[kRows]) {
+    unroll<kParts>([&](auto part) __attribute__((always_inline)) {
+        constexpr int kPart = decltype(part)::value, kGroups = 8 / kParts;
+        const int32_t* negative = reinterpret_cast<const int32_t*>(meta) + (kParts == 1 ? 2 : 3 + kPart) * kWidth;
+        IVec sums[kRows];
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) sums[m] = splat_shifted<log2_of(kDecodedOffset)>(negative + m);
+        unroll<kGroups>([&](auto index) __attribute__((always_inline)) {
+            constexpr int kGroup = kPart * kGroups + decltype(index)::value;
+            dot_group<kKind, false, kWidth, kRows>(groups(kGroup), kGroup, words, sums);
+        });
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m)
+            totals[m] = fma(to_float(sums[m]), mul(scales[kPart], splat(meta[m])), totals[m]);
+    });
+}
+
+// The same of a decoded block, added to results[kRows][16].
 template <Activation kKind, int kParts, int kWidth, int kRows>
 inline void dot_decoded(const DecodedBlock& block, const int32_t* words, const float* meta, float* results) {
     constexpr int kWords = kKind == Activation::Int16 ? 16 : 8;
@@ -163,25 +190,69 @@ inline void dot_decoded(const DecodedBlock& block, const int32_t* words, const f
     for (int m = 0; m < kRows; ++m) totals[m] = load(results + 16 * m);
 #pragma GCC unroll 1
     for (int step = 0; step < kGridSteps; ++step) {
-        unroll<kParts>([&](auto part) __attribute__((always_inline)) {
-            constexpr int kPart = decltype(part)::value, kGroups = 8 / kParts;
-            const int32_t* negative = reinterpret_cast<const int32_t*>(meta) + (kParts == 1 ? 2 : 3 + kPart) * kWidth;
-            IVec sums[kRows];
-#pragma GCC unroll 8
-            for (int m = 0; m < kRows; ++m) sums[m] = splat_shifted<log2_of(kDecodedOffset)>(negative + m);
-            unroll<kGroups>([&](auto index) __attribute__((always_inline)) {
-                constexpr int kGroup = kPart * kGroups + decltype(index)::value;
-                dot_group<kKind, false, kWidth, kRows>(load_bytes(block.quants[step][kGroup]), kGroup, words, sums);
-            });
-            const Vec scale = load(block.scales[step * kParts + kPart]);
-#pragma GCC unroll 8
-            for (int m = 0; m < kRows; ++m) totals[m] = fma(to_float(sums[m]), mul(scale, splat(meta[m])), totals[m]);
-        });
+        Vec scales[kParts];
+        for (int part = 0; part < kParts; ++part) scales[part] = load(block.scales[step * kParts + part]);
+        const auto groups = [&](int group) __attribute__((always_inline)) { return load_bytes(block.quants[step][group]); };
+        dot_groups<kKind, kParts, kWidth, kRows>(groups, scales, words, meta, totals);
         words += kWords * kWidth;
         meta += kMeta * kWidth;
     }
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) store(results + 16 * m, totals[m]);
+}
+
+// A tile times a group of rows whose sums stay in registers: decoded values, too, do not leave them.
+template <Type kType, Activation kKind, int kWidth>
+void dot_tile(const uint8_t* tile, BlockShape shape, const int32_t* words, const float* meta, float* out) {
+    constexpr TypeInfo info = type_info(kType);
+    constexpr int kWords = kKind == Activation::Int16 ? 16 : 8;
+    Vec totals[kWidth];
+#pragma GCC unroll 8
+    for (int m = 0; m < kWidth; ++m) totals[m] = zero();
+    for (const uint8_t* end = tile + info.tile_bytes(shape.columns, 0); tile < end; tile += info.decoded_bytes) {
+        for (int line = 0; line < info.decoded_bytes; line += 64) __builtin_prefetch(tile + kPrefetchBytes + line);
+        const Vec unit = block_unit(tile);
+#pragma GCC unroll 1
+        for (int step = 0; step < kGridSteps; ++step) {
+            Bytes groups[8];
+            Vec scales[info.parts()];
+            decode_step<kType>(tile, step, unit, groups, scales);
+            const auto group = [&](int index) __attribute__((always_inline)) { return groups[index]; };
+            dot_groups<kKind, info.parts(), kWidth, kWidth>(group, scales, words, meta, totals);
+            words += kWords * kWidth;
+            meta += kMeta * kWidth;
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kWidth; ++m) store(out + 16 * m, totals[m]);
+}
+
+template <Type kType>
+GroupKernel tile_kernel(Activation kind, int width) {
+    if (width > kDotRows || kind == Activation::Float) return nullptr;
+    const bool shorts = kind == Activation::Int16;
+    if (width == 1) return shorts ? dot_tile<kType, Activation::Int16, 1> : dot_tile<kType, Activation::Int8, 1>;
+    if constexpr (kDotRows >= 2)
+        if (width == 2) return shorts ? dot_tile<kType, Activation::Int16, 2> : dot_tile<kType, Activation::Int8, 2>;
+    if constexpr (kDotRows >= 4)
+        if (width == 4) return shorts ? dot_tile<kType, Activation::Int16, 4> : dot_tile<kType, Activation::Int8, 4>;
+    if constexpr (kDotRows >= 8)
+        if (width == 8) return shorts ? dot_tile<kType, Activation::Int16, 8> : dot_tile<kType, Activation::Int8, 8>;
+    return nullptr;
+}
+
+// The kernel for a single group of rows; null: decode blocks first.
+GroupKernel find_tile_kernel(Type type, Activation kind, int width) {
+    switch (type) {
+        case Type::IQ2_XXS: return tile_kernel<Type::IQ2_XXS>(kind, width);
+        case Type::IQ2_XS: return tile_kernel<Type::IQ2_XS>(kind, width);
+        case Type::IQ2_S: return tile_kernel<Type::IQ2_S>(kind, width);
+        case Type::IQ3_XXS: return tile_kernel<Type::IQ3_XXS>(kind, width);
+        case Type::IQ3_S: return tile_kernel<Type::IQ3_S>(kind, width);
+        case Type::IQ1_S: return tile_kernel<Type::IQ1_S>(kind, width);
+        case Type::IQ1_M: return tile_kernel<Type::IQ1_M>(kind, width);
+        default: return nullptr;
+    }
 }
 
 // The same for float activations, with four sums a row side by side.
@@ -248,10 +319,14 @@ BlockKernel block_kernel_of_kind(Activation kind, int width) {
 // Results of a tile of a decoded type for the rows of `rows`, at most kSpanRows: results[rows][16].
 void decoded_products(const PackedRows& in, const TileWeight& weight, int64_t tile, Range rows, float* results) {
     const TypeInfo info = type_info(weight.type);
+    const uint8_t* data = weight.tiles + tile * weight.tile_bytes();
+    const int alone = group_width(rows.begin, in.rows);
+    const GroupKernel direct = rows.begin + alone == rows.end ? find_tile_kernel(weight.type, in.kind, alone) : nullptr;
+    if (direct != nullptr)
+        return direct(data, block_shape(weight), group_words(in, rows.begin), group_meta(in, rows.begin), results);
     const int64_t step_words = kBlock * in.row_words() / in.columns;
     DecodedBlock block;
     std::memset(results, 0, static_cast<size_t>(rows.end - rows.begin) * kTileRows * sizeof *results);
-    const uint8_t* data = weight.tiles + tile * weight.tile_bytes();
     for (int64_t step = 0; step < in.columns / kBlock; step += kGridSteps, data += info.decoded_bytes) {
         for (int line = 0; line < info.decoded_bytes; line += 64) __builtin_prefetch(data + kPrefetchBytes + line);
         decode_block(weight.type, data, block);
