@@ -414,6 +414,19 @@ def test_scales_of_activations_are_left_out(original: Path, tmp_path: Path) -> N
     assert open_checkpoint(tmp_path).weights["head.weight"].type_name == "FP8 E4M3"
 
 
+def test_codes_may_be_stored_as_other_numbers(original: Path, tmp_path: Path) -> None:
+    """bitsandbytes' bnb_4bit_quant_storage, for trainers that share out weights of one type."""
+
+    def pack(rng: np.random.Generator, out: int, columns: int) -> modules.Module:
+        tensors, meaning = modules.bitsandbytes_4_bit(rng, out, columns, kind="nf4", nested=False)
+        return {**tensors, "weight": tensors["weight"].reshape(1, -1).view(torch.bfloat16).T.contiguous()}, meaning
+
+    meaning = write(original, tmp_path, pack, BITSANDBYTES)
+    weights = open_checkpoint(tmp_path).weights
+    for module, expected in meaning.items():
+        assert np.array_equal(dequantize(weights[canonical(module)]), expected.astype(np.float32))
+
+
 def test_nvidias_file_of_its_own_is_read(original: Path, tmp_path: Path) -> None:
     write(original, tmp_path, CASES["fp8 tensor"][0], {})
     own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}

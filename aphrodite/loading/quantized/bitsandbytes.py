@@ -17,6 +17,7 @@ from aphrodite.quantization.types import QuantType, RawTensor
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _TYPES = ("nf4", "fp4")
+_STORAGE = ("U8", "BF16", "F16", "F32")  # bnb_4bit_quant_storage
 _COMPUTE = {"bfloat16": QuantType.BF16, "float16": QuantType.F16, "float32": QuantType.F32}
 _BITS_KEYS = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
 _INT8_LIMIT = 127.0
@@ -52,8 +53,9 @@ def _take_4_bit(modules: ModuleTensors, module: str, kind: str) -> PackedTensor:
         raise state.wrong("blocksize", "an even number", block)
     count = math.prod(shape)
     blocks = -(-count // block)
-    stored = modules.take(name, ("U8",), None)
-    if math.prod(stored.shape) != -(-count // 2):
+    stored = modules.take(name, _STORAGE, None)  # bytes, whatever numbers they are said to be
+    codes = stored.data.reshape(-1)
+    if len(codes) != -(-count // 2):
         raise modules.mismatch(stored, f"{count} codes of 4 bits")
     codebook = modules.take(f"{name}.quant_map", ("F32",), (16,)).data.view("<f4")
     nested = None
@@ -63,8 +65,9 @@ def _take_4_bit(modules: ModuleTensors, module: str, kind: str) -> PackedTensor:
     else:
         absmax = modules.take(f"{name}.absmax", ("F32",), (blocks,)).data.view("<f4")
     qtype = state.choice("dtype", _COMPUTE, "float32")
-    method, codes = f"bitsandbytes {kind.upper()}", numbers(stored).reshape(-1)
-    matrix = BitsAndBytesMatrix(method, (shape[0], shape[1]), codes, codebook, block, absmax, nested)
+    matrix = BitsAndBytesMatrix(
+        f"bitsandbytes {kind.upper()}", (shape[0], shape[1]), codes, codebook, block, absmax, nested
+    )
     return PackedTensor(name, qtype, matrix)
 
 
