@@ -223,6 +223,32 @@ template <bool kFullRange>
 inline IVec dot(IVec sum, Bytes a, const int32_t* word) {
     return {_mm512_dpbusd_epi32(sum.v, a.v, _mm512_set1_epi32(*word))};
 }
+// Eight vectors whose 16 words are positions, each of two dimensions, to eight whose words are the 16 dimensions, each
+// of two positions, `stride` shorts apart.
+inline void transpose_pairs(const int16_t* in, int16_t* out, int64_t stride) {
+    __m512i low[4], high[4];  // even and odd pairs of positions of two vectors
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512i a = _mm512_loadu_si512(in + 64 * i), b = _mm512_loadu_si512(in + 64 * i + 32);
+        low[i] = _mm512_unpacklo_epi64(a, b);
+        high[i] = _mm512_unpackhi_epi64(a, b);
+    }
+    const __m512i order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    const auto put = [&](const __m512i* half, int first) {
+        const __m512i a = _mm512_shuffle_i64x2(half[0], half[1], 0x88), b = _mm512_shuffle_i64x2(half[2], half[3], 0x88);
+        const __m512i c = _mm512_shuffle_i64x2(half[0], half[1], 0xdd), d = _mm512_shuffle_i64x2(half[2], half[3], 0xdd);
+        const auto write = [&](int pair, __m512i words) {
+            _mm512_storeu_si512(out + pair * stride, _mm512_shuffle_epi8(words, order));
+        };
+        write(first, _mm512_shuffle_i64x2(a, b, 0x88));
+        write(first + 2, _mm512_shuffle_i64x2(c, d, 0x88));
+        write(first + 4, _mm512_shuffle_i64x2(a, b, 0xdd));
+        write(first + 6, _mm512_shuffle_i64x2(c, d, 0xdd));
+    };
+    put(low, 0);
+    put(high, 1);
+}
 
 }  // namespace
 }  // namespace aph
