@@ -3,8 +3,8 @@
 Bound by arithmetic, `2 * rows * out * in` operations. As `int4_wgmma`, but a weight is multiplied by its scale where it
 is unpacked, and rounded to float16, which is an eighth of what rounding it to bfloat16 would be and next to nothing
 beside the rounding of the result. So sums need no registers beside the product's own, and tiles are as wide as the
-matrix unit allows: 256 activation rows share what is unpacked, and 128 weight rows share the activations, for narrower
-tiles are bound by fetching these from the L2 cache.
+matrix unit allows where there are enough of them: 256 activation rows share what is unpacked, and 128 weight rows share
+the activations, for narrower tiles are bound by fetching these from the L2 cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aphrodite.kernels.triton.int4_gluon import (
     word_offsets,
 )
 from aphrodite.kernels.triton.int4_words import CHUNK, RAISED, STRIP, Int4Words, whole_splits
-from aphrodite.kernels.triton.launch import direct_launch, launch_options, next_power_of_2, pdl_supported
+from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
 from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue, _workspace
 
 RAISE = gl.constexpr(RAISED)
@@ -64,12 +64,14 @@ class HalfConfig(NamedTuple):
 
 @functools.cache
 def half_config(out_features: int, in_features: int, rows: int) -> HalfConfig:
-    """The cut for a weight `[out, in]`: inputs are split where tiles would not fill 132 multiprocessors."""
-    columns = min(max(64, next_power_of_2(rows)), 256)
+    """The cut for a weight `[out, in]`: the widest tiles where there are enough of them for 132 multiprocessors, else
+    small ones, two on each, whose inputs are split where that is too few; to sum up splits of wide ones takes long."""
     chunks = -(-in_features // CHUNK)
-    tiles = -(-out_features // (8 * STRIP)) * -(-rows // columns)
-    splits = max(min(128 // tiles, 4, chunks // 8), 1)
-    return HalfConfig(8, columns, whole_splits(chunks, splits), 3 if columns == 256 else 4)
+    if rows > 128 and -(-out_features // (8 * STRIP)) * -(-rows // 256) >= 200:
+        return HalfConfig(8, 256, 1, 3)
+    tiles = -(-out_features // (4 * STRIP)) * -(-rows // 128)
+    splits = max(min(256 // tiles, 4, chunks // 8), 1)
+    return HalfConfig(4, 128, whole_splits(chunks, splits), 3)
 
 
 @gluon.jit
