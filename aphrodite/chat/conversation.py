@@ -100,6 +100,19 @@ def with_arguments(messages: Sequence[Message], *, as_text: bool) -> list[dict[s
     return [_converted(message, as_text) if message.get("tool_calls") else dict(message) for message in messages]
 
 
+def with_calls_alone(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Turns that call tools with null for their content; what they say becomes a turn before them."""
+    alone: list[dict[str, Any]] = []
+    for message in messages:
+        if not message.get("tool_calls"):
+            alone.append(dict(message))
+            continue
+        if message.get("content"):
+            alone.append({key: value for key, value in message.items() if key != "tool_calls"})
+        alone.append({**message, "content": None})
+    return alone
+
+
 def system_texts(messages: Sequence[Message]) -> list[str]:
     """The texts of all system messages, without white space around them and without empty ones."""
     texts: list[str] = []

@@ -10,7 +10,14 @@ from typing import Any
 
 from aphrodite.chat import limits
 from aphrodite.chat.content import part_texts
-from aphrodite.chat.conversation import adaptations, system_texts, with_arguments, with_names, with_thoughts
+from aphrodite.chat.conversation import (
+    adaptations,
+    system_texts,
+    with_arguments,
+    with_calls_alone,
+    with_names,
+    with_thoughts,
+)
 from aphrodite.chat.jinja import JinjaTemplate, TemplateRefusedError
 from aphrodite.chat.tools.instruction import has_calls, with_instruction, with_spoken_calls, without_calls
 from aphrodite.chat.traits import Reasoning, TemplateTraits, describe_template
@@ -144,7 +151,7 @@ class ChatTemplate:
         if not well_formed or not (tools or has_calls(messages)):
             return messages, tools
         if self.traits.tool_format is not None:
-            return self._with_calls_shown(messages), tools
+            return self._with_calls_shown(messages, tools), tools
         if tools:
             self._log_once("tools are described in the system message", "it does not tell the model of tools")
             return list(with_instruction(messages, tools)), None
@@ -153,9 +160,11 @@ class ChatTemplate:
         self._log_once("calls and results became texts", "it does not show calls")
         return list(without_calls(messages)), None
 
-    def _with_calls_shown(self, messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def _with_calls_shown(self, messages: list[Mapping[str, Any]], tools: Any) -> list[Mapping[str, Any]]:
         """The conversation, with earlier calls as texts for a template that tells of tools and leaves calls out."""
-        if self.traits.calls or not any(message.get("tool_calls") for message in messages):
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        if describe_template(self._template_for(tools, None).source).calls:
             return messages
         self._log_once("calls became texts", "it does not show calls")
         return list(with_spoken_calls(messages, self.traits.tool_format))
@@ -188,8 +197,10 @@ class ChatTemplate:
         if any(message.get("name") for message in messages) and not describe_template(template.source).names:
             prepared = list(with_names(prepared))
         if any(message.get("tool_calls") for message in messages):
-            as_text = describe_template(template.source).arguments_as_text
-            prepared = list(with_arguments(prepared, as_text=as_text))
+            traits = describe_template(template.source)
+            prepared = list(with_arguments(prepared, as_text=traits.arguments_as_text))
+            if traits.calls_alone:
+                prepared = list(with_calls_alone(prepared))
         return prepared
 
     def _fit(self, template: JinjaTemplate, messages: list[Mapping[str, Any]], request: _Request) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from aphrodite.chat import limits
 from aphrodite.chat.jinja import TOOL_VARIABLES, JinjaTemplate
@@ -68,6 +68,7 @@ class TemplateTraits:
         tool_format: how the model is asked to call tools; None: it is not told of tools. `json` is any format without
             a name here.
         calls: it shows earlier calls. One that has no variable for tools may do so all the same.
+        calls_alone: it shows them only in turns whose content is null.
         arguments_as_text: it takes the arguments of earlier calls as JSON text, not as an object.
         documents: it shows documents.
         reasoning: None where the template says nothing of it.
@@ -78,14 +79,20 @@ class TemplateTraits:
     stop: tuple[str, ...]
     tool_format: ToolFormat | None
     calls: bool
+    calls_alone: bool
     arguments_as_text: bool
     documents: bool
     reasoning: Reasoning | None
 
 
 # Texts that no template has of itself.
-_SYSTEM, _USER, _ANSWER, _NEXT, _NAME, _ARGUMENT = "Qs1", "Qu2", "Qa3", "Qn4", "Qm5", "Qg6"
+_SYSTEM, _USER, _ANSWER, _NEXT, _NAME, _ARGUMENT, _FUNCTION = "Qs1", "Qu2", "Qa3", "Qn4", "Qm5", "Qg6", "Qf7"
 _BOS, _EOS = "<|aphrodite_bos|>", "<|aphrodite_eos|>"
+
+_TOOL: Final = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
 
 # In this order: the first format whose mark is in the template's text. Templates of one format may quote another's
 # marks in advice to the model, so those that only one format has come first.
@@ -143,14 +150,18 @@ def describe_template(source: str) -> TemplateTraits:
     """
     template = _Probe(JinjaTemplate(source, bos_token=_BOS, eos_token=_EOS))
     tool_format = _tool_format(template)
-    as_object, as_text = _shows_call(template, {_ARGUMENT: 1}), _shows_call(template, f'{{"{_ARGUMENT}": 1}}')
+    calls = _shown_calls(template, "")
+    calls_alone = not calls.any
+    if calls_alone:
+        calls = _shown_calls(template, None)
     return TemplateTraits(
         system_role=_SYSTEM in template(_turn("system", _SYSTEM), _turn("user", _USER)),
         names=_NAME in template({**_turn("user", _USER), "name": _NAME}),
         stop=_stop(template, tool_format),
         tool_format=tool_format,
-        calls=as_object or as_text,
-        arguments_as_text=as_text and not as_object,
+        calls=calls.any,
+        calls_alone=calls.any and calls_alone,
+        arguments_as_text=calls.only_text,
         documents="documents" in template.variables,
         reasoning=_reasoning(template),
     )
@@ -169,10 +180,10 @@ class _Probe:
         self._template = template
         self._deadline = limits.deadline()
 
-    def __call__(self, *messages: dict[str, Any]) -> str:
+    def __call__(self, *messages: dict[str, Any], tools: list[dict[str, Any]] | None = None) -> str:
         """What the template makes of a conversation; nothing if it refuses it."""
         try:
-            return self._template.render(messages, deadline=self._deadline)
+            return self._template.render(messages, tools=tools, deadline=self._deadline)
         except InvalidRequestError:
             return ""
 
@@ -196,11 +207,31 @@ def _tool_format(template: _Probe) -> ToolFormat | None:
     return "json"
 
 
-def _shows_call(template: _Probe, arguments: Any) -> bool:
-    """Whether it shows an earlier call with these arguments, which hold `_ARGUMENT`."""
-    function = {"name": "f", "arguments": arguments}
-    call = {**_turn("assistant", ""), "tool_calls": [{"id": "abcdefghi", "type": "function", "function": function}]}
-    return _ARGUMENT in template(_turn("user", _USER), call)
+class _ShownCalls(NamedTuple):
+    """What a template makes of an earlier call whose arguments are an object, and of one whose arguments are text."""
+
+    with_object: str
+    with_text: str
+
+    @property
+    def any(self) -> bool:
+        return any(part in shown for shown in self for part in (_ARGUMENT, _FUNCTION))
+
+    @property
+    def only_text(self) -> bool:
+        """Whether arguments show only where they are text."""
+        return _ARGUMENT in self.with_text and _ARGUMENT not in self.with_object
+
+
+def _shown_calls(template: _Probe, content: str | None) -> _ShownCalls:
+    return _ShownCalls(*(_shown_call(template, content, given) for given in ({_ARGUMENT: 1}, f'{{"{_ARGUMENT}": 1}}')))
+
+
+def _shown_call(template: _Probe, content: str | None, arguments: Any) -> str:
+    function = {"name": _FUNCTION, "arguments": arguments}
+    call = {"id": "abcdefghi", "type": "function", "function": function}
+    turns = (_turn("user", _USER), {"role": "assistant", "content": content, "tool_calls": [call]})
+    return template(*turns) or template(*turns, tools=[_TOOL])
 
 
 def _reasoning(template: _Probe) -> Reasoning | None:

@@ -18,6 +18,7 @@ NO_TRAITS = TemplateTraits(
     stop=(),
     tool_format=None,
     calls=False,
+    calls_alone=False,
     arguments_as_text=False,
     documents=False,
     reasoning=None,

@@ -347,6 +347,23 @@ def test_tools_reach_a_template_by_the_name_it_reads(name: str) -> None:
     assert other.render([user("a")], tools=TOOLS) == "1False"
 
 
+def test_calls_stay_with_a_template_for_tools_that_shows_them() -> None:
+    tool_use = "{{ raise_exception('tools?') if not tools }}{% for m in messages %}{{ m.content }}"
+    template = ChatTemplate("{{ messages[0].content }}", tool_use=tool_use + SHOWN_CALLS + "<tool_call>{% endfor %}")
+    text = template.render([user("a"), assistant("b", tool_calls=CALLS)], tools=TOOLS)
+    assert text == "a<tool_call>b{}<tool_call>"
+
+
+def test_calls_get_a_turn_of_their_own_where_a_template_shows_them_without_words_only() -> None:
+    """As DeepSeek's do."""
+    shown = "{{ m.content if m.content is not none else '' }}{% if m.content is none %}" + SHOWN_CALLS + "{% endif %}"
+    template = ChatTemplate("{% for m in messages %}<{{ m.role }}>" + shown + "{% endfor %}")
+    assert template.render([user("a"), assistant("", tool_calls=CALLS)]) == "<user>a<assistant>{}"
+    said = [user("a"), assistant("b", tool_calls=CALLS), {"role": "tool", "tool_call_id": "1", "content": "x"}]
+    assert template.render(said) == "<user>a<assistant>b<assistant>{}<tool>x"
+    assert said[1]["content"] == "b"
+
+
 CALL_TEXTS = ('{"name": "f", "arguments": {"a": 1}}', '{"name": "g", "arguments": {}}')
 
 
