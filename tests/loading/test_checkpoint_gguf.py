@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,9 @@ def test_llama3_frequencies_are_read_from_their_tensor(tmp_path: Path) -> None:
         open_checkpoint(write(tmp_path / "w.gguf", wrong))
 
 
+PAPER = 0.1 * math.log(4.0) + 1.0  # arXiv 2309.00071, for the factor below
+
+
 def yarn(writer: gguf.GGUFWriter) -> None:
     writer.add_rope_freq_base(50_000.0)
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
@@ -243,6 +247,19 @@ def test_yarn_equals_the_same_scaling_in_config_json(tmp_path: Path) -> None:
     frequencies, attention_factor = inverse_frequencies(spec.rotary, 256)
     np.testing.assert_allclose(frequencies, reference.inv_freq.numpy(), rtol=2e-6)
     assert attention_factor == pytest.approx(reference.attention_scaling)
+
+
+@pytest.mark.parametrize(
+    ("key", "factor", "meaning"),
+    [("yarn_attn_factor", 1.3, 1.3), ("yarn_attn_factor", 1.0, PAPER), ("attn_factor", 1.3, 1.3 * PAPER)],
+)
+def test_factors_of_yarn(tmp_path: Path, key: str, factor: float, meaning: float) -> None:
+    def edit(writer: gguf.GGUFWriter) -> None:
+        yarn(writer)
+        writer.add_float32(f"llama.rope.scaling.{key}", factor)
+
+    spec = open_checkpoint(write(tmp_path / "t.gguf", gguf_tensors(tiny(), permute=True), edit)).spec
+    assert inverse_frequencies(spec.rotary, 256)[1] == pytest.approx(meaning)
 
 
 def linear(writer: gguf.GGUFWriter) -> None:

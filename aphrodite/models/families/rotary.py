@@ -207,12 +207,18 @@ def rotary_from_gguf(
 
 
 def _gguf_attention_factor(config: ConfigReader, factor: float) -> float | None:
-    """llama.cpp multiplies the factor of the paper by the file's own."""
+    """What YaRN multiplies queries and keys by; None is the paper's factor.
+
+    `yarn_attn_factor` is the `attention_factor` of the config.json that was converted, thus all of it (a 1 there stems
+    from another key, and llama.cpp takes the paper's); `attn_factor` is one beside the paper's.
+    """
     extrapolation = config.read("rope.scaling.yarn_ext_factor", float, 1.0)
     if extrapolation != 1.0:
         raise config.wrong("rope.scaling.yarn_ext_factor", "1", extrapolation)
+    whole = config.read("rope.scaling.yarn_attn_factor", float, 1.0, low=1e-3, high=1e3)
     own = config.read("rope.scaling.attn_factor", float, None, low=1e-3, high=1e3)
-    own = config.read("rope.scaling.yarn_attn_factor", float, own, low=1e-3, high=1e3)
+    if whole != 1.0:
+        return whole
     return None if own is None else own * (0.1 * math.log(factor) + 1.0)
 
 
