@@ -57,18 +57,19 @@ class PackedMmaCut(NamedTuple):
 
 @functools.cache
 def packed_mma_cut(out_features: int, in_features: int, rows: int, run: int, group_size: int) -> PackedMmaCut:
-    """The cut for a weight `[out, in]` with runs of `run` columns and 3 to 64 activation rows: inputs are split where
-    tiles would not fill 132 multiprocessors several times over. Two groups in a run take the registers of a strip."""
-    double = group_size < run
-    strips = 1 if rows <= 16 or (rows > 32 and double) else 2
+    """The cut for a weight `[out, in]` with runs of `run` columns and 3 to 64 activation rows, as measured on an H100.
+
+    Inputs are split where tiles would not fill its 132 multiprocessors; two groups in a run take a strip's registers.
+    """
+    strips = 1 if rows > 32 and group_size < run else 2
     runs = 2 if rows <= 16 else 1
     tiles = ceil_div(out_features, 16 * WARPS * strips)
     steps = ceil_div(in_features, 4 * runs * run)
     most = WORKSPACE_VALUES // (tiles * 16 * WARPS * strips * max(8, next_power_of_2(rows)))
-    splits = max(1, min(512 // tiles, steps * runs // 8, most))
+    splits = max(1, min(256 // tiles, steps * runs // 4, most))
     while (splits - 1) * ceil_div(steps, splits) >= steps:
         splits -= 1
-    return PackedMmaCut(strips, runs, splits, 3, 1 if rows > 32 or double else 2)
+    return PackedMmaCut(strips, runs, splits, 3, 1)
 
 
 @gluon.constexpr_function
