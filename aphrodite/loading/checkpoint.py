@@ -122,8 +122,6 @@ def _not_found(model: str) -> str:
             f"there is no file or folder {model}; if it is a model on the Hugging Face hub, "
             f"fetch it first: aphrodite models pull {model}"
         )
-    if "://" in model:
-        return f"{model} is no model that can be fetched; name one on the Hugging Face hub as ORG/NAME, or a file here"
     return (
         f"there is no file or folder {model}; name a GGUF file, a folder with safetensors files, or a model on the "
         "Hugging Face hub as ORG/NAME"

@@ -14,10 +14,11 @@ from tokenizers import AddedToken
 from aphrodite.errors import ModelFormatError
 from aphrodite.tokenizer.gguf import surround
 from aphrodite.tokenizer.ranks import added_tokens, read_tekken, read_tiktoken
-from aphrodite.tokenizer.sentencepiece import build, read_model_file
+from aphrodite.tokenizer.sentencepiece import PieceType, Vocabulary, build, read_model_file
 from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")  # the first that is there counts
+_MOST_RESERVED = 1 << 12
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -55,8 +56,8 @@ def _find(path: Path) -> Path:
         if (file := path / name).is_file():
             return file
     raise ModelFormatError(
-        f"{path}: there is none of {', '.join(FILES)} here. Download the tokenizer files of the model, or "
-        "point to a directory that has them"
+        f"{path}: there is none of {', '.join(FILES)} here. Download the tokenizer files of the model, "
+        "or name a directory or GGUF file that has them with --tokenizer"
     )
 
 
@@ -69,11 +70,23 @@ def _backend(file: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenize
         return read_tiktoken(file, added_tokens(config)), None
     if file.suffix == ".model":
         vocabulary = read_model_file(file)
+        _name_reserved(vocabulary, config)
         return build(vocabulary), {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
     try:
         return tokenizers.Tokenizer.from_file(str(file)), None
     except Exception as error:  # the library raises bare Exception for every fault in the file
         raise ModelFormatError(f"{file}: not a tokenizer, or damaged ({error}); download it again") from None
+
+
+def _name_reserved(vocabulary: Vocabulary, config: Mapping[str, Any]) -> None:
+    """Give entries of the vocabulary the names that `added_tokens_decoder` has for their ids, as InternLM 2 does with
+    those that its training left unused."""
+    known = set(vocabulary.pieces)
+    for token_id, name in added_tokens(config).items():
+        if token_id < len(vocabulary.pieces) and name not in known:
+            special = config["added_tokens_decoder"][str(token_id)].get("special", False)
+            vocabulary.pieces[token_id] = name
+            vocabulary.types[token_id] = PieceType.CONTROL if special else PieceType.USER_DEFINED
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -102,19 +115,31 @@ def _add_tokens(backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, 
     listed = config.get("added_tokens_decoder") or {}
     if not isinstance(listed, dict):
         raise ModelFormatError(f"{path / 'tokenizer_config.json'}: added_tokens_decoder must be an object")
-    for _, entry in sorted(listed.items(), key=lambda item: int(item[0]) if str(item[0]).isdigit() else -1):
-        if (content := _text(entry)) is not None and content not in known:
+    for key, entry in sorted(listed.items(), key=lambda item: int(item[0]) if str(item[0]).isdigit() else -1):
+        if isinstance(entry, dict) and (content := _text(entry)) is not None and content not in known:
+            if backend.token_to_id(content) is None:
+                _reserve_up_to(backend, int(key) if key.isdigit() else 0)
             flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")}
             special = bool(entry.get("special", False))
             token = AddedToken(content, special=special, **flags)
             (backend.add_special_tokens if special else backend.add_tokens)([token])
             known.add(content)
-    legacy = _read_json(path / "added_tokens.json")
-    for content in sorted(legacy.keys() - known, key=lambda content: str(legacy[content])):
+    legacy = {name: i for name, i in _read_json(path / "added_tokens.json").items() if type(i) is int}
+    for content in sorted(legacy.keys() - known, key=legacy.__getitem__):
+        if backend.token_to_id(content) is None:
+            _reserve_up_to(backend, legacy[content])
         backend.add_tokens([AddedToken(content, special=False, normalized=False)])
     for name in _NAMED:
         if (content := _text(names.get(name))) is not None:
             backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+
+
+def _reserve_up_to(backend: tokenizers.Tokenizer, token_id: int) -> None:
+    """Fill ids that nothing names, so that the next token that is added gets `token_id`."""
+    first = backend.get_vocab_size(with_added_tokens=True)
+    if first < token_id < first + _MOST_RESERVED:
+        names = [f"<|reserved_token_{number}|>" for number in range(first, token_id)]
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
 
 
 def _special_tokens(

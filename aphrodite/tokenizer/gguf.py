@@ -56,7 +56,7 @@ def from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         else:
             raise ModelFormatError(
                 f"{source}: tokenizer model {kind!r} is not supported; gpt2 (byte-level BPE), llama (SentencePiece "
-                "BPE) and t5 (SentencePiece unigram) are"
+                "BPE) and t5 (SentencePiece unigram) are; name a tokenizer.json with --tokenizer"
             )
     except ModelFormatError:
         raise

@@ -151,7 +151,7 @@ def added_tokens(config: Mapping[str, object]) -> dict[int, str]:
     listed = config.get("added_tokens_decoder")
     found: dict[int, str] = {}
     for key, entry in listed.items() if isinstance(listed, dict) else ():
-        content = entry.get("content") if isinstance(entry, dict) else entry
+        content = entry.get("content") if isinstance(entry, dict) else None
         if key.isdigit() and isinstance(content, str):
             found[int(key)] = content
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,26 @@ def test_a_user_defined_token_is_found_in_text_and_is_not_special(tmp_path: Path
     assert token_id in ids
     assert not ours.is_special(token_id)
     assert ours.decode([token_id]) == "<tool>"
+
+
+def test_added_tokens_have_the_ids_that_they_are_listed_with(tmp_path: Path, bpe: bytes) -> None:
+    """InternLM 2 names entries of its vocabulary anew; others leave ids out behind theirs."""
+    size = oracle(bpe).get_piece_size()
+    listed = {
+        str(size - 1): {"content": "<|im_start|>", "special": True},
+        str(size - 2): {"content": "<|plain|>", "special": False},
+        str(size): {"content": "<|first|>", "special": True},
+        str(size + 3): {"content": "<|last|>", "special": True},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    tokenizer = from_model_file(tmp_path, bpe)
+    assert {token_id: tokenizer.token_text(int(token_id)) for token_id in listed} == {
+        token_id: entry["content"] for token_id, entry in listed.items()
+    }
+    assert tokenizer.encode("<|im_start|><|last|><|plain|>", add_special_tokens=False) == [size - 1, size + 3, size - 2]
+    assert tokenizer.is_special(size - 1)
+    assert not tokenizer.is_special(size - 2)
+    assert tokenizer.vocab_size == size + 4
 
 
 def test_byte_tokens_are_bytes_and_pieces_have_spaces(tmp_path: Path, bpe: bytes) -> None:
