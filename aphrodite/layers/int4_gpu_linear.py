@@ -8,7 +8,16 @@ import torch
 
 from aphrodite.kernels.dispatch import Choice, Declined
 from aphrodite.kernels.triton.activation import Activation
-from aphrodite.kernels.triton.int4_linear import by_expansion, choose_int4_kernel, gluon_reason, int4_linear
+from aphrodite.kernels.triton.half_rows import HalfRows
+from aphrodite.kernels.triton.int4_linear import (
+    by_expansion,
+    by_half_gemm,
+    choose_int4_kernel,
+    expands_to_half,
+    gluon_reason,
+    hand_on,
+    int4_linear,
+)
 from aphrodite.kernels.triton.int4_words import STRIP, pack_int4, unsupported_group
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
@@ -90,6 +99,23 @@ class Int4GpuLinear:
         x = x if self.permutation is None else x.index_select(1, self.permutation)
         return by_expansion(x, self.weight, self.scratch, Epilogue(self.bias, None, None)), 1
 
+    def hands_on(self, x: torch.Tensor) -> bool:
+        """Whether a product of as many rows as `x` has would have its operands in float16."""
+        library = choose_int4_kernel(x.shape[0], x.device, self.weight.fits_half) == "library"
+        return library and x.shape[0] > 0 and expands_to_half(self.weight, x, gated=self.gated)
+
+    def hand_on(self, x: torch.Tensor, norm: RmsNorm | None, activation: Activation) -> HalfRows:
+        """act(norm(x) W^T + b) for `of_handed_on` of the next layer."""
+        x, before = self._ordered(x, norm)
+        return hand_on(x, self.weight, self.scratch, Epilogue(self.bias, activation, None), before)
+
+    def of_handed_on(self, x: HalfRows, residual: torch.Tensor) -> torch.Tensor:
+        """x W^T + b + residual, which takes residual's place."""
+        if self.permutation is not None:
+            x = x._replace(values=x.values.index_select(1, self.permutation))
+        by_half_gemm(x, self.weight, self.scratch, residual, Epilogue(self.bias, None, residual))
+        return residual
+
     def _multiplied(
         self,
         x: torch.Tensor,
@@ -97,8 +123,13 @@ class Int4GpuLinear:
         activation: Activation | None,
         residual: torch.Tensor | None,
     ) -> torch.Tensor:
-        before = None if norm is None else (norm.weight, norm.eps)
-        if self.permutation is not None:
-            x = x if before is None else rms_norm(x, *before)
-            x, before = x.index_select(1, self.permutation), None
+        x, before = self._ordered(x, norm)
         return int4_linear(x, self.weight, self.scratch, Epilogue(self.bias, activation, residual), before)
+
+    def _ordered(self, x: torch.Tensor, norm: RmsNorm | None) -> tuple[torch.Tensor, tuple[torch.Tensor, float] | None]:
+        """`x` in the order of the weight's columns, and the norm where it is still to be applied."""
+        before = None if norm is None else (norm.weight, norm.eps)
+        if self.permutation is None:
+            return x, before
+        x = x if before is None else rms_norm(x, *before)
+        return x.index_select(1, self.permutation), None

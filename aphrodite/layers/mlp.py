@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.layers.activation import Activation
 from aphrodite.layers.linear import Linear
-from aphrodite.layers.norm import LayerNorm, Norm
+from aphrodite.layers.norm import LayerNorm, Norm, RmsNorm
 
 
 class Weighted(Protocol):
@@ -43,6 +43,20 @@ class FeedForward(Protocol):
         """
 
 
+@runtime_checkable
+class HandsOn(Protocol):
+    """A Linear that may hand its result to another in a form of their own, which saves converting it."""
+
+    def hands_on(self, x: torch.Tensor) -> bool:
+        """Whether that is so for as many rows as `x` `[T, in]` has."""
+
+    def hand_on(self, x: torch.Tensor, norm: RmsNorm | None, activation: Activation) -> Any:
+        """act(norm(x) W^T + b)."""
+
+    def of_handed_on(self, x: Any, residual: torch.Tensor) -> torch.Tensor:
+        """x W^T + b + residual."""
+
+
 class GatedMlp:
     """down(act(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -50,6 +64,9 @@ class GatedMlp:
         """`gate_up`: hidden -> 2 * intermediate, gate first; `down`: intermediate -> hidden."""
         self.gate_up = gate_up
         self.down = down
+        self._handing: tuple[HandsOn, HandsOn] | None = None
+        if isinstance(gate_up, HandsOn) and isinstance(down, HandsOn):
+            self._handing = gate_up, down
 
     @property
     def products(self) -> tuple[Weighted, ...]:
@@ -58,6 +75,11 @@ class GatedMlp:
     def __call__(
         self, x: torch.Tensor, *, norm: Norm | None, activation: Activation, residual: torch.Tensor | None
     ) -> torch.Tensor:
+        if self._handing is not None and residual is not None:
+            gate_up, down = self._handing
+            if gate_up.hands_on(x) and down.hands_on(x):
+                x, before = (norm(x), None) if isinstance(norm, LayerNorm) else (x, norm)
+                return down.of_handed_on(gate_up.hand_on(x, before, activation), residual)
         return self.down(project(self.gate_up, x, norm, activation), residual=residual)
 
 

@@ -17,6 +17,7 @@ from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.layers.activation import gated_activation
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear
 from aphrodite.layers.linear import RmsNorm
+from aphrodite.layers.mlp import GatedMlp
 from aphrodite.quantization.layouts import Int4Groups
 
 # Relative to float64 on the dequantized weights. What makes it more: a norm's or gate's result is rounded on its way,
@@ -121,6 +122,19 @@ def test_rows_of_very_different_sizes(device: torch.device) -> None:
             assert torch.equal(actual.nan_to_num(7.0), wanted.nan_to_num(7.0))
         else:
             assert distance(actual, wanted) < 2.5e-3, row
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300, 1100])
+def test_feed_forward_blocks(device: torch.device, rows: int) -> None:
+    """Whose second product takes the first one's result in float16 where there are many rows."""
+    wide, back = random_groups(4096, 1024, 128, device), random_groups(1024, 2048, 128, device)
+    layers = [Int4GpuLinear(part, None, CHOICE, dtype=torch.bfloat16, gated=part is wide) for part in (wide, back)]
+    norm = RmsNorm(torch.rand(1024, device=device).bfloat16() / 8, 1e-5)
+    x, residual = (torch.randn(rows, 1024, device=device).bfloat16() for _ in "12")
+    values = reference.rms_norm(x.double(), norm.weight.double(), norm.eps)
+    inner = reference.silu_mul(values @ wide.dequantize().double().T)
+    expected = inner @ back.dequantize().double().T + residual.double()
+    assert distance(GatedMlp(*layers)(x, norm=norm, activation="silu", residual=residual), expected) < 4e-3
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64, 128, 256])

@@ -66,6 +66,7 @@ def _half_gemm_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HANDED_ON: tl.constexpr,  # what results are divided by, 0 for those that are stored as they are
 ):
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(out_features, COLUMNS)
@@ -87,18 +88,20 @@ def _half_gemm_kernel(
             total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION is not None:
             gate, up = tl.split(tl.reshape(total, (ROWS, COLUMNS // 2, 2)))
-            _store(gated(gate, up, ACTIVATION), residual, out, row, column // 2, HAS_RESIDUAL)
+            _store(gated(gate, up, ACTIVATION), residual, out, row, column // 2, HAS_RESIDUAL, HANDED_ON)
         else:
             # Half a tile at a time, for less shared memory.
             lower, upper = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-            _store(lower, residual, out, row, column, HAS_RESIDUAL)
-            _store(upper, residual, out, row, column + COLUMNS // 2, HAS_RESIDUAL)
+            _store(lower, residual, out, row, column, HAS_RESIDUAL, HANDED_ON)
+            _store(upper, residual, out, row, column + COLUMNS // 2, HAS_RESIDUAL, HANDED_ON)
 
 
 @triton.jit
-def _store(values, residual, out, row, column, HAS_RESIDUAL: tl.constexpr):
+def _store(values, residual, out, row, column, HAS_RESIDUAL: tl.constexpr, HANDED_ON: tl.constexpr):
     if HAS_RESIDUAL:
         values += residual.load([row, column]).to(tl.float32)
+    if HANDED_ON > 0:
+        values = tl.clamp(values * (1.0 / HANDED_ON), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     out.store([row, column], values.to(out.dtype))
 
 
@@ -114,6 +117,7 @@ def half_gemm(
     out: torch.Tensor,
     epilogue: Epilogue = Epilogue(),
     config: HalfGemmConfig | None = None,
+    handed_on: float = 0.0,
 ) -> None:
     """Writes act(x W^T / raised + b) + residual.
 
@@ -121,6 +125,7 @@ def half_gemm(
         weight: `[out, in]` float16, contiguous; (gate, up) rows interleaved where there is an activation.
         out: `[T, out]`, or `[T, out / 2]` with an activation; rows may be strided. Holds the residual where there is
             one. It and the weight begin at multiples of 16 bytes, and so do all their rows.
+        handed_on: results are divided by this, and stay finite; 0 for results as they are.
     """
     rows, (out_features, in_features) = x.values.shape[0], weight.shape
     bias, activation, residual = epilogue
@@ -146,5 +151,6 @@ def half_gemm(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,
+        HANDED_ON=handed_on,
         num_warps=config.warps,
     )

@@ -27,6 +27,10 @@ HALF_MAX_ROWS = 512
 # Rows from which the fused gated product is faster than the library's and the activation's own kernel.
 GATED_GEMM_ROWS = 1024
 
+# What results are divided by that stay in float16 for the next product: no activation reaches a million, and of those
+# above a thousandth no digit is lost.
+HANDED_ON = 16.0
+
 Norm = tuple[torch.Tensor, float]
 
 
@@ -99,19 +103,45 @@ def by_expansion(
     x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue = Epilogue(), norm: Norm | None = None
 ) -> torch.Tensor:
     """As `int4_linear`, for many rows: the weight is expanded into `scratch`, piece by piece."""
-    width = weight.out_features if epilogue.activation is None else weight.out_features // 2
-    half = x.dtype == torch.bfloat16 and weight.fits_half and width % 8 == 0 and half_gemm_supports(x.device)
-    if half and x.shape[0] > 0:
-        return _by_half_gemm(half_rows(x, norm), weight, scratch, epilogue, width)
+    if x.shape[0] > 0 and expands_to_half(weight, x, gated=epilogue.activation is not None):
+        out = epilogue.residual
+        if out is None:
+            out = torch.empty((x.shape[0], _width(weight, epilogue)), dtype=x.dtype, device=x.device)
+        by_half_gemm(half_rows(x, norm), weight, scratch, out, epilogue)
+        return out
     return by_library(x if norm is None else rms_norm(x, *norm), weight, scratch, epilogue)
 
 
-def _by_half_gemm(
-    x: HalfRows, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue, width: int
-) -> torch.Tensor:
-    bias, activation, out = epilogue
-    if out is None:
-        out = torch.empty((x.values.shape[0], width), dtype=scratch.dtype, device=scratch.device)
+def hand_on(
+    x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue, norm: Norm | None
+) -> HalfRows:
+    """As `by_expansion`, for another product in float16; `expands_to_half` has been asked."""
+    shape = (x.shape[0], _width(weight, epilogue))
+    values = torch.empty(shape, dtype=torch.float16, device=x.device)
+    by_half_gemm(half_rows(x, norm), weight, scratch, values, epilogue, HANDED_ON)
+    return HalfRows(values, torch.full(shape[:1], HANDED_ON, dtype=torch.float32, device=x.device))
+
+
+def expands_to_half(weight: Int4Words, x: torch.Tensor, *, gated: bool) -> bool:
+    """Whether products that expand the weight have operands in float16."""
+    width = weight.out_features // 2 if gated else weight.out_features
+    return x.dtype == torch.bfloat16 and weight.fits_half and width % 8 == 0 and half_gemm_supports(x.device)
+
+
+def _width(weight: Int4Words, epilogue: Epilogue) -> int:
+    return weight.out_features if epilogue.activation is None else weight.out_features // 2
+
+
+def by_half_gemm(
+    x: HalfRows,
+    weight: Int4Words,
+    scratch: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: Epilogue = Epilogue(),
+    handed_on: float = 0.0,
+) -> None:
+    """Writes act(x W^T + b) + residual; see `half_gemm` and `by_expansion`."""
+    bias, activation, residual = epilogue
     taken = min(scratch.numel() // (STRIP * weight.in_features), weight.words.shape[0])
     for start in range(0, weight.words.shape[0], taken):
         part = _strips_of(weight, start, start + taken)
@@ -121,8 +151,8 @@ def _by_half_gemm(
         each = 1 if activation is None else 2
         columns = out[:, first // each : (first + part.out_features) // each]
         own = None if bias is None else bias[first : first + part.out_features]
-        half_gemm(x, dense, RAISED, columns, Epilogue(own, activation, None if epilogue.residual is None else columns))
-    return out
+        ends = Epilogue(own, activation, None if residual is None else columns)
+        half_gemm(x, dense, RAISED, columns, ends, handed_on=handed_on)
 
 
 def by_library(

@@ -105,6 +105,7 @@ def _half_gemm(in_features: int, activation: str | None, *, residual: bool = Fal
             "HAS_BIAS": activation is None,
             "HAS_RESIDUAL": residual,
             "ACTIVATION": None if activation is None else Constant(activation),
+            "HANDED_ON": 0.0 if activation is None else 16.0,
         },
         num_warps=cut.warps,
         targets=HOPPER,

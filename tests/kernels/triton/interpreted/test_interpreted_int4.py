@@ -17,6 +17,7 @@ from aphrodite.kernels.triton.int4_words import Int4Words, pack_int4, unpack_int
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear, decline_int4_gpu
 from aphrodite.layers.linear import RmsNorm
+from aphrodite.layers.mlp import GatedMlp
 from aphrodite.quantization.layouts import Int4Groups
 
 CHOICE = Choice("packed 4-bit", ())
@@ -187,6 +188,28 @@ def test_many_rows_in_float16(gated: bool, monkeypatch: pytest.MonkeyPatch) -> N
     plain = layer.unactivated(x)[0].double()
     expected = x.double()[:, groups.permutation.long()] @ unpack_int4(layer.weight).T + layer.bias.double()
     assert distance(plain, expected) < 8e-3
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 1e5])
+def test_blocks_hand_on_in_float16(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between the products stays finite, and digits, over the sizes that activations have."""
+    monkeypatch.setattr(int4_linear, "half_gemm_supports", lambda device: True)
+    monkeypatch.setattr(Int4GpuLinear, "__call__", None)
+    wide, back = random_groups(96, 128, 64), random_groups(64, 48, 48, permuted=True)
+    back = dataclasses.replace(back, scales=back.scales.abs() + 2.0**-7)
+    layers = [
+        Int4GpuLinear(groups, None, CHOICE, dtype=torch.bfloat16, gated=groups is wide) for groups in (wide, back)
+    ]
+    norm = RmsNorm((torch.rand(128) + 0.5).bfloat16(), 1e-5)
+    scale = torch.tensor(size**0.5).bfloat16()
+    norm = norm._replace(weight=norm.weight * scale)
+    x, residual = torch.randn(20, 128).bfloat16(), torch.zeros(20, 64).bfloat16()
+    values = reference.rms_norm(x.double(), norm.weight.double(), norm.eps)
+    inner = reference.silu_mul(values @ wide.dequantize().double().T)
+    expected = inner @ back.dequantize().double().T
+    found = GatedMlp(*layers)(x, norm=norm, activation="silu", residual=residual)
+    assert found is residual
+    assert distance(found, expected) < 8e-3
 
 
 def test_what_is_declined() -> None:
