@@ -600,6 +600,12 @@ class Settings:
     origins: Mapping[str, str]
     models: tuple[ModelEntry, ...] = ()
 
+    def shown(self, name: str) -> str:
+        """A setting's value as people write it; never a secret."""
+        row = settings_table()[name]
+        owner = self.engine if hasattr(self.engine, name) else self.server
+        return "(hidden)" if row.meta.secret else format_value(row, getattr(owner, name))
+
 
 def resolve(
     flags: Mapping[str, object] | None = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from aphrodite.cli.console import stdout
-from aphrodite.config import format_value, resolve, settings_table
+from aphrodite.config import resolve
 from aphrodite.config_file import example_config
 from aphrodite.errors import ConfigError
 
@@ -42,12 +42,7 @@ def check(path: Annotated[Path, typer.Argument(help="YAML file of settings.", me
     settings = resolve(config_file=path, environ={})
     console = stdout()
     for name in settings.origins:
-        row = settings_table()[name]
-        value = (
-            getattr(settings.engine, name, None) if hasattr(settings.engine, name) else getattr(settings.server, name)
-        )
-        shown = "(hidden)" if row.meta.secret else format_value(row, value)
-        console.print(f"{name}: {shown}", soft_wrap=True)
+        console.print(f"{name}: {settings.shown(name)}", soft_wrap=True)
     if has_several(settings):
         console.print(f"models offered: {', '.join(model.name for model in offered_models(settings))}", soft_wrap=True)
     count = len(settings.origins) + bool(settings.models)

@@ -31,7 +31,7 @@ def doctor(
         "Machine": _machine(),
         "Devices": _devices(),
         "Native CPU library": _native_library(),
-        "Settings": dict(settings.origins) or {"": "all have their defaults"},
+        "Settings": _settings(settings),
         "Model": _model(settings.engine, load=not no_load),
     }
     if as_json:
@@ -40,8 +40,15 @@ def doctor(
     console = stdout()
     for title, rows in report.items():
         console.print(title, style="bold")
+        width = max(20, *map(len, rows))
         for name, value in rows.items():
-            console.print(f"  {name:<20} {value}" if name else f"  {value}", soft_wrap=True)
+            console.print(f"  {name:<{width}} {value}" if name else f"  {value}", soft_wrap=True)
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    """What is no default, and where it was set."""
+    rows = {name: f"{settings.shown(name)} ({origin})" for name, origin in settings.origins.items()}
+    return rows or {"": "all have their defaults"}
 
 
 def _software() -> dict[str, Any]:

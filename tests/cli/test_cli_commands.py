@@ -190,10 +190,15 @@ class TestDoctor:
         assert {"Software", "Machine", "Devices", "Native CPU library", "Settings", "Model"} == set(content)
         assert content["Software"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
-    def test_it_says_where_settings_come_from(self, monkeypatch):
+    def test_it_says_what_is_set_and_where(self, monkeypatch):
         monkeypatch.setenv("APHRODITE_THREADS", "1")
-        content = json.loads(runner.invoke(app, ["doctor", "--json", "--no-load"]).stdout)
-        assert content["Settings"] == {"threads": "environment variable APHRODITE_THREADS"}
+        monkeypatch.setenv("APHRODITE_API_KEY", "sesame")
+        output = runner.invoke(app, ["doctor", "--json", "--no-load"]).stdout
+        assert json.loads(output)["Settings"] == {
+            "threads": "1 (environment variable APHRODITE_THREADS)",
+            "api_key": "(hidden) (environment variable APHRODITE_API_KEY)",
+        }
+        assert "sesame" not in output
 
 
 @pytest.mark.parametrize("needs_key", [False, True])
