@@ -11,12 +11,12 @@ from aphrodite.kernels.triton.activation import Activation
 from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_linear import (
     by_expansion,
-    by_half_gemm,
     choose_int4_kernel,
-    expands_to_half,
     gluon_reason,
     hand_on,
     int4_linear,
+    is_half_product,
+    of_handed_on,
 )
 from aphrodite.kernels.triton.int4_words import STRIP, pack_int4, unsupported_group
 from aphrodite.kernels.triton.linear import Epilogue
@@ -101,8 +101,7 @@ class Int4GpuLinear:
 
     def hands_on(self, x: torch.Tensor) -> bool:
         """Whether a product of as many rows as `x` has would have its operands in float16."""
-        library = choose_int4_kernel(x.shape[0], x.device, self.weight.fits_half) == "library"
-        return library and x.shape[0] > 0 and expands_to_half(self.weight, x, gated=self.gated)
+        return is_half_product(x, self.weight, gated=self.gated)
 
     def hand_on(self, x: torch.Tensor, norm: RmsNorm | None, activation: Activation) -> HalfRows:
         """act(norm(x) W^T + b) for `of_handed_on` of the next layer."""
@@ -113,8 +112,7 @@ class Int4GpuLinear:
         """x W^T + b + residual, which takes residual's place."""
         if self.permutation is not None:
             x = x._replace(values=x.values.index_select(1, self.permutation))
-        by_half_gemm(x, self.weight, self.scratch, residual, Epilogue(self.bias, None, residual))
-        return residual
+        return of_handed_on(x, self.weight, self.scratch, self.bias, residual)
 
     def _multiplied(
         self,

@@ -196,7 +196,7 @@ def column_layout(rows, warps):
 @gluon.jit
 def _finish(
     total, bias, residual, out, M, out_features, strip, first_column, WARPS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, HANDED_ON: gl.constexpr,
 ):  # fmt: skip
     """As `int4_gluon.finish`, through shared memory, so that 16 bytes at a time are stored."""
     C: gl.constexpr = total.shape[1]
@@ -219,6 +219,10 @@ def _finish(
         gate, up = total.reshape(R // 8, 2, 8, C).permute(0, 2, 3, 1).split()
         result = gated(gate, up, ACTIVATION).reshape(R, C)
     layout: gl.constexpr = column_layout(R, WARPS)
+    if HANDED_ON > 0:
+        result = result * (1.0 / HANDED_ON)
+        # Neither comparison is true of a NaN, which stays.
+        result = gl.where(result > 65504.0, 65504.0, gl.where(result < -65504.0, -65504.0, result))
     if not HAS_RESIDUAL:
         result = result.to(out.dtype.element_ty)
     result = gl.convert_layout(result, layout)
@@ -262,6 +266,7 @@ def _int4_half_kernel(
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    HANDED_ON: gl.constexpr,  # what results are divided by, 0 for those that are stored as they are
     PDL: gl.constexpr,
 ):
     launch_dependents(PDL)
@@ -275,7 +280,10 @@ def _int4_half_kernel(
     total = _sum_of_chunks(x, words, scales, column, strip, strips, start, end, chunks, GROUP, WARPS, STAGES, mma, PDL)
     if SPLITS == 1:
         total = _lowered(total, x_scales, column, M)
-        _finish(total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+        _finish(
+            total, bias, residual, out, M, out_features, strip, column, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            HANDED_ON,
+        )  # fmt: skip
     else:
         # Half a tile at a time, for all of another's sums would not fit the registers beside its own.
         R: gl.constexpr = 16 * WARPS
@@ -295,8 +303,9 @@ def _int4_half_kernel(
                 first = column + part * (COLUMNS // 2)
                 half = _lowered(half, x_scales, first, M)
                 _finish(
-                    half, bias, residual, out, M, out_features, strip, first, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
-                )
+                    half, bias, residual, out, M, out_features, strip, first, WARPS, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                    HANDED_ON,
+                )  # fmt: skip
             gl.store(counters + tile, 0)
 
 
@@ -306,6 +315,7 @@ def int4_half(
     dtype: torch.dtype,
     epilogue: Epilogue = Epilogue(),
     config: HalfConfig | None = None,
+    handed_on: float = 0.0,
 ) -> torch.Tensor:
     """act(x W^T + b) + residual for any number of rows.
 
@@ -315,6 +325,7 @@ def int4_half(
             the same stream have ended, so none of them may write it (copies may).
         dtype: of the result, bfloat16 or float16.
         config: how to cut the work; chosen by shape when None.
+        handed_on: results are divided by this, and stay finite; 0 for results as they are.
 
     Returns:
         `[T, out]`, or `[T, out / 2]` with an activation; `residual` itself where one is given.
@@ -359,6 +370,7 @@ def int4_half(
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
         ACTIVATION=epilogue.activation,
+        HANDED_ON=handed_on,
         PDL=pdl,
         num_warps=config.warps,
         **launch_options(pdl),

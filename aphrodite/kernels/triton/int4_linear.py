@@ -115,11 +115,43 @@ def by_expansion(
 def hand_on(
     x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue, norm: Norm | None
 ) -> HalfRows:
-    """As `by_expansion`, for another product in float16; `expands_to_half` has been asked."""
-    shape = (x.shape[0], _width(weight, epilogue))
-    values = torch.empty(shape, dtype=torch.float16, device=x.device)
+    """act(norm(x) W^T + b) for another product in float16; `is_half_product` has been asked."""
+    rows = x.shape[0]
+    if choose_int4_kernel(rows, x.device, weight.fits_half) == "half":
+        from aphrodite.kernels.triton.int4_half import int4_half
+
+        values = int4_half(half_rows(x, norm), weight, torch.float16, epilogue, None, HANDED_ON)
+        return HalfRows(values, _scales_of_handed_on(x.device)[:rows])
+    values = torch.empty((rows, _width(weight, epilogue)), dtype=torch.float16, device=x.device)
     by_half_gemm(half_rows(x, norm), weight, scratch, values, epilogue, HANDED_ON)
-    return HalfRows(values, torch.full(shape[:1], HANDED_ON, dtype=torch.float32, device=x.device))
+    return HalfRows(values, torch.full((rows,), HANDED_ON, dtype=torch.float32, device=x.device))
+
+
+@functools.cache
+def _scales_of_handed_on(device: torch.device) -> torch.Tensor:
+    """For every row of few, made once: filling them would stand between kernels that start before others end."""
+    return torch.full((HALF_MAX_ROWS,), HANDED_ON, dtype=torch.float32, device=device)
+
+
+def of_handed_on(
+    x: HalfRows, weight: Int4Words, scratch: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+) -> torch.Tensor:
+    """x W^T + b + residual, which takes residual's place."""
+    epilogue = Epilogue(bias, None, residual)
+    if choose_int4_kernel(x.values.shape[0], residual.device, weight.fits_half) == "half":
+        from aphrodite.kernels.triton.int4_half import int4_half
+
+        return int4_half(x, weight, residual.dtype, epilogue)
+    by_half_gemm(x, weight, scratch, residual, epilogue)
+    return residual
+
+
+def is_half_product(x: torch.Tensor, weight: Int4Words, *, gated: bool) -> bool:
+    """Whether `int4_linear` of `x` has operands in float16 though `x` is not."""
+    kernel = choose_int4_kernel(x.shape[0], x.device, weight.fits_half)
+    if x.shape[0] == 0 or x.dtype != torch.bfloat16:
+        return False
+    return kernel == "half" or (kernel == "library" and expands_to_half(weight, x, gated=gated))
 
 
 def expands_to_half(weight: Int4Words, x: torch.Tensor, *, gated: bool) -> bool:

@@ -211,6 +211,7 @@ def _gluon_cases() -> list[KernelCase]:
             "COLUMNS": cut.columns,
             "SPLITS": cut.splits,
             "STAGES": cut.stages,
+            "HANDED_ON": 16.0 if "activation" in parts else 0.0,
             "PDL": True,
         }
         return KernelCase(
