@@ -154,7 +154,8 @@ def _packed_noise(name: str, shape: tuple[int, ...], qtype: QuantType, packing: 
 def _block_type(name: str, shape: tuple[int, ...], packing: BlockPacking, num_layers: int) -> QuantType | None:
     """A matrix's type, None where it stays dense."""
     kind = packing.more if _counts_more(name, num_layers) else packing.most
-    matrix = name.endswith(".weight") and (len(shape) == 2 or ".expert_" in name) and "router" not in name
+    stack = ".expert_" in name or name.endswith((".k_b.weight", ".v_b.weight"))
+    matrix = name.endswith(".weight") and (len(shape) == 2 or stack) and "router" not in name
     return kind if matrix and shape[-1] % kind.block_size == 0 else None
 
 
