@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_engines import THREADS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,6 +15,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """torch's threads spin while they wait: as many as there are cores, in each of several processes, stand still."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

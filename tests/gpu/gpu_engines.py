@@ -37,6 +37,9 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 
+THREADS = 4  # of torch on the host
+REFERENCE: dict[str, Any] = {"device": "cpu", "executor": "torch", "threads": THREADS}  # what GPUs are compared with
+
 
 def write_model(folder: Path, config: Mapping[str, Any]) -> Path:
     """Random weights in a file: dummy ones are others on a GPU than on a CPU."""

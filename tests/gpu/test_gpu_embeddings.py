@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu_engines import TINY, Engines, write_model
+from gpu_engines import REFERENCE, TINY, Engines, write_model
 
 from aphrodite.core.plan import Pooling
 from aphrodite.engine.core import EngineCore
@@ -48,7 +48,7 @@ def serve(core: EngineCore, *, embed: bool = True) -> tuple[dict[str, np.ndarray
 
 def test_embeddings_are_those_of_the_cpu(make_core: Engines) -> None:
     """In chunks, in one start: that of an engine on a GPU is what takes long here."""
-    expected, story = serve(make_core(device="cpu", executor="torch"))
+    expected, story = serve(make_core(**REFERENCE))
     core = make_core(max_num_batched_tokens=96)
     found, tokens = serve(core)
     assert found.keys() == expected.keys()

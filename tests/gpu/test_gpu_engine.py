@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from gpu_engines import TINY, Engines, write_model
+from gpu_engines import REFERENCE, TINY, Engines, write_model
 
 from aphrodite.config import EngineConfig
 from aphrodite.core.request import RequestUpdate
@@ -68,7 +68,7 @@ def answers(core: EngineCore, params: SamplingParams, prompts: list[list[int]] =
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_tokens_are_those_of_the_cpu(make_core: Engines, params: SamplingParams) -> None:
-    expected = answers(make_core(device="cpu", executor="torch"), params)
+    expected = answers(make_core(**REFERENCE), params)
     assert answers(make_core(), params) == expected
 
 
@@ -120,7 +120,7 @@ def test_log_probabilities_are_those_of_the_cpu(make_core: Engines) -> None:
         entries = [entry for update in found for entry in [*(update.prompt_logprobs or []), *(update.logprobs or [])]]
         return [(entry.token_id, entry.logprob) for entry in entries]
 
-    ours, theirs = logprobs(make_core()), logprobs(make_core(device="cpu", executor="torch"))
+    ours, theirs = logprobs(make_core()), logprobs(make_core(**REFERENCE))
     assert [token for token, _ in ours] == [token for token, _ in theirs]
     assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], abs=1e-4)
 
@@ -191,7 +191,7 @@ def test_smollm2_writes_the_same_on_both(make_core: Engines) -> None:
     path = os.environ["SMOLLM2_GGUF"]
     params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
     prompts = [[1 + (31 * i + 97 * j) % 40_000 for j in range(8 + 9 * i)] for i in range(10)]
-    devices: list[dict[str, Any]] = [{"device": "cuda"}, {"device": "cpu", "executor": "torch"}]
+    devices: list[dict[str, Any]] = [{"device": "cuda"}, REFERENCE]
     cores = [
         build_engine(EngineConfig(model=path, dtype="float32", kv_cache_memory=1 << 30, **device), ()).core
         for device in devices

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_engines import THREADS
 
 from aphrodite.config import EngineConfig
 from aphrodite.engine.builder import build_engine
@@ -65,7 +66,7 @@ def test_tokens_are_those_of_the_cpu(name: str, tmp_path: Path) -> None:
     tokens, kernels = answers(model, device="cuda", dtype="float32")
     assert kernels["attention"].startswith("triton paged")
     assert "transformers" in kernels["executor"]
-    assert tokens == answers(model, device="cpu", dtype="float32")[0]
+    assert tokens == answers(model, device="cpu", dtype="float32", threads=THREADS)[0]
 
 
 def test_half_precision_passes_the_comparison_and_answers(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_engines import REFERENCE
 from safetensors.numpy import save_file
 
 pytest.importorskip("triton")
@@ -158,7 +159,7 @@ def answers(model: Path, **settings: Any) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> dict[str, list[int]]:
-    return answers(model, device="cpu", executor="torch", kv_cache_memory=1 << 28)
+    return answers(model, **REFERENCE, kv_cache_memory=1 << 28)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_engines import REFERENCE
 from safetensors.numpy import save_file
 
 from aphrodite import platforms
@@ -80,7 +81,7 @@ def test_qwen3_tokens_are_those_of_the_cpu(model: Path) -> None:
             answers.setdefault(update.request_id, []).extend(update.token_ids)
         return answers
 
-    assert tokens() == tokens(device="cpu", executor="torch")
+    assert tokens() == tokens(**REFERENCE)
 
 
 @pytest.mark.skipif(platforms.current().fp8_dtype is None, reason="this GPU has no fp8 products")

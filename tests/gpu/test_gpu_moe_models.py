@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_engines import REFERENCE
 from safetensors.numpy import save_file
 
 from aphrodite.config import EngineConfig
@@ -101,6 +102,6 @@ def tokens(model: Path, prompts: list[list[int]], **settings: Any) -> dict[str, 
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_tokens_are_those_of_the_cpu(model: Path, count: int) -> None:
-    expected = tokens(model, PROMPTS[-count:], device="cpu", executor="torch")
+    expected = tokens(model, PROMPTS[-count:], **REFERENCE)
     assert tokens(model, PROMPTS[-count:]) == expected
     assert tokens(model, PROMPTS[-count:], enable_graphs=False) == expected

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from gpu_engines import TINY, Engines, write_model
+from gpu_engines import REFERENCE, TINY, Engines, write_model
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -65,7 +65,7 @@ REQUESTS = [
 
 @pytest.mark.parametrize("settings", [{}, {"async_depth": 0, "enable_graphs": False}], ids=str)
 def test_tokens_are_those_of_the_cpu(make_core: Engines, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
-    expected = answers(make_core(device="cpu", executor="torch"), REQUESTS)
+    expected = answers(make_core(**REFERENCE), REQUESTS)
     found = answers(make_core(**settings), REQUESTS)
     assert found == expected
     for number, budget in ((1, 10), (2, 0), (4, 13), (6, 7), (7, 9), (8, 30)):
