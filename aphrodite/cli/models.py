@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -154,6 +155,7 @@ def _in_words(facts: Inspection) -> dict[str, str]:
         if facts.weight_bytes < facts.expanded_bytes
         else ""
     )
+    chosen = f"none; aphrodite templates show --model {shlex.quote(str(facts.path))} shows which of the library is used"
     scaling = f", rotary scaling {facts.rotary_scaling}" if facts.rotary_scaling != "none" else ""
     return {
         "Name": facts.name,
@@ -165,7 +167,7 @@ def _in_words(facts: Inspection) -> dict[str, str]:
         "Shape": f"{facts.num_layers} layers of {facts.hidden_size}, {facts.num_heads} heads of {facts.head_dim},"
         f" {facts.num_kv_heads} KV heads, vocabulary of {facts.vocab_size:,}",
         "Tokenizer": facts.tokenizer or "none; name one with --tokenizer",
-        "Chat template": "yes" if facts.chat_template else "none; name one with --chat-template",
+        "Chat template": "its own" if facts.chat_template else chosen,
         "Weights": format_bytes(facts.weight_bytes) + expanded,
         "KV cache": f"{format_bytes(facts.kv_bytes_per_token)} a token",
         "Memory": ", ".join(f"{format_bytes(need.bytes)} with {need.context:,} tokens" for need in facts.memory),

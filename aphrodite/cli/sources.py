@@ -48,9 +48,11 @@ class TextSource(Protocol):
 
 
 def load_llm(config: EngineConfig) -> LLM:
-    """The offline engine with these settings."""
+    """The offline engine with these settings, its log on standard error."""
     from aphrodite.llm import LLM
+    from aphrodite.logs import configure_logging
 
+    configure_logging(config.log_level)
     settings = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name != "model"}
     return LLM(config.model, **settings)
 

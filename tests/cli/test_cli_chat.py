@@ -351,6 +351,18 @@ class TestComplete:
         assert source.asked == [("line one\nline two", SamplingParams(max_tokens=7))]
 
 
+def test_what_the_engine_logs_is_shown(tiny_model, tmp_path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    backend = tokenizers.Tokenizer(models.BPE({chr(code): code - 33 for code in range(33, 127)}, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    flags = ["--load-format", "dummy", "--kv-cache-memory", "1MiB", "--max-tokens", "1", "--threads", "1"]
+    for level, shown in (("info", True), ("error", False)):
+        result = CliRunner().invoke(app, ["chat", str(tmp_path), *flags, "--log-level", level], input="")
+        assert result.exit_code == 0, result.output
+        assert ("WARNING aphrodite.chat.library: the checkpoint has no chat template" in result.stderr) == shown
+
+
 class TestEngineSource:
     class FakeLLM:
         def __init__(self, outputs: list[CompletionOutput]) -> None:
