@@ -125,7 +125,7 @@ def text_config(config: ConfigReader) -> ConfigReader:
         return config
     section = config.section("text_config")
     if section is not None:
-        return section
+        return section.with_defaults(family_of_config(config).text_defaults)
     if not config.has("hidden_size"):  # Qwen 2 VL's first files describe the text model beside the rest
         raise config.wrong("text_config", "an object (the text model)", None)
     return config

@@ -17,7 +17,7 @@ from aphrodite.models.families.common import (
     head_dim,
     windows_by_type,
 )
-from aphrodite.models.families.rotary import rotary_from_config
+from aphrodite.models.families.rotary import MAX_POSITION, rotary_from_config
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
@@ -50,6 +50,9 @@ def _from_config(config: ConfigReader) -> ModelSpec:
         qkv_bias=bias,
         output_bias=bias,
     )
+    # Command-R says here how long its texts may be, and under the ordinary key what was thought safe at first.
+    longest = config.read("model_max_length", int, 0, low=0, high=MAX_POSITION)
+    spec = dataclasses.replace(spec, max_position=max(spec.max_position, longest))
     return _cohere(spec, _logit_scale(config))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from aphrodite.loading.config_reader import ConfigReader
@@ -35,6 +35,8 @@ class Family:
             family carry another family's.
         wrapped_by: names in `architectures` of models that see images, whose text part is of this family unless the
             `model_type` of their `text_config` names another.
+        text_defaults: of keys that the `text_config` of such models leaves out, where transformers assumes other values
+            than are assumed for the family elsewhere, or none are.
         gguf_wrapped_by: values of `general.architecture` of the text parts of such models.
         from_config: config.json → spec.
         from_gguf: reader of the architecture's own keys, and the tensors → spec.
@@ -47,6 +49,7 @@ class Family:
     title: str
     architectures: tuple[str, ...]
     wrapped_by: tuple[str, ...] = ()
+    text_defaults: Mapping[str, object] = field(default_factory=dict)
     from_config: Callable[[ConfigReader], ModelSpec]
     gguf_architecture: str | None = None
     gguf_wrapped_by: tuple[str, ...] = ()
@@ -240,6 +243,10 @@ def bound_or_none(config: ConfigReader, key: str, default: float) -> float:
     if config.has(key):
         default = 0.0
     return config.read(key, float, default, low=1e-3, high=1e6)
+
+
+# What transformers assumes of Llama, Mistral and Qwen 2 alike.
+COMMON_DEFAULTS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6}
 
 
 def layer_count(config: ConfigReader) -> int:

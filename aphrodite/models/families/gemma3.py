@@ -64,6 +64,7 @@ def _from_config(config: ConfigReader) -> ModelSpec:
     )
     return dataclasses.replace(
         gemma(spec, query_scale(config)),
+        max_position=config.read("max_position_embeddings", int),  # which is the length after its scaling
         layer_rotaries=_rotaries(spec, _window_rotary(config, dim)),
         attention_softcap=bound_or_none(config, "attn_logit_softcapping", 0.0),
         logit_softcap=bound_or_none(config, "final_logit_softcapping", 0.0),

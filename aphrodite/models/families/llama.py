@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.parameters import EXPERT_PLACEHOLDER, GGUF_NAMES, Storage
-from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf
+from aphrodite.models.families.common import COMMON_DEFAULTS, Family, decoder_from_config, decoder_from_gguf
 from aphrodite.models.families.experts import has_experts_apart, moe_from_gguf
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
@@ -44,6 +44,7 @@ LLAMA = Family(
     title="Llama 2 to 3.3, SmolLM 1 and 2, Yi, Falcon 3, DeepSeek LLM, Vicuna",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     wrapped_by=("LlavaForConditionalGeneration", "Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+    text_defaults={**COMMON_DEFAULTS, "intermediate_size": 11_008, "vocab_size": 32_000},
     from_config=_from_config,
     gguf_architecture="llama",
     from_gguf=_from_gguf,

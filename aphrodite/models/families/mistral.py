@@ -9,7 +9,13 @@ from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
 from aphrodite.loading.parameters import GGUF_NAMES, Storage
-from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf, layer_count
+from aphrodite.models.families.common import (
+    COMMON_DEFAULTS,
+    Family,
+    decoder_from_config,
+    decoder_from_gguf,
+    layer_count,
+)
 from aphrodite.models.families.llama import LLAMA
 from aphrodite.models.families.rotary import MAX_POSITION
 from aphrodite.models.spec import ModelSpec
@@ -57,6 +63,13 @@ MISTRAL = Family(
     title="Mistral 7B, Nemo, Small, Large; Ministral 8B",
     architectures=("MistralForCausalLM",),
     wrapped_by=("Mistral3ForConditionalGeneration", "LlavaNextForConditionalGeneration"),
+    text_defaults={
+        **COMMON_DEFAULTS,
+        "intermediate_size": 14_336,
+        "vocab_size": 32_000,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+    },
     from_config=_from_config,
     from_gguf=LLAMA.from_gguf,
 )

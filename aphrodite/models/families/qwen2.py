@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from aphrodite.loading.config_reader import ConfigReader
-from aphrodite.models.families.common import Family, decoder_from_config, decoder_from_gguf, layer_count
+from aphrodite.models.families.common import (
+    COMMON_DEFAULTS,
+    Family,
+    decoder_from_config,
+    decoder_from_gguf,
+    layer_count,
+)
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
@@ -44,6 +50,12 @@ QWEN2 = Family(
         "InternVLForConditionalGeneration",
         "LlavaOnevisionForConditionalGeneration",
     ),
+    text_defaults={
+        **COMMON_DEFAULTS,
+        "intermediate_size": 22_016,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+    },
     gguf_architecture="qwen2",
     gguf_wrapped_by=("qwen2vl",),
     from_gguf=_from_gguf,
