@@ -108,6 +108,21 @@ def test_no_bit_depends_on_chunks_neighbours_or_threads(kv_type: KvType, window:
 
 
 @pytest.mark.parametrize("isa", available_isas())
+def test_heads_of_one_dimension_do_not_overflow(isa: str) -> None:
+    """Integers at the ends of their ranges, in queries, keys, weights and values of one sign, many rows and one."""
+    case = Case((4, 1), 32, (140,))
+    generator = np.random.default_rng(7)
+    heads = case.table.reshape(140, 6, 32)
+    heads[:, :5] = 0
+    heads[:, :5, 9] = generator.choice([-3.0, 3.0], (140, 5))
+    heads[:, 5] = np.float32(5) * generator.choice([-1.0, 1.0], 32)
+    whole = case.run(case.harness(isa), [(0, 0, 140)])[0]
+    np.testing.assert_allclose(whole, case.expected(0, 0, KvType.FLOAT32), rtol=1e-3)
+    harness = case.harness(isa)
+    assert np.array_equal(np.concatenate([case.run(harness, [(0, t, t + 1)])[0] for t in range(140)]), whole)
+
+
+@pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("kv_type", KvType)
 def test_a_blocks_old_content_is_never_read(kv_type: KvType, isa: str) -> None:
     """A freed block may hold another request's NaNs behind the positions written so far."""

@@ -14,28 +14,35 @@ namespace {
 
 // The parts of a worker's scratch, see attention_scratch.
 struct AttentionScratch {
-    AttentionScratch(float* memory, const AttentionShape& shape)
-        : scores(memory),
-          ints{reinterpret_cast<int32_t*>(memory + kMaxQueryRows * kKvTile), nullptr, nullptr, nullptr} {
-        ints.weights = ints.queries + kMaxQueryRows * (shape.head_dim + shape.turning) / 2;
-        ints.query_units = reinterpret_cast<float*>(ints.weights + kMaxQueryRows * kKvTile / 2);
-        ints.weight_units = ints.query_units + 2 * kMaxQueryRows;
-        partial = ints.weight_units + kMaxQueryRows;
-        running = partial + kMaxQueryRows * (shape.head_dim + 2);
-        turned = reinterpret_cast<int16_t*>(running + kMaxQueryRows * (shape.head_dim + 2));
+    AttentionScratch(float* memory, const AttentionShape& shape) : scores(memory) {
+        const auto take = [&memory](int64_t count) { return memory += count, memory - count; };
+        const auto take_ints = [&take](int64_t count) { return reinterpret_cast<int32_t*>(take(count)); };
+        take(kMaxQueryRows * kKvTile);
+        ints.queries = take_ints(kMaxQueryRows * (shape.head_dim + shape.turning) / 2);
+        ints.query_units = take(2 * kMaxQueryRows);
+        ints.weights = take_ints(kMaxQueryRows * kKvTile / 2);
+        ints.weight_units = take(kMaxQueryRows);
+        ints.query_pairs = take_ints(kMaxQueryRows);
+        ints.weight_pairs = take_ints(kMaxQueryRows);
+        ints.key_pairs = take_ints(kKvTile);
+        ints.value_pairs = take_ints((kTileBlocks + 1) * shape.head_dim);
+        partial = take(kMaxQueryRows * (shape.head_dim + 2));
+        running = take(kMaxQueryRows * (shape.head_dim + 2));
+        turned = reinterpret_cast<int16_t*>(memory);
     }
     float* scores;
-    IntRows ints;
+    IntRows ints{};
     float* partial;
     float* running;
     int16_t* turned;  // of latents
 };
 
 // Whatever of a task does not change with the tile.
-inline void start_task(const AttentionShape& shape, const AttentionTask& task, const AttentionScratch& scratch) {
+inline void start_task(const AttentionShape& shape, const AttentionTask& task, AttentionScratch& scratch) {
     if (shape.kv != KvType::Int16) return;
-    if (shape.turning > 0) quantize_latent_queries(shape, task, scratch.ints);
-    else quantize_queries(shape, task, scratch.ints);
+    if (shape.turning > 0) return quantize_latent_queries(shape, task, scratch.ints);
+    if constexpr (kPairedDots) scratch.ints.paired = pairs_rows(task.count * (shape.heads / shape.kv_heads));
+    quantize_queries(shape, task, scratch.ints);
 }
 
 inline void attend_latents(const AttentionShape& shape, const AttentionTask& task, int64_t tile,
@@ -59,7 +66,7 @@ inline void attend_started(const AttentionShape& shape, const AttentionTask& tas
 }
 
 void attend_tile(const AttentionShape& shape, const AttentionTask& task, int64_t tile, float* memory, float* partial) {
-    const AttentionScratch scratch(memory, shape);
+    AttentionScratch scratch(memory, shape);
     start_task(shape, task, scratch);
     attend_started(shape, task, tile, scratch, partial);
 }
@@ -69,16 +76,16 @@ inline void merge_row(float* running, const float* partial, int head_dim) {
     const float top = partial[head_dim];
     if (top == -__builtin_inff()) return;
     const float old_top = running[head_dim];
-    const float new_top = top < old_top ? old_top : top;
-    const Vec keep = exp2(splat(old_top - new_top)), gain = exp2(splat(top - new_top));
+    const bool grows = old_top < top;
+    const Vec factor = exp2(splat(grows ? old_top - top : top - old_top)), one = splat(1.0f);
+    const Vec keep = grows ? factor : one, gain = grows ? one : factor;
     for (int d = 0; d < head_dim; d += 16)
         store(running + d, fma(load(partial + d), gain, mul(load(running + d), keep)));
     float factors[16];
-    store(factors, keep);
-    const float kept = running[head_dim + 1] * factors[0];
-    store(factors, gain);
-    running[head_dim + 1] = kept + partial[head_dim + 1] * factors[0];
-    running[head_dim] = new_top;
+    store(factors, factor);
+    running[head_dim + 1] = grows ? running[head_dim + 1] * factors[0] + partial[head_dim + 1]
+                                  : running[head_dim + 1] + partial[head_dim + 1] * factors[0];
+    if (grows) running[head_dim] = top;
 }
 
 inline void start_rows(float* running, int rows, int head_dim) {
@@ -108,7 +115,7 @@ inline void finish_rows(const AttentionShape& shape, const AttentionTask& task, 
 }
 
 void attend(const AttentionShape& shape, const AttentionTask& task, float* memory) {
-    const AttentionScratch scratch(memory, shape);
+    AttentionScratch scratch(memory, shape);
     const int rows = task.count * (shape.heads / shape.kv_heads);
     const int64_t stride = shape.head_dim + 2;
     start_task(shape, task, scratch);

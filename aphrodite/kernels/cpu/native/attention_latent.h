@@ -110,6 +110,30 @@ inline void dot_latents(const AttentionShape& shape, const int32_t* queries, con
         }
 }
 
+// Softmax weights, times the units of their values, to integers: words[kKvTile / 2]; returns what one stands for.
+inline float quantize_weights(float* weights, const float* const* value_units, Visible seen, int blocks,
+                              int32_t* words) {
+    constexpr float kLargest = 32767.0f, kSum = kWeightSum / 2;
+    Vec largest = zero(), total = zero();
+    for (int b = 0; b < blocks; ++b) {
+        const int base = b * kKvBlock;
+        // What lies behind the last position seen may not be finite.
+        const Vec w = select_lanes(seen.low - base, seen.high - base, mul(load(weights + base), load(value_units[b])),
+                                   zero());
+        largest = max(largest, w);
+        total = add(total, w);
+        store(weights + base, w);
+    }
+    const float most = maximum(largest), all = sum(total);
+    // One that is not finite gets a unit that is not either.
+    const float unit = most * kSum > all * kLargest ? most / kLargest : all / kSum;
+    const Vec inverse = inverse_unit(unit);
+    int16_t* quants = reinterpret_cast<int16_t*>(words);
+    for (int b = 0; b < blocks; ++b)
+        store_shorts(quants + b * kKvBlock, to_int(mul(load(weights + b * kKvBlock), inverse)));
+    return unit;
+}
+
 template <int kRows>
 void score_latent_rows(const AttentionShape& shape, const AttentionTask& task, int64_t tile, int first,
                        const LatentBlocks& in, const IntRows& rows, float* scores, float* partial) {
@@ -128,8 +152,7 @@ void score_latent_rows(const AttentionShape& shape, const AttentionTask& task, i
         float* maximum_and_sum = partial + r * (shape.head_dim + 2) + shape.head_dim;
         soften(shape, weights, seen, blocks, maximum_and_sum, maximum_and_sum + 1);
         rows.weight_units[first + r] = quantize_weights(weights, in.units, seen, blocks,
-                                                        rows.weights + (first + r) * (kKvTile / 2),
-                                                        kWeightSum / 2);
+                                                        rows.weights + (first + r) * (kKvTile / 2));
     }
 }
 

@@ -29,6 +29,24 @@ constexpr int lanes_beside(int rows) {
     return beside;
 }
 
+// Of a simd_*.h that reduces four vectors at once.
+void sums_of_four(const Vec (&rows)[4], float* out);
+void maxima_of_four(const Vec (&rows)[4], float* out);
+
+// Each row's maximum, and each row's sum in the order of `sum`.
+template <int kRows>
+inline void maxima(const Vec (&rows)[kRows], float (&out)[kRows]) {
+    if constexpr (kRows == 4 && kFoursReduced) maxima_of_four(rows, out);
+    else
+        for (int r = 0; r < kRows; ++r) out[r] = maximum(rows[r]);
+}
+template <int kRows>
+inline void sums(const Vec (&rows)[kRows], float (&out)[kRows]) {
+    if constexpr (kRows == 4 && kFoursReduced) sums_of_four(rows, out);
+    else
+        for (int r = 0; r < kRows; ++r) out[r] = sum(rows[r]);
+}
+
 // Products q.k to weights exp2(score - maximum), 0 where the row does not see; writes the maximum and the sum.
 inline void soften(const AttentionShape& shape, float* scores, Visible seen, int blocks, float* maximum_out,
                    float* sum_out) {

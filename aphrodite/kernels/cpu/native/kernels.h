@@ -26,6 +26,9 @@ constexpr int kLargestInt16 = 32767 - 255, kLargestInt8 = 120;
 // first words with the one 16 columns behind it.
 constexpr int kPairedBytes = 2;
 
+// Largest quants of attention: a query's may be added to a key's, a softmax weight to a value's.
+constexpr int kLargestKey = 16383, kLargestValue = 8191, kLargestWeight = 32767 - kLargestValue;
+
 struct PackedRows {
     Activation kind;
     int64_t columns;
@@ -180,12 +183,14 @@ struct Kernels {
     int32_t (*read_all)(const uint8_t* data, int64_t bytes);
 };
 
-// Floats of scratch that the attention kernels need: a row's scores, integer weights and their unit, integer query and
-// its units, and two results with their maximum and sum; of latents, those of a tile that are turned around at once.
+// Floats of scratch that the attention kernels need: of each row scores, integer weights and query with what belongs to
+// them, and two results with their maximum and sum; what paired dots add for keys and values alone; of latents, those
+// of a tile that are turned around at once.
 constexpr int kTurnedColumns = 64;
 inline int64_t attention_scratch(int head_dim, int turning) {
-    const int64_t row = kKvTile + kKvTile / 2 + 1 + (head_dim + turning) / 2 + 2 + 2 * (static_cast<int64_t>(head_dim) + 2);
-    return kMaxQueryRows * row + (turning > 0 ? kKvTile * kTurnedColumns / 2 : 0);
+    const int64_t row = kKvTile + kKvTile / 2 + (head_dim + turning) / 2 + 5 + 2 * (static_cast<int64_t>(head_dim) + 2);
+    const int64_t pairs = kKvTile + (kKvTile / kKvBlock + 1) * static_cast<int64_t>(head_dim);
+    return kMaxQueryRows * row + pairs + (turning > 0 ? kKvTile * kTurnedColumns / 2 : 0);
 }
 
 // First tile that the earliest query of a task sees, and one past the last tile of its last query.

@@ -7,6 +7,7 @@
 #include "kernel_table.h"
 #include "pack_avx512.h"
 #include "paired_dots.h"
+#include "paired_attention.h"
 
 namespace aph {
 const Kernels* kernels_avx512() {

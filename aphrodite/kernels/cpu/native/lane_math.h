@@ -4,20 +4,23 @@
 namespace aph {
 namespace {
 
-// 2^x, relative error below 2e-7; 0 far below the smallest normal number; NaN stays NaN.
-inline Vec exp2(Vec x) {
-    const Vec bounded = max(splat(-160.0f), x);
-    const Vec whole = round_to_whole(bounded);
-    const Vec f = sub(bounded, whole);
-    // Taylor series of 2^f on [-1/2, 1/2].
-    Vec p = splat(1.5403530393381609e-4f);
-    p = fma(p, f, splat(1.3333558146428443e-3f));
-    p = fma(p, f, splat(9.6181291076284770e-3f));
-    p = fma(p, f, splat(5.5504108664821580e-2f));
-    p = fma(p, f, splat(2.4022650695910072e-1f));
-    p = fma(p, f, splat(6.9314718055994531e-1f));
+// 2^x for x that is not minus infinity, relative error below 2e-7; 0 far below the smallest normal number; NaN stays
+// NaN.
+inline Vec exp2_of_finite(Vec x) {
+    const Vec whole = round_to_whole(x);
+    const Vec f = sub(x, whole);
+    // The polynomial of the smallest relative error for 2^f on [-1/2, 1/2] that is exact at 0.
+    Vec p = splat(1.3264727e-3f);
+    p = fma(p, f, splat(9.6715127e-3f));
+    p = fma(p, f, splat(5.5507337e-2f));
+    p = fma(p, f, splat(2.4022242e-1f));
+    p = fma(p, f, splat(6.9314698e-1f));
     return scale_by_power(fma(p, f, splat(1.0f)), whole);
 }
+
+constexpr float kLeastPower = -160.0f;  // 2^x is 0
+
+inline Vec exp2(Vec x) { return exp2_of_finite(max(splat(kLeastPower), x)); }
 
 constexpr float kLog2E = 1.4426950408889634f;
 

@@ -157,7 +157,7 @@ inline float norm_unit(const float* x, int64_t head_dim) {
     return __builtin_sqrtf(sum(squares)) * (1.0f / 32767.0f);
 }
 
-// The same for integers of at most 8191.
+// What one stands for in a value whose integers are at most 8191. Not finite if a value is not.
 inline float largest_unit(const float* x, int64_t head_dim) {
     float largest = 0;
     for (int64_t i = 0; i < head_dim; i += 16) {
@@ -165,14 +165,23 @@ inline float largest_unit(const float* x, int64_t head_dim) {
         if (!(magnitude <= largest)) largest = magnitude;
         if (largest != largest) break;
     }
-    return largest * (1.0f / 8191.0f);
+    return largest * (1.0f / kLargestValue);
+}
+
+// What one stands for in a query or key: the norm is at most 32767, and no integer above 16383. Not finite if a value is
+// not.
+inline float key_unit(const float* x, int64_t head_dim) {
+    Vec largest = zero();  // whatever a NaN makes of it, the norm is one then
+    for (int64_t i = 0; i < head_dim; i += 16) largest = max(largest, max(load(x + i), sub(zero(), load(x + i))));
+    const float by_norm = norm_unit(x, head_dim), by_largest = maximum(largest) * (1.0f / kLargestKey);
+    return by_largest > by_norm ? by_largest : by_norm;
 }
 
 inline Vec inverse_unit(float unit) { return splat(unit > 0 ? 1.0f / unit : 0.0f); }
 
 void store_kv_int16(const float* key, const float* value, int64_t head_dim, char* block, int offset) {
     float* units = reinterpret_cast<float*>(block);
-    units[offset] = norm_unit(key, head_dim);
+    units[offset] = key_unit(key, head_dim);
     units[kKvBlock + offset] = largest_unit(value, head_dim);
     const Vec to_key = inverse_unit(units[offset]), to_value = inverse_unit(units[kKvBlock + offset]);
     int16_t* keys = reinterpret_cast<int16_t*>(units + 2 * kKvBlock) + 2 * offset;

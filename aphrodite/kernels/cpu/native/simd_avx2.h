@@ -11,6 +11,7 @@ constexpr int kDotRows = 2;
 constexpr int kFloatRows = 1;
 constexpr int kResultVecs = 6;
 constexpr bool kPairedDots = false;
+constexpr bool kFoursReduced = false;
 
 struct Vec {
     __m256 lo, hi;
@@ -126,6 +127,11 @@ inline float largest_magnitude(Vec a, Vec b) {
     return _mm_cvtss_f32(_mm_castsi128_ps(quarter));
 }
 
+// Nothing, where dots are not paired.
+struct WordPairs {
+    void add(const IVec&) {}
+    int32_t negated() const { return 0; }
+};
 inline IVec izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline IVec to_int(Vec a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 inline Vec to_float(IVec a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }

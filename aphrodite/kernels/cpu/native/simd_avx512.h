@@ -11,6 +11,7 @@ constexpr int kDotRows = 8;    // rows of activations whose sums stay in registe
 constexpr int kFloatRows = 4;  // the same for float products
 constexpr int kResultVecs = 16;  // results of attention that stay in registers
 constexpr bool kPairedDots = true;  // see paired_dots.h
+constexpr bool kFoursReduced = true;  // sums and maxima of four vectors at once
 
 struct Vec {
     __m512 v;
@@ -72,6 +73,25 @@ inline Vec select_lanes(int low, int high, Vec a, Vec b) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// Four vectors to four lanes: f joins halves until one is left, in the order of _mm512_reduce_*.
+template <class F>
+inline __m128 reduce_four(const Vec (&rows)[4], F&& f) {
+    const auto join_halves = [&f](__m512 a, __m512 b) {
+        return f(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const __m512 low = join_halves(rows[0].v, rows[1].v), high = join_halves(rows[2].v, rows[3].v);
+    const __m512 lanes = f(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    const __m512 pairs = f(lanes, _mm512_permute_ps(lanes, 0x4e));
+    const __m512 singles = f(pairs, _mm512_permute_ps(pairs, 0xb1));
+    const __m512i first_lanes = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(first_lanes, singles));
+}
+inline void sums_of_four(const Vec (&rows)[4], float* out) {
+    _mm_storeu_ps(out, reduce_four(rows, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); }));
+}
+inline void maxima_of_four(const Vec (&rows)[4], float* out) {
+    _mm_storeu_ps(out, reduce_four(rows, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); }));
+}
 // Largest magnitude of both; not finite if any lane is not, NaN included.
 inline float largest_magnitude(Vec a, Vec b) {
     const __m512i mask = _mm512_set1_epi32(0x7fffffff);
@@ -214,6 +234,19 @@ inline Bytes add_word(Bytes a, const int32_t* word) { return {_mm512_add_epi8(a.
 // Adds the dot products of each word of a with that of b; of Bytes, b's are signed.
 inline IVec dot(IVec sum, Shorts a, Shorts b) { return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)}; }
 inline IVec dot(IVec sum, Bytes a, Bytes b) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }
+// What the paired dots of a row's words add for the row alone (paired_attention.h): of every 16 quants, 8 words, the
+// products of the first 6 words, two by two.
+class WordPairs {
+public:
+    void add(IVec quants) {
+        const __m512i behind = _mm512_shuffle_epi32(quants.v, _MM_PERM_BADC);
+        sum_ = _mm512_add_epi32(sum_, _mm512_mullo_epi32(quants.v, behind));
+    }
+    int32_t negated() const { return -_mm512_mask_reduce_add_epi32(0x0333, sum_); }
+
+private:
+    __m512i sum_ = _mm512_setzero_si512();
+};
 inline Shorts load_shorts(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
 // Adds the dot products of each word with the broadcast word.
 inline IVec dot(IVec sum, Shorts a, const int32_t* word) {

@@ -17,6 +17,7 @@ constexpr int kDotRows = 1;
 constexpr int kFloatRows = 1;
 constexpr int kResultVecs = 3;
 constexpr bool kPairedDots = false;
+constexpr bool kFoursReduced = false;
 constexpr int kParts = 4;
 
 typedef float Float4 __attribute__((vector_size(16)));
@@ -174,6 +175,11 @@ inline float largest_magnitude(const Vec& a, const Vec& b) {
     return bits_to_float(static_cast<uint32_t>(result));
 }
 
+// Nothing, where dots are not paired.
+struct WordPairs {
+    void add(const IVec&) {}
+    int32_t negated() const { return 0; }
+};
 inline IVec izero() {
     return each<IVec>([](int) { return Int4{}; });
 }
