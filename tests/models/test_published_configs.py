@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.loading.inspect import Inspection, inspect
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published_configs.json").read_text())
@@ -40,3 +41,9 @@ def test_numbers_of_weights_are_those_that_are_known(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_contexts_are_those_that_are_known(name: str, tmp_path: Path) -> None:
     assert described(name, tmp_path).max_position == CONTEXTS[name]
+
+
+def test_stablelms_first_files_have_other_names(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["stablelm-3b-4e1t"]["config"]))
+    spec = open_checkpoint(tmp_path, load_format="dummy").spec
+    assert (spec.norm_eps, spec.rotary.dim, spec.head_dim) == (1e-5, 20, 80)

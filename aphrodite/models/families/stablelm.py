@@ -13,7 +13,7 @@ from aphrodite.models.families.rotary import rotary_from_config
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import RawTensor
 
-_TURNING = 0.25  # what transformers assumes
+_TURNING, _EPSILON = 0.25, 1e-5  # what transformers assumes
 
 
 def _stablelm(spec: ModelSpec, *, parallel: bool) -> ModelSpec:
@@ -23,6 +23,12 @@ def _stablelm(spec: ModelSpec, *, parallel: bool) -> ModelSpec:
 
 
 def _from_config(config: ConfigReader) -> ModelSpec:
+    config = config.with_defaults(  # the first files (stablelm_epoch) have these under other names
+        {
+            "layer_norm_eps": config.read("norm_eps", float, _EPSILON, low=0.0, high=1.0),
+            "partial_rotary_factor": config.read("rope_pct", float, _TURNING, low=0.0, high=1.0),
+        }
+    )
     spec = decoder_from_config(
         config,
         family="stablelm",
