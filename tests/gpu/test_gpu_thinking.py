@@ -1,7 +1,8 @@
-"""Budgets of reasoning on a GPU: the CPU's tokens, and steps without the host wherever nothing can be forced."""
+"""Budgets of reasoning and grammars on a GPU: the CPU's tokens, and steps without the host where nothing is forced."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -71,6 +72,19 @@ def test_tokens_are_those_of_the_cpu(make_core: Engines, tokenizer: Tokenizer, s
     for number, budget in ((1, 10), (2, 0), (4, 13), (6, 7), (7, 9), (8, 30)):
         closing = found[str(number)][budget : budget + CLOSING]
         assert tokenizer.decode(closing) == MARKS.end
+
+
+def test_answers_of_a_grammar_are_those_of_the_cpu(make_core: Engines, tokenizer: Tokenizer) -> None:
+    """With and without log-probabilities, in the sampling kernels and (tfs) on torch operations, beside free ones."""
+    pytest.importorskip("llguidance")
+    pattern = r"[a-m]{3,9} (\d\d )*[x-z]{4}"
+    fields: list[dict[str, Any]] = [{}, {"logprobs": 3}, {"tfs": 0.9}]
+    requests = [from_mapping({"guided_regex": pattern, **own}, base=FREE) for own in fields] + [FREE]
+    found = answers(make_core(), requests)
+    assert found == answers(make_core(**REFERENCE), requests)
+    for number in range(len(fields)):
+        text = tokenizer.decode(found[str(number)])
+        assert re.fullmatch(pattern, text) or len(found[str(number)]) == FREE.max_tokens, text
 
 
 def test_nobody_waits_where_nothing_can_be_forced(make_core: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
