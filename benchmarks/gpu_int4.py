@@ -28,13 +28,12 @@ import torch.nn.functional as F
 from gpu_linear import CEILING, DTYPE, EPS, compile_cases, guarded, only_compile
 from triton.backends.compiler import GPUTarget
 
-from aphrodite.kernels.triton import half_gemm, half_rows, int4_expand, int4_half, int4_linear, int4_mma, int4_wgmma
+from aphrodite.kernels.triton import half_rows, int4_expand, int4_half, int4_linear, int4_mma, int4_wgmma
 from aphrodite.kernels.triton.activation import Activation
-from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_half import HalfConfig
 from aphrodite.kernels.triton.int4_mma import MmaConfig
 from aphrodite.kernels.triton.int4_wgmma import WgmmaConfig
-from aphrodite.kernels.triton.int4_words import RAISED, Int4Words, unpack_int4, whole_splits
+from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4, whole_splits
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 
@@ -146,9 +145,6 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
     if isinstance(cut, HalfConfig):
         return lambda weight: int4_half.int4_half(half_rows.half_rows(x, bench.norm), weight, x.dtype, epilogue, cut)
 
-    if cut == "exact":
-        return lambda weight: exact(bench, half_rows.half_rows(x, bench.norm), weight, x.dtype, epilogue)
-
     def after_norm(weight: Any) -> torch.Tensor:
         normed = x if bench.norm is None else rms_norm(x, *bench.norm)
         if isinstance(cut, MmaConfig):
@@ -158,17 +154,6 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
         return int4_linear.by_library(normed, weight, bench.scratch, epilogue)
 
     return after_norm
-
-
-def exact(bench: Bench, x: HalfRows, weight: Int4Words, dtype: torch.dtype, epilogue: Epilogue) -> torch.Tensor:
-    """As by the library, with both operands in float16."""
-    dense = bench.scratch.view(torch.float16).view(weight.out_features, weight.in_features)
-    out = epilogue.residual
-    if out is None:
-        width = weight.out_features if epilogue.activation is None else weight.out_features // 2
-        out = torch.empty((x.values.shape[0], width), dtype=dtype, device=dense.device)
-    half_gemm.half_gemm(x, int4_expand.expand_int4(weight, dense, RAISED), RAISED, out, epilogue)
-    return out
 
 
 def default_cuts(layer: Layer, rows: int, group: int) -> dict[str, Any]:
@@ -183,8 +168,6 @@ def default_cuts(layer: Layer, rows: int, group: int) -> dict[str, Any]:
         cuts["half"] = int4_half.half_config(n, k, rows)
     if rows >= 64:
         cuts["library"] = "library"
-    if rows >= 512:
-        cuts["exact"] = "exact"
     return cuts
 
 
@@ -258,8 +241,6 @@ KERNELS = (
     (int4_wgmma, "_int4_wgmma_kernel"),
     (int4_half, "_int4_half_kernel"),
     (half_rows, "_half_rows_kernel"),
-    (half_gemm, "_half_gemm_kernel"),
-    (int4_expand, "_expand_kernel"),
 )
 
 
@@ -286,7 +267,7 @@ def compare(layers: list[Layer], group: int, all_rows: list[int]) -> None:
     compile_ahead(
         [(layer, group, r, cut) for layer in layers for r in all_rows for cut in default_cuts(layer, r, group).values()]
     )
-    names = f"{'mma us':>9} {'wgmma us':>9} {'half us':>9} {'library us':>11} {'exact us':>9}"
+    names = f"{'mma us':>9} {'wgmma us':>9} {'half us':>9} {'library us':>11}"
     print(f"{'layer':8} {'rows':>4} {names} {'%':>6} {'TF/s':>6} errors")
     for layer in layers:
         bench = Bench(layer, group, "cuda")
@@ -310,12 +291,12 @@ def _compared(bench: Bench, rows: int) -> None:
             print(f"  {layer.name} {rows} {name} {cut}: {type(failure).__name__}: {str(failure).strip()[:200]}")
     cells = [
         f"{times[name]:.2f}{'*' if name == taken else ' '}" if name in times else ""
-        for name in ("mma", "wgmma", "half", "library", "exact")
+        for name in ("mma", "wgmma", "half", "library")
     ]
     us = times.get(taken, float("nan"))
     rate = 2 * rows * layer.out_features * layer.in_features / us / 1e6
     found = " ".join(f"{error:.1e}" for error in errors.values())
-    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>9} {cells[3]:>11} {cells[4]:>9}"
+    line = f"{layer.name:8} {rows:4} {cells[0]:>9} {cells[1]:>9} {cells[2]:>9} {cells[3]:>11}"
     print(f"{line} {bench.share(us):6.1f} {rate:6.0f} {found}", flush=True)
 
 

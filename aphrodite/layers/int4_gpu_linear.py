@@ -10,7 +10,7 @@ from aphrodite.kernels.dispatch import Choice, Declined
 from aphrodite.kernels.triton.activation import Activation
 from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_linear import (
-    by_expansion,
+    by_library,
     choose_int4_kernel,
     gluon_reason,
     hand_on,
@@ -97,22 +97,22 @@ class Int4GpuLinear:
         if kernel != "library" and whole and self.bias is None:
             return self._multiplied(x, None, None, None), PAIR_ROWS  # as rows lie in a strip
         x = x if self.permutation is None else x.index_select(1, self.permutation)
-        return by_expansion(x, self.weight, self.scratch, Epilogue(self.bias, None, None)), 1
+        return by_library(x, self.weight, self.scratch, Epilogue(self.bias, None, None)), 1
 
     def hands_on(self, x: torch.Tensor) -> bool:
         """Whether a product of as many rows as `x` has would have its operands in float16."""
-        return is_half_product(x, self.weight, gated=self.gated)
+        return is_half_product(x, self.weight)
 
     def hand_on(self, x: torch.Tensor, norm: RmsNorm | None, activation: Activation) -> HalfRows:
         """act(norm(x) W^T + b) for `of_handed_on` of the next layer."""
         x, before = self._ordered(x, norm)
-        return hand_on(x, self.weight, self.scratch, Epilogue(self.bias, activation, None), before)
+        return hand_on(x, self.weight, Epilogue(self.bias, activation, None), before)
 
     def of_handed_on(self, x: HalfRows, residual: torch.Tensor) -> torch.Tensor:
         """x W^T + b + residual, which takes residual's place."""
         if self.permutation is not None:
             x = x._replace(values=x.values.index_select(1, self.permutation))
-        return of_handed_on(x, self.weight, self.scratch, self.bias, residual)
+        return of_handed_on(x, self.weight, self.bias, residual)
 
     def _multiplied(
         self,

@@ -54,7 +54,6 @@ def _expand_kernel(
     words,  # [strips, chunks, 16, 16] int32
     scales,  # [strips, groups, 16] int32
     out,  # [out, in]
-    raised,  # what values are multiplied by
     out_features,
     in_features,
     strips,
@@ -76,19 +75,17 @@ def _expand_kernel(
     k = chunk * 128 + tl.arange(0, 128)
     inside = (row < out_features)[:, None] & (k < in_features)[None, :]
     wait_for_producer(PDL)
-    values = (values * raised).to(out.dtype.element_ty)
-    tl.store(out + row.to(tl.int64)[:, None] * in_features + k[None, :], values, mask=inside)
+    tl.store(out + row.to(tl.int64)[:, None] * in_features + k[None, :], values.to(out.dtype.element_ty), mask=inside)
 
 
-def expand_int4(weight: Int4Words, out: torch.Tensor, raised: float = 1.0) -> torch.Tensor:
-    """Write the weight times `raised` to `out` `[out, in]` contiguous; rows of pairs as g0, u0, g1, u1, ..."""
+def expand_int4(weight: Int4Words, out: torch.Tensor) -> torch.Tensor:
+    """Write the weight to `out` `[out, in]` contiguous; the rows of a paired weight as g0, u0, g1, u1, ..."""
     strips, chunks = weight.words.shape[:2]
     pdl = pdl_supported(out.device)
     _expand_kernel[(chunks, ceil_div(strips, STRIPS))](
         weight.words,
         weight.scales,
         out,
-        raised,
         weight.out_features,
         weight.in_features,
         strips,

@@ -64,10 +64,14 @@ class HalfConfig(NamedTuple):
 
 @functools.cache
 def half_config(out_features: int, in_features: int, rows: int) -> HalfConfig:
-    """The cut for a weight `[out, in]`: the widest tiles where there are enough of them for 132 multiprocessors, else
-    small ones, two on each, whose inputs are split where that is too few; to sum up splits of wide ones takes long."""
+    """The cut for a weight `[out, in]`.
+
+    The widest tiles where they keep 132 multiprocessors busy four fifths of the time, else small ones, two on each.
+    Only these are split along the inputs where there are too few: to sum up splits of wide ones takes long.
+    """
     chunks = -(-in_features // CHUNK)
-    if rows > 128 and -(-out_features // (8 * STRIP)) * -(-rows // 256) >= 200:
+    wide = -(-out_features // (8 * STRIP)) * -(-rows // 256)
+    if rows > 128 and wide >= 0.8 * 132 * -(-wide // 132):
         return HalfConfig(8, 256, 1, 3)
     tiles = -(-out_features // (4 * STRIP)) * -(-rows // 128)
     splits = max(min(256 // tiles, 4, chunks // 8), 1)

@@ -10,10 +10,9 @@ import triton
 
 from aphrodite.kernels.triton.activation import gated_pairs
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
-from aphrodite.kernels.triton.half_gemm import half_gemm, half_gemm_supports
 from aphrodite.kernels.triton.half_rows import HalfRows, half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
-from aphrodite.kernels.triton.int4_words import RAISED, STRIP, Int4Words
+from aphrodite.kernels.triton.int4_words import STRIP, Int4Words
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.platforms import platform_of
@@ -23,7 +22,7 @@ Kernel = Literal["mma", "wgmma", "half", "library"]
 GLUON_VERSIONS = ("3.6.",)
 MMA_MAX_ROWS = 8
 WGMMA_MAX_ROWS = 64  # but for weights whose scales float16 cannot hold
-HALF_MAX_ROWS = 512
+HALF_MAX_ROWS = 1024
 # Rows from which the fused gated product is faster than the library's and the activation's own kernel.
 GATED_GEMM_ROWS = 1024
 
@@ -75,10 +74,12 @@ def int4_linear(
         x = x.clone(memory_format=torch.contiguous_format)  # what fetches it moves 16 bytes
     if kernel == "mma" and x.shape[0] == 1:
         return _gluon_mma(x, weight, epilogue, norm)
-    if kernel == "library":
-        return by_expansion(x, weight, scratch, epilogue, norm)
     x = x if norm is None else rms_norm(x, *norm)
-    return _gluon_mma(x, weight, epilogue, None) if kernel == "mma" else _gluon_wgmma(x, weight, epilogue)
+    if kernel == "mma":
+        return _gluon_mma(x, weight, epilogue, None)
+    if kernel == "wgmma":
+        return _gluon_wgmma(x, weight, epilogue)
+    return by_library(x, weight, scratch, epilogue)
 
 
 def _gluon_mma(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue, norm: Norm | None) -> torch.Tensor:
@@ -99,92 +100,30 @@ def _gluon_half(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue, norm: No
     return int4_half(half_rows(x, norm), weight, x.dtype, epilogue)
 
 
-def by_expansion(
-    x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue = Epilogue(), norm: Norm | None = None
-) -> torch.Tensor:
-    """As `int4_linear`, for many rows: the weight is expanded into `scratch`, piece by piece."""
-    if x.shape[0] > 0 and expands_to_half(weight, x, gated=epilogue.activation is not None):
-        out = epilogue.residual
-        if out is None:
-            out = torch.empty((x.shape[0], _width(weight, epilogue)), dtype=x.dtype, device=x.device)
-        by_half_gemm(half_rows(x, norm), weight, scratch, out, epilogue)
-        return out
-    return by_library(x if norm is None else rms_norm(x, *norm), weight, scratch, epilogue)
+def is_half_product(x: torch.Tensor, weight: Int4Words) -> bool:
+    """Whether `int4_linear` of `x` has operands in float16 though `x` is not."""
+    return x.dtype == torch.bfloat16 and choose_int4_kernel(x.shape[0], x.device, weight.fits_half) == "half"
 
 
-def hand_on(
-    x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, epilogue: Epilogue, norm: Norm | None
-) -> HalfRows:
-    """act(norm(x) W^T + b) for another product in float16; `is_half_product` has been asked."""
-    rows = x.shape[0]
-    if choose_int4_kernel(rows, x.device, weight.fits_half) == "half":
-        from aphrodite.kernels.triton.int4_half import int4_half
+def hand_on(x: torch.Tensor, weight: Int4Words, epilogue: Epilogue, norm: Norm | None) -> HalfRows:
+    """act(norm(x) W^T + b) for another such product; `is_half_product` has been asked."""
+    from aphrodite.kernels.triton.int4_half import int4_half
 
-        values = int4_half(half_rows(x, norm), weight, torch.float16, epilogue, None, HANDED_ON)
-        return HalfRows(values, _scales_of_handed_on(x.device)[:rows])
-    values = torch.empty((rows, _width(weight, epilogue)), dtype=torch.float16, device=x.device)
-    by_half_gemm(half_rows(x, norm), weight, scratch, values, epilogue, HANDED_ON)
-    return HalfRows(values, torch.full((rows,), HANDED_ON, dtype=torch.float32, device=x.device))
+    values = int4_half(half_rows(x, norm), weight, torch.float16, epilogue, None, HANDED_ON)
+    return HalfRows(values, _scales_of_handed_on(x.device)[: x.shape[0]])
 
 
 @functools.cache
 def _scales_of_handed_on(device: torch.device) -> torch.Tensor:
-    """For every row of few, made once: filling them would stand between kernels that start before others end."""
+    """Made once: filling them would stand between kernels that start before others end."""
     return torch.full((HALF_MAX_ROWS,), HANDED_ON, dtype=torch.float32, device=device)
 
 
-def of_handed_on(
-    x: HalfRows, weight: Int4Words, scratch: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
-) -> torch.Tensor:
+def of_handed_on(x: HalfRows, weight: Int4Words, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
     """x W^T + b + residual, which takes residual's place."""
-    epilogue = Epilogue(bias, None, residual)
-    if choose_int4_kernel(x.values.shape[0], residual.device, weight.fits_half) == "half":
-        from aphrodite.kernels.triton.int4_half import int4_half
+    from aphrodite.kernels.triton.int4_half import int4_half
 
-        return int4_half(x, weight, residual.dtype, epilogue)
-    by_half_gemm(x, weight, scratch, residual, epilogue)
-    return residual
-
-
-def is_half_product(x: torch.Tensor, weight: Int4Words, *, gated: bool) -> bool:
-    """Whether `int4_linear` of `x` has operands in float16 though `x` is not."""
-    kernel = choose_int4_kernel(x.shape[0], x.device, weight.fits_half)
-    if x.shape[0] == 0 or x.dtype != torch.bfloat16:
-        return False
-    return kernel == "half" or (kernel == "library" and expands_to_half(weight, x, gated=gated))
-
-
-def expands_to_half(weight: Int4Words, x: torch.Tensor, *, gated: bool) -> bool:
-    """Whether products that expand the weight have operands in float16."""
-    width = weight.out_features // 2 if gated else weight.out_features
-    return x.dtype == torch.bfloat16 and weight.fits_half and width % 8 == 0 and half_gemm_supports(x.device)
-
-
-def _width(weight: Int4Words, epilogue: Epilogue) -> int:
-    return weight.out_features if epilogue.activation is None else weight.out_features // 2
-
-
-def by_half_gemm(
-    x: HalfRows,
-    weight: Int4Words,
-    scratch: torch.Tensor,
-    out: torch.Tensor,
-    epilogue: Epilogue = Epilogue(),
-    handed_on: float = 0.0,
-) -> None:
-    """Writes act(x W^T + b) + residual; see `half_gemm` and `by_expansion`."""
-    bias, activation, residual = epilogue
-    taken = min(scratch.numel() // (STRIP * weight.in_features), weight.words.shape[0])
-    for start in range(0, weight.words.shape[0], taken):
-        part = _strips_of(weight, start, start + taken)
-        dense = scratch[: part.out_features * part.in_features].view(torch.float16).view(-1, part.in_features)
-        expand_int4(part, dense, RAISED)
-        first = start * STRIP
-        each = 1 if activation is None else 2
-        columns = out[:, first // each : (first + part.out_features) // each]
-        own = None if bias is None else bias[first : first + part.out_features]
-        ends = Epilogue(own, activation, None if residual is None else columns)
-        half_gemm(x, dense, RAISED, columns, ends, handed_on=handed_on)
+    return int4_half(x, weight, residual.dtype, Epilogue(bias, None, residual))
 
 
 def by_library(

@@ -7,7 +7,6 @@ from typing import Any
 import triton
 from compiling import Constant, KernelCase
 
-from aphrodite.kernels.triton.half_gemm import DEFAULT, WITH_RESIDUAL, _half_gemm_kernel
 from aphrodite.kernels.triton.half_rows import _half_rows_kernel
 from aphrodite.kernels.triton.int4_expand import STRIPS, _expand_kernel
 from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS
@@ -44,7 +43,6 @@ def _expand(group: int, *, paired: bool) -> KernelCase:
             "words": "*i32",
             "scales": "*i32",
             "out": "*bf16",
-            "raised": "fp32",
             "out_features": "i32:16",
             "in_features": "i32:16",
             "strips": "i32:16",
@@ -77,38 +75,6 @@ def _half_rows(in_features: int, block: int, *, norm: bool) -> KernelCase:
         num_warps=norm_warps(block),
         targets=HOPPER,
         options=_options(True),
-    )
-
-
-def _half_gemm(in_features: int, activation: str | None, *, residual: bool = False) -> KernelCase:
-    cut = WITH_RESIDUAL if residual else DEFAULT
-    stored = f"tensordesc<bf16[{cut.rows}, {cut.columns // 2}]>"
-    return KernelCase(
-        name=f"half_gemm-{in_features}-{activation}",
-        kernel=_half_gemm_kernel,
-        arguments={
-            "x": f"tensordesc<fp16[{cut.rows}, {cut.chunk}]>",
-            "x_scales": "*fp32",
-            "weight": f"tensordesc<fp16[{cut.columns}, {cut.chunk}]>",
-            "bias": "*bf16",
-            "residual": stored,
-            "out": stored,
-            "raised": "fp32",
-            "rows": "i32",
-            "out_features": "i32:16",
-            "in_features": in_features,
-            "ROWS": cut.rows,
-            "COLUMNS": cut.columns,
-            "CHUNK": cut.chunk,
-            "GROUP": cut.group,
-            "STAGES": cut.stages,
-            "HAS_BIAS": activation is None,
-            "HAS_RESIDUAL": residual,
-            "ACTIVATION": None if activation is None else Constant(activation),
-            "HANDED_ON": 0.0 if activation is None else 16.0,
-        },
-        num_warps=cut.warps,
-        targets=HOPPER,
     )
 
 
@@ -242,6 +208,7 @@ def _gluon_cases() -> list[KernelCase]:
         most((28672, 4096), 128, 32, activation="gelu_tanh", dtype="fp16"),
         most((6144, 4096), 512, 64, bias=True),
         most((4096, 14336), 256, 128, residual=True),
+        most((4096, 14336), 1024, 128, residual=True),
         most((4096, 4096), 100, 4096, residual=True),
         many((4096, 4096), 512, 4096, residual=True, dtype="fp16", spills=8),  # once, where the result is stored
     ]
@@ -252,8 +219,5 @@ CASES = [
     _expand(32, paired=False),
     _half_rows(4096, 4096, norm=True),
     _half_rows(14336, 16384, norm=False),
-    _half_gemm(4096, "silu"),
-    _half_gemm(4096, None),
-    _half_gemm(14336, None, residual=True),
     *(_gluon_cases() if triton.__version__.startswith(GLUON_VERSIONS) else []),
 ]
