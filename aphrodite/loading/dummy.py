@@ -80,7 +80,7 @@ def packing_of(config: ConfigReader) -> Packing | None:
     if method == "gguf":
         return section.choice("file_type", _FILE_TYPES, "")
     if method not in _PACKINGS:
-        raise section.wrong("quant_method", "awq, gptq or gguf, of which dummy weights can be made,", method)
+        raise section.wrong("quant_method", "awq, gptq or gguf, of which dummy weights can be made", method)
     bits = section.read("bits", int)
     if bits not in (4, 8):
         raise section.wrong("bits", "4 or 8", bits)

@@ -268,6 +268,11 @@ def _nothing(repo: str, files: Mapping[str, int], load_format: LoadFormat) -> st
         return f"{repo} has no {load_format} model; leave --load-format at auto to load what it has"
     if any("adapter" in name for name in files if name.endswith((".safetensors", ".bin"))):
         return f"{repo} is an adapter (LoRA), not a model: name the model that it was made for"
+    if any(_is_weights(name) for name in files):
+        own = " (params.json is Mistral's own description, which is not read)" if "params.json" in files else ""
+        return (
+            f"{repo} has safetensors files but no config.json that describes them{own}; look for another version of it"
+        )
     if any(name.endswith(PICKLE_SUFFIXES) for name in files):
         return (
             f"{repo} has only .bin or .pt weights, which are not loaded, because opening them can run any code they "

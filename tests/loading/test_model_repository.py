@@ -117,6 +117,7 @@ def test_a_makers_prefix_may_be_left_out_where_nothing_else_is_meant() -> None:
         ({"pytorch_model.bin": 1, "config.json": 1}, {}, "only .bin or .pt weights"),
         ({"adapter_model.safetensors": 1, "adapter_config.json": 1}, {}, "is an adapter"),
         ({"README.md": 1}, {}, "neither safetensors nor GGUF"),
+        ({"consolidated.safetensors": 1, "params.json": 1}, {}, r"no config.json that describes them \(params.json is"),
         ({"a.Q8_0.gguf.part1of2": 1, "a.Q8_0.gguf.part2of2": 1}, {}, r"a.Q8_0.gguf in pieces that have to be joined"),
         ({"a.Q8_0.gguf.part1of2": 1, "a.Q2_K.gguf": 1}, {"variant": "Q8_0"}, r"a.Q8_0.gguf in pieces"),
         ({"a-Q8_0.gguf": 1}, {"load_format": "safetensors"}, "has no safetensors model"),
