@@ -116,7 +116,7 @@ class EngineConfig:
         "Compute",
     )
     threads: int | None = _setting(
-        None, "CPU threads that compute; auto is one for each physical core.", "Compute", ge=1, le=1024
+        None, "CPU threads that compute; auto is one for each physical core that may be used.", "Compute", ge=1, le=1024
     )
 
     max_model_len: int | None = _setting(

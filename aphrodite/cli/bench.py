@@ -45,7 +45,8 @@ def latency(
 ) -> None:
     """Time to the first token, time of a step, and the memory bandwidth that it uses."""
     from aphrodite.cli.bench_offline import measure_latency
-    from aphrodite.cli.machine import read_bandwidth, usable_cores
+    from aphrodite.cli.machine import read_bandwidth
+    from aphrodite.cores import usable_cores
 
     with stderr().status("Measuring memory bandwidth"):
         bandwidth = read_bandwidth(settings.engine.threads or usable_cores())

@@ -68,7 +68,8 @@ def _software() -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     import psutil
 
-    from aphrodite.cli.machine import cpu_model, instruction_sets, usable_cores
+    from aphrodite.cli.machine import cpu_model, instruction_sets
+    from aphrodite.cores import usable_cores
 
     memory = psutil.virtual_memory()
     return {

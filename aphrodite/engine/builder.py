@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from aphrodite import platforms
 from aphrodite.config import EngineConfig
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
+from aphrodite.cores import computing_threads
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import EmbeddingInfo, EngineInfo
 from aphrodite.engine.preparation import named_adapters
@@ -247,7 +247,7 @@ def _host_executor(
         raise ConfigError("--cpu-offload-gb is for GPUs; on a CPU all weights are in its memory")
     if config.quantization in ("fp8", "bitsandbytes"):
         raise ConfigError(f"--quantization {config.quantization} is for GPUs; a CPU has int4 and int8")
-    threads = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    threads = config.threads or computing_threads()
     if not isinstance(checkpoint, Checkpoint):
         if config.quantization != "none":
             raise ConfigError(_not_for_foreign("--quantization", checkpoint))

@@ -28,6 +28,7 @@ import triton
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from aphrodite.cores import usable_cores
 from aphrodite.kernels.triton.launch import DirectKernel
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def compile_ahead(jobs: Jobs, progress: Progress) -> None:
     """
     markers = _markers(jobs)
     missing = [job for job, marker in markers.items() if not marker.exists()]
-    workers = min(len(missing), MOST_WORKERS, _cores(), psutil.virtual_memory().available // WORKER_BYTES)
+    workers = min(len(missing), MOST_WORKERS, usable_cores(), psutil.virtual_memory().available // WORKER_BYTES)
     if len(missing) < FEWEST_JOBS or workers < 2:
         return
     began = time.perf_counter()
@@ -111,10 +112,6 @@ def _encode_argument(argument: Any, parameter: Any) -> list[Any]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _markers(jobs: Jobs) -> dict[str, Path]:

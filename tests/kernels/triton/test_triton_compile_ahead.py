@@ -129,7 +129,7 @@ def test_workers_compile_what_no_earlier_start_has_compiled(
             return ["one failed"]
 
     monkeypatch.setattr(compile_ahead, "_Pool", Pool)
-    monkeypatch.setattr(compile_ahead, "_cores", lambda: 8)
+    monkeypatch.setattr(compile_ahead, "usable_cores", lambda: 8)
     with caplog.at_level(logging.DEBUG, "aphrodite"):
         for _ in range(3):
             compile_ahead.compile_ahead(recorded(), lambda done, total: None)
