@@ -92,7 +92,7 @@ class JinjaTemplate:
         extra: Mapping[str, Any] | None = None,
         deadline: float | None = None,
     ) -> str:
-        """The prompt's text. Takes at most about half a second of processor time, and holds the interpreter lock in
+        """The prompt's text. Takes at most the processor time of `limits.deadline`, and holds the interpreter lock in
         short stretches only, so it may run in a thread beside others.
 
         Args:
@@ -159,7 +159,8 @@ class JinjaTemplate:
 
     def _run(self, variables: dict[str, Any], deadline: float | None) -> str:
         size = sum(measure(value, name) for name, value in variables.items())
-        budget = limits.Budget(size, deadline)
+        count = len(variables["messages"])
+        budget = limits.Budget(size, count, limits.deadline(count) if deadline is None else deadline)
         restore = limits.use(budget)
         try:
             chunks: list[str] = []

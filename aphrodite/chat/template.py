@@ -109,7 +109,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text. Takes at most about half a second of processor time, and holds the interpreter lock in
+        """The prompt's text. Takes at most the processor time of `limits.deadline`, and holds the interpreter lock in
         short stretches only, so it may run in a thread beside others.
 
         Args:
@@ -136,7 +136,7 @@ class ChatTemplate:
             tools or None,
             documents or None,
             self._variables(extra or {}),
-            limits.deadline(),
+            limits.deadline(len(messages)),
         )
         if all(isinstance(message, Mapping) for message in messages):  # else the rendering says what is wrong
             return self._fit(template, self._prepared(template, messages), request)

@@ -178,7 +178,7 @@ class _Probe:
         self.source = template.source
         self.variables = template.variables
         self._template = template
-        self._deadline = limits.deadline()
+        self._deadline = limits.deadline(0)
 
     def __call__(self, *messages: dict[str, Any], tools: list[dict[str, Any]] | None = None) -> str:
         """What the template makes of a conversation; nothing if it refuses it."""

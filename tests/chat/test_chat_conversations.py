@@ -267,8 +267,8 @@ def test_all_forms_of_a_conversation_share_one_time_limit(monkeypatch: pytest.Mo
     made: list[float] = []
     deadline = limits.deadline
 
-    def counted() -> float:
-        made.append(deadline())
+    def counted(messages: int) -> float:
+        made.append(deadline(messages))
         return made[-1]
 
     monkeypatch.setattr(limits, "deadline", counted)

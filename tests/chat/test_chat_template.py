@@ -410,6 +410,16 @@ def test_large_honest_conversations_render() -> None:
     assert ours(TEMPLATES["parts"], many) == theirs(TEMPLATES["parts"], many)
 
 
+def test_a_template_that_looks_at_all_messages_before_each_renders_long_chats() -> None:
+    source = (
+        "{% for m in messages %}{% set ns = namespace(last='') %}{% for j in range(loop.index0) %}"
+        "{% if messages[j].role != 'tool' %}{% set ns.last = messages[j].role %}{% endif %}{% endfor %}"
+        "{{ ns.last ~ '<' ~ m.role ~ '>' ~ m.content }}{% endfor %}"
+    )
+    chat = [{"role": ("user", "assistant")[i % 2], "content": str(i)} for i in range(800)]
+    assert ours(source, chat).endswith("user<assistant>799")
+
+
 def test_templates_render_in_threads_at_once_with_budgets_of_their_own() -> None:
     template = JinjaTemplate(TEMPLATES["chatml"])
     bomb = JinjaTemplate(BOMBS[1])
