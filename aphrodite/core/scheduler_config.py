@@ -87,8 +87,9 @@ def token_array(token_ids: list[int], name: str) -> array[int]:
         tokens = array("i", token_ids)
     except (OverflowError, TypeError) as error:
         raise InvalidRequestError(f"a token id of `{name}` is not a 32-bit integer: {error}", param=name) from error
-    if min(tokens) < 0:
-        raise InvalidRequestError(f"`{name}` holds the token id {min(tokens)}, which is negative", param=name)
+    lowest = min(token_ids)  # of the list, whose numbers are objects already
+    if lowest < 0:
+        raise InvalidRequestError(f"`{name}` holds the token id {lowest}, which is negative", param=name)
     return tokens
 
 
