@@ -69,10 +69,13 @@ def answers(llm: LLM, prompts: Sequence[list[int]], tokens: int) -> list[list[in
     return [list(output.token_ids) for output in outputs]
 
 
-def most_taken(total: int) -> float:
-    """GiB of the card, by the driver's count; its share beside torch's does not shrink."""
+def print_memory(card: float, total: int) -> None:
+    """What was taken at most, by torch and of the card; what lies beside torch's share does not shrink."""
+    reserved = torch.cuda.max_memory_reserved()
     beside = total - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
-    return (beside + torch.cuda.max_memory_reserved()) / GIB
+    taken = (beside + reserved) / GIB
+    verdict = "✓" if taken <= card else "✗ (or other programs' share)"
+    print(f"taken at most: {reserved / GIB:.2f} GiB by torch, {taken:.2f} of {card:g} with the driver's {verdict}")
 
 
 def offloaded(options: argparse.Namespace, config: Path, folder: Path, total: int) -> list[list[int]]:
@@ -81,8 +84,7 @@ def offloaded(options: argparse.Namespace, config: Path, folder: Path, total: in
     llm = load(options, config, folder, cpu_offload_gb=options.offload, gpu_memory_utilization=share)
     try:
         tokens = [*answers(llm, PROMPTS[:1], options.tokens), *answers(llm, PROMPTS, options.tokens)]
-        taken = most_taken(total)
-        print(f"taken at most: {taken:.2f} GiB of {options.card:g} {'✓' if taken <= options.card else '✗'}", flush=True)
+        print_memory(options.card, total)
         return tokens
     finally:
         llm.close()
