@@ -27,6 +27,7 @@ from aphrodite.kernels.triton.packed_grid import (
     run_factor,
     run_shift,
     scale_words,
+    sum_rows,
 )
 from aphrodite.quantization.planes import Planes
 
@@ -418,27 +419,43 @@ def _grid_rows(
     columns: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     RUNS: tl.constexpr = CHUNK // 32
-    PART: tl.constexpr = scale_words(KIND)
-    of_runs = tl.zeros((ROWS, RUNS), tl.float32)
+    totals = ()  # type: Any
+    numbers = ()  # type: Any
+    for row in tl.static_range(ROWS):
+        totals = totals + (tl.zeros((RUNS,), tl.float32),)
+        numbers = numbers + (tl.sum(tl.where(tl.arange(0, ROWS) == row, rows, 0), axis=0),)
     for step in tl.range((columns + CHUNK - 1) // CHUNK, num_stages=STAGES):
-        runs = load_runs(low, high, scales, super_scales, rows, step * RUNS, columns, KIND, RUNS)
+        column = step * CHUNK + tl.arange(0, RUNS) * 32
         values = load_run_values(x, step * RUNS, columns, RUNS)
-        for part in tl.static_range(4 // PART):
-            products = tl.zeros((ROWS, RUNS), tl.float32)
-            summed = tl.zeros((RUNS,), tl.float32)
-            shifted = tl.zeros((ROWS, RUNS), tl.float32)
-            for word in tl.static_range(part * PART, (part + 1) * PART):
-                codes = grid_codes(runs, table, word, KIND)
-                of_word = tl.zeros((RUNS,), tl.float32)
-                for index in tl.static_range(8):
-                    products += grid_code(codes, index, KIND) * values[8 * word + index][None, :]
-                    of_word += values[8 * word + index]
-                summed += of_word
-                if is_shifted(KIND):
-                    shifted += run_shift(runs, word, KIND) * of_word[None, :]
-            products = products * grid_scale(KIND) - (summed * (grid_scale(KIND) + grid_zero(KIND)))[None, :]
-            of_runs += run_factor(runs, part, KIND) * (products - shifted)
-    return tl.sum(of_runs, axis=1)
+        new_totals = ()  # type: Any
+        for row in tl.static_range(ROWS):
+            runs = load_runs(low, high, scales, super_scales, numbers[row], column, columns, KIND, RUNS)
+            new_totals = new_totals + (totals[row] + _grid_products(runs, values, table, KIND, RUNS),)
+        totals = new_totals
+    return sum_rows(totals, ROWS, RUNS)
+
+
+@triton.jit
+def _grid_products(runs, values, table, KIND: tl.constexpr, RUNS: tl.constexpr):
+    """`[RUNS]` float32: a row's runs times the activations `values`."""
+    PART: tl.constexpr = scale_words(KIND)
+    total = tl.zeros((RUNS,), tl.float32)
+    for part in tl.static_range(4 // PART):
+        products = tl.zeros((RUNS,), tl.float32)
+        summed = tl.zeros((RUNS,), tl.float32)
+        shifted = tl.zeros((RUNS,), tl.float32)
+        for word in tl.static_range(part * PART, (part + 1) * PART):
+            codes = grid_codes(runs, table, word, KIND)
+            of_word = tl.zeros((RUNS,), tl.float32)
+            for index in tl.static_range(8):
+                products += grid_code(codes, index, KIND) * values[8 * word + index]
+                of_word += values[8 * word + index]
+            summed += of_word
+            if is_shifted(KIND):
+                shifted += run_shift(runs, word, KIND) * of_word
+        products = products * grid_scale(KIND) - summed * (grid_scale(KIND) + grid_zero(KIND))
+        total += run_factor(runs, part, KIND) * (products - shifted)
+    return total
 
 
 @triton.jit

@@ -25,18 +25,30 @@ from aphrodite.kernels.triton.packed_grid import (
     run_factor,
     run_shift,
     scale_words,
+    sum_rows,
 )
 
 
 @triton.jit
 def _load_tile(
-    low, high, scales, super_scales, rows, columns: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr
+    low, high, scales, super_scales, first, out_features,
+    columns: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`load_runs` of whole rows, chunk after chunk."""
+    """`load_runs` of `ROWS` rows from `first`, row after row, chunk after chunk. Beyond the last row that is read again
+    instead of being masked."""
     tile = ()  # type: Any
-    for chunk in tl.static_range((columns + CHUNK - 1) // CHUNK):
-        tile = tile + load_runs(low, high, scales, super_scales, rows, chunk * CHUNK // 32, columns, KIND, CHUNK // 32)
+    for row in tl.static_range(ROWS):
+        number = tl.minimum(first + row, out_features - 1).to(tl.int64)
+        for chunk in tl.static_range((columns + CHUNK - 1) // CHUNK):
+            column = chunk * CHUNK + tl.arange(0, CHUNK // 32) * 32
+            tile = tile + load_runs(low, high, scales, super_scales, number, column, columns, KIND, CHUNK // 32)
     return tile
+
+
+@triton.jit
+def _four(tile, number: tl.constexpr):
+    """Entry `number` of `_load_tile`."""
+    return tile[4 * number], tile[4 * number + 1], tile[4 * number + 2], tile[4 * number + 3]
 
 
 @triton.jit
@@ -68,30 +80,28 @@ def _prepare(values, KIND: tl.constexpr, RUNS: tl.constexpr, EXACT: tl.constexpr
 @triton.jit
 def _add_products(
     totals, runs, prepared, table, one,
-    KIND: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr, EXACT: tl.constexpr,
-    PTX: tl.constexpr,
+    KIND: tl.constexpr, M: tl.constexpr, EXACT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """`totals`, `[ROWS, RUNS]` for each of the M rows of activations, and the products of a chunk's runs with what
+    """`totals`, `[RUNS]` for each of the M rows of activations, and the products of a row's runs in a chunk with what
     `_prepare` made of each."""
     PART: tl.constexpr = scale_words(KIND)
     for part in tl.static_range(4 // PART):
         products = ()  # type: Any
         for m in tl.static_range(M):
-            products = products + (tl.zeros((ROWS, RUNS), tl.float32) - prepared[m][1][part][None, :],)
+            products = products + (-prepared[m][1][part],)
         for word in tl.static_range(part * PART, (part + 1) * PART):
             codes = grid_codes(runs, table, word, KIND)
             for index in tl.static_range(8):
                 code = grid_mantissa(codes, one, index, KIND, EXACT, PTX)
                 new_products = ()  # type: Any
                 for m in tl.static_range(M):
-                    new_products = new_products + (products[m] + code * prepared[m][0][8 * word + index][None, :],)
+                    new_products = new_products + (products[m] + code * prepared[m][0][8 * word + index],)
                 products = new_products
             if ends_shift(word, KIND):
                 shift = run_shift(runs, word, KIND)
                 shifted = ()  # type: Any
                 for m in tl.static_range(M):
-                    summed = prepared[m][2][word if KIND == "iq1_m" else 0]
-                    shifted = shifted + (products[m] - shift * summed[None, :],)
+                    shifted = shifted + (products[m] - shift * prepared[m][2][word if KIND == "iq1_m" else 0],)
                 products = shifted
         factor = run_factor(runs, part, KIND)
         new_totals = ()  # type: Any
@@ -136,10 +146,8 @@ def grid_gemv_kernel(
     RUNS: tl.constexpr = CHUNK // 32
     CHUNKS: tl.constexpr = (columns + CHUNK - 1) // CHUNK
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
-    # Rows beyond the last read the last again instead of being masked.
     first = tl.program_id(0) * ROWS
-    rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
-    tile = _load_tile(low, high, scales, super_scales, rows, columns, KIND, CHUNK)
+    tile = _load_tile(low, high, scales, super_scales, first, out_features, columns, KIND, ROWS, CHUNK)
     factors = ()  # type: Any
     if HAS_NORM:
         for chunk in tl.static_range(CHUNKS):
@@ -172,16 +180,21 @@ def grid_gemv_kernel(
         current = tile
         first_of_tile = first
         first += tl.num_programs(0) * ROWS
-        rows = tl.minimum(first + tl.arange(0, ROWS), out_features - 1).to(tl.int64)
-        tile = _load_tile(low, high, scales, super_scales, rows, columns, KIND, CHUNK)
-        totals = ()  # type: Any
-        for _ in tl.static_range(M):
-            totals = totals + (tl.zeros((ROWS, RUNS), tl.float32),)
-        for chunk in tl.static_range(CHUNKS):
-            runs = (current[4 * chunk], current[4 * chunk + 1], current[4 * chunk + 2], current[4 * chunk + 3])
-            totals = _add_products(totals, runs, prepared[chunk], table, one, KIND, M, ROWS, RUNS, EXACT, PTX)
+        tile = _load_tile(low, high, scales, super_scales, first, out_features, columns, KIND, ROWS, CHUNK)
+        sums = ()  # type: Any
+        for row in tl.static_range(ROWS):
+            totals = ()  # type: Any
+            for _ in tl.static_range(M):
+                totals = totals + (tl.zeros((RUNS,), tl.float32),)
+            for chunk in tl.static_range(CHUNKS):
+                runs = _four(current, row * CHUNKS + chunk)
+                totals = _add_products(totals, runs, prepared[chunk], table, one, KIND, M, EXACT, PTX)
+            sums = sums + (totals,)
         for m in tl.static_range(M):
-            total = tl.sum(totals[m], axis=1)
+            of_rows = ()  # type: Any
+            for row in tl.static_range(ROWS):
+                of_rows = of_rows + (sums[row][m],)
+            total = sum_rows(of_rows, ROWS, RUNS)
             if HAS_NORM:
                 total = total * (1.0 / tl.sqrt(tl.sum(squares[m], axis=0) / columns + eps))
             store_gemv(

@@ -73,10 +73,12 @@ def packed_gemv_cut(in_features: int, rows: int, bits: int) -> PackedGemvCut:
 
 @functools.cache
 def grid_gemv_cut(in_features: int, rows: int, gated: bool) -> PackedGemvCut:
-    """The same for weights that name points of a grid, whose decoding takes more registers."""
+    """The same for weights that name points of a grid."""
     cut = packed_gemv_cut(in_features, rows, 1)
+    if rows == 1 and in_features <= GRID_COLUMNS:
+        return cut._replace(rows=4, blocks=max(1, 20 // cut.warps))
     few = in_features * rows > GRID_COLUMNS and not gated  # pairs of rows make one activation
-    return cut._replace(rows=1 if few else 2, blocks=max(1, 16 // rows // cut.warps))
+    return cut._replace(rows=1 if few else 2)
 
 
 @triton.jit

@@ -75,40 +75,41 @@ def _unit(KIND):
 
 
 @triton.jit
-def _of_runs(plane, rows, first, columns: tl.constexpr, SIZE: tl.constexpr, RUNS: tl.constexpr):
-    """`[rows, RUNS]` of a plane with a number for `SIZE` columns, for the runs from `first`; zeros behind the last."""
-    column = (first + tl.arange(0, RUNS)) * 32
-    # One number a thread whatever its size is: with vectors the planes' threads would hold different runs.
-    at = tl.max_contiguous(rows[:, None] * (columns // SIZE) + (column // SIZE)[None, :], (1, 1))
+def _of_runs(plane, rows, column, columns: tl.constexpr, SIZE: tl.constexpr, RUNS: tl.constexpr):
+    """Of a plane with a number for `SIZE` columns that of each run; zeros behind the last column."""
+    at = plane + rows * (columns // SIZE) + column // SIZE
     if columns % (RUNS * 32) == 0:
-        return tl.load(plane + at)
-    return tl.load(plane + at, mask=(column < columns)[None, :], other=0)
+        return tl.load(at)
+    return tl.load(at, mask=column < columns, other=0)
 
 
 @triton.jit
 def load_runs(
-    low, high, scales, super_scales, rows, first, columns: tl.constexpr, KIND: tl.constexpr, RUNS: tl.constexpr
+    low, high, scales, super_scales, rows, column, columns: tl.constexpr, KIND: tl.constexpr, RUNS: tl.constexpr
 ):
-    """All of `RUNS` runs from `first` of each row, `[rows, RUNS]` each, as a tuple: points' numbers, what lies beside
-    them, scales (of TQ1_0 top bits, in their places), and the factor of the super-block times the kind's unit, zero
-    behind the last column."""
-    numbers = _of_runs(low, rows, first, columns, 32, RUNS)
+    """All of the runs that begin at `column`, `RUNS` of a row: `[RUNS]` and a row's number, or `[1, RUNS]` and numbers
+    `[ROWS, 1]`. Of single rows a thread has the same runs of each; how it shares out rows, Triton's versions differ.
+
+    Returns:
+        Tensors of a number for each run: points' numbers, what lies beside them, scales (of TQ1_0 top bits, in their
+        places), and the factor of the super-block times the kind's unit, zero behind the last column.
+    """
+    numbers = _of_runs(low, rows, column, columns, 32, RUNS)
     beside = numbers
     if KIND != "iq2_xxs" and KIND != "iq2_xs":
-        beside = _of_runs(high, rows, first, columns, 32, RUNS).to(tl.int32)
+        beside = _of_runs(high, rows, column, columns, 32, RUNS).to(tl.int32)
     scale = beside
     if KIND == "tq1_0":
-        place = (first + tl.arange(0, RUNS)) % 8 * 4
-        scale = (_of_runs(scales, rows, first, columns, 256, RUNS) >> place[None, :]) & 15
+        scale = (_of_runs(scales, rows, column, columns, 256, RUNS) >> (column // 8 % 32)) & 15
     elif KIND == "iq2_xs" or KIND == "iq2_s" or KIND == "iq3_s" or KIND == "iq1_m":
-        scale = _of_runs(scales, rows, first, columns, 32, RUNS).to(tl.int32)
-    factor = _of_runs(super_scales, rows, first, columns, 256, RUNS).to(tl.float32) * _unit(KIND)
+        scale = _of_runs(scales, rows, column, columns, 32, RUNS).to(tl.int32)
+    factor = _of_runs(super_scales, rows, column, columns, 256, RUNS).to(tl.float32) * _unit(KIND)
     return numbers, beside, scale, factor
 
 
 @triton.jit
 def run_factor(runs, part: tl.constexpr, KIND: tl.constexpr):
-    """What times code - zero is a weight, `[rows, RUNS]` float32, of part `part` of the runs, `scale_words` words."""
+    """What times code - zero is a weight, float32, of part `part` of the runs, `scale_words` words."""
     if KIND == "tq1_0":
         return runs[3]
     if KIND == "iq2_xxs":
@@ -249,7 +250,8 @@ def grid_tile(
     columns: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """Weights of `RUNS` runs from `first`, columns in their order: `[ROWS, RUNS * 32]` float32, exact."""
-    runs = load_runs(low, high, scales, super_scales, rows, first, columns, KIND, RUNS)
+    column = ((first + tl.arange(0, RUNS)) * 32)[None, :]
+    runs = load_runs(low, high, scales, super_scales, rows[:, None], column, columns, KIND, RUNS)
     weights = ()  # type: Any
     for word in tl.static_range(4):
         codes = grid_codes(runs, table, word, KIND)
@@ -261,6 +263,22 @@ def grid_tile(
         for index in tl.static_range(8):
             weights = weights + (grid_code(codes, index, KIND) * factor - below,)
     return tl.reshape(_in_order(weights), (ROWS, RUNS * 32))
+
+
+@triton.jit
+def sum_rows(rows, ROWS: tl.constexpr, RUNS: tl.constexpr):
+    """The sums `[ROWS]` of a tuple of `[RUNS]`, one, two, four or eight of them."""
+    if ROWS == 1:
+        together = tl.reshape(rows[0], (RUNS, 1))
+    elif ROWS == 2:
+        together = tl.join(rows[0], rows[1])
+    elif ROWS == 4:
+        together = tl.reshape(tl.join(tl.join(rows[0], rows[2]), tl.join(rows[1], rows[3])), (RUNS, 4))
+    else:
+        even = tl.join(tl.join(rows[0], rows[4]), tl.join(rows[2], rows[6]))
+        odd = tl.join(tl.join(rows[1], rows[5]), tl.join(rows[3], rows[7]))
+        together = tl.reshape(tl.join(even, odd), (RUNS, 8))
+    return tl.sum(together, axis=0)
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "hidden", "tokens"),
-    [("int4", 288, 6), ("q4_k", 256, 1), ("q6_k", 256, 5), ("iq2_xs", 256, 1), ("iq1_m", 256, 5)],
+    [("int4", 288, 6), ("q4_k", 256, 1), ("q6_k", 256, 5), ("iq1_m", 256, 5)],
 )
 def test_packed_rows_of_several_chunks(kind: str, hidden: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Super-blocks, groups shorter than a run, and scales that are loaded a chunk ahead."""

@@ -9,7 +9,10 @@ from packed_layouts import random_blocks
 
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
+from aphrodite.kernels.triton import grouped_gemm
 from aphrodite.kernels.triton import packed_gemv as gemv
+from aphrodite.kernels.triton.expert_weights import ExpertWeights
+from aphrodite.kernels.triton.grouped_gemm import PairConfig
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.packed_gemm import expand_planes, expand_rows
 from aphrodite.kernels.triton.packed_gemv import PackedGemvCut, grid_gemv_cut, packed_gemv
@@ -67,9 +70,24 @@ def test_two_rows_gated(qtype: QuantType) -> None:
     assert distance(out, reference.silu_mul(torch.cat((pairs[..., 0], pairs[..., 1]), dim=1))) < 1e-3
 
 
+@pytest.mark.parametrize("qtype", [QuantType.IQ2_XS, QuantType.IQ1_M])
+def test_experts_of_a_token_alone(qtype: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        grouped_gemm, "pair_config", lambda out, columns, packed: PairConfig(2 if packed else 256, 512, 4)
+    )
+    weight, x = exact(qtype).double().view(3, 2, COLUMNS), torch.randn(1, COLUMNS).half() / 8
+    gate_up = ExpertWeights(planes_of(random_blocks(qtype, ROWS, COLUMNS)), 3)
+    down = ExpertWeights(torch.ones((3, COLUMNS, 1)).half(), 3)
+    chosen, weights = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([[0.25, 0.75]])
+    found = grouped_gemm.experts_of_pairs(x, chosen, weights, gate_up, down, "silu", None)
+    gate, up = (weight[[2, 0]] @ x[0].double()).T
+    expected = (torch.nn.functional.silu(gate) * up * weights[0].double()).sum()
+    assert distance(found, expected.expand(1, COLUMNS)) < 2e-3
+
+
 def test_two_long_rows_are_multiplied_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert grid_gemv_cut(14336, 1, False).rows == 2
-    assert grid_gemv_cut(14336, 2, False).rows == 1
+    assert [grid_gemv_cut(14336, rows, False).rows for rows in (1, 2)] == [4, 1]
+    assert grid_gemv_cut(16384, 2, True).rows == 2
     monkeypatch.setattr(gemv, "GRID_COLUMNS", 512)
     planes, x = planes_of(random_blocks(QuantType.IQ2_XXS, ROWS, COLUMNS)), torch.randn(2, COLUMNS)
     out = torch.full((2, ROWS), float("nan"))
