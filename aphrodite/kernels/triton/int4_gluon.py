@@ -125,6 +125,18 @@ def group_offsets(
 
 
 @gluon.jit
+def load_chunk(words, scales, chunk, strip, strips, chunks: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
+    """(words `[1, R, 4, S, J]`, scales `[1, R, S]`) of a chunk."""
+    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    L: gl.constexpr = gl.SliceLayout(5, word_layout(1, WARPS, S))
+    offsets = gl.set_auto_layout(word_offsets(chunk, strip, strips, chunks, WARPS, 1, S), L)
+    loaded = gl.load(words + offsets, eviction_policy="evict_first")
+    g_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, L))
+    g_offsets = gl.set_auto_layout(group_offsets(chunk, strip, strips, chunks, GROUP, WARPS, 1, S), g_layout)
+    return loaded, gl.load(scales + g_offsets)
+
+
+@gluon.jit
 def gated(gate, up, ACTIVATION: gl.constexpr):
     """activation.gated for Gluon."""
     if ACTIVATION == "silu":

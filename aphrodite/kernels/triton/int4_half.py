@@ -22,13 +22,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_gluon import (
     gated,
-    group_offsets,
     launch_dependents,
+    load_chunk,
     pair_of_zeros,
     scale_of,
     wait_for_producer,
-    word_layout,
-    word_offsets,
 )
 from aphrodite.kernels.triton.int4_words import CHUNK, RAISED, STRIP, Int4Words, whole_splits
 from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
@@ -76,18 +74,6 @@ def half_config(out_features: int, in_features: int, rows: int) -> HalfConfig:
     tiles = -(-out_features // (4 * STRIP)) * -(-rows // 128)
     splits = max(min(256 // tiles, 4, chunks // 8), 1)
     return HalfConfig(4, 128, whole_splits(chunks, splits), 3)
-
-
-@gluon.jit
-def _load_chunk(words, scales, chunk, strip, strips, chunks: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
-    """(words `[1, R, 4, S, J]`, scales `[1, R, S]`) of a chunk."""
-    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    L: gl.constexpr = gl.SliceLayout(5, word_layout(1, WARPS, S))
-    offsets = gl.set_auto_layout(word_offsets(chunk, strip, strips, chunks, WARPS, 1, S), L)
-    loaded = gl.load(words + offsets, eviction_policy="evict_first")
-    g_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, L))
-    g_offsets = gl.set_auto_layout(group_offsets(chunk, strip, strips, chunks, GROUP, WARPS, 1, S), g_layout)
-    return loaded, gl.load(scales + g_offsets)
 
 
 @gluon.jit
@@ -143,8 +129,8 @@ def _sum_of_chunks(
 ):
     """The sum over the chunks `start` to `end`: while a product runs the operand of the next is unpacked."""
     COLUMNS: gl.constexpr = x.block_shape[0]
-    words_0, groups_0 = _load_chunk(words, scales, start, strip, strips, chunks, GROUP, WARPS)
-    words_1, groups_1 = _load_chunk(words, scales, start + 1, strip, strips, chunks, GROUP, WARPS)
+    words_0, groups_0 = load_chunk(words, scales, start, strip, strips, chunks, GROUP, WARPS)
+    words_1, groups_1 = load_chunk(words, scales, start + 1, strip, strips, chunks, GROUP, WARPS)
     smem = gl.allocate_shared_memory(gl.float16, [STAGES, COLUMNS, 128], x.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -155,7 +141,7 @@ def _sum_of_chunks(
     total = gl.zeros([16 * WARPS, COLUMNS], gl.float32, mma)
     weight = _operand(words_0, groups_0, GROUP, WARPS, mma)
     words_0, groups_0 = words_1, groups_1
-    words_1, groups_1 = _load_chunk(words, scales, start + 2, strip, strips, chunks, GROUP, WARPS)
+    words_1, groups_1 = load_chunk(words, scales, start + 2, strip, strips, chunks, GROUP, WARPS)
     mbarrier.wait(bars.index(0), 0)
     token = warpgroup_mma(weight, smem.index(0).permute((1, 0)), total, is_async=True)
     # A product reads its registers while the next operand is unpacked, so that one must have others: two turns a loop.
@@ -165,7 +151,7 @@ def _sum_of_chunks(
             # Unpacking stays before the wait, beside the product, because the wait takes its result.
             total, weight = warpgroup_mma_wait(0, deps=[token, weight])
             words_0, groups_0 = words_1, groups_1
-            words_1, groups_1 = _load_chunk(words, scales, chunk + turn + 2, strip, strips, chunks, GROUP, WARPS)
+            words_1, groups_1 = load_chunk(words, scales, chunk + turn + 2, strip, strips, chunks, GROUP, WARPS)
             token = _start_product(x, column, weight, total, smem, bars, start, chunk + turn, end, STAGES)
     total = warpgroup_mma_wait(0, deps=[token])
     if (end - start) % 2 == 0:

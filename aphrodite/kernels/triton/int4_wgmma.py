@@ -1,4 +1,6 @@
-"""Many activation rows times a 4-bit weight on wgmma: act(x W^T + b) + residual, from 9 rows on.
+"""Some activation rows times a 4-bit weight on wgmma: act(x W^T + b) + residual, for 9 to 64 rows.
+
+With scales that float16 cannot hold, which `int4_half` is not for, it is the kernel for more rows as well.
 
 Up to some 64 rows bound by reading the weight, 0.53 bytes a value in groups of 128; above by arithmetic,
 `2 * rows * out * in` operations. The weight is the M operand: its words (`int4_words`) come straight into registers,
@@ -29,15 +31,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from aphrodite.kernels.triton.int4_gluon import (
     finish,
-    group_offsets,
     launch_dependents,
+    load_chunk,
     pair_of_zeros,
     scale_of,
     sum_of_splits,
     unpack,
     wait_for_producer,
-    word_layout,
-    word_offsets,
 )
 from aphrodite.kernels.triton.int4_words import CHUNK, STRIP, Int4Words, whole_splits
 from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
@@ -84,18 +84,6 @@ def wgmma_config(out_features: int, in_features: int, rows: int, group_size: int
             return WgmmaConfig(4, columns, splits, share)
     splits = max(min(256 // tiles, 4, chunks // 8), 1)
     return WgmmaConfig(4, columns, whole_splits(chunks, splits), 3 if columns == 128 else 4)
-
-
-@gluon.jit
-def _load_chunk(words, scales, chunk, strip, strips, chunks: gl.constexpr, GROUP: gl.constexpr, WARPS: gl.constexpr):
-    """(words `[1, R, 4, S, J]`, scales `[1, R, S]`) of a chunk."""
-    S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    L: gl.constexpr = gl.SliceLayout(5, word_layout(1, WARPS, S))
-    offsets = gl.set_auto_layout(word_offsets(chunk, strip, strips, chunks, WARPS, 1, S), L)
-    loaded = gl.load(words + offsets, eviction_policy="evict_first")
-    g_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, L))
-    g_offsets = gl.set_auto_layout(group_offsets(chunk, strip, strips, chunks, GROUP, WARPS, 1, S), g_layout)
-    return loaded, gl.load(scales + g_offsets)
 
 
 @gluon.jit
@@ -211,8 +199,8 @@ def _sum_in_turns(
     dtype: gl.constexpr = x.dtype
     COLUMNS: gl.constexpr = x.block_shape[0]
     S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    words_0, groups_0 = _load_chunk(words, scales, start, strip, strips, chunks, GROUP, WARPS)
-    words_1, groups_1 = _load_chunk(words, scales, start + 1, strip, strips, chunks, GROUP, WARPS)
+    words_0, groups_0 = load_chunk(words, scales, start, strip, strips, chunks, GROUP, WARPS)
+    words_1, groups_1 = load_chunk(words, scales, start + 1, strip, strips, chunks, GROUP, WARPS)
     smem = gl.allocate_shared_memory(dtype, [STAGES * S, COLUMNS, 128 // S], x.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -225,7 +213,7 @@ def _sum_in_turns(
     weights = _weight_operands(words_0, groups_0, dtype, GROUP, WARPS, mma)
     pending = groups_0
     words_0, groups_0 = words_1, groups_1
-    words_1, groups_1 = _load_chunk(words, scales, start + 2, strip, strips, chunks, GROUP, WARPS)
+    words_1, groups_1 = load_chunk(words, scales, start + 2, strip, strips, chunks, GROUP, WARPS)
     mbarrier.wait(bars.index(0), 0)
     tokens = _multiply(weights, smem, 0, total, S)
     # Products read their registers while the next operands are unpacked, so that those must have others: two turns a
@@ -243,7 +231,7 @@ def _sum_in_turns(
                 total = _add_products(total, products, pending, S, mma)
             pending = groups_0
             words_0, groups_0 = words_1, groups_1
-            words_1, groups_1 = _load_chunk(words, scales, chunk + turn + 2, strip, strips, chunks, GROUP, WARPS)
+            words_1, groups_1 = load_chunk(words, scales, chunk + turn + 2, strip, strips, chunks, GROUP, WARPS)
             tokens = _start_products(x, column, weights, total, smem, bars, start, chunk + turn, end, S, STAGES)
     total = _add_products(total, _finished(tokens, S), pending, S, mma)
     if TURNS == 2 and (end - start) % 2 == 0:
@@ -278,7 +266,7 @@ def _sum_at_once(
     DEPTH: gl.constexpr = min(SHARE, 4)
     queue = ()  # type: Any
     for ahead in gl.static_range(DEPTH):
-        queue = queue + (_load_chunk(words, scales, start + ahead, strip, strips, chunks, GROUP, WARPS),)
+        queue = queue + (load_chunk(words, scales, start + ahead, strip, strips, chunks, GROUP, WARPS),)
     S: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
     smem = gl.allocate_shared_memory(dtype, [SHARE * S, COLUMNS, 128 // S], x.layout)
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -297,7 +285,7 @@ def _sum_at_once(
         queue = queue[1:]
         if chunk + DEPTH <= SHARE:
             ahead = start + chunk + DEPTH - 1
-            queue = queue + (_load_chunk(words, scales, ahead, strip, strips, chunks, GROUP, WARPS),)
+            queue = queue + (load_chunk(words, scales, ahead, strip, strips, chunks, GROUP, WARPS),)
         loaded, following = queue[0]
         weights = _weight_operands(loaded, following, dtype, GROUP, WARPS, mma)
         products, weights = _finished_beside(tokens, weights, S)
