@@ -21,6 +21,7 @@ import numpy as np
 from aphrodite.kernels.cpu.library import NativeLibrary, load
 from aphrodite.kernels.cpu.program import (
     Activation,
+    GroupArrays,
     GroupKind,
     KvType,
     NativeMemory,
@@ -78,7 +79,7 @@ def make_matrix(library: NativeLibrary, name: str) -> Matrix:
         zeros = np.full((OUT, COLUMNS // kind.group), 1 << kind.bits - 1, np.uint8)
         scales = np.full(zeros.shape, 0.01, np.float16).view(np.uint16)
         began = time.perf_counter()
-        repack_groups(library, kind, codes, scales, zeros, memory.address)
+        repack_groups(library, kind, GroupArrays(codes, scales, zeros), memory.address)
         nbytes = codes.nbytes + scales.nbytes + zeros.nbytes * kind.bits // 8
         return Matrix(kind, memory, nbytes, time.perf_counter() - began)
     data = generator.integers(0, 256, (OUT, kind.row_bytes(COLUMNS)), np.uint8)

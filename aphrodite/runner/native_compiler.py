@@ -10,7 +10,7 @@ from aphrodite.errors import ConfigError
 from aphrodite.kernels.cpu.program import TILE_ROWS, Activation, GateKind, NormKind, OpKind, ProgramBuilder, RowSet
 from aphrodite.models.spec import ModelSpec
 from aphrodite.quantization.types import QuantType, RawTensor
-from aphrodite.runner.native_weights import DENSE, TiledWeights
+from aphrodite.runner.native_weights import TiledWeights, reads_floats
 
 GATES = {"silu": GateKind.SILU, "gelu_tanh": GateKind.GELU_TANH, "swiglu_oai": GateKind.BOUNDED_SWIGLU}
 
@@ -79,7 +79,7 @@ class Compiler:
         return vector, NormKind.BIASED_LAYER
 
     def _kind(self, name: str) -> Activation:
-        exact = self._packed.kinds[name] in DENSE or name.endswith("router.weight")
+        exact = reads_floats(self._packed.kinds[name]) or name.endswith("router.weight")
         return Activation.FLOAT32 if exact else self._activation
 
 

@@ -10,6 +10,8 @@ import torch
 
 from aphrodite.kernels.cpu.library import NativeLibrary
 from aphrodite.kernels.cpu.program import (
+    Codes,
+    GroupArrays,
     GroupKind,
     NativeMemory,
     TileKind,
@@ -17,15 +19,17 @@ from aphrodite.kernels.cpu.program import (
     repack_groups,
     tiles_bytes,
 )
-from aphrodite.quantization.layouts import Int4Groups, Int8Groups
+from aphrodite.quantization.layouts import CodebookGroups, Int4Groups, Int8Groups, NarrowGroups
 from aphrodite.quantization.packed import (
     AwqMatrix,
+    BitsAndBytesMatrix,
     GptqMatrix,
     NoiseMatrix,
     PackedMatrix,
     PackedTensor,
     PackQuantizedMatrix,
     ScaledMatrix,
+    e4m3_values,
 )
 from aphrodite.quantization.repack import layout_of
 from aphrodite.quantization.types import QuantType, RawTensor, StackedTensor
@@ -36,19 +40,24 @@ _STEP = 32  # columns
 
 
 def tile_kind(raw: RawTensor) -> TileKind:
-    """What a matrix, or a stack of them, is kept in: its own blocks, or groups of integers of AWQ, GPTQ and their like.
+    """What a matrix, or a stack of them, is kept in: its own blocks, or groups of codes of AWQ, GPTQ and their like.
 
-    Other packings, act-order, scales in float32 and groups that are no multiple of 32 are expanded to the 16-bit type
-    of the packing.
+    Other packings, act-order, e5m2 and groups that are no multiple of 32 or do not divide the columns are expanded to
+    the 16-bit type of the packing.
     """
     if isinstance(raw, StackedTensor):
         kinds = {tile_kind(part) for part in raw.parts}
         return kinds.pop() if len(kinds) == 1 else raw.qtype
     if isinstance(raw, PackedTensor):
         found = _group_kind(raw.matrix)
-        if found is not None and found.number >= 0 and found.group % _STEP == 0:
+        if found is not None and found.number >= 0 and found.group % _STEP == 0 == raw.shape[1] % found.group:
             return found
     return raw.qtype
+
+
+def reads_floats(kind: TileKind) -> bool:
+    """Whether products with the kind take float activations, whatever is chosen for the others."""
+    return kind in DENSE if isinstance(kind, QuantType) else kind.codes is not Codes.INTEGERS
 
 
 class TiledWeights:
@@ -80,7 +89,7 @@ class TiledWeights:
                 if isinstance(kind, QuantType):
                     repack(library, matrix, address)
                 else:
-                    repack_groups(library, kind, *_integers(matrix), address)
+                    repack_groups(library, kind, _group_arrays(matrix, kind), address)
                 address += tiles_bytes(library, kind, matrix.shape[0], matrix.shape[1])
             progress(address - self.memory.address, self.memory.size)
         progress(self.memory.size, self.memory.size)
@@ -90,30 +99,51 @@ class TiledWeights:
 
 
 def _group_kind(matrix: PackedMatrix) -> GroupKind | None:
-    """How the integers of a packing are grouped; None where it is something else or its columns are permuted."""
+    """How the codes of a packing are grouped; None where it is something else or its columns are permuted."""
     columns = matrix.shape[1]
     match matrix:
         case AwqMatrix():
             return GroupKind(4, matrix.scales.qtype, columns // matrix.scales.shape[0])
         case GptqMatrix() | PackQuantizedMatrix() if matrix.group_of is None:
             return GroupKind(matrix.bits, matrix.scales.qtype, columns // matrix.scale_groups)
-        case ScaledMatrix() if matrix.table is None and matrix.divisor == 1.0:
+        case ScaledMatrix():
             group = columns if matrix.scales.shape[1] == 1 else matrix.tile[1]
-            return GroupKind(8, matrix.scales.qtype, group)
+            if matrix.table is e4m3_values():
+                return GroupKind(8, QuantType.F32, group, Codes.FLOAT8)
+            scales = matrix.scales.qtype if matrix.divisor == 1.0 else QuantType.F32
+            return GroupKind(8, scales, group) if matrix.table is None else None
+        case BitsAndBytesMatrix():
+            return GroupKind(4, QuantType.F32 if matrix.nested is None else QuantType.F16, matrix.block, Codes.TABLE)
         case NoiseMatrix():
             return GroupKind(matrix.bits, QuantType.F16, matrix.group_size)
     return None
 
 
-def _integers(raw: RawTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, scales and zeros as `repack_groups` takes them; signed integers become unsigned, as do their zeros."""
+def _group_arrays(raw: RawTensor, kind: GroupKind) -> GroupArrays:
+    """The matrix as `repack_groups` takes it; signed integers become unsigned, as do their zeros."""
     layout = layout_of(raw, torch.device("cpu"))
-    if not isinstance(layout, Int4Groups | Int8Groups):
-        raise TypeError(f"{raw.name} is {raw.type_name}, which is no groups of integers")
-    codes, zeros = layout.codes, layout.zeros
+    match layout:
+        case CodebookGroups():
+            return GroupArrays(layout.codes.numpy(), _numbers(layout.scales, kind), table=layout.table.float().numpy())
+        case Int8Groups() if layout.codes.dtype is torch.float8_e4m3fn:
+            return GroupArrays(layout.codes.view(torch.uint8).numpy(), _numbers(layout.scales, kind))
+        case NarrowGroups():
+            codes = layout.numbers(slice(None))
+        case Int4Groups() | Int8Groups():
+            codes = layout.codes
+        case _:
+            raise TypeError(f"{raw.name} is {raw.type_name}, which has no groups of codes")
+    zeros = layout.zeros
     if zeros is None:
         zeros = torch.zeros(layout.scales.shape, dtype=codes.dtype)
-    return _unsigned(codes), layout.scales.view(torch.int16).numpy().view(np.uint16), _unsigned(zeros)
+    return GroupArrays(_unsigned(codes), _numbers(layout.scales, kind), _unsigned(zeros))
+
+
+def _numbers(scales: torch.Tensor, kind: GroupKind) -> np.ndarray:
+    """Scales as float32, or as the bytes of their 16-bit type."""
+    if kind.scales is QuantType.F32:
+        return scales.float().numpy()
+    return scales.view(torch.int16).numpy().view(np.uint16)
 
 
 def _unsigned(integers: torch.Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ from aphrodite.kernels.cpu.library import NativeLibrary, load
 from aphrodite.kernels.cpu.program import (
     LOGITS,
     Activation,
+    GroupArrays,
     GroupKind,
     KvType,
     LatentDesc,
@@ -164,16 +165,16 @@ def product_harness(
 def group_product_harness(
     table: np.ndarray,
     group_kind: GroupKind,
-    arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
+    arrays: GroupArrays,
     kind: Activation,
     isa: str,
 ) -> Harness:
-    """The same with groups of integers: codes, scales and zeros as `repack_groups` takes them."""
+    """The same with groups of codes."""
     library = load()
     assert library is not None
-    rows = len(arrays[0])
+    rows = len(arrays.codes)
     memory = NativeMemory(library, tiles_bytes(library, group_kind, rows, table.shape[1]))
-    repack_groups(library, group_kind, *arrays, memory.address)
+    repack_groups(library, group_kind, arrays, memory.address)
     return _product(library, raw_tensor(table, QuantType.F32), memory, group_kind, rows, kind, isa, 2)
 
 

@@ -28,31 +28,68 @@ LOGITS = -1
 HIDDEN = -2
 
 
-class GroupKind(NamedTuple):
-    """4 or 8-bit integers with a scale and a zero for each group of columns: (code - zero) * scale.
+class Codes(enum.IntEnum):
+    """What the codes of groups are multiplied as: integers less their group's zero, floats, numbers of a table."""
 
-    `group` is a multiple of 32 and divides the columns; `scales` is F16 or BF16; codes and zeros are unsigned.
+    INTEGERS = 0
+    FLOAT8 = 1
+    TABLE = 2
+
+
+class GroupKind(NamedTuple):
+    """Codes with a scale for each group of columns: (code - zero) * scale, or what the code stands for, times scale.
+
+    Integers have 2, 3, 4 or 8 bits, floats 8 (e4m3), codes of a table of 16 numbers 4. `group` is a multiple of 32 and
+    divides the columns; `scales` is F16, BF16 or F32; codes and zeros are unsigned.
     """
 
     bits: int
     scales: QuantType
     group: int
+    codes: Codes = Codes.INTEGERS
 
     @property
     def number(self) -> int:
         """Of `Type` in `native/formats.h`, negative where it has none."""
-        return _GROUP_NUMBERS.get((self.bits, self.scales), -1)
+        return _GROUP_NUMBERS.get((self.codes, self.bits, self.scales), -1)
+
+    @property
+    def codes_a_byte(self) -> int:
+        """Of the codes as `repack_groups` takes them."""
+        return 2 if self.bits == 4 else 1
 
 
 TileKind: TypeAlias = QuantType | GroupKind
-"""What the library keeps a matrix in: blocks of a GGUF type, or groups of integers."""
+"""What the library keeps a matrix in: blocks of a GGUF type, or groups of codes."""
 
 _GROUP_NUMBERS = {
-    (4, QuantType.F16): 1000,
-    (4, QuantType.BF16): 1001,
-    (8, QuantType.F16): 1002,
-    (8, QuantType.BF16): 1003,
+    (Codes.INTEGERS, 4, QuantType.F16): 1000,
+    (Codes.INTEGERS, 4, QuantType.BF16): 1001,
+    (Codes.INTEGERS, 8, QuantType.F16): 1002,
+    (Codes.INTEGERS, 8, QuantType.BF16): 1003,
+    (Codes.INTEGERS, 2, QuantType.F16): 1004,
+    (Codes.INTEGERS, 2, QuantType.BF16): 1005,
+    (Codes.INTEGERS, 3, QuantType.F16): 1006,
+    (Codes.INTEGERS, 3, QuantType.BF16): 1007,
+    (Codes.INTEGERS, 4, QuantType.F32): 1008,
+    (Codes.INTEGERS, 8, QuantType.F32): 1009,
+    (Codes.FLOAT8, 8, QuantType.F32): 1010,
+    (Codes.TABLE, 4, QuantType.F16): 1011,
+    (Codes.TABLE, 4, QuantType.F32): 1012,
 }
+
+
+class GroupArrays(NamedTuple):
+    """A matrix in groups, as `repack_groups` takes it."""
+
+    codes: np.ndarray
+    """uint8 `[rows, columns]`, or of 4 bits `[rows, columns / 2]` with the even column in the low nibble."""
+    scales: np.ndarray
+    """uint16, the bytes of F16 or BF16, or float32; `[rows, groups]`."""
+    zeros: np.ndarray | None = None
+    """uint8 `[rows, groups]`; None where codes are no integers."""
+    table: np.ndarray | None = None
+    """float32 `[16]`, what codes of a table stand for."""
 
 
 class OpKind(enum.IntEnum):
@@ -310,31 +347,32 @@ def repack(library: NativeLibrary, weight: RawTensor, address: int) -> None:
     function(weight.qtype.gguf_id, data.ctypes.data, rows, columns, address)
 
 
-def repack_groups(
-    library: NativeLibrary, kind: GroupKind, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, address: int
-) -> None:
-    """Writes the tiles of groups of integers to `address`, on the library's default threads.
-
-    Args:
-        codes: uint8 `[rows, columns]`, or for 4 bits `[rows, columns / 2]` with the even column in the low nibble.
-        scales: uint16, the bytes of `kind.scales`, `[rows, groups]`.
-        zeros: uint8 `[rows, groups]`.
+def repack_groups(library: NativeLibrary, kind: GroupKind, arrays: GroupArrays, address: int) -> None:
+    """Writes the tiles of groups of codes to `address`, on the library's default threads.
 
     Raises:
-        ValueError: shapes do not belong together, or the library has no tiles for them.
+        ValueError: shapes or types do not belong together, or the library has no tiles for them.
     """
-    rows, columns = codes.shape[0], codes.shape[1] * 8 // kind.bits
+    codes, scales, zeros, table = arrays
+    rows, columns = codes.shape[0], codes.shape[1] * kind.codes_a_byte
     if not tiles_bytes(library, kind, rows, columns):
         raise ValueError(f"there are no tiles for [{rows}, {columns}] in {kind}")
-    shape = (rows, columns // kind.group)
-    if scales.shape != shape or zeros.shape != shape:
-        raise ValueError(f"scales {scales.shape} and zeros {zeros.shape} do not make [{rows}, {columns}] in {kind}")
-    if [array.dtype.name for array in (codes, scales, zeros)] != ["uint8", "uint16", "uint8"]:
-        raise ValueError(f"codes, scales and zeros are {codes.dtype}, {scales.dtype} and {zeros.dtype}")
-    arrays = [np.ascontiguousarray(array) for array in (codes, scales, zeros)]
+    shape, integers = (rows, columns // kind.group), kind.codes is Codes.INTEGERS
+    if scales.shape != shape or (zeros is not None and zeros.shape != shape):
+        found = None if zeros is None else zeros.shape
+        raise ValueError(f"scales {scales.shape} and zeros {found} do not make [{rows}, {columns}] in {kind}")
+    wanted = ["uint8", "float32" if kind.scales is QuantType.F32 else "uint16", "uint8" if integers else None]
+    wanted.append("float32" if kind.codes is Codes.TABLE else None)
+    types = [None if array is None else array.dtype.name for array in arrays]
+    if types != wanted:
+        raise ValueError(f"codes, scales, zeros and table are {types}, not {wanted}")
+    if table is not None and table.shape != (16,):
+        raise ValueError(f"a table of 16 numbers has the shape {table.shape}")
+    kept = [None if array is None else np.ascontiguousarray(array) for array in arrays]
     function: Any = library.cdll.aph_repack_groups
-    function.argtypes = [ctypes.c_int32, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    function(kind.number, *(array.ctypes.data for array in arrays), rows, columns, kind.group, address)
+    function.argtypes = [ctypes.c_int32, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    pointers = [None if array is None else array.ctypes.data for array in kept]
+    function(kind.number, *pointers, rows, columns, kind.group, address)
 
 
 def _type_number(kind: TileKind) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 //
 // A quantized block covers the columns of a file's block, 32 or 256, or of a group of AWQ's, GPTQ's and their like, of
 // the 16 rows. It takes the file's bytes or up to 4 % more (6-bit scales and 4-bit zeros widened to bytes):
-//   units    16 x f16, one a row (MXFP4: 16 x u8, powers of two), then of types with minima 16 x f16; of integer
-//            groups 16 x f16 or bf16 and 16 x u8, the zeros
+//   units    16 x f16, one a row (MXFP4: 16 x u8, powers of two), then of types with minima 16 x f16; of groups
+//            16 x f16, bf16 or f32, and of integers 16 x u8, the zeros
 //   factors  types with 256 columns: for every 16 or 32 of them what multiplies the units, one byte a row
 //   high     for every 32 columns the bits above the low ones. One bit: 8 x u64, bit 4 * row + byte of word g is that
 //            of the byte of group g. Two bits: 2 x 64 bytes, of groups 0-3 and 4-7, the first group lowest.
@@ -11,6 +11,8 @@
 //            0, 2, 1, 3, so that the even bytes of a word are two neighbouring columns, and so are the odd ones.
 //            8 low bits: groups 0-7, 64 bytes each. 4: 4 x 64 bytes, two groups each (`pair_group`). 2: 2 x 64 bytes
 //            of groups 0-3 and 4-7, the first group lowest.
+// In groups of any size the high bits of 32 columns lie before their low ones. Floats of 8 bits are [column][16 rows];
+// before the blocks of a tile whose codes stand for the numbers of a table there are those, 16 x f32.
 // Signed quants are stored with an offset that makes them unsigned. A dense tile is [column][16 rows]. Types that name
 // points of a grid, and TQ1_0, have blocks of their own (grids.h), which are decoded before they are multiplied.
 #pragma once
@@ -21,7 +23,8 @@ namespace aph {
 constexpr int kTileRows = 16;
 constexpr int kBlock = 32;
 
-// Numbers of the GGUF specification; from 1000 on this library's own: groups of 4 or 8-bit integers with zeros.
+// Numbers of the GGUF specification; from 1000 on this library's own, groups of any multiple of 32 columns: integers of
+// 2, 3, 4 or 8 bits with zeros, floats of 8 bits (e4m3), codes of 4 bits for the numbers of a matrix's table.
 enum class Type : int32_t {
     F32 = 0,
     F16 = 1,
@@ -52,6 +55,15 @@ enum class Type : int32_t {
     Int4BF16 = 1001,
     Int8F16 = 1002,
     Int8BF16 = 1003,
+    Int2F16 = 1004,
+    Int2BF16 = 1005,
+    Int3F16 = 1006,
+    Int3BF16 = 1007,
+    Int4F32 = 1008,
+    Int8F32 = 1009,
+    Float8F32 = 1010,
+    Table4F16 = 1011,
+    Table4F32 = 1012,
 };
 
 // What a quant is multiplied by.
@@ -64,8 +76,12 @@ enum class Scales : int32_t {
     NibblePair,   // the same with both in one byte, the scale low
     HalfGroup,    // f16 a row; minimum: less zero x scale
     BfloatGroup,  // bf16 a row; the same
+    SingleGroup,  // f32 a row; the same
     Decoded,      // of blocks that are decoded as a whole (grids.h)
 };
+
+// What codes are multiplied as.
+enum class Codes : int32_t { Integers, Float8, Table };
 
 struct TypeInfo {
     int bits;                      // of a quant, or of a dense value; 0: no such type
@@ -77,8 +93,10 @@ struct TypeInfo {
     int part = 32;                 // columns that share a scale
     const uint8_t* values = nullptr;  // what a quant stands for before the offset is subtracted; null: itself
     int decoded_bytes = 0;            // of a block in tiles, of types that are decoded as a whole
+    Codes codes = Codes::Integers;    // others are multiplied by float activations only
 
     constexpr bool quantized() const { return scales != Scales::None; }
+    constexpr bool integers() const { return quantized() && codes == Codes::Integers; }
     constexpr bool decoded() const { return scales == Scales::Decoded; }
     constexpr bool grouped() const { return columns == 0; }
     constexpr int largest() const {  // of quants or values
@@ -93,9 +111,9 @@ struct TypeInfo {
     constexpr int part_bytes() const {                             // factors of a part
         return scales == Scales::Pair ? 32 : scales == Scales::Signed || scales == Scales::NibblePair ? 16 : 0;
     }
-    constexpr int factors_offset() const {
-        return scales == Scales::Power ? 16 : grouped() ? 48 : minimum ? 64 : 32;
-    }
+    constexpr int unit_bytes() const { return scales == Scales::Power ? 16 : scales == Scales::SingleGroup ? 64 : 32; }
+    constexpr int factors_offset() const { return unit_bytes() + (!minimum ? 0 : grouped() ? kTileRows : 32); }
+    constexpr int table_bytes() const { return codes == Codes::Table ? 64 : 0; }  // of a tile
     constexpr int high_offset() const { return factors_offset() + columns / part * part_bytes(); }
     constexpr int high_bytes() const { return 64 * high_bits(); }  // of 32 columns
     constexpr int quants_offset() const { return high_offset() + steps() * high_bytes(); }
@@ -104,14 +122,15 @@ struct TypeInfo {
         if (decoded()) return decoded_bytes;
         return quantized() ? quants_offset() + steps() * quant_bytes() : kBlock * kTileRows * bits / 8;
     }
-    constexpr int step_bytes() const { return grouped() ? quant_bytes() : block_bytes() / steps(); }  // about
+    constexpr int group_step_bytes() const { return high_bytes() + quant_bytes(); }  // of 32 columns of a group
+    constexpr int step_bytes() const { return grouped() ? group_step_bytes() : block_bytes() / steps(); }  // about
     // The same for types of which groups of `group` columns share a scale; of others `group` means nothing.
     constexpr int64_t block_columns(int64_t group) const { return grouped() ? group : columns; }
     constexpr int64_t block_bytes(int64_t group) const {
-        return grouped() ? quants_offset() + group / kBlock * quant_bytes() : block_bytes();
+        return grouped() ? quants_offset() + group / kBlock * group_step_bytes() : block_bytes();
     }
     constexpr int64_t tile_bytes(int64_t all_columns, int64_t group) const {
-        return all_columns / block_columns(group) * block_bytes(group);
+        return table_bytes() + all_columns / block_columns(group) * block_bytes(group);
     }
 };
 
@@ -126,6 +145,10 @@ constexpr uint8_t kFp4Values[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 
 
 constexpr TypeInfo decoded_info(int file_bytes, int part, int decoded_bytes) {
     return {8, file_bytes, Scales::Decoded, 64, false, 256, part, nullptr, decoded_bytes};
+}
+
+constexpr TypeInfo float_group(int bits, Scales scales, Codes codes) {
+    return {bits, 0, scales, 0, false, 0, 32, nullptr, 0, codes};
 }
 
 constexpr TypeInfo type_info(Type type) {
@@ -159,6 +182,15 @@ constexpr TypeInfo type_info(Type type) {
         case Type::Int4BF16: return {4, 0, Scales::BfloatGroup, 0, true, 0};
         case Type::Int8F16: return {8, 0, Scales::HalfGroup, 0, true, 0};
         case Type::Int8BF16: return {8, 0, Scales::BfloatGroup, 0, true, 0};
+        case Type::Int2F16: return {2, 0, Scales::HalfGroup, 0, true, 0};
+        case Type::Int2BF16: return {2, 0, Scales::BfloatGroup, 0, true, 0};
+        case Type::Int3F16: return {3, 0, Scales::HalfGroup, 0, true, 0};
+        case Type::Int3BF16: return {3, 0, Scales::BfloatGroup, 0, true, 0};
+        case Type::Int4F32: return {4, 0, Scales::SingleGroup, 0, true, 0};
+        case Type::Int8F32: return {8, 0, Scales::SingleGroup, 0, true, 0};
+        case Type::Float8F32: return float_group(8, Scales::SingleGroup, Codes::Float8);
+        case Type::Table4F16: return float_group(4, Scales::HalfGroup, Codes::Table);
+        case Type::Table4F32: return float_group(4, Scales::SingleGroup, Codes::Table);
     }
     return {0, 0};
 }

@@ -45,4 +45,10 @@ inline uint16_t float_to_half(float value) {
 
 inline float bfloat_to_float(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
 
+// e4m3 of the OCP 8-bit floating point specification; NaN, which no weight is, becomes 480.
+inline float float8_to_float(uint8_t value) {
+    const uint32_t half = static_cast<uint32_t>(value & 0x80) << 8 | static_cast<uint32_t>(value & 0x7f) << 7;
+    return half_to_float(static_cast<uint16_t>(half)) * 256.0f;
+}
+
 }  // namespace aph

@@ -34,11 +34,16 @@ struct Step {
     const uint8_t* factors;
     const uint8_t* high;
     const uint8_t* quants;
+    const float* table = nullptr;  // of a tile whose codes have one
 };
 
 template <Type kType>
 inline Step step_of(const uint8_t* block, int step) {
     constexpr TypeInfo info = type_info(kType);
+    if constexpr (info.grouped()) {
+        const uint8_t* high = block + info.factors_offset() + step * info.group_step_bytes();
+        return {block, block, high, high + info.high_bytes()};
+    }
     return {block, block + info.factors_offset() + step * info.parts() * info.part_bytes(),
             block + info.high_offset() + step * info.high_bytes(),
             block + info.quants_offset() + step * info.quant_bytes()};
@@ -82,6 +87,7 @@ inline Vec part_scale(const Step& step, int part) {
     constexpr TypeInfo info = type_info(kType);
     const uint8_t* factors = step.factors + part * info.part_bytes();
     if constexpr (info.scales == Scales::Power) return load_power(step.block);
+    else if constexpr (info.scales == Scales::SingleGroup) return load(reinterpret_cast<const float*>(step.block));
     else if constexpr (info.scales == Scales::BfloatGroup)
         return load_bfloat(reinterpret_cast<const uint16_t*>(step.block));
     else if constexpr (info.scales == Scales::Signed) return mul(load_units(step.block), load_signed(factors));
@@ -97,7 +103,7 @@ inline Vec part_minimum(const Step& step, int part) {
     if constexpr (info.scales == Scales::Pair) return mul(load_units(step.block + 32), load_unsigned(factors + 16));
     else if constexpr (info.scales == Scales::NibblePair) return mul(load_units(step.block + 32), load_high(factors));
     else if constexpr (info.grouped())
-        return mul(part_scale<kType>(step, part), mul(load_unsigned(step.block + 32), splat(-1.0f)));
+        return mul(part_scale<kType>(step, part), mul(load_unsigned(step.block + info.unit_bytes()), splat(-1.0f)));
     else return load_units(step.block + 32);
 }
 
@@ -226,6 +232,33 @@ inline void for_each_dense_column(const uint8_t* block, F&& f) {
         }
 }
 
+// The same for 32 columns of floats of 8 bits.
+template <Type kType, class F>
+inline void for_each_float8_column(const Step& step, F&& f) {
+    const Vec scale = mul(part_scale<kType>(step, 0), splat(kFloat8Unit));
+    for (int column = 0; column < kBlock; column += 4)
+        for (int chain = 0; chain < 4; ++chain)
+            f(chain, column + chain, mul(load_float8(step.quants + (column + chain) * kTileRows), scale));
+}
+
+// The same for 32 columns whose codes stand for numbers of a table.
+template <Type kType, class F>
+inline void for_each_table_column(const Step& step, F&& f) {
+    const Table table = load_table(step.table);
+    const Vec scale = part_scale<kType>(step, 0);
+    unroll<4>([&](auto pair) __attribute__((always_inline)) {
+        Bytes groups[2];
+        load_groups<kType, decltype(pair)::value>(step, groups);
+        for (int which = 0; which < 2; ++which) {
+            const int column = 4 * pair_group(type_info(kType), pair, which);
+            f(0, column, mul(byte_of_table<0>(groups[which], table), scale));
+            f(1, column + 2, mul(byte_of_table<1>(groups[which], table), scale));
+            f(2, column + 1, mul(byte_of_table<2>(groups[which], table), scale));
+            f(3, column + 3, mul(byte_of_table<3>(groups[which], table), scale));
+        }
+    });
+}
+
 // The same for 32 quantized columns, in the order that byte_to_float reads them.
 template <Type kType, class F>
 inline void for_each_column(const Step& step, F&& f) {
@@ -267,9 +300,17 @@ inline void float_rows(const uint8_t* tile, BlockShape shape, const float* words
         for (int m = 0; m < kRows; ++m)
             sums[m][chain] = fma(weight, splat(words[column * kWidth + m]), sums[m][chain]);
     };
-    for (const uint8_t* end = tile + info.tile_bytes(shape.columns, shape.group); tile < end; tile += block_bytes)
+    const float* table = reinterpret_cast<const float*>(tile);
+    const uint8_t* end = tile + info.tile_bytes(shape.columns, shape.group);
+    for (tile += info.table_bytes(); tile < end; tile += block_bytes)
         for (int i = 0; i < steps; ++i) {
-            if constexpr (info.quantized()) for_each_column<kType>(step_of<kType>(tile, i), add_column);
+            if constexpr (info.codes == Codes::Float8) {
+                for_each_float8_column<kType>(step_of<kType>(tile, i), add_column);
+            } else if constexpr (info.codes == Codes::Table) {
+                Step step = step_of<kType>(tile, i);
+                step.table = table;
+                for_each_table_column<kType>(step, add_column);
+            } else if constexpr (info.quantized()) for_each_column<kType>(step_of<kType>(tile, i), add_column);
             else for_each_dense_column<kType>(tile, add_column);
             words += kBlock * kWidth;
         }
@@ -308,7 +349,7 @@ GroupKernel kernel_of_width(int width) {
 
 template <Type kType>
 GroupKernel kernel_of_kind(Activation kind, int width) {
-    if constexpr (type_info(kType).quantized()) {
+    if constexpr (type_info(kType).integers()) {
         if (kind == Activation::Int16) return kernel_of_width<kType, Activation::Int16>(width);
         if (kind == Activation::Int8) return kernel_of_width<kType, Activation::Int8>(width);
     }
@@ -337,6 +378,15 @@ GroupKernel find_kernel(Type type, Activation kind, int width) {
         case Type::Int4BF16: return kernel_of_kind<Type::Int4BF16>(kind, width);
         case Type::Int8F16: return kernel_of_kind<Type::Int8F16>(kind, width);
         case Type::Int8BF16: return kernel_of_kind<Type::Int8BF16>(kind, width);
+        case Type::Int2F16: return kernel_of_kind<Type::Int2F16>(kind, width);
+        case Type::Int2BF16: return kernel_of_kind<Type::Int2BF16>(kind, width);
+        case Type::Int3F16: return kernel_of_kind<Type::Int3F16>(kind, width);
+        case Type::Int3BF16: return kernel_of_kind<Type::Int3BF16>(kind, width);
+        case Type::Int4F32: return kernel_of_kind<Type::Int4F32>(kind, width);
+        case Type::Int8F32: return kernel_of_kind<Type::Int8F32>(kind, width);
+        case Type::Float8F32: return kernel_of_kind<Type::Float8F32>(kind, width);
+        case Type::Table4F16: return kernel_of_kind<Type::Table4F16>(kind, width);
+        case Type::Table4F32: return kernel_of_kind<Type::Table4F32>(kind, width);
         default: return kernel_of_kind<Type::F32>(kind, width);
     }
 }

@@ -277,8 +277,9 @@ TileRepacker find_repacker(Type type) {
 // Groups of integers, as aph_repack_groups has them.
 struct GroupRepack {
     const uint8_t* codes;
-    const uint16_t* scales;
+    const uint8_t* scales;
     const uint8_t* zeros;
+    const float* table;
     int64_t rows, columns, group;
     uint8_t* tiles;
 };
@@ -289,7 +290,20 @@ uint32_t spread_nibbles(const uint8_t* bytes) {
     return (pair & 15) | (pair & 0xf0) << 4 | (pair & 0xf00) << 8 | (pair & 0xf000) << 12;
 }
 
-// The type of the scales does not matter, their bytes are kept.
+// Of 32 columns of a row.
+template <Type kType>
+void put_group_step(const uint8_t* codes, uint8_t* step, int lane) {
+    constexpr TypeInfo info = type_info(kType);
+    if constexpr (info.codes == Codes::Float8) {
+        for (int column = 0; column < kBlock; ++column) step[column * kTileRows + lane] = codes[column];
+        return;
+    }
+    uint32_t words[kWordsOfStep];
+    for (int i = 0; i < kWordsOfStep; ++i)
+        words[i] = info.bits == 4 ? spread_nibbles(codes + 2 * i) : load_word(codes + 4 * i);
+    put_step<kType>(words, step, step + info.high_bytes(), lane);
+}
+
 template <Type kType>
 void repack_group_tile(const GroupRepack& job, int64_t index) {
     constexpr TypeInfo info = type_info(kType);
@@ -297,20 +311,36 @@ void repack_group_tile(const GroupRepack& job, int64_t index) {
     const int lanes = static_cast<int>(job.rows - first < kTileRows ? job.rows - first : kTileRows);
     uint8_t* tile = job.tiles + index * info.tile_bytes(job.columns, job.group);
     std::memset(tile, 0, info.tile_bytes(job.columns, job.group));
-    uint32_t words[kWordsOfStep];
+    if (info.table_bytes() > 0) std::memcpy(tile, job.table, info.table_bytes());
+    constexpr int kUnit = info.unit_bytes() / kTileRows, kPerByte = info.bits == 4 ? 2 : 1;
     for (int64_t step = 0; step < job.columns / kBlock; ++step) {
         const int64_t group = step * kBlock / job.group;
-        uint8_t* block = tile + group * block_bytes;
-        uint8_t* quants = block + info.quants_offset() + (step * kBlock % job.group) / kBlock * info.quant_bytes();
+        uint8_t* block = tile + info.table_bytes() + group * block_bytes;
+        uint8_t* own = block + info.factors_offset() + step * kBlock % job.group / kBlock * info.group_step_bytes();
         for (int lane = 0; lane < lanes; ++lane) {
             const int64_t row = first + lane;
-            std::memcpy(block + 2 * lane, job.scales + row * groups + group, 2);
-            block[32 + lane] = job.zeros[row * groups + group];
-            const uint8_t* codes = job.codes + (row * job.columns + step * kBlock) * info.bits / 8;
-            for (int i = 0; i < kWordsOfStep; ++i)
-                words[i] = info.bits == 8 ? load_word(codes + 4 * i) : spread_nibbles(codes + 2 * i);
-            put_step<kType>(words, block, quants, lane);
+            std::memcpy(block + kUnit * lane, job.scales + (row * groups + group) * kUnit, kUnit);
+            if (info.minimum) block[info.unit_bytes() + lane] = job.zeros[row * groups + group];
+            put_group_step<kType>(job.codes + (row * job.columns + step * kBlock) / kPerByte, own, lane);
         }
+    }
+}
+
+// Scales of 16 bits are bytes here, whatever they mean.
+void (*find_group_repacker(Type type))(const GroupRepack& job, int64_t index) {
+    switch (type) {
+        case Type::Int2F16:
+        case Type::Int2BF16: return repack_group_tile<Type::Int2F16>;
+        case Type::Int3F16:
+        case Type::Int3BF16: return repack_group_tile<Type::Int3F16>;
+        case Type::Int4F16:
+        case Type::Int4BF16: return repack_group_tile<Type::Int4F16>;
+        case Type::Int4F32: return repack_group_tile<Type::Int4F32>;
+        case Type::Int8F32: return repack_group_tile<Type::Int8F32>;
+        case Type::Float8F32: return repack_group_tile<Type::Float8F32>;
+        case Type::Table4F16: return repack_group_tile<Type::Table4F16>;
+        case Type::Table4F32: return repack_group_tile<Type::Table4F32>;
+        default: return repack_group_tile<Type::Int8F16>;
     }
 }
 
@@ -338,12 +368,17 @@ struct PartScale {
     float scale, minimum;
 };
 
+float group_scale(const TypeInfo& info, const uint8_t* block, int lane) {
+    if (info.scales == Scales::SingleGroup) return bits_to_float(load_word(block + 4 * lane));
+    uint16_t bits;
+    std::memcpy(&bits, block + 2 * lane, 2);
+    return info.scales == Scales::BfloatGroup ? bfloat_to_float(bits) : half_to_float(bits);
+}
+
 PartScale part_of(const TypeInfo& info, const uint8_t* block, int part, int lane) {
     if (info.grouped()) {
-        uint16_t bits;
-        std::memcpy(&bits, block + 2 * lane, 2);
-        const float scale = info.scales == Scales::BfloatGroup ? bfloat_to_float(bits) : half_to_float(bits);
-        return {scale, -scale * block[32 + lane]};
+        const float scale = group_scale(info, block, lane);
+        return {scale, info.minimum ? -scale * block[info.unit_bytes() + lane] : 0};
     }
     if (info.scales == Scales::Power)
         return {bits_to_float(block[lane] == 0 ? 0 : static_cast<uint32_t>(block[lane] - 1) << 23), 0};
@@ -360,8 +395,9 @@ PartScale part_of(const TypeInfo& info, const uint8_t* block, int part, int lane
 int quant_of(const TypeInfo& info, const uint8_t* block, int64_t column, int lane) {
     const int64_t step = column / kBlock;
     const int group = column % kBlock / 4, byte = lane * 4 + kByteOf[column % 4];
-    const uint8_t* quants = block + info.quants_offset() + step * info.quant_bytes() + byte;
-    const uint8_t* high = block + info.high_offset() + step * info.high_bytes();
+    const uint8_t* high = block + info.high_offset() + step * (info.grouped() ? info.group_step_bytes() : info.high_bytes());
+    const uint8_t* quants =
+        (info.grouped() ? high + info.high_bytes() : block + info.quants_offset() + step * info.quant_bytes()) + byte;
     int quant = 0;
     if (info.low_bits() == 8) quant = quants[64 * group];
     if (info.low_bits() == 2) quant = quants[64 * (group / 4)] >> 2 * (group % 4) & 3;
@@ -388,13 +424,23 @@ void tile_row(const TileWeight& weight, int64_t row, float* out) {
         return;
     }
     const int64_t block_columns = info.block_columns(weight.group), block_bytes = info.block_bytes(weight.group);
+    const float* table = reinterpret_cast<const float*>(tile);
+    tile += info.table_bytes();
     for (int64_t first = 0; first < weight.columns; first += info.part) {
         const uint8_t* block = tile + first / block_columns * block_bytes;
         const int64_t column = first % block_columns;
         const PartScale part = part_of(info, block, static_cast<int>(column / info.part), lane);
-        for (int i = 0; i < info.part; ++i)
-            out[first + i] =
-                static_cast<float>(quant_of(info, block, column + i, lane) - info.offset) * part.scale + part.minimum;
+        for (int i = 0; i < info.part; ++i) {
+            float value;
+            if (info.codes == Codes::Float8) {
+                const uint8_t* step = block + info.factors_offset() + column / kBlock * info.group_step_bytes();
+                value = float8_to_float(step[(column + i) % kBlock * kTileRows + lane]);
+            } else {
+                const int quant = quant_of(info, block, column + i, lane);
+                value = info.codes == Codes::Table ? table[quant] : static_cast<float>(quant - info.offset);
+            }
+            out[first + i] = value * part.scale + part.minimum;
+        }
     }
 }
 
@@ -425,12 +471,11 @@ APH_API void aph_repack(int32_t type, const uint8_t* source, int64_t rows, int64
     aph::for_each_tile(rows, [&](int64_t index) { tile(job, index); });
 }
 
-// Repacks integer groups: codes [rows, columns] uint8, or [rows, columns / 2] with the even column in the low nibble,
-// scales [rows, columns / group] f16 or bf16, zeros [rows, columns / group] uint8.
-APH_API void aph_repack_groups(int32_t type, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
-                               int64_t rows, int64_t columns, int64_t group, uint8_t* tiles) {
-    const aph::GroupRepack job{codes, scales, zeros, rows, columns, group, tiles};
-    const bool nibbles = aph::type_info(static_cast<aph::Type>(type)).bits == 4;
-    const auto tile = nibbles ? aph::repack_group_tile<aph::Type::Int4F16> : aph::repack_group_tile<aph::Type::Int8F16>;
+// Repacks groups: codes [rows, columns] uint8, or of 4 bits [rows, columns / 2] with the even column in the low nibble,
+// scales [rows, columns / group] f16, bf16 or f32, of integers zeros [rows, columns / group] uint8, table [16] or null.
+APH_API void aph_repack_groups(int32_t type, const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros,
+                               const float* table, int64_t rows, int64_t columns, int64_t group, uint8_t* tiles) {
+    const aph::GroupRepack job{codes, scales, zeros, table, rows, columns, group, tiles};
+    const auto tile = aph::find_group_repacker(static_cast<aph::Type>(type));
     aph::for_each_tile(rows, [&](int64_t index) { tile(job, index); });
 }

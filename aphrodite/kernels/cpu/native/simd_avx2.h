@@ -296,6 +296,25 @@ inline Vec byte_to_float(Bytes a) {
     };
     return {convert(a.lo), convert(a.hi)};
 }
+constexpr float kFloat8Unit = 256.0f;
+inline Vec load_float8(const uint8_t* p) {
+    const __m256i wide = _mm256_cvtepu8_epi16(load_128(p));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+    const __m256i half = _mm256_or_si256(sign, rest);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+}
+typedef Vec Table;
+inline Table load_table(const float* p) { return load(p); }
+template <int kIndex>
+inline Vec byte_of_table(Bytes a, const Table& table) {
+    const auto look = [&](__m256i x) {
+        const __m256i number = _mm256_srli_epi32(x, 8 * kIndex);
+        const __m256 low = _mm256_permutevar8x32_ps(table.lo, number), high = _mm256_permutevar8x32_ps(table.hi, number);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(number, 28)));
+    };
+    return {look(a.lo), look(a.hi)};
+}
 inline IVec dot(IVec sum, Shorts a, const int32_t* word) {
     const __m256i b = _mm256_set1_epi32(*word);
     return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b))};

@@ -247,6 +247,21 @@ public:
 private:
     __m512i sum_ = _mm512_setzero_si512();
 };
+constexpr float kFloat8Unit = 256.0f;
+// Floats of e4m3 / kFloat8Unit: a half whose exponent takes four of its five bits. NaN, which no weight is, becomes 480.
+inline Vec load_float8(const uint8_t* p) {
+    const __m256i wide = _mm256_cvtepu8_epi16(load_128(p));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+    return {_mm512_cvtph_ps(_mm256_or_si256(sign, rest))};
+}
+// Sixteen numbers, and the one that byte `index` of every word, below 16, stands for.
+typedef Vec Table;
+inline Table load_table(const float* p) { return load(p); }
+template <int kIndex>
+inline Vec byte_of_table(Bytes a, const Table& table) {
+    return {_mm512_permutexvar_ps(kIndex == 0 ? a.v : _mm512_srli_epi32(a.v, 8 * kIndex), table.v)};
+}
 inline Shorts load_shorts(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
 // Adds the dot products of each word with the broadcast word.
 inline IVec dot(IVec sum, Shorts a, const int32_t* word) {

@@ -317,6 +317,18 @@ inline Vec byte_to_float(const Bytes& a) {
     return each<Vec>(
         [&](int i) { return __builtin_convertvector((Int4)(a.v[i] >> (8 * kIndex) & 0xff), Float4); });
 }
+constexpr float kFloat8Unit = 1.0f;
+inline Vec load_float8(const uint8_t* p) {
+    return load_each(p, [](uint8_t x) { return float8_to_float(x); });
+}
+typedef const float* Table;
+inline Table load_table(const float* p) { return p; }
+template <int kIndex>
+inline Vec byte_of_table(const Bytes& a, Table table) {
+    float lanes[16];
+    for (int i = 0; i < 16; ++i) lanes[i] = table[a.v[i / 4][i % 4] >> (8 * kIndex) & 15];
+    return load(lanes);
+}
 inline Int4 dot4(Int4 sum, Word4 a, Word4 b) {
 #if defined(__SSE2__)
     return sum + (Int4)_mm_madd_epi16((__m128i)a, (__m128i)b);
