@@ -10,12 +10,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from adapter_cases import add_adapter, peft_logits, read_back
 from family_cases import CASES, HEADS, LATENTS, Case, write_gguf
+from test_adapters_native import logits
 from test_native_executor import Sequences
 from test_native_experts import assert_equals_torch, executor_of, prompts_of, runs_here
 
 from aphrodite.kernels.cpu import library
 from aphrodite.kernels.cpu.program import KV_BLOCK
+from aphrodite.layers.lora import AdapterRoom
 from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.loading.dummy import BlockPacking, dummy_weights
 from aphrodite.models.spec import MlaSpec, ModelSpec, MoeSpec, RotarySpec
@@ -137,6 +140,25 @@ def test_tokens_do_not_depend_on_the_batch(heads: int, options: dict[str, Any]) 
     sequences.step({2: 150})
     steps = [sequences.step({2: 1, 3: 1} if number % 2 else {2: 1})[0] for number in range(10)]
     assert torch.equal(torch.cat(steps), whole[150:])
+
+
+def test_an_adapter_behind_attention_equals_peft(tmp_path: Path) -> None:
+    case = CASES["deepseek v2 lite"]
+    model = case.model()
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    model = add_adapter(model, "default", 1, target_modules=["o_proj"])
+    room = AdapterRoom(1, 16)
+    executor = executor_of(
+        checkpoint.spec, checkpoint.weights, activations="float32", kv_dtype="float32", adapters=room
+    )
+    executor.adapters.add(0, read_back(model, "default", checkpoint.spec))  # type: ignore[union-attr]
+    executor.adapters.place(0, 0)  # type: ignore[union-attr]
+    (tokens,) = prompts_of((90,))
+    with_adapter, without = logits(executor, [tokens, tokens], [0, -1])
+    assert (with_adapter - without).abs().mean() > 0.1
+    torch.testing.assert_close(with_adapter, peft_logits(model, "default", tokens), rtol=0, atol=2e-4)
+    torch.testing.assert_close(without, peft_logits(model, None, tokens), rtol=0, atol=1e-4)
 
 
 def test_weights_take_their_bytes_and_the_cache_one_vector() -> None:

@@ -5,9 +5,9 @@
 // rest is as in attention.h, which calls this for one tile: partial results, and which sums are exact.
 //
 // Integers: latent and turning part have a unit each, for either may be much the larger; so have those of a query. The
-// Euclidean norms are 32767 but for that of latents, which may be 65000, so that no sum exceeds 2^31 - 1 (with rounding,
-// for up to 1024 dimensions). A latent's integers are at most 16383, for they are values too, and a tile's weights are
-// half of attention_int16.h's together.
+// Euclidean norms are 32767 but for that of latents, which may be 65000: no sum exceeds 2^31 - 1, even if rounding makes
+// both longer by half the root of 100,000 dimensions. A latent's integers are at most 16383, for they are values too, and
+// a tile's weights are half of attention_int16.h's together.
 // They lie as keys do, in words of two dimensions; as values, words of two positions, they are turned around in the
 // first-level cache, 64 dimensions of a tile at a time, for all rows of the task.
 //
