@@ -2,7 +2,7 @@
 
 A thread has runs of 32 columns. Points are fetched from a table that stays in the L1 cache (0.5 to 26 KB), and signs
 are applied to the four bytes or eight nibbles of a register at once. What comes out are codes as those of `packed.py`:
-put into a float's mantissa and scaled. Some 5 operations a weight of IQ2 and 3 of IQ1, of which the product is one.
+put into a float's mantissa and scaled. Six operations a weight of IQ2 and five of IQ1, of which the product is one.
 """
 
 # ruff: noqa: RUF005  (Triton's tuples know no unpacking)
