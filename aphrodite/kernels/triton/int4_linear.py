@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import triton
 
-from aphrodite.kernels.triton.activation import gated_pairs
+from aphrodite.kernels.triton.activation import Activation, gated_pairs
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
 from aphrodite.kernels.triton.half_rows import HalfRows, half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
@@ -134,29 +134,47 @@ def by_library(
     strips = weight.words.shape[0]
     taken = min(scratch.numel() // (STRIP * weight.in_features), strips)
     scratch = scratch[: taken * STRIP * weight.in_features].view(taken * STRIP, weight.in_features)
-    whole = taken == strips and bias is None and residual is None
-    if whole and activation is not None and x.shape[0] >= GATED_GEMM_ROWS:
-        dense = scratch[: weight.out_features]
-        if gated_gemm_supports(x, dense):
-            return gated_gemm(x, expand_int4(weight, dense), activation)
-    added = residual if activation is None else None
-    out = added
+    if activation is not None:
+        gated = _gated_by_library(x, weight, scratch, bias, activation)
+        return gated if residual is None else residual.add_(gated)
+    out = residual
     if out is None:
         out = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
     for start in range(0, strips, taken):
         part = _strips_of(weight, start, start + taken)
         dense = expand_int4(part, scratch[: part.out_features])
         columns = out[:, start * STRIP : start * STRIP + part.out_features]
-        if added is not None:
+        if residual is not None:
             columns.addmm_(x, dense.t())
         else:
             torch.mm(x, dense.t(), out=columns)
-    if bias is not None:
-        out.add_(bias)
-    if activation is None:
-        return out
-    out = gated_pairs(out, activation)
-    return out if residual is None else residual.add_(out)
+    return out if bias is None else out.add_(bias)
+
+
+def _gated_by_library(
+    x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, bias: torch.Tensor | None, activation: Activation
+) -> torch.Tensor:
+    """act(gate) * up; of the pairs no more are in memory than of one piece, `scratch` `[rows, in]`."""
+    strips, taken = weight.words.shape[0], scratch.shape[0] // STRIP
+    if taken == strips:
+        return _gated_piece(x, weight, scratch, bias, activation)
+    out = torch.empty((x.shape[0], weight.out_features // 2), dtype=x.dtype, device=x.device)
+    for start in range(0, strips, taken):
+        part = _strips_of(weight, start, start + taken)
+        first, end = start * STRIP, start * STRIP + part.out_features
+        own = None if bias is None else bias[first:end]
+        out[:, first // 2 : end // 2] = _gated_piece(x, part, scratch, own, activation)
+    return out
+
+
+def _gated_piece(
+    x: torch.Tensor, weight: Int4Words, scratch: torch.Tensor, bias: torch.Tensor | None, activation: Activation
+) -> torch.Tensor:
+    dense = expand_int4(weight, scratch[: weight.out_features])
+    if bias is None and x.shape[0] >= GATED_GEMM_ROWS and gated_gemm_supports(x, dense):
+        return gated_gemm(x, dense, activation)
+    pairs = torch.mm(x, dense.t())
+    return gated_pairs(pairs if bias is None else pairs.add_(bias), activation)
 
 
 def _strips_of(weight: Int4Words, start: int, end: int) -> Int4Words:

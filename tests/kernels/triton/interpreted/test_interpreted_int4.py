@@ -10,9 +10,12 @@ import torch
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import int4_linear
+from aphrodite.kernels.triton.activation import gated_pairs
 from aphrodite.kernels.triton.half_rows import half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import Int4Words, pack_int4, unpack_int4, unsupported_group, whole_splits
+from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.layers.activation import Activation
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear, decline_int4_gpu
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.quantization.layouts import Int4Groups
@@ -139,6 +142,23 @@ def test_layer(rows: int, gated: bool) -> None:
     expected = reference.silu_mul(expected) if residual is None else expected + residual.double()
     result = layer(x, norm=norm, activation="silu" if gated else None, residual=residual)
     assert distance(result, expected) < 2e-3
+
+
+def test_pairs_are_in_memory_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a 70B model with a step of 8,192 tokens would take a gigabyte."""
+    widths: list[int] = []
+
+    def record(pairs: torch.Tensor, activation: Activation) -> torch.Tensor:
+        widths.append(pairs.shape[1])
+        return gated_pairs(pairs, activation)
+
+    monkeypatch.setattr(int4_linear, "gated_pairs", record)
+    weight = packed(random_groups(80, 128, 64), paired=True)
+    x, scratch = torch.randn(40, 128).half(), torch.empty(2 * 16 * 128, dtype=torch.float16)
+    out = int4_linear.by_library(x, weight, scratch, Epilogue(None, "silu", None))
+    assert widths == [32, 32, 16]
+    gate, up = (x.double() @ unpack_int4(weight).T).unflatten(1, (40, 2)).unbind(2)
+    assert distance(out, gate * torch.sigmoid(gate) * up) < 2e-3
 
 
 def test_what_is_declined() -> None:
