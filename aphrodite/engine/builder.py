@@ -32,7 +32,15 @@ from aphrodite.quantization.at_load import QuantizedWeights
 from aphrodite.quantization.types import QuantType, RawTensor
 from aphrodite.runner.data_plane import DataPlane
 from aphrodite.runner.executor import DeviceModelExecutor, Executor, ModelExecutor
-from aphrodite.runner.memory import GIB, HOST_SHARE, MemoryPlan, device_workspace, format_bytes, plan_memory
+from aphrodite.runner.memory import (
+    GIB,
+    HOST_SHARE,
+    MemoryPlan,
+    device_budget,
+    device_workspace,
+    format_bytes,
+    plan_memory,
+)
 from aphrodite.runner.native import KvDtype, NativeExecutor
 from aphrodite.runner.runner import Runner
 from aphrodite.runner.torch_executor import TorchExecutor
@@ -367,6 +375,8 @@ def _build_on_device(
     wanted_model_len = config.max_model_len or spec.max_position
     device = torch.device("cuda", torch.cuda.current_device())
     free_before, total = platforms.memory(device)
+    torch.cuda.empty_cache()
+    held_before = torch.cuda.memory_reserved(device)
     try:
         executor = _device_executor(config, checkpoint, wanted_model_len, device, progress, adapters)
     except torch.OutOfMemoryError as error:
@@ -380,8 +390,12 @@ def _build_on_device(
         itemsize=executor.dtype.itemsize,
     )
     torch.cuda.empty_cache()
-    loaded = free_before - platforms.memory(device).free
-    usable = min(int(total * config.gpu_memory_utilization), free_before)
+    budget = device_budget(
+        usable=int(total * config.gpu_memory_utilization),
+        taken=torch.cuda.memory_reserved(device) - held_before,
+        free=platforms.memory(device).free,
+        workspace_bytes=workspace,
+    )
     memory = plan_memory(
         weight_bytes=executor.weight_bytes,
         kv_bytes_per_block=executor.kv_bytes_per_block,
@@ -389,7 +403,7 @@ def _build_on_device(
         wanted_model_len=wanted_model_len,
         fixed_model_len=config.max_model_len is not None,
         max_num_seqs=limits.max_num_seqs,
-        budget=config.kv_cache_memory or usable - loaded - workspace,
+        budget=config.kv_cache_memory or budget,
         workspace_bytes=workspace,
     )
     try:

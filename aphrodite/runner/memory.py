@@ -129,6 +129,18 @@ def _roomier(weight_bytes: int, workspace_bytes: int) -> str:
     )
 
 
+def device_budget(*, usable: int, taken: int, free: int, workspace_bytes: int) -> int:
+    """Bytes that a KV cache on a GPU may have, negative where there is no room.
+
+    Args:
+        usable: what the engine may take of the card.
+        taken: by the loaded model, as its own allocator counts: of the driver's count, other programs come and go.
+        free: now, by the driver's count.
+        workspace_bytes: of `device_workspace`.
+    """
+    return min(usable - taken, free) - workspace_bytes
+
+
 def device_workspace(
     spec: ModelShape, *, total: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, itemsize: int
 ) -> int:

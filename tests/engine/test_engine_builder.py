@@ -16,7 +16,7 @@ from aphrodite.engine.builder import _device_dtype, build_engine
 from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.models.spec import ModelSpec, RotarySpec
-from aphrodite.runner.memory import device_workspace, plan_memory
+from aphrodite.runner.memory import device_budget, device_workspace, plan_memory
 from aphrodite.tokenizer.loader import load_tokenizer
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -97,6 +97,19 @@ def test_a_gpu_without_room_is_refused_with_what_to_change() -> None:
 def test_a_gpu_filled_by_weights_is_told_what_takes_less() -> None:
     with pytest.raises(ConfigError, match=r"less than 1.00 GiB for weights .*--cpu-offload-gb.* and 512 MiB for steps"):
         plan(budget=-5)
+
+
+@pytest.mark.parametrize(
+    ("taken", "free", "expected"),
+    [
+        (14, 9, 5),  # alone on a card of 24
+        (14, 60, 5),  # a part of a larger card, on which others have freed memory while the model was loaded
+        (14, 3, 1),  # others hold more than their share
+        (22, 1, -3),
+    ],
+)
+def test_other_programs_do_not_change_what_a_model_took(taken: int, free: int, expected: int) -> None:
+    assert device_budget(usable=21, taken=taken, free=free, workspace_bytes=2) == expected
 
 
 def test_weights_that_do_not_fit_the_gpu_are_refused_with_what_to_do(
