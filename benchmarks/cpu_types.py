@@ -4,7 +4,8 @@
 
 One matrix of random blocks a type, larger than the caches, times rows of activations. Every figure is the best of
 `--repeat` (other programs only ever make a product slower), packing the activations included. GB/s counts the weights
-once in their file's bytes; the shares are of the limits printed at the top. "repack" is what loading does.
+once in their file's bytes; the shares are of the limits printed at the top. "repack" is what loading does. FP8 and NF4
+take float32 activations only.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from aphrodite.kernels.cpu.library import NativeLibrary, load
 from aphrodite.kernels.cpu.program import (
     Activation,
+    Codes,
     GroupArrays,
     GroupKind,
     KvType,
@@ -39,7 +41,14 @@ from aphrodite.quantization.types import QuantType, RawTensor
 OUT, COLUMNS = 24576, 4096
 TOKENS = 64  # rows of activations that differ
 READ_BYTES = 512 << 20
-GROUPS = {f"INT{bits}_G{group}": GroupKind(bits, QuantType.F16, group) for bits, group in ((4, 32), (4, 128), (8, 128))}
+GROUPS = {
+    **{
+        f"INT{bits}_G{group}": GroupKind(bits, QuantType.F16, group)
+        for bits, group in ((2, 64), (3, 128), (4, 32), (4, 128), (8, 128))
+    },
+    "FP8": GroupKind(8, QuantType.F32, COLUMNS, Codes.FLOAT8),
+    "NF4": GroupKind(4, QuantType.F32, 64, Codes.TABLE),
+}
 # Where a block has float16 scales; random bytes there would be infinite now and then.
 UNITS = {
     "Q2_K": (80, 82),
@@ -75,12 +84,18 @@ def make_matrix(library: NativeLibrary, name: str) -> Matrix:
     memory = NativeMemory(library, tiles_bytes(library, kind, OUT, COLUMNS))
     ctypes.memset(memory.address, 0, memory.size)  # pages are taken from the system here, not in the repacking
     if isinstance(kind, GroupKind):
-        codes = generator.integers(0, 256, (OUT, COLUMNS * kind.bits // 8), np.uint8)
+        largest = 256 if kind.codes_a_byte == 2 else 1 << kind.bits
+        codes = generator.integers(0, largest, (OUT, COLUMNS // kind.codes_a_byte), np.uint8)
         zeros = np.full((OUT, COLUMNS // kind.group), 1 << kind.bits - 1, np.uint8)
-        scales = np.full(zeros.shape, 0.01, np.float16).view(np.uint16)
+        scales = np.full(zeros.shape, 0.01, np.float32)
+        if kind.scales is QuantType.F16:
+            scales = scales.astype(np.float16).view(np.uint16)
+        nbytes = OUT * COLUMNS * kind.bits // 8 + scales.nbytes
+        integers = kind.codes is Codes.INTEGERS
+        nbytes += zeros.nbytes * kind.bits // 8 if integers else 0
+        table = np.linspace(-1, 1, 16, dtype=np.float32) if kind.codes is Codes.TABLE else None
         began = time.perf_counter()
-        repack_groups(library, kind, GroupArrays(codes, scales, zeros), memory.address)
-        nbytes = codes.nbytes + scales.nbytes + zeros.nbytes * kind.bits // 8
+        repack_groups(library, kind, GroupArrays(codes, scales, zeros if integers else None, table), memory.address)
         return Matrix(kind, memory, nbytes, time.perf_counter() - began)
     data = generator.integers(0, 256, (OUT, kind.row_bytes(COLUMNS)), np.uint8)
     blocks = data.reshape(-1, kind.block_bytes)
@@ -185,7 +200,8 @@ def main() -> None:
         matrix = make_matrix(library, name)
         size = f"{matrix.nbytes / 1e6:.0f} MB, {matrix.memory.size / matrix.nbytes:.2f} times in tiles"
         print(f"{name}: {size}, repack {matrix.nbytes / matrix.seconds / 1e9:.1f} GB/s")
-        for activations in options.activations:
+        floats = isinstance(matrix.kind, GroupKind) and matrix.kind.codes is not Codes.INTEGERS
+        for activations in ["float32"] if floats else options.activations:
             cells = []
             for rows in options.rows:
                 seconds = products.seconds(matrix, Activation[activations.upper()], rows, options.repeat)

@@ -237,8 +237,9 @@ template <Type kType, class F>
 inline void for_each_float8_column(const Step& step, F&& f) {
     const Vec scale = mul(part_scale<kType>(step, 0), splat(kFloat8Unit));
     for (int column = 0; column < kBlock; column += 4)
-        for (int chain = 0; chain < 4; ++chain)
+        unroll<4>([&](auto chain) __attribute__((always_inline)) {
             f(chain, column + chain, mul(load_float8(step.quants + (column + chain) * kTileRows), scale));
+        });
 }
 
 // The same for 32 columns whose codes stand for numbers of a table.

@@ -298,10 +298,9 @@ inline Vec byte_to_float(Bytes a) {
 }
 constexpr float kFloat8Unit = 256.0f;
 inline Vec load_float8(const uint8_t* p) {
-    const __m256i wide = _mm256_cvtepu8_epi16(load_128(p));
-    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
-    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
-    const __m256i half = _mm256_or_si256(sign, rest);
+    // The sign comes into bits 15 and 14, of which the second is the exponent's.
+    const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_128(p)), 7);
+    const __m256i half = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
 }
 typedef Vec Table;
