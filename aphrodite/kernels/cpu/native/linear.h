@@ -223,13 +223,13 @@ inline void dot_rows(const uint8_t* tile, BlockShape shape, const int32_t* words
 template <Type kType, class F>
 inline void for_each_dense_column(const uint8_t* block, F&& f) {
     for (int column = 0; column < kBlock; column += 4)
-        for (int chain = 0; chain < 4; ++chain) {
+        unroll<4>([&](auto chain) __attribute__((always_inline)) {
             const int64_t at = static_cast<int64_t>(column + chain) * kTileRows;
             if constexpr (kType == Type::F32) f(chain, column + chain, load(reinterpret_cast<const float*>(block) + at));
             else if constexpr (kType == Type::F16)
                 f(chain, column + chain, load(reinterpret_cast<const uint16_t*>(block) + at));
             else f(chain, column + chain, load_bfloat(reinterpret_cast<const uint16_t*>(block) + at));
-        }
+        });
 }
 
 // The same for 32 columns of floats of 8 bits.
