@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.tokenizer.gguf import surround
-from aphrodite.tokenizer.ranks import added_tokens, read_tekken, read_tiktoken
+from aphrodite.tokenizer.ranks import added_tokens, read_tekken, read_tiktoken, token_id_of
 from aphrodite.tokenizer.sentencepiece import PieceType, Vocabulary, build, read_model_file
 from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
@@ -84,9 +84,9 @@ def _name_reserved(vocabulary: Vocabulary, config: Mapping[str, Any]) -> None:
     known = set(vocabulary.pieces)
     for token_id, name in added_tokens(config).items():
         if token_id < len(vocabulary.pieces) and name not in known:
-            special = config["added_tokens_decoder"][str(token_id)].get("special", False)
+            entry = config["added_tokens_decoder"].get(str(token_id), {})
             vocabulary.pieces[token_id] = name
-            vocabulary.types[token_id] = PieceType.CONTROL if special else PieceType.USER_DEFINED
+            vocabulary.types[token_id] = PieceType.CONTROL if entry.get("special") else PieceType.USER_DEFINED
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -115,10 +115,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, 
     listed = config.get("added_tokens_decoder") or {}
     if not isinstance(listed, dict):
         raise ModelFormatError(f"{path / 'tokenizer_config.json'}: added_tokens_decoder must be an object")
-    for key, entry in sorted(listed.items(), key=lambda item: int(item[0]) if str(item[0]).isdigit() else -1):
+    for key, entry in sorted(listed.items(), key=lambda item: token_id_of(item[0])):
         if isinstance(entry, dict) and (content := _text(entry)) is not None and content not in known:
             if backend.token_to_id(content) is None:
-                _reserve_up_to(backend, int(key) if key.isdigit() else 0)
+                _reserve_up_to(backend, token_id_of(key))
             flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")}
             special = bool(entry.get("special", False))
             token = AddedToken(content, special=special, **flags)
@@ -157,7 +157,7 @@ def _special_tokens(
     def listed(name: str) -> list[int]:
         value = ids.get(name)
         values = value if isinstance(value, list) else [value]
-        return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+        return [item for item in values if type(item) is int and item >= 0]  # -1 stands for none
 
     bos = named("bos_token") or listed("bos_token_id")
     return SpecialTokens(

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T", str, int, bool)
 _PREFIX = "tokenizer.ggml."
+_NO_ID = (1 << 32) - 1  # with which GGUF stands for none
 # Control tokens that end an answer in some chat format. Many files name only one of theirs as eos.
 _END_OF_TURN = frozenset(
     {
@@ -74,8 +75,10 @@ def surround(backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | No
 
     Ids outside the vocabulary are left for `Tokenizer` to refuse.
     """
-    before = [(name, i) for i in (bos_id,) if i is not None and (name := backend.id_to_token(i))]
-    after = [(name, i) for i in (eos_id,) if i is not None and (name := backend.id_to_token(i))]
+    before, after = (
+        [(name, i)] if i is not None and 0 <= i < _NO_ID and (name := backend.id_to_token(i)) else []
+        for i in (bos_id, eos_id)
+    )
     names = [*(name for name, _ in before), "$A", *(name for name, _ in after)]
     backend.post_processor = processors.TemplateProcessing(
         single=[f"{name}:0" for name in names], special_tokens=before + after
@@ -206,8 +209,8 @@ def _special_tokens(meta: _Metadata) -> SpecialTokens:
     marked = (PieceType.CONTROL, PieceType.USER_DEFINED)
     ends += [i for i, token in enumerate(tokens) if token in _END_OF_TURN and types[i] in marked]
     return SpecialTokens(
-        bos_id=bos_id if bos_id >= 0 else None,
-        eos_ids=tuple(token_id for token_id in ends if token_id >= 0),
+        bos_id=bos_id if 0 <= bos_id != _NO_ID else None,
+        eos_ids=tuple(token_id for token_id in ends if 0 <= token_id != _NO_ID),
         templates=_templates(meta.values),
     )
 

@@ -24,6 +24,7 @@ from aphrodite.tokenizer.pretokenizers import PRE_TOKENIZERS
 
 MAX_TOKENS = 1 << 20
 MAX_TOKEN_BYTES = 1 << 10
+_ID_DIGITS = 9
 # Before version 7 tekken.json does not list them.
 _TEKKEN_SPECIAL = (
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
@@ -88,7 +89,7 @@ def read_tiktoken(path: Path, added: Mapping[int, str]) -> tokenizers.Tokenizer:
     for line in read_small_file(path).split(b"\n"):
         if line:
             text, _, rank = line.partition(b" ")
-            if not rank.strip().isdigit() or int(rank) != len(ids):
+            if rank.strip() != b"%d" % len(ids):
                 raise _damaged(path, f"its ranks do not count upwards at {line[:60]!r}")
             ids[_decoded(path, text.decode("latin-1"))] = len(ids)
     behind = {token_id: name for token_id, name in added.items() if len(ids) <= token_id < MAX_TOKENS}
@@ -152,9 +153,14 @@ def added_tokens(config: Mapping[str, object]) -> dict[int, str]:
     found: dict[int, str] = {}
     for key, entry in listed.items() if isinstance(listed, dict) else ():
         content = entry.get("content") if isinstance(entry, dict) else None
-        if key.isdigit() and isinstance(content, str):
-            found[int(key)] = content
+        if isinstance(content, str) and (token_id := token_id_of(key)) >= 0:
+            found[token_id] = content
     return found
+
+
+def token_id_of(key: str) -> int:
+    """The id that a key of `added_tokens_decoder` is; -1 for what is none."""
+    return int(key) if key.isascii() and key.isdigit() and len(key) <= _ID_DIGITS else -1
 
 
 def _damaged(path: Path, problem: str) -> ModelFormatError:

@@ -147,6 +147,21 @@ def test_damaged_files_are_one_clear_error(directory: Path, name: str, content: 
         load_tokenizer(directory)
 
 
+def test_ids_below_zero_stand_for_none(directory: Path) -> None:
+    write(directory, "config.json", {"bos_token_id": -1, "eos_token_id": [-1, 1]})
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "special_tokens_map.json").unlink(missing_ok=True)
+    tokenizer = load_tokenizer(directory)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (None, (1,))
+
+
+@pytest.mark.parametrize("key", ["²", "9" * 5000, "-3", "x"])
+def test_added_tokens_under_keys_that_are_no_ids_are_added_at_the_end(directory: Path, key: str) -> None:
+    size = load_tokenizer(directory).vocab_size
+    write(directory, "tokenizer_config.json", {"added_tokens_decoder": {key: {"content": "<|odd|>", "special": True}}})
+    assert load_tokenizer(directory).token_to_id("<|odd|>") == size
+
+
 def test_missing_tokenizers_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="Download the tokenizer files"):
         load_tokenizer(tmp_path)

@@ -257,6 +257,13 @@ def test_damaged_metadata_is_one_clear_error(
         from_metadata(change(metadata), "x.gguf")
 
 
+def test_the_largest_id_of_32_bits_stands_for_none(metadata: Metadata) -> None:
+    none = (1 << 32) - 1
+    ids = {"tokenizer.ggml.bos_token_id": none, "tokenizer.ggml.eot_token_id": none}
+    ours = from_metadata(metadata | ids, "x.gguf")
+    assert (ours.bos_token_id, ours.eos_token_ids) == (None, (1,))
+
+
 @pytest.mark.parametrize("named", [None, "default", "brand-new"])
 def test_files_that_name_no_kind_are_known_by_their_tokens(
     named: str | None, metadata: Metadata, caplog: pytest.LogCaptureFixture

@@ -145,6 +145,14 @@ def test_tiktoken_of_others_is_refused(tmp_path: Path, ranks: list[bytes]) -> No
     with pytest.raises(ModelFormatError, match="only in code that comes with the model, which is never run"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tiktoken.model").write_text(lines.replace(" 300\n", " 301\n"))
-    with pytest.raises(ModelFormatError, match="its ranks do not count upwards at"):
+    for wrong in ("301", "9" * 5000):
+        (tmp_path / "tiktoken.model").write_text(lines.replace(" 300\n", f" {wrong}\n"))
+        with pytest.raises(ModelFormatError, match="its ranks do not count upwards at"):
+            load_tokenizer(tmp_path)
+
+
+def test_ids_that_no_vocabulary_reaches_are_refused(tmp_path: Path, ranks: list[bytes]) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(ranks)))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1 << 40}))
+    with pytest.raises(ModelFormatError, match="outside the vocabulary"):
         load_tokenizer(tmp_path)
