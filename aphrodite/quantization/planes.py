@@ -120,10 +120,10 @@ def decline_planes(layout: PackedLayout) -> Declined | None:
     if isinstance(layout, GgufBlocks):
         known = layout.qtype in BLOCK_FORMS or layout.qtype in GRID_FORMS
         return None if known else Declined(f"no kernel for {layout.qtype.name}")
-    run, least = (16, 4) if isinstance(layout, Int8Groups) else (32, 16)
+    run = 16 if isinstance(layout, Int8Groups) else 32
     if columns % run:
         return Declined(f"needs a multiple of {run} inputs, not {columns}")
-    if layout.group_size % run and layout.group_size != least:
+    if layout.group_size % run and layout.group_size != 16:
         return Declined(f"no kernel for groups of {layout.group_size}")
     return None
 

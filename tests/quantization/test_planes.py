@@ -10,7 +10,7 @@ from packed_layouts import random_blocks, random_layouts
 
 from aphrodite.quantization.gguf_fields import BLOCK_FORMS
 from aphrodite.quantization.grid_fields import GRID_FORMS
-from aphrodite.quantization.layouts import GgufBlocks, Int4Groups
+from aphrodite.quantization.layouts import GgufBlocks, Int4Groups, Int8Groups
 from aphrodite.quantization.planes import Planes, decline_planes, planes_of
 from aphrodite.quantization.types import QuantType
 
@@ -101,5 +101,7 @@ def test_what_does_not_fit_is_declined() -> None:
     assert "multiple of 32" in str(decline_planes(narrow))
     odd = Int4Groups(layout.codes, layout.scales.repeat(1, 4), layout.zeros.repeat(1, 4), 8)
     assert "groups of 8" in str(decline_planes(odd))
+    fine = Int8Groups(torch.zeros((1, 96), dtype=torch.int8), torch.ones((1, 24)), None, 4)
+    assert "groups of 4" in str(decline_planes(fine))  # a run of 16 columns has two scales at most
     unknown = GgufBlocks(torch.zeros((1, QuantType.Q8_K.block_bytes), dtype=torch.uint8), QuantType.Q8_K)
     assert "Q8_K" in str(decline_planes(unknown))
