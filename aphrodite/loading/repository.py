@@ -172,7 +172,7 @@ def _label(text: str) -> str:
 
 def _named(repo: str, files: Iterable[str], ggufs: list[GgufModel], variant: str) -> GgufModel:
     """The one model that `variant` means: by file, by quantization, by quantization but for its maker's prefix."""
-    pieces = [name for name in sorted(files) if _PIECE.fullmatch(name)]
+    pieces = _pieces(files)
     if not ggufs and not pieces:
         raise ConfigError(f"{repo} has no GGUF files, so there is no {variant} of it: aphrodite run {repo}")
     wanted = variant.upper().removesuffix(".GGUF")
@@ -194,10 +194,18 @@ def _named(repo: str, files: Iterable[str], ggufs: list[GgufModel], variant: str
     raise ConfigError(f"{repo} has no {variant}; it has {_titles(repo, ggufs) if ggufs else 'models in pieces only'}")
 
 
+def _pieces(files: Iterable[str]) -> list[str]:
+    """The pieces of GGUF files that were cut without regard to their contents, in the order in which they are joined:
+    numbers by their values."""
+    found = (name for name in files if _PIECE.fullmatch(name))
+    return sorted(found, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))
+
+
 def _in_pieces(repo: str, pieces: Sequence[str]) -> str:
     whole = pieces[0][: pieces[0].lower().rindex(".gguf") + 5]
+    own = [name for name in pieces if name.startswith(whole)]
     return (
-        f"{repo} has {whole} in pieces that have to be joined ({', '.join(pieces[:4])}): download them, "
+        f"{repo} has {whole} in pieces that have to be joined ({', '.join(own)}): download them, "
         f"join them with cat in this order, and name the file"
     )
 
@@ -278,7 +286,7 @@ def _nothing(repo: str, files: Mapping[str, int], load_format: LoadFormat) -> st
             f"{repo} has only .bin or .pt weights, which are not loaded, because opening them can run any code they "
             "contain; look for a safetensors or GGUF version of the model"
         )
-    pieces = [name for name in sorted(files) if _PIECE.fullmatch(name)]
+    pieces = _pieces(files)
     if pieces:
         return _in_pieces(repo, pieces)
     return f"{repo} has neither safetensors nor GGUF files to load ({len(files)} files)"

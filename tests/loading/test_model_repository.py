@@ -111,6 +111,15 @@ def test_a_makers_prefix_may_be_left_out_where_nothing_else_is_meant() -> None:
         chosen({"a-Q8_0.gguf": 1, "b-Q8_0.gguf": 1}, variant="Q8_0")
 
 
+def test_pieces_are_told_in_the_order_in_which_they_are_joined() -> None:
+    files = {f"a.Q4_K_M.gguf.part{number}of11": 1 for number in range(1, 12)} | {"a.Q4_K_S.gguf-split-a": 1}
+    told = ", ".join(f"a.Q4_K_M.gguf.part{number}of11" for number in range(1, 12))
+    for options in ({}, {"variant": "Q4_K"}):
+        with pytest.raises(ConfigError) as caught:
+            chosen(files, **options)
+        assert f"joined ({told}):" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("files", "options", "words"),
     [
