@@ -73,7 +73,7 @@ def parse_name(text: str) -> ModelName | None:
     match = _NAME.fullmatch(text)
     if match is None or ".." in match[1] or "--" in match[1] or Path(text).exists():
         return None
-    if text.endswith((".gguf", ".safetensors")) and Path(text).parent.is_dir():  # a file that is not there
+    if match[1].endswith((".gguf", ".safetensors")) and Path(match[1]).parent.is_dir():  # a file that is not there
         return None
     parts: dict[str, str] = {}
     for mark, value in re.findall(r"([:@])([^:@]+)", match[2]):

@@ -387,5 +387,6 @@ def test_a_file_that_is_not_there_is_no_name(tmp_path: Path, monkeypatch: pytest
     assert parse_name("models/tale.gguf") == ModelName("models/tale.gguf")  # may be a repository
     (tmp_path / "models").mkdir()
     assert parse_name("models/tale.gguf") is None
+    assert parse_name("models/tale:tale-Q8_0.gguf") == ModelName("models/tale", "tale-Q8_0.gguf")
     with pytest.raises(ConfigError, match=r"models/tale\.gguf: there is no such file or folder"):
         resolve_model(EngineConfig(model="models/tale.gguf"))
