@@ -97,8 +97,11 @@ def _devices() -> dict[str, Any]:
         devices["gpu"] = f"not used: {reason}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            memory = platforms.memory(torch.device("cuda", index))
-            free = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+            try:
+                memory = platforms.memory(torch.device("cuda", index))
+                free = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+            except RuntimeError as error:  # asking takes memory of the card, too, and one that failed tells nothing
+                free = "it does not tell its memory: " + str(error).partition("\n")[0]
             devices[f"cuda:{index}"] = f"{platforms.platform_of(torch.device('cuda', index)).describe()}, {free}"
     return devices
 

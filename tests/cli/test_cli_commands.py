@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
+from aphrodite import platforms
 from aphrodite.cli import report
 from aphrodite.cli.main import app, main
 from aphrodite.config import EngineConfig, ServerSettings, settings_table
@@ -199,6 +201,21 @@ class TestDoctor:
             "api_key": "(hidden) (environment variable APHRODITE_API_KEY)",
         }
         assert "sesame" not in output
+
+    def test_a_full_card_is_told_of(self, monkeypatch):
+        def refuse(device):
+            raise RuntimeError("CUDA error: out of memory\nmore")
+
+        card = platforms.Platform(kind="cuda", name="Card", architecture="sm_90", capability=(9, 0))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(platforms, "unusable_reason", lambda: None)
+        monkeypatch.setattr(platforms, "platform_of", lambda device: card)
+        monkeypatch.setattr(platforms, "memory", refuse)
+        output = runner.invoke(app, ["doctor", "--json", "--no-load"]).stdout
+        shown = json.loads(output)["Devices"]["cuda:0"]
+        assert shown.startswith("Card")
+        assert shown.endswith("it does not tell its memory: CUDA error: out of memory")
 
 
 @pytest.mark.parametrize("needs_key", [False, True])
