@@ -173,10 +173,20 @@ class LLM:
 
         Args:
             template: for a conversation, passed to `ChatTemplate.render` as `chat` does.
+
+        Raises:
+            InvalidRequestError: the model's chat template refuses the messages, a prompt or parameter is out of bounds,
+                or a prompt came with options for conversations.
         """
         params = params or self.sampling_defaults
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt, params = self._encode_chat(prompt, params, template)  # type: ignore[arg-type]
+        elif template:
+            raise InvalidRequestError(
+                f"{', '.join(template)}: only a conversation takes options of a chat template; leave them out, or send "
+                "messages",
+                param=next(iter(template)),
+            )
         ids, params = self._check(prompt, params)  # type: ignore[arg-type]
         stream = self._add(ids, params, "stream", whole=False, adapter=self.adapters.number(adapter))
         try:

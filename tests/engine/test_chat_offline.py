@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
-from aphrodite.errors import ConfigError
+from aphrodite.errors import ConfigError, InvalidRequestError
 from aphrodite.llm import LLM
 from aphrodite.sampling.params import SamplingParams
 
@@ -47,6 +47,8 @@ def test_a_template_is_recognised_and_its_end_of_turn_ends_answers(
         assert prompt == "<|im_start|>user\nAnn: Hi<|im_end|>\n<|im_start|>assistant\n"
         assert (output.outputs[0].finish_reason, len(output.outputs[0].token_ids)) == ("stop", 1)
         assert list(llm.stream(messages, forced))[-1].outputs[0].finish_reason == "stop"
+        with pytest.raises(InvalidRequestError, match="continue_final_message: only a conversation takes"):
+            list(llm.stream("Hi", forced, continue_final_message=True))
         assert llm.generate([output.prompt_token_ids], forced, progress=False)[0].outputs[0].finish_reason == "length"
 
 
