@@ -35,6 +35,16 @@ async def test_whole_answers_have_reasoning_beside_their_text() -> None:
     assert answer.usage.completion_tokens_details.reasoning_tokens == len("\nTwo and two.\n") + 3
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+async def test_templates_get_reasoning_that_comes_back(name: str) -> None:
+    earlier = [*MESSAGES, {"role": "assistant", "content": "Four.", name: "Two twice."}]
+    engine = ScriptedEngine("seed-oss", "Nine.")
+    async with running_server(engine) as server:
+        messages: Any = [*earlier, {"role": "user", "content": "3*3?"}]
+        await server.client.chat.completions.create(model="fake/story", messages=messages)
+    assert "<seed:think>Two twice.</seed:think>\nFour." in engine.prompt
+
+
 @pytest.mark.parametrize("details", [{}, {"logprobs": True}, {"n": 2}])
 async def test_streams_bring_reasoning_first(details: dict[str, Any]) -> None:
     chunks: list[ChatCompletionChunk] = []

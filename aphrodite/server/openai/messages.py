@@ -7,7 +7,7 @@ from typing import Any
 from aphrodite.server.errors import ApiError, invalid, unsupported
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning")
+_TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 _LEGACY_ID = "function0"  # of a call that has none, in the form that Mistral's templates demand
 
