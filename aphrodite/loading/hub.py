@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from aphrodite.errors import AphroditeError, ConfigError
@@ -30,7 +30,7 @@ _NAME = re.compile(rf"({_REPO.pattern})((?:[:@][^:@\s]+)*)")
 # As a browser shows it, and as other programs name models: with a revision and a file, or what _NAME takes.
 _ADDRESS = re.compile(
     rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/({_REPO.pattern})"
-    r"(?:/(?:tree|blob|resolve)/([^/?#]+)(?:/([^?#]+))?)?/?((?:[:@][^:@\s?#]+)*)(?:[?#].*)?"
+    r"(?:/(tree|blob|resolve)/([^/?#]+)(?:/([^?#]+))?)?/?((?:[:@][^:@\s?#]+)*)(?:[?#].*)?"
 )
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -64,7 +64,7 @@ class Fetched(NamedTuple):
 def parse_name(text: str) -> ModelName | None:
     """The name that `text` is; None where it cannot be one, or names something that exists on this machine.
 
-    A model's address on the hub is a name, too: of its page, or of one of its GGUF files.
+    A model's address on the hub is a name, too: of its page, of one of its GGUF files or of a quantization's folder.
 
     Raises:
         ConfigError: it has two variants or revisions, or a revision that leaves its folder.
@@ -92,8 +92,12 @@ def _without_address(text: str) -> str:
     match = _ADDRESS.fullmatch(text)
     if match is None:
         return text
-    repo, revision, file, rest = match.groups()
-    variant = f":{file}" if file and file.endswith(".gguf") else ""
+    repo, page, revision, path, rest = match.groups()
+    variant = ""
+    if path and page == "tree":  # a folder: of a quantization's files
+        variant = f":{PurePosixPath(path).name}"
+    elif path and path.endswith(".gguf"):
+        variant = f":{path}"
     return repo + variant + (f"@{revision}" if revision not in (None, MAIN) else "") + rest
 
 

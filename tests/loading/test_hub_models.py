@@ -349,6 +349,7 @@ def test_the_command_line_fetches_lists_inspects_and_removes(hub: Hub, tmp_path:
         ("org/name@main:sub/model.gguf", ModelName("org/name", "sub/model.gguf", "main")),
         ("https://huggingface.co/org/name", ModelName("org/name")),
         ("https://huggingface.co/org/name/tree/main", ModelName("org/name")),
+        ("https://huggingface.co/org/name/tree/main/UD-Q4_K_XL/", ModelName("org/name", "UD-Q4_K_XL")),
         ("https://hf.co/org/name/tree/next?not-for-all=1", ModelName("org/name", None, "next")),
         ("https://huggingface.co/org/name/blob/main/sub/m-Q8_0.gguf", ModelName("org/name", "sub/m-Q8_0.gguf")),
         ("huggingface.co/org/name/resolve/v1/m.gguf?download=true", ModelName("org/name", "m.gguf", "v1")),
