@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a step whose attention is split along the keys and merged, for its kernels.
 LONG_CHAT, SHORT_MESSAGE = 4096, 32
+# Tokens of prompts whose kernels are compiled ahead: those of 4 bits differ from tile to tile of 128, up to 1,024.
+REHEARSED_PROMPTS = (16, *range(128, 1025, 128), 2048)
 SCORED_ROWS = 256  # of a prompt, whose logits are in memory at once
 
 
@@ -216,7 +218,7 @@ class DeviceRunner:
             with torch.inference_mode(), torch.cuda.stream(self._transfers.stream):
                 rehearsal = self.executor.rehearsal() if self._transfers.stream is not None else None
                 if rehearsal is not None:
-                    self._compile_ahead(rehearsal, prompts[:-1], [*ragged, *sizes], progress)
+                    self._compile_ahead(rehearsal, largest, [*ragged, *sizes], progress)
                 for number, task in enumerate(tasks):
                     progress(number, len(tasks))
                     began = time.perf_counter()
@@ -387,16 +389,18 @@ class DeviceRunner:
     def _compile_ahead(
         self,
         rehearsal: AbstractContextManager[None],
-        prompts: Sequence[int],
+        largest: int,
         sizes: Sequence[StepSize],
         progress: Callable[[int, int], None],
     ) -> None:
-        """Compile in parallel what usual steps launch: those of `warm_up`, and what else they sample with."""
+        """Compile in parallel what usual steps launch: those of `warm_up` and with prompts between, and what else they
+        sample with."""
         jobs = Jobs()
         try:
             with rehearsal, recording(jobs):
-                for tokens in prompts:
-                    self._try_prompt(tokens)
+                for tokens in REHEARSED_PROMPTS:
+                    if tokens < largest:
+                        self._try_prompt(tokens)
                 self._try_mixed()
                 for size in sizes:
                     self._try_padded(size)

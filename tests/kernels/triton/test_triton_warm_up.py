@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import triton
 from pretended_device import PretendedDriver
 from triton.runtime import driver
 
 from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.core.plan import RowStart, RowStep, StepPlan
 from aphrodite.kernels.triton.compile_ahead import Jobs
+from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS, HALF_MAX_ROWS, WGMMA_MAX_ROWS
 from aphrodite.kernels.triton.launch import recording
 from aphrodite.layers.triton_linear import TritonLinear
 from aphrodite.loading.dummy import dummy_weights
 from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import QuantType
 from aphrodite.runner.device_executor import DeviceExecutor
-from aphrodite.runner.device_runner import DeviceRunner
+from aphrodite.runner.device_runner import REHEARSED_PROMPTS, DeviceRunner
 from aphrodite.runner.step_graphs import decode_sizes
 from aphrodite.sampling import pipeline
 from aphrodite.sampling.params import SamplingParams
@@ -109,3 +112,23 @@ def test_serving_launches_only_what_the_start_went_through(runner: DeviceRunner)
             runner.collect(plan, step)
     assert len(served.kernels) > 15
     assert sorted(set(served.kernels) - set(rehearsed.kernels)) == []
+
+
+def test_prompts_of_many_lengths_are_rehearsed(runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    monkeypatch.setattr(runner, "_try_prompt", tried.append)
+    monkeypatch.setattr("aphrodite.runner.device_runner.compile_ahead", lambda jobs, progress: None)
+    with torch.inference_mode():
+        runner._compile_ahead(nullcontext(), 700, [], lambda done, total: None)
+    assert tried == [16, 128, 256, 384, 512, 640]  # fewer tokens than the largest step has, which comes later
+
+
+@pytest.mark.skipif(not triton.__version__.startswith(GLUON_VERSIONS), reason="the kernel is not for this Triton")
+@pytest.mark.parametrize("out_features", [1024, 4096, 5120, 8192, 10240, 28672, 57344])
+@pytest.mark.parametrize("in_features", [2048, 4096, 8192, 28672])
+def test_every_cut_of_a_4_bit_prompt_is_rehearsed(out_features: int, in_features: int) -> None:
+    """A step of 70B has other cuts with 600 tokens than with 256 or 2,048, and is in no graph."""
+    from aphrodite.kernels.triton.int4_half import half_config
+
+    served = {half_config(out_features, in_features, rows) for rows in range(WGMMA_MAX_ROWS + 1, HALF_MAX_ROWS + 1)}
+    assert served <= {half_config(out_features, in_features, rows) for rows in REHEARSED_PROMPTS}
