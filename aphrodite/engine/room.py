@@ -15,7 +15,8 @@ from aphrodite.loading.repository import Room
 logger = logging.getLogger(__name__)
 
 _HOST_SHARE = 0.85  # of what is free: the rest is for the KV cache and everything else on the machine
-_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # device files of NVIDIA's and AMD's drivers
+# Device files of NVIDIA's and AMD's drivers; under Windows (WSL 2) there is NVIDIA's library instead.
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/usr/lib/wsl/lib/libcuda.so.1")
 _ASK = """\
 import torch
 from aphrodite import platforms

@@ -41,6 +41,15 @@ def test_a_gpus_memory_counts_where_it_serves(answers: dict[str, Any]) -> None:
     assert model_room(EngineConfig(gpu_memory_utilization=0.5, cpu_offload_gb=4)) == (14 * GIB, "GPU memory")
 
 
+@pytest.mark.parametrize("driver", ["/dev/nvidiactl", "/dev/kfd", "/usr/lib/wsl/lib/libcuda.so.1"])
+def test_a_gpu_is_asked_where_there_is_a_driver(
+    driver: str, answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows gives Linux no device files of NVIDIA's, but its library."""
+    monkeypatch.setattr(Path, "exists", lambda self: self == Path(driver))
+    assert model_room(EngineConfig()).where == "GPU memory"
+
+
 @pytest.mark.parametrize(
     ("settings", "changes", "asked"),
     [
