@@ -29,7 +29,8 @@ from peers.llama_cpp_client import LlamaCppPeer
 from aphrodite.cli.bench import print_table
 from aphrodite.cli.bench_offline import random_prompts, time_generate
 from aphrodite.cli.console import progress_bar, stderr
-from aphrodite.cli.machine import cpu_model, instruction_sets, read_bandwidth, usable_cores
+from aphrodite.cli.machine import cpu_model, instruction_sets, read_bandwidth
+from aphrodite.cores import usable_cores
 from aphrodite.llm import LLM
 
 PEER = "llama.cpp"

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cpu_experts import BLOCK, PEER, PROMPT, VOCABULARY, builders
 from peers.llama_cpp_client import LlamaCppPeer
 
-from aphrodite.cli.machine import cpu_model, read_bandwidth, usable_cores
+from aphrodite.cli.machine import cpu_model, read_bandwidth
+from aphrodite.cores import usable_cores
 from aphrodite.loading.dummy import BlockPacking, dummy_weights
 from aphrodite.loading.parameters import GGUF_NAMES
 from aphrodite.loading.weights import Parameter, Weights
