@@ -447,8 +447,7 @@ void tile_row(const TileWeight& weight, int64_t row, float* out) {
 }  // namespace aph
 
 // Bytes of the tiles of a [rows, columns] weight; 0 for a type or shape that has no tile layout, and for the types of a
-// grid until aph_set_grid has told its points. `group` is that of
-// types of integer groups.
+// grid until aph_set_grid has told its points. `group` is that of types of integer groups.
 APH_API int64_t aph_tiles_bytes(int32_t type, int64_t rows, int64_t columns, int64_t group) {
     const aph::TypeInfo info = aph::type_info(static_cast<aph::Type>(type));
     if (info.bits == 0 || rows <= 0 || columns <= 0) return 0;
