@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,16 @@ TINY_CONFIG = {
     "eos_token_id": 2,
     "hidden_act": "silu",
 }
+
+
+@pytest.fixture(autouse=True)
+def package_logging() -> Iterator[None]:
+    """Commands that a test runs configure the package's logging, onto a stream that ends with the test."""
+    root = logging.getLogger("aphrodite")
+    handlers, level, propagate = root.handlers[:], root.level, root.propagate
+    yield
+    root.handlers[:], root.propagate = handlers, propagate
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

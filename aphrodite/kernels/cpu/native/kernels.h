@@ -102,7 +102,7 @@ constexpr int kMaxQueryRows = 48;  // (position, head) pairs of a task
 //   float block  K: head_dim x 16 positions | V: 16 x head_dim
 //   int16 block  units of K: 16 x f32 | units of V: 16 x f32 | K: head_dim / 2 x 16 words of two dimensions
 //                | V: 8 x head_dim words of two positions
-// An integer times its position's unit is the value. Units are such that sums of products fit 32 bits (attention_int16.h).
+// An integer times its unit is the value. Units are such that sums of products fit 32 bits (attention_int16.h).
 // Of latents (attention_latent.h) each layer is [block], with `dim` values a position, those of the latent first:
 //   float block  16 positions x dim
 //   int16 block  units of latents: 16 x f32 | of turning parts: 16 x f32 | dim / 2 x 16 words of two dims
