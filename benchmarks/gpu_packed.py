@@ -24,15 +24,18 @@ import torch
 from gpu_linear import CEILING, EPS, LAYERS, Layer, compile_cases, guarded, only_compile
 
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton import packed_gemm, packed_gemv
-from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton import packed_gemm, packed_gemv, packed_mma
+from aphrodite.kernels.triton.launch import ceil_div
+from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue
 from aphrodite.kernels.triton.packed_gemm import PackedSkinnyCut
 from aphrodite.kernels.triton.packed_gemv import PackedGemvCut
+from aphrodite.kernels.triton.packed_mma import PackedMmaCut
 from aphrodite.layers.linear import RmsNorm
-from aphrodite.layers.packed_linear import PackedLinear
+from aphrodite.layers.packed_linear import MMA_KINDS, PackedLinear
 from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
 from aphrodite.quantization.noise import noise_blocks
+from aphrodite.quantization.planes import planes_of
 from aphrodite.quantization.types import QuantType
 
 DTYPE = torch.bfloat16
@@ -116,9 +119,30 @@ class Bench:
         return self.nbytes / (us * 1e-6) / CEILING * 100
 
 
+def in_points(name: str) -> bool:
+    """Whether the codes of a format are points of a grid, which `packed_mma` does not unpack."""
+    return QuantType.__members__.get(name) in GRID_FORMS
+
+
+def mma_cuts(name: str, layer: Layer, rows: int) -> list[PackedMmaCut]:
+    """Candidates of `packed_mma`: between one and twelve blocks a multiprocessor, no split without inputs."""
+    run = planes_of(random_layout(name, 1, layer.in_features, "cpu")).form.run
+    found = []
+    for strips, runs, splits, stages, depth in itertools.product((1, 2), (1, 2), (1, 2, 4, 8, 16), (3, 4), (1, 2)):
+        steps = ceil_div(layer.in_features, 4 * runs * run)
+        tiles = ceil_div(layer.out_features, 16 * packed_mma.WARPS * strips)
+        sums = tiles * splits * 16 * packed_mma.WARPS * strips * max(8, rows)
+        whole = (splits - 1) * ceil_div(steps, splits) < steps
+        if whole and 100 <= tiles * splits <= 1600 and (splits == 1 or sums <= WORKSPACE_VALUES):
+            found.append(PackedMmaCut(strips, runs, splits, stages, depth))
+    return found
+
+
 def cuts(name: str, layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinnyCut]:
     """Candidates: of GEMVs with one or two runs of columns a thread."""
-    points = QuantType.__members__.get(name) in GRID_FORMS  # which take more registers
+    points = in_points(name)  # which take more registers
+    if rows > packed_gemv.PACKED_GEMV_MAX_ROWS and not points:
+        return mma_cuts(name, layer, rows)
     if rows > packed_gemv.PACKED_GEMV_MAX_ROWS:
         return [
             PackedSkinnyCut(tile, chunk, splits, stages, warps)
@@ -144,7 +168,7 @@ def cuts(name: str, layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinn
 
 
 def with_cut(bench: Bench, rows: int, cut: Any) -> Callable[[PackedLinear], torch.Tensor]:
-    """A layer of up to 64 rows in the cut, a PackedGemvCut or a PackedSkinnyCut; None for what is shipped."""
+    """A layer of up to 64 rows in the cut, of the kernel that Hopper has for it; None for what is shipped."""
     layer = bench.layer
     x = torch.empty((rows, layer.in_features), dtype=DTYPE, device=bench.device).normal_()
     width = layer.out_features // 2 if layer.activation else layer.out_features
@@ -154,6 +178,8 @@ def with_cut(bench: Bench, rows: int, cut: Any) -> Callable[[PackedLinear], torc
     def one(linear: PackedLinear) -> torch.Tensor:
         if rows <= packed_gemv.PACKED_GEMV_MAX_ROWS:
             packed_gemv.packed_gemv(x, linear.parts[0], out, epilogue, bench.norm, cut)
+        elif linear.parts[0].form.kind in MMA_KINDS:
+            packed_mma.packed_mma(x, linear.parts[0], out, epilogue, cut)
         else:
             packed_gemm.packed_skinny(x, linear.parts[0], out, epilogue, cut)
         return out
@@ -165,6 +191,7 @@ def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
     target, pdl, name, layer, rows, cut = task
     kernels = (
         (packed_gemv, "_packed_gemv_kernel"), (packed_gemv, "grid_gemv_kernel"), (packed_gemm, "_packed_skinny_kernel"),
+        (packed_mma, "_packed_mma_kernel"),
     )  # fmt: skip
     only_compile(target, pdl, kernels)
     packed_gemv.understands_ptx = lambda device: target.backend == "cuda"

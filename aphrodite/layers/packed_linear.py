@@ -12,11 +12,10 @@ import logging
 from collections.abc import Sequence
 
 import torch
-import triton
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation
-from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS
+from aphrodite.kernels.triton.launch import gluon_version_reason
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.kernels.triton.packed_gemm import PACKED_SKINNY_MAX_ROWS, expand_planes, packed_skinny
@@ -158,13 +157,13 @@ def multiply_rows(x: torch.Tensor, weight: Planes, out: torch.Tensor, epilogue: 
 @functools.cache
 def mma_reason(device: torch.device) -> str | None:
     """Why `packed_mma` does not run on `device`, which is logged; None if it does."""
-    reason = None
-    if not triton.__version__.startswith(GLUON_VERSIONS):
-        reason = f"the faster ones were checked with Triton {'x, '.join(GLUON_VERSIONS)}x, not {triton.__version__}"
-    elif device.type != "cuda" or platform_of(device).kind != "cuda" or platform_of(device).capability[0] < 8:
-        reason = "the faster ones are written for NVIDIA's cards from Ampere on"
+    reason = gluon_version_reason()
+    if reason is None and (
+        device.type != "cuda" or platform_of(device).kind != "cuda" or platform_of(device).capability[0] < 8
+    ):
+        reason = "they are written for NVIDIA's cards from Ampere on"
     if reason is not None:
-        logger.info("3 to %d rows times packed weights: the general kernels, for %s", PACKED_SKINNY_MAX_ROWS, reason)
+        logger.info("3 to %d rows times packed weights: not by Gluon's kernels, for %s", PACKED_SKINNY_MAX_ROWS, reason)
     return reason
 
 

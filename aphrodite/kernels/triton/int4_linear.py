@@ -6,20 +6,18 @@ import functools
 from typing import Literal
 
 import torch
-import triton
 
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
 from aphrodite.kernels.triton.half_rows import HalfRows, half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import STRIP, Int4Words
+from aphrodite.kernels.triton.launch import gluon_version_reason
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.platforms import platform_of
 
 Kernel = Literal["mma", "wgmma", "half", "library"]
-# Gluon is marked experimental: its kernels run with the versions of Triton that they were checked with.
-GLUON_VERSIONS = ("3.6.",)
 MMA_MAX_ROWS = 8
 WGMMA_MAX_ROWS = 64  # but for weights whose scales float16 cannot hold
 HALF_MAX_ROWS = 1024
@@ -45,8 +43,8 @@ def choose_int4_kernel(rows: int, device: torch.device, fits_half: bool) -> Kern
 @functools.cache
 def gluon_reason(device: torch.device) -> str | None:
     """Why Gluon kernels do not run on `device`; None if they do."""
-    if not triton.__version__.startswith(GLUON_VERSIONS):
-        return f"they were checked with Triton {'x, '.join(GLUON_VERSIONS)}x, not {triton.__version__}"
+    if (reason := gluon_version_reason()) is not None:
+        return reason
     if device.type != "cuda" or platform_of(device).kind != "cuda" or platform_of(device).capability[0] != 9:
         return "they are written for compute capability 9.0"
     return None

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 # Versions whose compiled kernels' `run` was read: it takes grid, stream, function, metadata, three hooks, then all
 # parameters in order, constants included.
 DIRECT_VERSIONS = ("3.6.", "3.7.")
+# Gluon is marked experimental: its kernels run with the versions of Triton that they were checked with.
+GLUON_VERSIONS = ("3.6.",)
 INT32 = 1 << 31
 SLOW_SECONDS = 0.1  # of a first launch, which a compiled kernel takes a tenth of
 
@@ -256,6 +258,13 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(count: int) -> int:
     """The smallest power of two that is at least `count`, which is positive."""
     return 1 << (count - 1).bit_length()
+
+
+def gluon_version_reason() -> str | None:
+    """Why kernels in Gluon do not run with this Triton; None if they do."""
+    if triton.__version__.startswith(GLUON_VERSIONS):
+        return None
+    return f"they were checked with Triton {'x, '.join(GLUON_VERSIONS)}x, not {triton.__version__}"
 
 
 @functools.cache

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from compiling import Constant, KernelCase
 
 from aphrodite.kernels.triton.half_rows import _half_rows_kernel
 from aphrodite.kernels.triton.int4_expand import STRIPS, _expand_kernel
-from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS
+from aphrodite.kernels.triton.launch import gluon_version_reason
 from aphrodite.kernels.triton.norm import norm_warps
 
 HOPPER = ("sm_90",)
@@ -219,5 +218,5 @@ CASES = [
     _expand(32, paired=False),
     _half_rows(4096, 4096, norm=True),
     _half_rows(14336, 16384, norm=False),
-    *(_gluon_cases() if triton.__version__.startswith(GLUON_VERSIONS) else []),
+    *(_gluon_cases() if gluon_version_reason() is None else []),
 ]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from cases_packed import _PLANES, _weight
 from compiling import Constant, KernelCase
 
-from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS
+from aphrodite.kernels.triton.launch import gluon_version_reason
 
 
 def _product(
@@ -76,4 +75,4 @@ def _cases() -> list[KernelCase]:
     ]
 
 
-CASES = _cases() if triton.__version__.startswith(GLUON_VERSIONS) else []
+CASES = _cases() if gluon_version_reason() is None else []

@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from pretended_device import PretendedDriver
 from triton.runtime import driver
 
 from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.core.plan import RowStart, RowStep, StepPlan
 from aphrodite.kernels.triton.compile_ahead import Jobs
-from aphrodite.kernels.triton.int4_linear import GLUON_VERSIONS, HALF_MAX_ROWS, WGMMA_MAX_ROWS
-from aphrodite.kernels.triton.launch import recording
+from aphrodite.kernels.triton.int4_linear import HALF_MAX_ROWS, WGMMA_MAX_ROWS
+from aphrodite.kernels.triton.launch import gluon_version_reason, recording
 from aphrodite.layers.triton_linear import TritonLinear
 from aphrodite.loading.dummy import dummy_weights
 from aphrodite.models.spec import ModelSpec, RotarySpec
@@ -123,7 +122,7 @@ def test_prompts_of_many_lengths_are_rehearsed(runner: DeviceRunner, monkeypatch
     assert tried == [16, 128, 256, 384, 512, 640]  # fewer tokens than the largest step has, which comes later
 
 
-@pytest.mark.skipif(not triton.__version__.startswith(GLUON_VERSIONS), reason="the kernel is not for this Triton")
+@pytest.mark.skipif(gluon_version_reason() is not None, reason="the kernel is not for this Triton")
 @pytest.mark.parametrize("out_features", [1024, 4096, 5120, 8192, 10240, 28672, 57344])
 @pytest.mark.parametrize("in_features", [2048, 4096, 8192, 28672])
 def test_every_cut_of_a_4_bit_prompt_is_rehearsed(out_features: int, in_features: int) -> None:
