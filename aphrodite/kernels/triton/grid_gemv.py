@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from aphrodite.kernels.triton.launch import direct_launch, launch_dependents, wait_for_producer
-from aphrodite.kernels.triton.packed import store_gemv
+from aphrodite.kernels.triton.linear import finish_gemv
 from aphrodite.kernels.triton.packed_grid import (
     ends_shift,
     grid_codes,
@@ -197,7 +197,7 @@ def grid_gemv_kernel(
             total = sum_rows(of_rows, ROWS, RUNS)
             if HAS_NORM:
                 total = total * (1.0 / tl.sqrt(tl.sum(squares[m], axis=0) / columns + eps))
-            store_gemv(
+            finish_gemv(
                 total, bias, residual, out, m, out_stride, out_features, first_of_tile, ROWS, ACTIVATION, HAS_BIAS,
                 HAS_RESIDUAL,
             )  # fmt: skip

@@ -185,12 +185,13 @@ def _load_row(base, start, in_features: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _finish_gemv(
+def finish_gemv(
     total,
     bias,
     residual,
     out,
     row,
+    out_stride,
     out_features,
     first,
     ROWS: tl.constexpr,
@@ -211,7 +212,7 @@ def _finish_gemv(
         gate, up = tl.split(tl.reshape(total, (ROWS // 2, 2)))
         result = gated(gate, up, ACTIVATION)
     inside = index < width
-    at = row * width + index
+    at = row * out_stride + index
     if HAS_RESIDUAL:
         result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
@@ -283,7 +284,8 @@ def _gemv_kernel(
             total = total * (1.0 / tl.sqrt(tl.sum(squares[m], axis=0) / in_features + eps))
         if HAS_SCALE:
             total = total * row_scales
-        _finish_gemv(total, bias, residual, out, m, out_features, first, ROWS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL)
+        width = out_features if ACTIVATION is None else out_features // 2
+        finish_gemv(total, bias, residual, out, m, width, out_features, first, ROWS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL)
 
 
 @triton.jit

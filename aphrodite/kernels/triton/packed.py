@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.activation import gated
 from aphrodite.quantization.planes import Planes, field_position
 
 BITS_OF_ONE = 0x3F800000  # an argument of kernels: an instruction takes one constant and two registers
@@ -184,40 +183,6 @@ def in_column_order(fields, ROWS: tl.constexpr, RUNS: tl.constexpr, IN_WORD: tl.
         second = tl.join(fields[1], fields[half + 1])
     by_word = tl.reshape(tl.join(first, second), (ROWS, RUNS, 4, IN_WORD))
     return tl.reshape(tl.permute(by_word, (0, 1, 3, 2)), (ROWS, RUNS * 4 * IN_WORD))
-
-
-@triton.jit
-def store_gemv(
-    total,
-    bias,
-    residual,
-    out,
-    row,
-    out_stride,
-    out_features,
-    first,
-    ROWS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Bias, activation and residual of one activation row's `total` `[ROWS]`, and the store."""
-    index = first + tl.arange(0, ROWS)
-    if HAS_BIAS:
-        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)
-    if ACTIVATION is None:
-        width = out_features
-        result = total
-    else:
-        width = out_features // 2
-        index = first // 2 + tl.arange(0, ROWS // 2)
-        gate, up = tl.split(tl.reshape(total, (ROWS // 2, 2)))
-        result = gated(gate, up, ACTIVATION)
-    inside = index < width
-    at = row * out_stride + index
-    if HAS_RESIDUAL:
-        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 def plane_arguments(weight: Planes) -> tuple[torch.Tensor, ...]:

@@ -29,7 +29,7 @@ from aphrodite.kernels.triton.launch import (
     pdl_supported,
     wait_for_producer,
 )
-from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.linear import Epilogue, finish_gemv
 from aphrodite.kernels.triton.packed import (
     BITS_OF_ONE,
     form_arguments,
@@ -40,7 +40,6 @@ from aphrodite.kernels.triton.packed import (
     packed_code,
     packed_mantissa,
     plane_arguments,
-    store_gemv,
 )
 from aphrodite.kernels.triton.packed_grid import grid_arguments, is_grid, understands_ptx
 from aphrodite.platforms import platform_of
@@ -249,7 +248,7 @@ def _packed_gemv_kernel(
             total = tl.sum(totals[m], axis=1)
             if HAS_NORM:
                 total = total * norms[m]
-            store_gemv(
+            finish_gemv(
                 total, bias, residual, out, m, out_stride, out_features, first_of_tile, ROWS, ACTIVATION, HAS_BIAS,
                 HAS_RESIDUAL,
             )  # fmt: skip
