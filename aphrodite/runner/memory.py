@@ -92,13 +92,13 @@ def plan_memory(
     what does, unless the user fixed it (`fixed_model_len`).
 
     Raises:
-        ConfigError: the cache asked for cannot hold the fixed context, or not even one block.
+        ConfigError: the cache asked for cannot hold the fixed context, or one block where two would be used.
     """
     useful = max_num_seqs * -(-wanted_model_len // block_size)
     num_blocks = min(budget // kv_bytes_per_block, useful)
-    if num_blocks < 2:
+    if num_blocks < min(2, useful):
         raise ConfigError(
-            f"the KV cache would hold {max(num_blocks, 0)} blocks of {block_size} tokens:"
+            f"the KV cache would hold {'1 block' if num_blocks == 1 else 'no block'} of {block_size} tokens:"
             f" {format_bytes(max(budget, 0))} at {kv_bytes_per_block:,} bytes a block; give it more with"
             f" {_roomier(weight_bytes, workspace_bytes) if workspace_bytes else '--kv-cache-memory'}"
         )

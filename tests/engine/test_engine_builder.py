@@ -94,6 +94,17 @@ def test_a_gpu_without_room_is_refused_with_what_to_change() -> None:
         plan(budget=-5)
 
 
+def test_one_block_is_enough_for_a_context_of_one_block() -> None:
+    """There is room for more, and nothing to put there."""
+    assert plan(wanted_model_len=16, fixed_model_len=True, max_num_seqs=1).num_blocks == 1
+
+
+@pytest.mark.parametrize(("budget", "held"), [(-5, "no block"), (1 << 20, "1 block")])
+def test_a_cache_too_small_for_any_context_says_what_it_would_hold(budget: int, held: str) -> None:
+    with pytest.raises(ConfigError, match=f"would hold {held} of 16 tokens: .* at 1,048,576 bytes a block; give it"):
+        plan(budget=budget)
+
+
 def test_a_gpu_filled_by_weights_is_told_what_takes_less() -> None:
     with pytest.raises(ConfigError, match=r"less than 1.00 GiB for weights .*--cpu-offload-gb.* and 512 MiB for steps"):
         plan(budget=-5)
