@@ -172,7 +172,7 @@ class PackQuantizedMatrix:
     columns: int  # of the matrix; words may be padded
     codes: np.ndarray  # [out, words] uint32
     scales: RawTensor  # [out or 1, groups]
-    zeros: np.ndarray | None  # [out * bits / 32, groups] uint32, packed along the output
+    zeros: np.ndarray | None  # [out * bits / 32, groups] uint32, packed along the output; [1, 1] beside one scale
     group_of: np.ndarray | None  # [in]
 
     @property
@@ -199,6 +199,8 @@ class PackQuantizedMatrix:
         zero = np.full((1, 1), 1 << (self.bits - 1), np.uint8)
         if self.zeros is not None:
             numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+            if len(scales) == 1:
+                numbers = np.zeros_like(numbers)
             per_word = 32 // self.bits
             shift = (numbers % per_word * self.bits).astype(np.uint32)[:, None]
             zero = self.zeros[numbers // per_word] >> shift & np.uint32((1 << self.bits) - 1)

@@ -132,10 +132,11 @@ def _pack_quantized(matrix: PackQuantizedMatrix, device: torch.device) -> Packed
     rows, columns = matrix.shape
     codes = upload(matrix.codes, device).view(torch.uint8)[:, : columns * matrix.bits // 8].contiguous()
     scales = _dense(matrix.scales, device)
+    stored_rows = len(scales)
     scales = scales.expand(rows, -1).contiguous()
     if matrix.zeros is not None:
         words = upload(matrix.zeros, device).t().contiguous().view(torch.uint8)
-        zeros = unpack_bits(words, matrix.bits)[:, :rows].t().contiguous()
+        zeros = unpack_bits(words, matrix.bits)[:, :stored_rows].t().expand(rows, -1).contiguous()
     else:
         zeros = torch.full(scales.shape, 1 << matrix.bits - 1, dtype=torch.uint8, device=device)
     return _grouped(matrix, codes, scales, zeros, device)

@@ -102,6 +102,23 @@ def pack_quantized(
     return tensors, (codes - zeros[:, order]) * scales.double().numpy()[:, order]
 
 
+def pack_quantized_tensor(
+    rng: np.random.Generator, out: int, columns: int, *, bits: int, words: bool = False
+) -> Module:
+    """One scale and one zero for all, the zero a signed byte or, with `words`, in a word."""
+    half = 1 << (bits - 1)
+    codes, zero = rng.integers(-half, half, (out, columns)), int(rng.integers(-half, half))
+    scale = random_scales(rng, (1,), torch.bfloat16)
+    stored_zero = words_of([[zero + half]], bits) if words else torch.tensor([zero], dtype=torch.int8)
+    tensors = {
+        "weight_packed": words_of((codes + half).tolist(), bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([out, columns]),
+        "weight_zero_point": stored_zero,
+    }
+    return tensors, (codes - zero) * float(scale)
+
+
 def int8(rng: np.random.Generator, out: int, columns: int, *, per_channel: bool, symmetric: bool = True) -> Module:
     values = rng.integers(-128, 128, (out, columns)).astype(np.int8)
     shape = (out, 1) if per_channel else (1,)

@@ -103,6 +103,10 @@ CASES: dict[str, tuple[Pack, dict[str, Any], str]] = {
     "w8a16": (
         grouped(WORD_CODES, 32, bits=8, symmetric=False), compressed("pack-quantized", bits=8), "W8A16"
     ),
+    "w4a16 tensor": (partial(modules.pack_quantized_tensor, bits=4), WORDS, "W4A16"),
+    "w8a16 tensor": (
+        partial(modules.pack_quantized_tensor, bits=8, words=True), compressed("pack-quantized", bits=8), "W8A16"
+    ),
     "w2a16": (grouped(WORD_CODES, 32, bits=2, symmetric=False), compressed("pack-quantized", bits=2), "W2A16"),
     "w8a8": (partial(modules.int8, per_channel=True), compressed("int-quantized", bits=8), "W8A8 int8"),
     "w8a8 tensor": (partial(modules.int8, per_channel=False), compressed("int-quantized", bits=8), "W8A8 int8"),
@@ -124,7 +128,7 @@ CASES: dict[str, tuple[Pack, dict[str, Any], str]] = {
 # What the native library keeps as it is.
 IN_GROUPS = (
     *("awq", "awq, one group", "gptq 4 v1 ", "gptq 4 v2 ", "gptq, one group"),
-    *("w4a16", "w4a16 asymmetric", "w4a16 channel", "w8a16", "w8a8", "w8a8 asymmetric"),
+    *("w4a16", "w4a16 asymmetric", "w4a16 channel", "w4a16 tensor", "w8a16", "w8a8", "w8a8 asymmetric"),
 )
 
 
@@ -334,6 +338,8 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ("nf4", {"lm_head.weight.absmax": torch.zeros(3)}, "absmax' should be of shape"),
         ("nf4", {"lm_head.weight": torch.zeros(9, 1, dtype=torch.uint8)}, "6144 codes of 4 bits"),
         ("fp8 tensor", {"lm_head.weight_scale": None}, "tensor 'lm_head.weight_scale' is missing"),
+        ("w8a8 asymmetric", {"lm_head.weight_zero_point": torch.zeros(3, dtype=torch.int8)}, "zeros for scales of [96"),
+        ("w4a16 tensor", {"lm_head.weight_zero_point": torch.zeros(2, dtype=torch.int8)}, "should be one number"),
         ("w8a8", {"extra": torch.zeros(3, dtype=torch.int64)}, "'extra' is stored as I64"),
         ("awq", {"lm_head.bias": torch.ones(96)}, "not part of it: lm_head.bias"),
     ],

@@ -7,7 +7,10 @@ modules; `weight` and `weight_scale` of int-, float- and naive-quantized ones
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
+
+import numpy as np
 
 from aphrodite.errors import ModelFormatError
 from aphrodite.loading.config_reader import ConfigReader
@@ -97,16 +100,39 @@ def _take_words(modules: ModuleTensors, module: str, schemes: list[_Scheme]) -> 
     groups = scales.shape[-1] if len(scales.shape) == 2 else 1
     if scales.shape not in ((rows, groups), (1, 1), (1,)) or groups < 1 or columns % groups:
         raise modules.mismatch(scales, f"scales of groups of {columns} inputs for {rows} rows")
-    zeros = None
-    if modules.has(f"{name}_zero_point"):
-        words = -(-scales.shape[0] * bits // 32)
-        zeros = numbers(modules.take(f"{name}_zero_point", ("I32",), (words, groups)))
+    height = scales.shape[0] if len(scales.shape) == 2 else 1
+    zeros = _take_packed_zeros(modules, f"{name}_zero_point", bits, (height, groups))
     order = None
     if modules.has(f"{name}_g_idx"):
         order = scattered_groups(modules.take(f"{name}_g_idx", ("I32",), (columns,)), groups)
     raw = scales.dense()
-    raw = RawTensor(raw.name, (scales.shape[0], groups), raw.qtype, raw.data)
+    raw = RawTensor(raw.name, (height, groups), raw.qtype, raw.data)
     return PackedTensor(name, compute_type(raw), PackQuantizedMatrix(bits, columns, numbers(stored), raw, zeros, order))
+
+
+def _take_packed_zeros(modules: ModuleTensors, name: str, bits: int, grid: tuple[int, int]) -> np.ndarray | None:
+    """Zeros in words along the rows, None where there are none. The one zero of a tensor may be a signed byte.
+
+    Args:
+        grid: of the scales, `[rows or 1, groups]`.
+    """
+    if not modules.has(name):
+        return None
+    if grid == (1, 1) and modules.dtype_of(name) == "I8":
+        zero = numbers(_take_single(modules, name, ("I8",))).astype(np.int64)
+        return (zero + (1 << bits - 1) & (1 << bits) - 1).astype(np.uint32).reshape(1, 1)
+    if grid == (1, 1):
+        return numbers(_take_single(modules, name, ("I32",))).reshape(1, 1)
+    return numbers(modules.take(name, ("I32",), (-(-grid[0] * bits // 32), grid[1])))
+
+
+def _take_single(modules: ModuleTensors, name: str, dtypes: tuple[str, ...]) -> StoredTensor:
+    """A tensor of one number, whatever its dimensions."""
+    shape = modules.shape_of(name)
+    stored = modules.take(name, dtypes, None)
+    if any(size != 1 for size in shape):
+        raise modules.mismatch(stored, "one number, as its scale is")
+    return stored
 
 
 def _take_int8(modules: ModuleTensors, module: str, schemes: list[_Scheme]) -> PackedTensor:
@@ -116,6 +142,8 @@ def _take_int8(modules: ModuleTensors, module: str, schemes: list[_Scheme]) -> P
     scales, tile = take_scales(modules, f"{name}_scale", (values.shape[0], values.shape[1]), None, group)
     zeros = None
     if modules.has(f"{name}_zero_point"):
-        zeros = numbers(modules.take(f"{name}_zero_point", ("I8",), None)).reshape(-1)
-        zeros = zeros.reshape(scales.shape)
+        stored = modules.take(f"{name}_zero_point", ("I8",), None)
+        if math.prod(stored.shape) != math.prod(scales.shape):
+            raise modules.mismatch(stored, f"zeros for scales of {list(scales.shape)}")
+        zeros = numbers(stored).reshape(scales.shape)
     return PackedTensor(name, compute_type(scales), ScaledMatrix("W8A8 int8", values, None, scales, tile, 1.0, zeros))
