@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from aphrodite.core.plan import RowResult, RowStart, RowStep, StepPlan, StepResult, TokenLogprobs
+from aphrodite.core.plan import RowResult, RowRewind, RowStart, RowStep, StepPlan, StepResult, TokenLogprobs
 from aphrodite.errors import RequestFailedError
 from aphrodite.sampling.extensions import installed_extensions
 from aphrodite.sampling.params import SamplingParams
@@ -144,13 +145,9 @@ class RowRequests:
             self.params[start.row] = start.sampling
             if start.sampling.prompt_logprobs is not None:
                 self.scored[start.row] = len(start.prompt_token_ids)
-        take_over(plan.starts, self._start)
-        for rewind in plan.rewinds:
-            self._sampler.rewind(rewind.row, rewind.position)
-            if rewind.barred:
-                self._sampler.bar(rewind.row, rewind.position, rewind.barred)
-            else:
-                self._sampler.unbar(rewind.row, rewind.position)
+        changes = [partial(self._start, start) for start in plan.starts]
+        changes += [partial(self._rewind, rewind) for rewind in plan.rewinds]
+        take_over(changes, lambda change: change())
 
     def error(self, row: int, exhausted: bool) -> str:
         """Why a row has no token that may be shown."""
@@ -192,3 +189,10 @@ class RowRequests:
             self._end(start.row)
             self._sampler.start(start.row, SamplingParams(), start.seed, start.prompt_token_ids)
             self._unservable.add(start.row)
+
+    def _rewind(self, rewind: RowRewind) -> None:
+        self._sampler.rewind(rewind.row, rewind.position)
+        if rewind.barred:
+            self._sampler.bar(rewind.row, rewind.position, rewind.barred)
+        else:
+            self._sampler.unbar(rewind.row, rewind.position)
