@@ -1,52 +1,24 @@
 """Every setting of the engine and the server, once: type, default, bounds and help.
 
 Command-line flags, `APHRODITE_*` variables, YAML keys, `config init` and the checks are all made from the
-fields below. Precedence: flag, environment, YAML file, default. This module imports no torch and no YAML
-parser, so that help stays fast.
+fields below. This module imports no torch and no YAML parser, so that help stays fast.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-import os
-import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from aphrodite.config_values import Kind, Setting, SettingMeta, check_value, did_you_mean, parse_value
 from aphrodite.errors import ConfigError
-
-ENV_PREFIX = "APHRODITE_"
-CONFIG_ENV = "APHRODITE_CONFIG"
-# Variables that are no settings of a flag or file.
-OTHER_ENV = {
-    CONFIG_ENV: "YAML file of settings, where --config names none",
-    "APHRODITE_CPU_ISA": "a lower instruction set for the native CPU library than the best: avx2 or portable",
-}
-
-Unit = Literal["plain", "tokens", "bytes", "seconds"]
-
-
-class _Meta(NamedTuple):
-    """What a field says of itself beyond its type and default."""
-
-    help: str
-    group: str
-    ge: float | None = None
-    le: float | None = None
-    choices: tuple[int, ...] = ()
-    unit: Unit = "plain"
-    example: str = ""
-    secret: bool = False
 
 
 def _setting(default: Any, help: str, group: str, **rest: Any) -> Any:
-    meta = _Meta(help, group, **rest)
+    meta = SettingMeta(help, group, **rest)
     return field(default=default, repr=not meta.secret, metadata={"setting": meta})
 
 
@@ -303,43 +275,6 @@ class ServerSettings:
         _check_fields(self)
 
 
-Kind = Literal["bool", "int", "float", "str", "choice", "list"]
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One row of the settings table."""
-
-    name: str
-    owner: type[EngineConfig] | type[ServerSettings]
-    kind: Kind
-    optional: bool  # None is a value: automatic, or none
-    default: Any
-    choices: tuple[Any, ...]
-    meta: _Meta
-
-    @property
-    def help(self) -> str:
-        return self.meta.help
-
-    @property
-    def group(self) -> str:
-        return self.meta.group
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def env(self) -> str:
-        return ENV_PREFIX + self.name.upper()
-
-    @property
-    def default_text(self) -> str:
-        """The default as a person writes it in YAML."""
-        return format_value(self, self.default)
-
-
 @cache
 def settings_table() -> dict[str, Setting]:
     """All settings by name, in the order in which help shows them: by group."""
@@ -352,7 +287,7 @@ def settings_table() -> dict[str, Setting]:
     return {row.name: row for row in sorted(rows, key=lambda row: groups.index(row.group))}
 
 
-def _row(owner: Any, name: str, hint: Any, default: Any, meta: _Meta) -> Setting:
+def _row(owner: Any, name: str, hint: Any, default: Any, meta: SettingMeta) -> Setting:
     if default is MISSING:
         raise TypeError(f"setting {name} has no default")
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -363,278 +298,10 @@ def _row(owner: Any, name: str, hint: Any, default: Any, meta: _Meta) -> Setting
     return Setting(name, owner, kinds[origin or base], type(None) in options, default, choices, meta)
 
 
-# --- checking and reading values ---------------------------------------------------------------------------------
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the closest known word, with a leading blank, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def parse_value(setting: Setting, value: object, origin: str) -> Any:
-    """Turn text or a YAML value into the setting's type and check its bounds.
-
-    Raises:
-        ConfigError: names `origin`, what is wrong and what is accepted.
-    """
-    if value is None or (setting.optional and setting.kind != "str" and value in ("auto", "none")):
-        if not setting.optional:
-            raise ConfigError(f"{origin}: needs a value; expected {_accepted(setting)}.")
-        return None
-    try:
-        parsed = _PARSERS[setting.kind](setting, value)
-    except ValueError as error:
-        raise ConfigError(f"{origin}: {error}; expected {_accepted(setting)}.") from None
-    problem = _problem(setting, parsed)
-    if problem:
-        raise ConfigError(f"{origin}: {problem}")
-    return parsed
-
-
-def format_value(setting: Setting, value: Any) -> str:
-    """`value` as text that `parse_value` and YAML read back."""
-    if value is None:
-        return "null" if setting.kind == "str" else "auto"
-    if setting.kind == "bool":
-        return "true" if value else "false"
-    if setting.kind == "list":
-        return "[" + ", ".join(_quoted(item) for item in value) + "]"
-    if setting.meta.unit == "bytes":
-        return format_bytes_exactly(value)
-    return _quoted(value) if setting.kind == "str" else str(value)
-
-
-def format_bytes_exactly(size: int) -> str:
-    """`size` with the largest binary suffix that loses nothing (`32MiB`, `1000`)."""
-    for suffix, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale and size % scale == 0:
-            return f"{size // scale}{suffix}"
-    return str(size)
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _accepted(setting: Setting) -> str:
-    """What a value may be, for the end of an error message."""
-    meta = setting.meta
-    if setting.choices:
-        return "one of " + ", ".join(str(choice) for choice in setting.choices)
-    if setting.kind == "bool":
-        return "true or false"
-    if setting.kind == "list":
-        return "texts, separated by commas"
-    if setting.kind == "str":
-        return "text (quote it in YAML)"
-    bounds = ""
-    if meta.ge is not None and meta.le is not None:
-        bounds = f" from {meta.ge} to {meta.le}" if meta.le < 2**31 - 1 else f" of at least {meta.ge}"
-    what = _UNIT_TEXT[meta.unit]
-    return what + bounds + (", or auto" if setting.optional else "")
-
-
-_UNIT_TEXT: dict[Unit, str] = {
-    "plain": "a number",
-    "tokens": "a number of tokens such as 4096, 32k or 32K",
-    "bytes": "a size such as 4GiB",
-    "seconds": "a number of seconds, or a time such as 5m",
-}
-
-
-def _problem(setting: Setting, value: Any) -> str | None:
-    """What is wrong with a value of the right type, as a whole sentence, or None."""
-    if setting.choices and value not in setting.choices:
-        guess = did_you_mean(str(value), [str(choice) for choice in setting.choices])
-        return f"{value!r} is not known; expected {_accepted(setting)}.{guess}"
-    meta = setting.meta
-    if (meta.ge is not None and value < meta.ge) or (meta.le is not None and value > meta.le):
-        return f"{value} is out of range; expected {_accepted(setting)}."
-    return None
-
-
 def _check_fields(config: EngineConfig | ServerSettings) -> None:
-    """Check values given in Python, where nothing was parsed."""
     for setting in settings_table().values():
-        if setting.owner is not type(config):
-            continue
-        value = getattr(config, setting.name)
-        if value is None and setting.optional:
-            continue
-        expected = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": tuple}.get(
-            setting.kind, object
-        )
-        wrong_bool = isinstance(value, bool) and setting.kind != "bool"
-        if wrong_bool or not isinstance(value, expected):  # type: ignore[arg-type]
-            raise ConfigError(f"{setting.name}: {value!r} is not accepted; expected {_accepted(setting)}.")
-        if setting.kind == "list" and not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{setting.name}: {value!r} must hold texts only.")
-        problem = _problem(setting, value)
-        if problem:
-            raise ConfigError(f"{setting.name}: {problem}")
-
-
-def _parse_bool(setting: Setting, value: object) -> bool:
-    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    raise ValueError(f"{value!r} is neither true nor false")
-
-
-def _parse_int(setting: Setting, value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a whole number")
-    return parse_scaled(value, _SCALES[setting.meta.unit])
-
-
-def _parse_float(setting: Setting, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a number")
-    try:
-        seconds = parse_duration(value) if isinstance(value, str) and setting.meta.unit == "seconds" else None
-        number = float(value) if seconds is None else seconds
-    except ValueError:
-        raise ValueError(f"{value!r} is not a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not finite")
-    return number
-
-
-def parse_duration(text: str) -> float | None:
-    """Seconds of a time with units (`90s`, `5m`, `1h30m`); None if it is none."""
-    if not re.fullmatch(r"(\d+(\.\d+)?(ms|s|m|h))+", text):
-        return None
-    return sum(float(count) * _DURATIONS[unit] for count, unit in re.findall(r"([\d.]+)(ms|s|m|h)", text))
-
-
-_DURATIONS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def _parse_str(setting: Setting, value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not text")
-    return value
-
-
-def _parse_list(setting: Setting, value: object) -> tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-        raise ValueError(f"{value!r} is not a list of texts")
-    return tuple(item.strip() for item in items if item.strip())
-
-
-_PARSERS = {"bool": _parse_bool, "int": _parse_int, "float": _parse_float, "str": _parse_str, "choice": _parse_str,
-            "list": _parse_list}  # fmt: skip
-
-_SCALES: dict[str, dict[str, int]] = {
-    "plain": {},
-    "seconds": {},
-    "tokens": {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20},
-    "bytes": {
-        "B": 1,
-        "kB": 10**3,
-        "KB": 10**3,
-        "MB": 10**6,
-        "GB": 10**9,
-        "TB": 10**12,
-        "KiB": 2**10,
-        "MiB": 2**20,
-        "GiB": 2**30,
-        "TiB": 2**40,
-    },
-}
-
-
-def parse_scaled(text: str, scales: Mapping[str, int]) -> int:
-    """A whole number with an optional suffix out of `scales`; fractions are fine where the result is whole."""
-    match = re.fullmatch(r"\s*([+-]?\d[\d_]*)(\.\d+)?\s*([A-Za-z]*)\s*", text)
-    if not match:
-        raise ValueError(f"{text!r} is not a whole number")
-    whole, fraction, suffix = match[1], match[2] or "", match[3]
-    if suffix and suffix not in scales:
-        known = ", ".join(name for name in scales if name)
-        raise ValueError(f"{text!r} has an unknown suffix" + (f" (known: {known})" if known else ""))
-    digits = max(len(fraction) - 1, 0)
-    number, rest = divmod(int(whole.replace("_", "") + fraction[1:]) * scales.get(suffix, 1), int("1" + "0" * digits))
-    if rest:
-        raise ValueError(f"{text!r} is not a whole number")
-    return number
-
-
-# --- gathering them ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelEntry:
-    """One model of a configuration file's list.
-
-    Attributes:
-        values: the settings that it has for its own, by name.
-        pinned: it is loaded from the start and never gives way to others.
-        origin: where it stands.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    pinned: bool
-    values: Mapping[str, Any]
-    origin: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Resolved settings.
-
-    Attributes:
-        origins: where each one that is not a default came from.
-        models: the configuration file's list of models, each with settings of its own.
-    """
-
-    engine: EngineConfig
-    server: ServerSettings
-    origins: Mapping[str, str]
-    models: tuple[ModelEntry, ...] = ()
-
-    def shown(self, name: str) -> str:
-        """A setting's value as people write it; never a secret."""
-        row = settings_table()[name]
-        owner = self.engine if hasattr(self.engine, name) else self.server
-        return "(hidden)" if row.meta.secret else format_value(row, getattr(owner, name))
-
-
-def resolve(
-    flags: Mapping[str, object] | None = None,
-    *,
-    config_file: str | Path | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Settings:
-    """Settings from flags, environment, YAML file and defaults, in this precedence.
-
-    Args:
-        flags: by setting name, text or typed; None is a flag that was not given.
-        config_file: YAML file; None takes `APHRODITE_CONFIG`, if set.
-        environ: None is `os.environ`. An empty variable counts as not set.
-
-    Raises:
-        ConfigError: an unknown or wrong name or value, with its origin.
-    """
-    environ = os.environ if environ is None else environ
-    from aphrodite.config_file import read_config_file
-
-    config_file = config_file or environ.get(CONFIG_ENV) or None
-    rows, models = ([], ()) if config_file is None else read_config_file(config_file)
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for source in (rows, _from_environment(environ), _from_flags(flags or {})):
-        for name, value, origin in source:
-            values[name] = parse_value(settings_table()[name], value, origin)
-            origins[name] = origin
-    return _build(values, origins, models)
+        if setting.owner is type(config):
+            check_value(setting, getattr(config, setting.name))
 
 
 def make_engine_config(settings: Mapping[str, object]) -> EngineConfig:
@@ -650,38 +317,3 @@ def make_engine_config(settings: Mapping[str, object]) -> EngineConfig:
             raise ConfigError(f"{name} is not an engine setting.{did_you_mean(name, known)}")
         values[name] = parse_value(settings_table()[name], value, name)
     return EngineConfig(**values)
-
-
-def _build(values: Mapping[str, Any], origins: Mapping[str, str], models: tuple[ModelEntry, ...]) -> Settings:
-    table = settings_table()
-    engine = {name: value for name, value in values.items() if table[name].owner is EngineConfig}
-    server = {name: value for name, value in values.items() if table[name].owner is ServerSettings}
-    return Settings(
-        engine=EngineConfig(**engine), server=ServerSettings(**server), origins=dict(origins), models=models
-    )
-
-
-def _from_flags(flags: Mapping[str, object]) -> Iterable[tuple[str, object, str]]:
-    for name, value in flags.items():
-        if value is not None:
-            yield name, value, settings_table()[name].flag
-
-
-def _from_environment(environ: Mapping[str, str]) -> Iterable[tuple[str, object, str]]:
-    known = {row.env: name for name, row in settings_table().items()}
-    for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in OTHER_ENV or not value:
-            continue
-        if variable not in known:
-            guess = did_you_mean(variable, [*known, *OTHER_ENV])
-            raise ConfigError(f"environment variable {variable} is not a setting.{guess}{_orchestrator_hint(variable)}")
-        if value.startswith("tcp://"):
-            raise ConfigError(f"environment variable {variable} holds {value!r}.{_orchestrator_hint(variable)}")
-        yield known[variable], value, f"environment variable {variable}"
-
-
-def _orchestrator_hint(variable: str) -> str:
-    """Kubernetes sets APHRODITE_PORT and others for a Service named aphrodite; say so where it looks like that."""
-    if re.fullmatch(r"APHRODITE_(PORT|SERVICE_)\w*", variable):
-        return " Kubernetes sets it for a Service named aphrodite: rename the Service or set enableServiceLinks: false."
-    return ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aphrodite.config import EngineConfig, ModelEntry, did_you_mean, parse_value, settings_table
+from aphrodite.config import EngineConfig, settings_table
+from aphrodite.config_values import did_you_mean, parse_value
 from aphrodite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +21,23 @@ _SHARED = ("served_model_name", "log_level")
 _OWN_OF_SERVER = ("keep_alive", "sampler_preset", "tool_parser", "reasoning_parser")
 
 Row = tuple[str, object, str]  # name, raw value, origin with its line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """One model of a configuration file's list.
+
+    Attributes:
+        values: the settings that it has for its own, by name.
+        pinned: it is loaded from the start and never gives way to others.
+        origin: where it stands.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    pinned: bool
+    values: Mapping[str, Any]
+    origin: str
 
 
 def read_config_file(path: str | Path) -> tuple[list[Row], tuple[ModelEntry, ...]]:

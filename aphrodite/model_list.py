@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aphrodite.config import EngineConfig, ModelEntry, ServerSettings, Settings, settings_table
+from aphrodite.config import EngineConfig, ServerSettings, settings_table
+from aphrodite.config_file import ModelEntry
 from aphrodite.engine.preparation import named_adapters
 from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import checkpoint_name, gguf_name, gguf_stem
 from aphrodite.loading.hub import parse_name
 from aphrodite.loading.repository import gguf_models
+from aphrodite.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,8 @@ from gpu_machine import Ceilings, idle_times, limit_seconds, measure_ceilings, p
 
 from aphrodite import platforms
 from aphrodite.cli.bench import print_table
-from aphrodite.config import parse_value, settings_table
+from aphrodite.config import settings_table
+from aphrodite.config_values import parse_value
 from aphrodite.llm import LLM
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.loading.parameters import parameter_shapes

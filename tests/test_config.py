@@ -11,19 +11,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aphrodite.config import (
-    OTHER_ENV,
-    EngineConfig,
-    ServerSettings,
-    format_value,
-    make_engine_config,
-    parse_scaled,
-    parse_value,
-    resolve,
-    settings_table,
-)
+from aphrodite.config import EngineConfig, ServerSettings, make_engine_config, settings_table
 from aphrodite.config_file import example_config
+from aphrodite.config_values import format_value, parse_scaled, parse_value
 from aphrodite.errors import ConfigError
+from aphrodite.settings import OTHER_ENV, resolve
 
 
 def write(path: Path, text: str) -> Path:

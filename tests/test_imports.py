@@ -28,7 +28,7 @@ LAYERS = (
     ("outputs",),
     ("core",),
     ("runner",),
-    ("config", "config_file"),
+    ("config_values", "config", "config_file", "settings"),
     ("engine",),
     ("llm", "model_list"),
     ("server",),
@@ -41,7 +41,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 PLAIN_DATA = {"aphrodite.core.plan", "aphrodite.models.spec", "aphrodite.runner.inputs"}
 
 # What runs in processes that compute nothing, and what every command imports before it knows its work.
-WITHOUT_TORCH = ("core", "tokenizer", "chat", "matching", "config", "config_file", "server", "cli")
+WITHOUT_TORCH = ("core", "tokenizer", "chat", "matching", "settings", "server", "cli")
 
 
 def part_of(module: str) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aphrodite.config import Settings, resolve
 from aphrodite.errors import ConfigError
 from aphrodite.model_list import OfferedModel, has_several, hub_model, offered_models
+from aphrodite.settings import Settings, resolve
 
 
 @pytest.fixture

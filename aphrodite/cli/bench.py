@@ -13,9 +13,10 @@ import typer
 
 from aphrodite.cli.console import progress_bar, stderr
 from aphrodite.cli.options import SamplingFlags, with_options
-from aphrodite.config import EngineConfig, Settings
+from aphrodite.config import EngineConfig
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.sampling.params import SamplingParams, to_mapping
+from aphrodite.settings import Settings
 
 if TYPE_CHECKING:
     from aphrodite.cli.bench_client import Client, Load

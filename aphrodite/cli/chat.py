@@ -18,9 +18,10 @@ from aphrodite.cli.chat_session import ChatSession, Reply
 from aphrodite.cli.console import print_error, stderr
 from aphrodite.cli.options import SamplingFlags, with_options, with_preset
 from aphrodite.cli.sources import EngineSource, Piece, TextSource, load_llm, printable, tokens_per_second
-from aphrodite.config import EngineConfig, Settings
+from aphrodite.config import EngineConfig
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.sampling.params import SamplingParams
+from aphrodite.settings import Settings
 
 COMPLETE_TOKENS = 256  # without --max-tokens; a plain continuation seldom ends by itself
 

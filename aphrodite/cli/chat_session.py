@@ -11,7 +11,7 @@ import msgspec
 
 from aphrodite.cli.options import sampling_from_texts, with_preset
 from aphrodite.cli.sources import Message
-from aphrodite.config import did_you_mean
+from aphrodite.config_values import did_you_mean
 from aphrodite.errors import ConfigError
 from aphrodite.sampling.params import SamplingParams, to_mapping
 from aphrodite.sampling.presets import shipped_presets

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from aphrodite.cli.console import stdout
-from aphrodite.config import resolve
 from aphrodite.config_file import example_config
 from aphrodite.errors import ConfigError
+from aphrodite.settings import resolve
 
 app = typer.Typer(name="config", help="Write or check a file of settings.", no_args_is_help=True)
 

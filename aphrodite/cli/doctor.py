@@ -10,8 +10,9 @@ import typer
 
 from aphrodite.cli.console import format_bytes, stderr, stdout
 from aphrodite.cli.options import with_options
-from aphrodite.config import EngineConfig, Settings
+from aphrodite.config import EngineConfig
 from aphrodite.errors import AphroditeError
+from aphrodite.settings import Settings
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "msgspec", "pyzmq", "starlette", "uvicorn", "jinja2")
 

@@ -13,20 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from aphrodite.config import (
-    CONFIG_ENV,
-    EngineConfig,
-    ServerSettings,
-    Setting,
-    did_you_mean,
-    parse_value,
-    resolve,
-    settings_table,
-)
+from aphrodite.config import EngineConfig, ServerSettings, settings_table
+from aphrodite.config_values import Setting, did_you_mean, parse_value
 from aphrodite.errors import ConfigError, InvalidRequestError
 from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping, parameter_table
 from aphrodite.sampling.presets import shipped_presets
 from aphrodite.sampling.table import ParamRow
+from aphrodite.settings import CONFIG_ENV, resolve
 
 SAMPLING_PANEL = "Sampling"
 

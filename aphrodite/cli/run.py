@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from aphrodite.cli.options import with_options
-from aphrodite.config import EngineConfig, ServerSettings, Settings
+from aphrodite.config import EngineConfig, ServerSettings
+from aphrodite.settings import Settings
 
 if TYPE_CHECKING:
     import asyncio

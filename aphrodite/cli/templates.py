@@ -12,8 +12,9 @@ import typer
 
 from aphrodite.cli.console import stderr, stdout
 from aphrodite.cli.options import with_options
-from aphrodite.config import EngineConfig, Settings
+from aphrodite.config import EngineConfig
 from aphrodite.errors import ConfigError
+from aphrodite.settings import Settings
 
 if TYPE_CHECKING:
     from rich.text import Text

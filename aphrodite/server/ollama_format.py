@@ -10,7 +10,7 @@ import msgspec
 from pydantic import Field
 from starlette.requests import Request
 
-from aphrodite.config import parse_duration
+from aphrodite.config_values import parse_duration
 from aphrodite.server.context import ModelContext, ServerContext
 from aphrodite.server.errors import ApiError, invalid
 from aphrodite.server.sse import StreamFormat

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from aphrodite.config import Settings
 from aphrodite.errors import ConfigError
 from aphrodite.model_list import OfferedModel, hub_model, models_in_folder
 from aphrodite.server.config import ServerConfig
@@ -14,6 +13,7 @@ from aphrodite.server.errors import ApiError
 from aphrodite.server.model_loader import EngineLoader
 from aphrodite.server.model_pool import ModelPool, PoolLimits, size_text
 from aphrodite.server.served_model import ServedModel
+from aphrodite.settings import Settings
 
 
 @asynccontextmanager

@@ -12,11 +12,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from aphrodite.config import resolve
 from aphrodite.model_list import offered_models
 from aphrodite.server.app import Application
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.several import open_pool
+from aphrodite.settings import resolve
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

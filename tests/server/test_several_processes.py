@@ -13,12 +13,12 @@ import httpx
 import psutil
 import pytest
 
-from aphrodite.config import resolve
 from aphrodite.errors import ConfigError
 from aphrodite.model_list import offered_models
 from aphrodite.server.app import Application
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.several import open_pool, summary
+from aphrodite.settings import resolve
 
 
 def children() -> set[int]:
