@@ -9,6 +9,7 @@ Rows of the turning dimensions pair neighbours in all files.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from aphrodite.models.spec import MlaSpec
 from aphrodite.quantization.dense_types import numbers_of
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.packed import PackedTensor
-from aphrodite.quantization.types import QuantType, RawTensor
+from aphrodite.quantization.types import ComputedTensor, QuantType, RawTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,27 @@ class LatentPart:
         mla, raw = self.mla, self.raw
         rows = np.arange(raw.shape[0]).reshape(-1, mla.qk_nope_head_dim + mla.v_head_dim)
         keys, values = np.split(rows, [mla.qk_nope_head_dim], axis=1)
-        own = keys if self.is_key else values
-        shape = (*own.shape, mla.kv_lora_rank)
-        if not self.is_key and not isinstance(raw, PackedTensor):
-            return raw.regrouped(shape, own.reshape(-1))
-        stored = _numbers(raw.take_rows(own.reshape(-1)), self.qtype).reshape(shape)
         if self.is_key:
-            stored = np.ascontiguousarray(stored.transpose(0, 2, 1))
-        return RawTensor(raw.name, stored.shape, self.qtype, stored.reshape(-1, stored.shape[-1]).view(np.uint8))
+            shape = (len(keys), mla.kv_lora_rank, mla.qk_nope_head_dim)
+            return ComputedTensor(raw.name, shape, self.qtype, partial(self._read_keys, keys))
+        shape = (len(values), mla.v_head_dim, mla.kv_lora_rank)
+        if not isinstance(raw, PackedTensor):
+            return raw.regrouped(shape, values.reshape(-1))
+        return ComputedTensor(raw.name, shape, self.qtype, partial(self._read_values, values.reshape(-1)))
+
+    def _read_keys(self, keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Bytes of rows of `k_b`, counted over all heads, of which each is expanded once; `keys` `[heads, rows]` says
+        where the heads' lie."""
+        heads, within = np.divmod(numbers, self.mla.kv_lora_rank)
+        out = np.empty((len(numbers), self.qtype.row_bytes(self.mla.qk_nope_head_dim)), np.uint8)
+        for head in np.unique(heads):
+            chosen = heads == head
+            expanded = _numbers(self.raw.take_rows(keys[head]), self.qtype)
+            out[chosen] = np.ascontiguousarray(expanded.T[within[chosen]]).view(np.uint8)
+        return out
+
+    def _read_values(self, values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        return _numbers(self.raw.take_rows(values[numbers]), self.qtype).view(np.uint8)
 
 
 def _numbers(raw: RawTensor, qtype: QuantType) -> np.ndarray:

@@ -19,6 +19,7 @@ from test_native_experts import assert_equals_torch, executor_of, prompts_of, ru
 from aphrodite.kernels.cpu import library
 from aphrodite.kernels.cpu.program import KV_BLOCK
 from aphrodite.layers.lora import AdapterRoom
+from aphrodite.loading import latent
 from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.loading.dummy import BlockPacking, dummy_weights
 from aphrodite.models.spec import MlaSpec, ModelSpec, MoeSpec, RotarySpec
@@ -102,6 +103,21 @@ def test_parts_of_one_matrix_are_those_of_its_rows(tmp_path: Path, monkeypatch: 
     nope = LATENTS["qk_nope_head_dim"]
     np.testing.assert_allclose(dequantize(keys), both[:, :nope].swapaxes(1, 2), rtol=2**-11)
     np.testing.assert_array_equal(dequantize(values), both[:, nope:])
+
+
+def test_keys_are_expanded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix that has to be transposed takes long; its shape and type are asked for more often."""
+    checkpoint = quantized(tmp_path, CASES["deepseek v2, older gguf"], monkeypatch, QuantType.Q8_0)
+    expanded = []
+
+    def counted(raw: RawTensor, qtype: QuantType) -> np.ndarray:
+        expanded.append(raw.shape[0])
+        return numbers(raw, qtype)
+
+    numbers = latent._numbers
+    monkeypatch.setattr(latent, "_numbers", counted)
+    executor_of(checkpoint.spec, checkpoint.weights)
+    assert sum(expanded) == checkpoint.spec.num_layers * HEADS * LATENTS["qk_nope_head_dim"]
 
 
 @pytest.mark.parametrize(("kv_dtype", "activations"), [("float16", "float32"), ("int16", "int16")])
