@@ -111,7 +111,7 @@ def _api_key(given: str | None) -> str:
 @cache
 def _engine_fields() -> frozenset[str]:
     """Every field of the generation endpoints, the samplers' aliases included."""
-    from aphrodite.sampling.params import canonical_names
+    from aphrodite.sampling.fields import canonical_names
     from aphrodite.server.openai.protocol import ChatFields, CompletionFields
     from aphrodite.server.openai.responses.fields import ResponsesFields
 

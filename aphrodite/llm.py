@@ -48,7 +48,8 @@ from aphrodite.engine.preparation import (
 from aphrodite.errors import AphroditeError, InvalidRequestError
 from aphrodite.outputs import RequestOutput
 from aphrodite.progress import generation_progress
-from aphrodite.sampling.params import SamplingParams, validate
+from aphrodite.sampling.fields import validate
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.loader import load_tokenizer
 
 Prompt = str | Sequence[int]

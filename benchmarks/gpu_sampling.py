@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from aphrodite.kernels.triton.logprobs import top_logprobs
-from aphrodite.sampling.params import from_mapping
+from aphrodite.sampling.fields import from_mapping
 from aphrodite.sampling.pipeline import Sampler
 
 BANDWIDTH = 3.17e12  # bytes a second

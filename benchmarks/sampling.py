@@ -20,7 +20,8 @@ import torch
 from msgspec.structs import replace
 
 from aphrodite.llm import LLM
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.vocabulary import Vocabulary
 

@@ -15,7 +15,8 @@ from aphrodite.cli.console import progress_bar, stderr
 from aphrodite.cli.options import SamplingFlags, with_options
 from aphrodite.config import EngineConfig
 from aphrodite.errors import AphroditeError, ConfigError
-from aphrodite.sampling.params import SamplingParams, to_mapping
+from aphrodite.sampling.fields import to_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.settings import Settings
 
 if TYPE_CHECKING:

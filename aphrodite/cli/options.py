@@ -16,7 +16,8 @@ import typer
 from aphrodite.config import EngineConfig, ServerSettings, settings_table
 from aphrodite.config_values import Setting, did_you_mean, parse_value
 from aphrodite.errors import ConfigError, InvalidRequestError
-from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping, parameter_table
+from aphrodite.sampling.fields import canonical_names, from_mapping, parameter_table
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.presets import shipped_presets
 from aphrodite.sampling.table import ParamRow
 from aphrodite.settings import CONFIG_ENV, resolve

@@ -17,7 +17,8 @@ from aphrodite.cli.options import SamplingFlags, with_options
 from aphrodite.config import EngineConfig
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.sampling.docs import KIND_WORDS, default_text, range_text, samplers_page, stages_reading, value_text
-from aphrodite.sampling.params import SamplingParams, canonical_names, parameter_table
+from aphrodite.sampling.fields import canonical_names, parameter_table
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.presets import GROUPS, load_presets
 from aphrodite.sampling.table import ParamRow
 from aphrodite.settings import Settings

@@ -12,7 +12,8 @@ from typing import Any
 
 from aphrodite.cli.sources import Message, Piece
 from aphrodite.errors import AphroditeError, ConfigError, InvalidRequestError
-from aphrodite.sampling.params import SamplingParams, from_mapping, to_mapping
+from aphrodite.sampling.fields import from_mapping, to_mapping
+from aphrodite.sampling.params import SamplingParams
 
 
 class ServerSource:

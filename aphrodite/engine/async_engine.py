@@ -55,7 +55,8 @@ from aphrodite.engine.preparation import (
 )
 from aphrodite.errors import AphroditeError, EngineDeadError, QueueFullError
 from aphrodite.outputs import RequestOutput
-from aphrodite.sampling.params import SamplingParams, validate
+from aphrodite.sampling.fields import validate
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.loader import load_tokenizer
 from aphrodite.tokenizer.tokenizer import Tokenizer
 

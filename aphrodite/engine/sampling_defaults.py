@@ -6,7 +6,8 @@ import logging
 
 from aphrodite.errors import ConfigError, InvalidRequestError
 from aphrodite.loading.generation import GenerationDefaults
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

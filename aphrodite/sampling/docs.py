@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aphrodite.sampling.params import MAX_TRACED_TOKENS, builtin_table
+from aphrodite.sampling.fields import MAX_TRACED_TOKENS
+from aphrodite.sampling.params import builtin_table
 from aphrodite.sampling.table import Kind, ParamRow
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ no look-around, no back references) |
 | `grammar`, `grammar_string`, `guided_grammar` | GBNF (`root ::= ...`) or llguidance's Lark (`start: ...`) |
 
 In Python: `SamplingParams(grammar=Grammar("regex", r"\\d{3}"))` with `Grammar` of `aphrodite.sampling.table`, or \
-`from_mapping({"guided_regex": r"\\d{3}"})`.
+`from_mapping({"guided_regex": r"\\d{3}"})` of `aphrodite.sampling.fields`.
 
 - Every sampler works on the tokens that are left, and seeds, `n`, log-probabilities, guidance and streaming as ever. \
 Banned strings are avoided as far as what is asked for lets them; where bans leave no token at all, the request ends \

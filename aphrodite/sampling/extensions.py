@@ -16,6 +16,7 @@ from collections.abc import Container
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from aphrodite.sampling.params import SamplingParams, builtin_table
 from aphrodite.sampling.table import Kind, Param, ParamRow, check
 
 if TYPE_CHECKING:
@@ -67,7 +68,6 @@ def installed_extensions() -> tuple[Extension, ...]:
 
 def _checked(source: str, stage: Any, others: list[Extension]) -> Extension:
     """The extension, if it keeps what a stage promises; raises ValueError or whatever the stage raises."""
-    from aphrodite.sampling.params import SamplingParams, builtin_table
     from aphrodite.sampling.stages.base import Stage
 
     if not isinstance(stage, Stage):

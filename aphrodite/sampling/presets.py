@@ -18,7 +18,8 @@ import msgspec
 import yaml
 
 from aphrodite.errors import ConfigError, InvalidRequestError
-from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping, parameter_table, parameter_value
+from aphrodite.sampling.fields import canonical_names, from_mapping, parameter_table, parameter_value
+from aphrodite.sampling.params import SamplingParams
 
 MAX_PRESETS = 1_000
 GROUPS = ("default", "override", "force")

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from aphrodite.sampling.params import to_mapping
+from aphrodite.sampling.fields import to_mapping
 from aphrodite.server.auth import require_admin
 from aphrodite.server.body import parse, read_object
 from aphrodite.server.context import ServerContext

@@ -11,8 +11,8 @@ import pydantic
 from starlette.routing import Route
 
 import aphrodite
+from aphrodite.sampling.fields import parameter_table
 from aphrodite.sampling.grammar_fields import FIELD_SCHEMAS
-from aphrodite.sampling.params import parameter_table
 from aphrodite.sampling.table import MAX_LOOP_COUNT, MAX_LOOP_PATTERN, ParamRow, bounds_text
 from aphrodite.server.adapters import LoadAdapterFields, UnloadAdapterFields
 from aphrodite.server.anthropic import CountTokensFields, MessagesFields

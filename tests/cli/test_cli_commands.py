@@ -17,7 +17,7 @@ from aphrodite import platforms
 from aphrodite.cli import report
 from aphrodite.cli.main import app, main
 from aphrodite.config import EngineConfig, ServerSettings, settings_table
-from aphrodite.sampling.params import parameter_table
+from aphrodite.sampling.fields import parameter_table
 
 runner = CliRunner()
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from aphrodite.cli.main import app, main
 from aphrodite.cli.trace_view import TraceView, bar
 from aphrodite.core.plan import StageTrace, TokenTrace
-from aphrodite.sampling.params import parameter_table
+from aphrodite.sampling.fields import parameter_table
 
 runner = CliRunner()
 

@@ -194,7 +194,7 @@ def test_it_is_a_flag_and_in_the_list(site: Path) -> None:
 
 def test_the_api_process_needs_no_torch_for_it(site: Path) -> None:
     code = (
-        "import sys; from aphrodite.sampling.params import from_mapping, to_mapping;"
+        "import sys; from aphrodite.sampling.fields import from_mapping, to_mapping;"
         "params = from_mapping({'flatten': 0.5}); assert to_mapping(params) == {'flatten': 0.5};"
         "assert params.extensions == {'flatten': 0.5}; assert 'torch' not in sys.modules"
     )

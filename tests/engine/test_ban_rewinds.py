@@ -18,7 +18,8 @@ from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
 from aphrodite.llm import LLM
 from aphrodite.outputs import CompletionOutput
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 PROMPTS = [[3 + (7 * i + 13 * j) % 300 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 100))]

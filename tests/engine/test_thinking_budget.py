@@ -12,7 +12,8 @@ import pytest
 from engine_answers import answers_to, small_tokenizer
 
 from aphrodite.engine.core import EngineCore
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.table import ReasoningMarks
 from aphrodite.tokenizer.tokenizer import Tokenizer
 

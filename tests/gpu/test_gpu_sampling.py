@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "sampling"))
 from sampling_cases import LOGITS, logits_of, random_params
 from sampling_harness import EOS, FakeTokenizer
 
-from aphrodite.sampling.params import SamplingParams, from_mapping, to_mapping
+from aphrodite.sampling.fields import from_mapping, to_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
 from aphrodite.sampling.vocabulary import Vocabulary
 

@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.table import ReasoningMarks
 from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 
 Random = np.random.Generator
 Fields = dict[str, Any]

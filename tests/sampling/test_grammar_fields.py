@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from aphrodite.errors import InvalidRequestError
-from aphrodite.sampling.params import SamplingParams, from_mapping, to_mapping, validate
+from aphrodite.sampling.fields import from_mapping, to_mapping, validate
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.table import Grammar
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "integer"}}}

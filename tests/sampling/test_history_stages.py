@@ -13,7 +13,8 @@ import torch
 
 from aphrodite.kernels.cpu import history as native_history
 from aphrodite.sampling.breakers import compile_breakers
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.plan import compile_plan
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, StageContext
 from aphrodite.sampling.stages.matches import suffix_lengths

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from aphrodite.errors import ConfigError
-from aphrodite.sampling.params import SamplingParams, validate
+from aphrodite.sampling.fields import validate
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.presets import load_presets, shipped_presets
 
 FILE = """

@@ -15,7 +15,8 @@ from aphrodite.core.request import RequestUpdate
 from aphrodite.errors import InvalidRequestError
 from aphrodite.kernels.cpu.sampling import load
 from aphrodite.sampling.explain import percent, why
-from aphrodite.sampling.params import MAX_TRACED_TOKENS, SamplingParams, validate
+from aphrodite.sampling.fields import MAX_TRACED_TOKENS, validate
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled, Sampler
 
 VOCAB = 1000

@@ -17,7 +17,8 @@ import torch
 from aphrodite.sampling import extensions
 from aphrodite.sampling.docs import KIND_WORDS, range_text, samplers_page, value_text
 from aphrodite.sampling.extensions import Extension, builtin_stage_modules, installed_extensions, parameter_row
-from aphrodite.sampling.params import SamplingParams, builtin_table, parameter_table
+from aphrodite.sampling.fields import parameter_table
+from aphrodite.sampling.params import SamplingParams, builtin_table
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, Stage, StageContext
 from aphrodite.sampling.stages.guard import GuardedStage
 from aphrodite.sampling.stages.registry import all_stages

@@ -14,7 +14,8 @@ import reference
 from sampling_cases import FIELDS, LOGITS, logits_of, random_params
 from sampling_harness import Harness
 
-from aphrodite.sampling.params import SamplingParams, from_mapping, to_mapping
+from aphrodite.sampling.fields import from_mapping, to_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampled
 from aphrodite.sampling.stages.guard import GuardedStage
 from aphrodite.sampling.stages.registry import all_stages

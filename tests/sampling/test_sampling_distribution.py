@@ -12,7 +12,8 @@ from sampling_harness import EOS, FakeTokenizer, Harness, text_of, with_marks
 
 from aphrodite.kernels.cpu.sampling import load
 from aphrodite.sampling.draw import draw
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.plan import compile_plan
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo, StageContext
 from aphrodite.sampling.vocabulary import Vocabulary

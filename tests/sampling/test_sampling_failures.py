@@ -14,7 +14,8 @@ from aphrodite.core.request import RequestUpdate
 from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 
 PROMPT = [5, 6, 7, 8]
 WRITING = SamplingParams(max_tokens=12, temperature=1.3, ignore_eos=True, repetition_penalty=1.2)

@@ -11,7 +11,8 @@ import torch
 from sampling_harness import EOS, Harness
 
 from aphrodite.sampling import plan as plan_module
-from aphrodite.sampling.params import SamplingParams, from_mapping, parameter_table
+from aphrodite.sampling.fields import from_mapping, parameter_table
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.pipeline import Sampler
 from aphrodite.sampling.plan import DEFAULT_ORDER, compile_plan, stage_order
 from aphrodite.sampling.stages.base import RowInfo, Stage, StageContext

@@ -26,7 +26,8 @@ from aphrodite.engine.output import RequestStream
 from aphrodite.engine.preparation import check_prompt
 from aphrodite.errors import EngineDeadError, QueueFullError
 from aphrodite.outputs import RequestOutput
-from aphrodite.sampling.params import SamplingParams, validate
+from aphrodite.sampling.fields import validate
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 STORY = "Once upon a time, a café 🏰 stood in 東京; nobody knew why. The end came slowly, and then all at once. "

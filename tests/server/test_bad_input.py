@@ -11,7 +11,7 @@ import pytest
 from fake_engine import STORY, FakeEngine
 from running import RunningServer, running_server
 
-from aphrodite.sampling.params import parameter_table
+from aphrodite.sampling.fields import parameter_table
 from aphrodite.sampling.table import ParamRow
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 

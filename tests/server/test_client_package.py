@@ -10,7 +10,7 @@ from fake_engine import STORY, raw_state
 from running import RunningServer
 
 from aphrodite import AsyncOpenAI, OpenAI
-from aphrodite.sampling.params import canonical_names
+from aphrodite.sampling.fields import canonical_names
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Tell me a story."}]
 

@@ -274,7 +274,7 @@ async def test_sampler_fields_and_aliases_work_at_top_level_on_both_endpoints(se
 
 
 async def test_every_sampling_parameter_is_accepted_on_both_endpoints(server: RunningServer) -> None:
-    from aphrodite.sampling.params import parameter_table
+    from aphrodite.sampling.fields import parameter_table
 
     for row in parameter_table():
         for name in (row.name, *row.param.aliases):

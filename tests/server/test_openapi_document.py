@@ -13,7 +13,7 @@ from fake_engine import FakeEngine
 from hypothesis import HealthCheck, Phase, given, settings
 from running import running_server
 
-from aphrodite.sampling.params import canonical_names
+from aphrodite.sampling.fields import canonical_names
 from aphrodite.server.app import Application
 from aphrodite.server.config import ServerConfig
 from aphrodite.server.model_pool import ModelPool

@@ -10,7 +10,7 @@ from fake_engine import FakeEngine
 from running import RunningServer, running_server
 from test_bad_input import OBJECTS, VALUES, check_error, send
 
-from aphrodite.sampling.params import parameter_table
+from aphrodite.sampling.fields import parameter_table
 from aphrodite.server.openai.protocol import GenerationFields
 from aphrodite.server.openai.responses.fields import ResponsesFields
 

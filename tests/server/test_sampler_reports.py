@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_engine import STORY
 
-from aphrodite.sampling.params import canonical_names
+from aphrodite.sampling.fields import canonical_names
 from aphrodite.server.openai import warnings
 from aphrodite.server.openai.protocol import ChatFields, CompletionFields
 from aphrodite.server.openai.warnings import MAX_WARNINGS, field_warnings

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from aphrodite.sampling.params import to_mapping
+from aphrodite.sampling.fields import to_mapping
 from aphrodite.server.adapters import adapter_card
 from aphrodite.server.context import ServerContext
 from aphrodite.server.responses import json_response

@@ -16,7 +16,8 @@ import pydantic
 from pydantic import Field, WithJsonSchema
 
 from aphrodite.errors import InvalidRequestError
-from aphrodite.sampling.params import SamplingParams, canonical_names, from_mapping, validate
+from aphrodite.sampling.fields import canonical_names, from_mapping, validate
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.presets import SamplerPreset
 from aphrodite.server.engine import ModelInfo
 from aphrodite.server.errors import Headers, unsupported

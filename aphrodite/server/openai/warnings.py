@@ -17,7 +17,8 @@ import pydantic
 
 from aphrodite.chat.reasoning import reasoning_marks
 from aphrodite.chat.template import ChatTemplate
-from aphrodite.sampling.params import SamplingParams, canonical_names
+from aphrodite.sampling.fields import canonical_names
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.presets import SamplerPreset
 from aphrodite.server.context import ModelContext
 from aphrodite.server.openai.protocol import is_known_field

@@ -12,7 +12,8 @@ from test_interpreted_grammars import Letters
 from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.runner.device_runner import DeviceRunner
 from aphrodite.runner.runner import Runner
-from aphrodite.sampling.params import SamplingParams, from_mapping
+from aphrodite.sampling.fields import from_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.table import ReasoningMarks
 from aphrodite.sampling.vocabulary import Vocabulary
 

@@ -19,10 +19,11 @@ from sampling_cases import FIELDS, LOGITS, logits_of, random_params
 from sampling_harness import EOS, FakeTokenizer, text_of, with_marks
 
 from aphrodite.kernels.triton.logprobs import top_logprobs
+from aphrodite.sampling.fields import from_mapping, to_mapping
 from aphrodite.sampling.followers import TokenFollower
 from aphrodite.sampling.fused import Choices
 from aphrodite.sampling.logprobs import LogprobTensors
-from aphrodite.sampling.params import SamplingParams, from_mapping, to_mapping
+from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.plan import compile_plan
 from aphrodite.sampling.stages.base import RowInfo, SamplerInfo
 from aphrodite.sampling.triton_fused import TritonSampler

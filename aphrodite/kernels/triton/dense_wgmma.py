@@ -1,0 +1,290 @@
+"""Dense 16-bit products of some 17 to 256 activation rows on wgmma: act(x W^T + b) + residual.
+
+Bound by reading the weight once, `out * in * itemsize` bytes, up to about 200 rows, above by arithmetic, `2 * rows * out *
+in` operations. The copy engine brings both operands into a ring of shared memory. The weight depends on no kernel of the
+step: as many chunks of it as the ring holds are requested before the kernel waits for its predecessor, so that the
+card's memory works through the launches, norms and rotations between two products, which is what the library's products
+leave idle. All activation rows share a tile of the weight, in parts of 64 or 128 rows with sums of their own; the pairs
+(gate, up) are neighbouring columns of a sum, which one thread holds. Where tiles would not fill the card blocks share
+one along the inputs: each leaves a float32 partial sum and the last to arrive adds them up in a fixed order.
+"""
+
+# ruff: noqa: RUF005  (Triton's tuples know no unpacking)
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple  # noqa: F401 (Any: the type comments of kernels)
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from aphrodite.kernels.triton.int4_gluon import gated, launch_dependents, wait_for_producer
+from aphrodite.kernels.triton.launch import ceil_div, direct_launch, launch_options, pdl_supported
+from aphrodite.kernels.triton.linear import WORKSPACE_TILES, WORKSPACE_VALUES, Epilogue, _output, _workspace
+
+
+class DenseConfig(NamedTuple):
+    """How the product is cut.
+
+    Attributes:
+        parts: sums of a block, each of `part` activation rows.
+        part: 64, or 128 with 8 warps, which then have 64 rows each four.
+        columns: weight rows of a tile, a power of two from 32 to 256.
+        splits: of the inputs among blocks.
+        stages: chunks in flight.
+        chunk: inputs of a chunk, 64 or 128.
+        warps: of a block, 4 or 8.
+    """
+
+    parts: int
+    part: int
+    columns: int
+    splits: int
+    stages: int
+    chunk: int
+    warps: int
+
+
+TILE_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.constexpr_function
+def sum_layout(part, columns, warps):
+    """Layout of sums `[part, columns]`: warpgroups share the rows of a part of 128 and the columns of one of 64."""
+    across = part // 16
+    return gl.NVMMADistributedLayout([3, 0], [across, warps // across], [16, columns * across // warps, 16])
+
+
+@gluon.constexpr_function
+def row_layout(columns, warps):
+    """Layout of results in which a thread has 8 neighbours of a row."""
+    across = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _request_weight(x, weight, first, chunk, weights, bars, slot, pred, PARTS: gl.constexpr):
+    """Let the copy engine fetch a chunk of the weight; its barrier waits for the activations as well."""
+    bar = bars.index(slot)
+    mbarrier.expect(bar, weight.block_type.nbytes + PARTS * x.block_type.nbytes, pred=pred)
+    columns: gl.constexpr = weight.block_shape[1]
+    tma.async_copy_global_to_shared(weight, [first, chunk * columns], bar, weights.index(slot), pred=pred)
+
+
+@gluon.jit
+def _request_rows(x, row, chunk, rows, bars, slot, pred, PARTS: gl.constexpr):
+    """Let the copy engine fetch a chunk of the activations; rows beyond the last are zeros."""
+    part: gl.constexpr = x.block_shape[0]
+    columns: gl.constexpr = x.block_shape[1]
+    for index in gl.static_range(PARTS):
+        place = rows.index(slot * PARTS + index)
+        tma.async_copy_global_to_shared(x, [row + index * part, chunk * columns], bars.index(slot), place, pred=pred)
+
+
+@gluon.jit
+def _sums(
+    x, weight, row, first, start, count, PARTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """A tuple of PARTS sums `[part, columns]` over the chunks `start` to `start + count`."""
+    dtype: gl.constexpr = weight.dtype
+    mma: gl.constexpr = sum_layout(x.block_shape[0], weight.block_shape[0], WARPS)
+    weights = gl.allocate_shared_memory(dtype, [STAGES] + weight.block_shape, weight.layout)
+    rows = gl.allocate_shared_memory(dtype, [STAGES * PARTS] + x.block_shape, x.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(bars.index(slot), count=1)
+    for slot in gl.static_range(STAGES):
+        _request_weight(x, weight, first, start + slot, weights, bars, slot, slot < count, PARTS)
+    wait_for_producer(PDL)
+    for slot in gl.static_range(STAGES):
+        _request_rows(x, row, start + slot, rows, bars, slot, slot < count, PARTS)
+    sums = ()  # type: Any
+    for _ in gl.static_range(PARTS):
+        sums = sums + (gl.zeros([x.block_shape[0], weight.block_shape[0]], gl.float32, mma),)
+    for turn in range(count):
+        slot = turn % STAGES
+        mbarrier.wait(bars.index(slot), turn // STAGES & 1)
+        tokens = ()  # type: Any
+        for index in gl.static_range(PARTS):
+            left = rows.index(slot * PARTS + index)
+            right = weights.index(slot).permute((1, 0))
+            tokens = tokens + (warpgroup_mma(left, right, sums[index], is_async=True),)
+        # The products of the turn before have ended, and its place in the ring is free, while these run.
+        if PARTS == 1:
+            sums = (warpgroup_mma_wait(PARTS, deps=tokens),)
+        else:
+            sums = warpgroup_mma_wait(PARTS, deps=tokens)
+        gl.thread_barrier()
+        ahead = turn - 1 + STAGES
+        free = (turn + STAGES - 1) % STAGES
+        pred = (turn > 0) & (ahead < count)
+        _request_weight(x, weight, first, start + ahead, weights, bars, free, pred, PARTS)
+        _request_rows(x, row, start + ahead, rows, bars, free, pred, PARTS)
+    if PARTS == 1:
+        sums = (warpgroup_mma_wait(0, deps=sums),)
+    else:
+        sums = warpgroup_mma_wait(0, deps=sums)
+    return sums
+
+
+@gluon.jit
+def _finish(
+    total, bias, residual, out, row, M, out_features, first, WARPS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """Bias, activation and residual of sums `[part, columns]`, and the store, 16 bytes at a time."""
+    R: gl.constexpr = total.shape[0]
+    C: gl.constexpr = total.shape[1] if ACTIVATION is None else total.shape[1] // 2
+    if HAS_BIAS:
+        index = first + gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
+        total += gl.load(bias + index, mask=index < out_features, other=0.0).to(gl.float32)[None, :]
+    if ACTIVATION is None:
+        width = out_features
+        begin = first
+        result = total
+    else:
+        width = out_features // 2
+        begin = first // 2
+        gate, up = total.reshape(R, C, 2).split()
+        result = gated(gate, up, ACTIVATION)
+    layout: gl.constexpr = row_layout(C, WARPS)
+    if not HAS_RESIDUAL:
+        result = result.to(out.dtype.element_ty)
+    result = gl.convert_layout(result, layout)
+    column = begin + gl.arange(0, C, gl.SliceLayout(0, layout))
+    token = row + gl.arange(0, R, gl.SliceLayout(1, layout))
+    inside = (token < M)[:, None] & (column < width)[None, :]
+    at = token[:, None] * width + column[None, :]
+    if HAS_RESIDUAL:
+        result += gl.load(residual + at, mask=inside, other=0.0).to(gl.float32)
+    gl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _place(row, M, R: gl.constexpr, C: gl.constexpr, layout: gl.constexpr):
+    """Where a part's partial sums lie, and which of them are of rows that there are."""
+    token = gl.arange(0, R, gl.SliceLayout(1, layout))
+    column = gl.arange(0, C, gl.SliceLayout(0, layout))
+    return token[:, None] * C + column[None, :], ((row + token) < M)[:, None] & (column >= 0)[None, :]
+
+
+@direct_launch
+@gluon.jit(do_not_specialize=["M"])
+def _dense_kernel(
+    x,  # descriptor of [M, in], blocks [part, chunk]
+    weight,  # descriptor of [out, in], blocks [columns, chunk]
+    bias,  # [out], or anything when not HAS_BIAS
+    residual,  # [M, width], or anything when not HAS_RESIDUAL
+    out,  # [M, width]
+    workspace,  # [tiles, SPLITS, PARTS, part, columns] float32
+    counters,  # [tiles] int32, zero between launches
+    M,
+    out_features,
+    in_features: gl.constexpr,
+    PARTS: gl.constexpr,
+    SPLITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    launch_dependents(PDL)
+    R: gl.constexpr = x.block_shape[0]
+    C: gl.constexpr = weight.block_shape[0]
+    chunks: gl.constexpr = (in_features + x.block_shape[1] - 1) // x.block_shape[1]
+    share: gl.constexpr = (chunks + SPLITS - 1) // SPLITS
+    row = gl.program_id(0) * (PARTS * R)
+    first = gl.program_id(1) * C
+    start = gl.program_id(2) * share
+    sums = _sums(x, weight, row, first, start, gl.minimum(share, chunks - start), PARTS, STAGES, WARPS, PDL)
+    # Results go through the ring's memory: no warp may still read it.
+    gl.thread_barrier()
+    if SPLITS == 1:
+        for index in gl.static_range(PARTS):
+            _finish(
+                sums[index], bias, residual, out, row + index * R, M, out_features, first, WARPS, HAS_BIAS,
+                HAS_RESIDUAL, ACTIVATION,
+            )  # fmt: skip
+    else:
+        layout: gl.constexpr = sums[0].type.layout
+        tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+        base = workspace + tile * (SPLITS * PARTS * R * C)
+        for index in gl.static_range(PARTS):
+            at, there = _place(row + index * R, M, R, C, layout)
+            gl.store(base + (gl.program_id(2) * PARTS + index) * (R * C) + at, sums[index], mask=there)
+        gl.thread_barrier()
+        if gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            for index in gl.static_range(PARTS):
+                at, there = _place(row + index * R, M, R, C, layout)
+                total = gl.zeros([R, C], gl.float32, layout)
+                for split in gl.static_range(SPLITS):
+                    partial = base + (split * PARTS + index) * (R * C) + at
+                    total += gl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
+                _finish(
+                    total, bias, residual, out, row + index * R, M, out_features, first, WARPS, HAS_BIAS,
+                    HAS_RESIDUAL, ACTIVATION,
+                )  # fmt: skip
+            gl.store(counters + tile, 0)
+
+
+def dense_wgmma(
+    x: torch.Tensor, weight: torch.Tensor, config: DenseConfig, epilogue: Epilogue = Epilogue()
+) -> torch.Tensor:
+    """act(x W^T + b) + residual for any number of rows.
+
+    Args:
+        x: `[T, in]` of bfloat16 or float16, rows strided by a multiple of 16 bytes.
+        weight: `[out, in]` contiguous, of x's dtype, `in` a multiple of 8, `out` of 16; (gate, up) rows interleaved
+            when there is an activation. It is read before the kernels of the same stream have ended, so none of them
+            may write it (copies may).
+        config: how to cut the work.
+
+    Returns:
+        `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
+
+    Raises:
+        ValueError: `config` needs more room for partial sums than there is, or leaves a split without inputs.
+    """
+    rows, (out_features, in_features) = x.shape[0], weight.shape
+    out = _output(x, out_features, epilogue)
+    row_blocks, tiles = ceil_div(rows, config.parts * config.part), ceil_div(out_features, config.columns)
+    chunks = ceil_div(in_features, config.chunk)
+    if (config.splits - 1) * ceil_div(chunks, config.splits) >= chunks:
+        raise ValueError(f"{config} leaves a split without any of {in_features} inputs")
+    grid = (row_blocks, tiles, config.splits)
+    sums = math.prod(grid) * config.parts * config.part * config.columns
+    if config.splits > 1 and (sums > WORKSPACE_VALUES or row_blocks * tiles > WORKSPACE_TILES):
+        raise ValueError(f"{config} of {rows} rows and a weight {list(weight.shape)} outgrows the workspace: split less")
+    workspace, counters = _workspace(out.device) if config.splits > 1 else (out, out)
+    dtype = TILE_DTYPES[x.dtype]
+    row_tile, weight_tile = [config.part, config.chunk], [config.columns, config.chunk]
+    pdl = pdl_supported(out.device)
+    _dense_kernel[grid](
+        TensorDescriptor.from_tensor(x, row_tile, gl.NVMMASharedLayout.get_default_for(row_tile, dtype)),
+        TensorDescriptor.from_tensor(weight, weight_tile, gl.NVMMASharedLayout.get_default_for(weight_tile, dtype)),
+        out if epilogue.bias is None else epilogue.bias,
+        out,
+        out,
+        workspace,
+        counters,
+        rows,
+        out_features,
+        in_features=in_features,
+        PARTS=config.parts,
+        SPLITS=config.splits,
+        STAGES=config.stages,
+        WARPS=config.warps,
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_RESIDUAL=epilogue.residual is not None,
+        ACTIVATION=epilogue.activation,
+        PDL=pdl,
+        num_warps=config.warps,
+        **launch_options(pdl),
+    )
+    return out
