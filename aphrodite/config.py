@@ -13,8 +13,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
 
-from aphrodite.config_values import Kind, Setting, SettingMeta, check_value, did_you_mean, parse_value
-from aphrodite.errors import ConfigError
+from aphrodite.config_values import Kind, Setting, SettingMeta, check_value, parse_value
+from aphrodite.errors import ConfigError, did_you_mean
 
 
 def _setting(default: Any, help: str, group: str, **rest: Any) -> Any:

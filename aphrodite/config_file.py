@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aphrodite.config import EngineConfig, settings_table
-from aphrodite.config_values import did_you_mean, parse_value
-from aphrodite.errors import ConfigError
+from aphrodite.config_values import parse_value
+from aphrodite.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import yaml

@@ -6,14 +6,13 @@ written so that it reads back the same.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from aphrodite.errors import ConfigError
+from aphrodite.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from aphrodite.config import EngineConfig, ServerSettings
@@ -71,12 +70,6 @@ class Setting:
     def default_text(self) -> str:
         """The default as a person writes it in YAML."""
         return format_value(self, self.default)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the closest known word, with a leading blank, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def parse_value(setting: Setting, value: object, origin: str) -> Any:

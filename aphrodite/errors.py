@@ -5,6 +5,9 @@ Internal invariants are not errors of this kind: they fail loudly with ordinary 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class AphroditeError(Exception):
     """Base of every error that is shown to a user as one clear line."""
@@ -54,3 +57,9 @@ class EngineDeadError(AphroditeError):
 
 class RequestFailedError(AphroditeError):
     """One request failed inside the engine (for example non-finite logits); the others go on."""
+
+
+def did_you_mean(word: str, known: Iterable[str], quote: str = "") -> str:
+    """A sentence for the end of a message, with a leading blank: the known word closest to `word`; or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {quote}{close[0]}{quote}?" if close else ""

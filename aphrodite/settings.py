@@ -11,8 +11,8 @@ from typing import Any
 
 from aphrodite.config import EngineConfig, ServerSettings, settings_table
 from aphrodite.config_file import ModelEntry, read_config_file
-from aphrodite.config_values import ENV_PREFIX, did_you_mean, format_value, parse_value
-from aphrodite.errors import ConfigError
+from aphrodite.config_values import ENV_PREFIX, format_value, parse_value
+from aphrodite.errors import ConfigError, did_you_mean
 
 CONFIG_ENV = "APHRODITE_CONFIG"
 # Variables that are no settings of a flag or file.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from aphrodite.chat.limits import MAX_SOURCE_CHARS
 from aphrodite.chat.recognition import recognise
 from aphrodite.chat.table import TEMPLATES, LibraryTemplate, template_names
 from aphrodite.chat.template import ChatTemplate
-from aphrodite.errors import ConfigError, InvalidRequestError, ModelFormatError
+from aphrodite.errors import ConfigError, InvalidRequestError, ModelFormatError, did_you_mean
 from aphrodite.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -141,8 +140,7 @@ def _named(name_or_path: str) -> _Source:
         return _of_row(row)
     path = Path(name_or_path).expanduser()
     if not path.is_file():
-        close = difflib.get_close_matches(_key(name_or_path), template_names())
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(_key(name_or_path), template_names())
         raise ConfigError(
             f"{name_or_path}: no chat template of the library and no file has this name.{hint} The library has "
             f"{_names()}."

@@ -11,8 +11,7 @@ import msgspec
 
 from aphrodite.cli.options import sampling_from_texts, with_preset
 from aphrodite.cli.sources import Message
-from aphrodite.config_values import did_you_mean
-from aphrodite.errors import ConfigError
+from aphrodite.errors import ConfigError, did_you_mean
 from aphrodite.sampling.fields import to_mapping
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.presets import shipped_presets

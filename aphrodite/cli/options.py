@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from aphrodite.config import EngineConfig, ServerSettings, settings_table
-from aphrodite.config_values import Setting, did_you_mean, parse_value
-from aphrodite.errors import ConfigError, InvalidRequestError
+from aphrodite.config_values import Setting, parse_value
+from aphrodite.errors import ConfigError, InvalidRequestError, did_you_mean
 from aphrodite.sampling.fields import canonical_names, from_mapping, parameter_table
 from aphrodite.sampling.params import SamplingParams
 from aphrodite.sampling.presets import shipped_presets

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +14,7 @@ from typer.core import TyperGroup
 from aphrodite.cli.console import stderr, stdout
 from aphrodite.cli.options import SamplingFlags, with_options
 from aphrodite.config import EngineConfig
-from aphrodite.errors import AphroditeError, ConfigError
+from aphrodite.errors import AphroditeError, ConfigError, did_you_mean
 from aphrodite.sampling.docs import KIND_WORDS, default_text, range_text, samplers_page, stages_reading, value_text
 from aphrodite.sampling.fields import canonical_names, parameter_table
 from aphrodite.sampling.params import SamplingParams
@@ -159,9 +158,8 @@ def _find(name: str) -> ParamRow:
     key = name.removeprefix("--").replace("-", "_").lower()
     names = canonical_names()
     if key not in names:
-        near = difflib.get_close_matches(key, names, n=1)
-        hint = f"Did you mean {near[0]}?" if near else "aphrodite samplers lists them."
-        raise ConfigError(f"there is no sampling parameter {name!r}. {hint}")
+        hint = did_you_mean(key, names) or " aphrodite samplers lists them."
+        raise ConfigError(f"there is no sampling parameter {name!r}.{hint}")
     return next(row for row in parameter_table() if row.name == names[key])
 
 

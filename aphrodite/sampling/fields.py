@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Mapping
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from aphrodite.errors import InvalidRequestError
+from aphrodite.errors import InvalidRequestError, did_you_mean
 from aphrodite.sampling.extensions import installed_extensions
 from aphrodite.sampling.grammar_fields import read_grammar
 from aphrodite.sampling.order import stage_names
@@ -58,8 +57,7 @@ def from_mapping(fields: Mapping[str, Any], *, base: SamplingParams | None = Non
     names = canonical_names()
     for name in fields:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
+            hint = did_you_mean(name, names, quote="`")
             raise InvalidRequestError(f"`{name}` is not a sampling parameter.{hint}", param=name)
     values: dict[str, Any] = {}
     for row in parameter_table():
@@ -161,6 +159,5 @@ def _check_order(order: tuple[str, ...], name: str) -> None:
     known = orderable_stages()
     for entry in stage_names(order):
         if entry not in known:
-            near = difflib.get_close_matches(entry, known, n=1)
-            hint = f"Did you mean `{near[0]}`?" if near else f"There are {', '.join(sorted(known))}."
-            raise field_error(name, entry, "is no sampler that can be put in order", hint, verb="contains")
+            hint = did_you_mean(entry, known, quote="`") or f" There are {', '.join(sorted(known))}."
+            raise field_error(name, entry, "is no sampler that can be put in order", hint.lstrip(), verb="contains")
