@@ -28,9 +28,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton import gated_gemm, linear
+from aphrodite.kernels.triton import dense_cuts, dense_wgmma, gated_gemm, linear
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
 from aphrodite.kernels.triton.compile_worker import WithoutDevice
+from aphrodite.kernels.triton.dense_cuts import DenseConfig
 from aphrodite.kernels.triton.gated_gemm import GatedConfig
 from aphrodite.kernels.triton.linear import Epilogue, GemvConfig, SkinnyConfig, gemv, skinny_gemm
 from aphrodite.kernels.triton.norm import add_rms_norm, rms_norm
@@ -41,7 +42,7 @@ CEILING = 3.17e12  # bytes a second that an H100 reads
 DTYPE = torch.bfloat16
 EPS = 1e-5
 ROWS = (1, 2, 3, 8, 16, 32, 48, 64, 128, 256)
-TUNED_ROWS = (1, 2, 8, 32, 64)
+TUNED_ROWS = (1, 2, 8, 32, 64, 128, 144, 256)
 # Weights read by one replay: the gap between two replays, some 6 us, is little beside that.
 CHAIN_BYTES = 4 << 30
 
@@ -76,6 +77,28 @@ LAYERS = (
 )
 
 
+def graph_us(one: Callable[[Any], object], weights: Sequence[Any], nbytes: int) -> float:
+    """Microseconds of `one(weight)`, which reads `nbytes`, in a graph over all weights: median of 5 x 2 replays."""
+    one(weights[0])
+    torch.cuda.synchronize()
+    rounds = max(CHAIN_BYTES // (nbytes * len(weights)), 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in list(weights) * rounds:
+            one(weight)
+    graph.replay()
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(2):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / 2 / len(weights) / rounds)
+    return float(statistics.median(times))
+
+
 class Bench:
     """A layer's weights and inputs on the device, and the clock."""
 
@@ -96,25 +119,8 @@ class Bench:
         return self._random(rows, self.layer.in_features), residual
 
     def chain_us(self, one: Callable[[torch.Tensor], object]) -> float:
-        """Microseconds of `one(weight)` in a graph over all weights, again and again: median of 5 x 2 replays."""
-        one(self.weights[0])
-        torch.cuda.synchronize()
-        rounds = max(CHAIN_BYTES // (self.layer.nbytes * len(self.weights)), 1)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for weight in self.weights * rounds:
-                one(weight)
-        graph.replay()
-        times = []
-        for _ in range(5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(2):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / 2 / len(self.weights) / rounds)
-        return statistics.median(times)
+        """Microseconds of `one(weight)` in a graph over all weights, again and again."""
+        return graph_us(one, self.weights, self.layer.nbytes)
 
     def share(self, us: float) -> float:
         """Percent of the memory bandwidth that reading the weight in `us` takes."""
@@ -137,14 +143,54 @@ class Bench:
         return float((out - expected).norm() / expected.norm())
 
 
-def tried_cuts(layer: Layer, rows: int) -> list[GemvConfig | SkinnyConfig]:
+Cut = GemvConfig | SkinnyConfig | DenseConfig
+
+
+def tried_cuts(layer: Layer, rows: int) -> list[Cut]:
     """Candidates of one case, the shipped ones among them."""
     n, k = layer.out_features, layer.in_features
-    cuts: list[GemvConfig | SkinnyConfig] = []
+    cuts: list[Cut] = []
     if rows <= 2:
         cuts += sorted(_gemv_cuts(layer, rows))
-    if rows >= 2:
+    if 2 <= rows <= linear.SKINNY_MAX_ROWS:
         cuts += sorted(_skinny_cuts(n, k, rows))
+    if rows > 16:
+        cuts += sorted(_dense_cuts(n, k, rows))
+    return cuts
+
+
+def _dense_cuts(n: int, k: int, rows: int) -> set[DenseConfig]:
+    """Every way to have 60 to 264 blocks, or one for each of many tiles, with one or two on a multiprocessor."""
+    cuts = {dense_cuts.dense_config(n, k, rows)}
+    for (parts, part), columns, splits, chunk, warps, blocks in itertools.product(
+        ((1, 64), (2, 64), (3, 64), (4, 64), (1, 128), (2, 128)),
+        (32, 64, 128, 256),
+        (1, 2, 4, 8),
+        (64, 128),
+        (4, 8),
+        (1, 2),
+    ):
+        row_blocks, sums = -(-rows // (parts * part)), parts * part * columns // (32 * warps)
+        count = row_blocks * -(-n // columns) * splits
+        stages = min(dense_cuts.SHARED_BYTES // blocks // (2 * chunk * (parts * part + columns)), 8)
+        shared_twice = row_blocks > 1 and n * k > 1 << 23 and (row_blocks > 2 or columns < 256 or part < 128)
+        if parts * part >= rows + 64 or shared_twice or (part == 128 and warps == 4) or (columns == 32 and n > 2048):
+            continue
+        if (
+            sums > (192 if blocks == 1 else 64)
+            or sums < 16
+            or stages < 3
+            or count < 60
+            or (count > 264 and (splits > 1 or columns < 128))
+            or (splits > 1 and count > 132 * blocks)
+            or (chunk == 128 and (rows > 64 or stages < 4))
+            or (blocks == 2 and count <= 132)
+            or (splits == 8 and columns < 128)
+            or k // chunk // splits < 4
+            or count * parts * part * columns * (splits > 1) > linear.WORKSPACE_VALUES
+        ):
+            continue
+        cuts.add(DenseConfig(parts, part, columns, splits, stages, chunk, warps))
     return cuts
 
 
@@ -206,6 +252,8 @@ def run_cut(bench: Bench, x: torch.Tensor, residual: torch.Tensor | None, cut: A
         normed = x if norm is None else rms_norm(x, norm.weight, norm.eps)
         if isinstance(cut, GatedConfig) and activation is not None:
             return gated_gemm.gated_gemm(normed, weight, activation, cut)
+        if isinstance(cut, DenseConfig):
+            return dense_wgmma.dense_wgmma(normed, weight, cut, epilogue)
         return skinny_gemm(normed, weight, epilogue, cut)
 
     return after_norm
@@ -251,7 +299,10 @@ def compile_cases(compile_task: Callable[[Any], str | None], cases: Sequence[tup
 def _compile_task(task: tuple[GPUTarget, bool, Layer, int, Any]) -> str | None:
     """Compile one case into Triton's cache; what went wrong, or None."""
     target, pdl, layer, rows, cut = task
-    kernels = ((linear, "_gemv_kernel"), (linear, "_skinny_kernel"), (gated_gemm, "_gated_gemm_kernel"))
+    kernels = (
+        (linear, "_gemv_kernel"), (linear, "_skinny_kernel"), (gated_gemm, "_gated_gemm_kernel"),
+        (dense_wgmma, "_dense_kernel"),
+    )  # fmt: skip
     only_compile(target, pdl, kernels)
     bench = Bench(layer._replace(norm=layer.norm and isinstance(cut, GemvConfig)), "meta")
     try:
@@ -328,13 +379,50 @@ def tune(layers: list[Layer], all_rows: list[int]) -> None:
     # Skinny kernels do not depend on the rows themselves, only on the padded number.
     distinct = {(c[0], c[1] if isinstance(c[2], GemvConfig) else linear.padded_rows(c[1]), c[2]): c for c in cases}
     compile_ahead(list(distinct.values()))
-    for layer in layers:
-        bench = Bench(layer, "cuda")
+    best: dict[tuple[str, str, int], Cut] = {}
+    benches = {(layer.model, layer.name): Bench(layer, "cuda") for layer in layers}
+    for bench in benches.values():
         for rows in all_rows:
-            guarded(f"{layer.name} {rows}", lambda r=rows, b=bench: _tuned(b, r))
+            guarded(f"{bench.layer.name} {rows}", lambda r=rows, b=bench: _tuned(b, r, best))
+    for model, rows in itertools.product(dict.fromkeys(layer.model for layer in layers), all_rows):
+        guarded(f"layers of {model} {rows}", lambda m=model, r=rows: _whole_layers(m, r, benches, best))
 
 
-def _tuned(bench: Bench, rows: int) -> None:
+def _whole_layers(
+    model: str, rows: int, benches: dict[tuple[str, str], Bench], best: dict[tuple[str, str, int], Cut]
+) -> None:
+    """The four products of a layer after one another, by the best cuts and by what TritonLinear takes."""
+    own = [benches[model, name] for name in ("qkv", "o", "gate_up", "down") if (model, name, rows) in best]
+    if len(own) < 4:
+        return
+    stream = own[0].inputs(rows)[0]
+    attended = own[1].inputs(rows)[0]
+    kept = [
+        TritonLinear(bench.weights[0][:2], None, Choice("dense", ()), gated="gate" in bench.layer.name) for bench in own
+    ]
+
+    def by_cuts(weights: list[torch.Tensor]) -> None:
+        qkv, o, gate_up, down = (best[model, bench.layer.name, rows] for bench in own)
+        run_cut(own[0], stream, None, qkv)(weights[0])
+        run_cut(own[1], attended, stream, o)(weights[1])
+        run_cut(own[3], run_cut(own[2], stream, None, gate_up)(weights[2]), stream, down)(weights[3])
+
+    def as_shipped(weights: list[torch.Tensor]) -> None:
+        for layer, weight in zip(kept, weights, strict=True):
+            layer.weight = weight
+        kept[0](stream, norm=own[0].norm)
+        kept[1](attended, residual=stream)
+        kept[3](kept[2](stream, norm=own[2].norm, activation="silu"), residual=stream)
+
+    counts = [len(bench.weights) for bench in own]
+    chain = [[bench.weights[i % n] for bench, n in zip(own, counts, strict=True)] for i in range(max(counts))]
+    nbytes = sum(bench.layer.nbytes for bench in own)
+    times = [graph_us(way, chain, nbytes) for way in (by_cuts, as_shipped)]
+    floor = nbytes / CEILING * 1e6
+    print(f"layer of {model} rows {rows}: {times[0]:.1f} us, as shipped {times[1]:.1f}, floor {floor:.1f}", flush=True)
+
+
+def _tuned(bench: Bench, rows: int, best: dict[tuple[str, str, int], Cut]) -> None:
     x, residual = bench.inputs(rows)
     found: list[tuple[float, Any]] = []
     for cut in tried_cuts(bench.layer, rows):
@@ -347,6 +435,8 @@ def _tuned(bench: Bench, rows: int) -> None:
             found.append((bench.chain_us(one), cut))
         except Exception as failure:
             print(f"  {cut}: {type(failure).__name__}: {str(failure).strip()[:120]}")
+    if found:
+        best[bench.layer.model, bench.layer.name, rows] = min(found)[1]
     product = bench.chain_us(lambda weight: F.linear(x, weight))
     shipped = shipped_cut(bench.layer, rows)
     print(f"{bench.layer.model} {bench.layer.name} rows {rows}: torch's product {product:.2f} us", flush=True)

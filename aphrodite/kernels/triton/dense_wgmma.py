@@ -1,9 +1,9 @@
 """Dense 16-bit products of some 17 to 256 activation rows on wgmma: act(x W^T + b) + residual.
 
-Bound by reading the weight once, `out * in * itemsize` bytes, up to about 200 rows, above by arithmetic, `2 * rows * out *
-in` operations. The copy engine brings both operands into a ring of shared memory. The weight depends on no kernel of the
-step: as many chunks of it as the ring holds are requested before the kernel waits for its predecessor, so that the
-card's memory works through the launches, norms and rotations between two products, which is what the library's products
+Bound by reading the weight once, `out * in * itemsize` bytes, up to about 200 rows, above by arithmetic, `2 * rows *
+out * in` operations. The copy engine brings both operands into a ring of shared memory. The weight depends on no kernel
+of the step: as many chunks of it as the ring holds are requested before the kernel waits for its predecessor, so that
+the card's memory works through the launches, norms and rotations between two products, which the library's products
 leave idle. All activation rows share a tile of the weight, in parts of 64 or 128 rows with sums of their own; the pairs
 (gate, up) are neighbouring columns of a sum, which one thread holds. Where tiles would not fill the card blocks share
 one along the inputs: each leaves a float32 partial sum and the last to arrive adds them up in a fixed order.
@@ -13,7 +13,7 @@ one along the inputs: each leaves a float32 partial sum and the last to arrive a
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple  # noqa: F401 (Any: the type comments of kernels)
+from typing import Any  # noqa: F401 (the type comments of kernels)
 
 import torch
 from triton.experimental import gluon
@@ -21,32 +21,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from aphrodite.kernels.triton.dense_cuts import DenseConfig
 from aphrodite.kernels.triton.int4_gluon import gated, launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.launch import ceil_div, direct_launch, launch_options, pdl_supported
 from aphrodite.kernels.triton.linear import WORKSPACE_TILES, WORKSPACE_VALUES, Epilogue, _output, _workspace
-
-
-class DenseConfig(NamedTuple):
-    """How the product is cut.
-
-    Attributes:
-        parts: sums of a block, each of `part` activation rows.
-        part: 64, or 128 with 8 warps, which then have 64 rows each four.
-        columns: weight rows of a tile, a power of two from 32 to 256.
-        splits: of the inputs among blocks.
-        stages: chunks in flight.
-        chunk: inputs of a chunk, 64 or 128.
-        warps: of a block, 4 or 8.
-    """
-
-    parts: int
-    part: int
-    columns: int
-    splits: int
-    stages: int
-    chunk: int
-    warps: int
-
 
 TILE_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -91,9 +69,12 @@ def _sums(
 ):  # fmt: skip
     """A tuple of PARTS sums `[part, columns]` over the chunks `start` to `start + count`."""
     dtype: gl.constexpr = weight.dtype
-    mma: gl.constexpr = sum_layout(x.block_shape[0], weight.block_shape[0], WARPS)
-    weights = gl.allocate_shared_memory(dtype, [STAGES] + weight.block_shape, weight.layout)
-    rows = gl.allocate_shared_memory(dtype, [STAGES * PARTS] + x.block_shape, x.layout)
+    R: gl.constexpr = x.block_shape[0]
+    C: gl.constexpr = weight.block_shape[0]
+    CHUNK: gl.constexpr = weight.block_shape[1]
+    mma: gl.constexpr = sum_layout(R, C, WARPS)
+    weights = gl.allocate_shared_memory(dtype, [STAGES, C, CHUNK], weight.layout)
+    rows = gl.allocate_shared_memory(dtype, [STAGES * PARTS, R, CHUNK], x.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(bars.index(slot), count=1)
@@ -104,14 +85,14 @@ def _sums(
         _request_rows(x, row, start + slot, rows, bars, slot, slot < count, PARTS)
     sums = ()  # type: Any
     for _ in gl.static_range(PARTS):
-        sums = sums + (gl.zeros([x.block_shape[0], weight.block_shape[0]], gl.float32, mma),)
+        sums = sums + (gl.zeros([R, C], gl.float32, mma),)
     for turn in range(count):
-        slot = turn % STAGES
-        mbarrier.wait(bars.index(slot), turn // STAGES & 1)
+        place = turn % STAGES
+        mbarrier.wait(bars.index(place), turn // STAGES & 1)
         tokens = ()  # type: Any
         for index in gl.static_range(PARTS):
-            left = rows.index(slot * PARTS + index)
-            right = weights.index(slot).permute((1, 0))
+            left = rows.index(place * PARTS + index)
+            right = weights.index(place).permute((1, 0))
             tokens = tokens + (warpgroup_mma(left, right, sums[index], is_async=True),)
         # The products of the turn before have ended, and its place in the ring is free, while these run.
         if PARTS == 1:
@@ -223,9 +204,10 @@ def _dense_kernel(
             for index in gl.static_range(PARTS):
                 at, there = _place(row + index * R, M, R, C, layout)
                 total = gl.zeros([R, C], gl.float32, layout)
-                for split in gl.static_range(SPLITS):
-                    partial = base + (split * PARTS + index) * (R * C) + at
-                    total += gl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
+                for pair in range(0, SPLITS, 2):  # two loads at a time, which is what registers hold
+                    for turn in gl.static_range(2):
+                        partial = base + ((pair + turn) * PARTS + index) * (R * C) + at
+                        total += gl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
                 _finish(
                     total, bias, residual, out, row + index * R, M, out_features, first, WARPS, HAS_BIAS,
                     HAS_RESIDUAL, ACTIVATION,
@@ -260,7 +242,9 @@ def dense_wgmma(
     grid = (row_blocks, tiles, config.splits)
     sums = math.prod(grid) * config.parts * config.part * config.columns
     if config.splits > 1 and (sums > WORKSPACE_VALUES or row_blocks * tiles > WORKSPACE_TILES):
-        raise ValueError(f"{config} of {rows} rows and a weight {list(weight.shape)} outgrows the workspace: split less")
+        raise ValueError(
+            f"{config} of {rows} rows and a weight {list(weight.shape)} outgrows the workspace: split less"
+        )
     workspace, counters = _workspace(out.device) if config.splits > 1 else (out, out)
     dtype = TILE_DTYPES[x.dtype]
     row_tile, weight_tile = [config.part, config.chunk], [config.columns, config.chunk]
