@@ -14,7 +14,7 @@ from aphrodite.core.guidance import answer_room
 from aphrodite.engine.messages import EngineInfo
 from aphrodite.engine.room import model_room
 from aphrodite.errors import ConfigError, InvalidRequestError
-from aphrodite.loading.checkpoint import checkpoint_name
+from aphrodite.loading.checkpoint import checkpoint_name, model_path
 from aphrodite.loading.default_model import find_default_model
 from aphrodite.loading.downloads import Listener
 from aphrodite.loading.hub import fetch, parse_name
@@ -51,18 +51,19 @@ def resolve_model(
     if config.model is None:
         path = find_default_model(cache_dir=config.cache_dir, allow_download=allow_download)
     else:
-        path = Path(config.model)
+        path = Path(config.model).expanduser()
         if not path.exists():
             raise ConfigError(
                 f"{config.model}: there is no such file or folder; a model is a GGUF file, a folder with a checkpoint, "
                 "or a name on the Hugging Face hub (ORG/NAME, ORG/NAME:Q4_K_M)"
             )
+        path = model_path(path, config.load_format)
     return dataclasses.replace(config, model=str(path)), path
 
 
 def tokenizer_path(config: EngineConfig) -> Path:
     """Where the tokenizer of a configuration lies whose `model` is a path on this machine."""
-    return Path(config.tokenizer or config.model or "")
+    return Path(config.tokenizer or config.model or "").expanduser()
 
 
 def model_root(path: Path) -> str:

@@ -113,7 +113,22 @@ def open_checkpoint(model: str | Path, *, load_format: LoadFormat = "auto") -> C
         return _open_dummy(path)
     if load_format == "auto":
         load_format = _detect(path)
-    return _open_gguf(path) if load_format == "gguf" else _open_safetensors(path)
+    return _open_gguf(gguf_file(path)) if load_format == "gguf" else _open_safetensors(path)
+
+
+def model_path(path: Path, load_format: LoadFormat = "auto") -> Path:
+    """Where the model at `path` lies, which exists: of a folder with one GGUF model that file, else `path` itself.
+
+    Raises:
+        ModelFormatError: the folder holds nothing of a model, or several GGUF models.
+    """
+    if not path.is_dir() or load_format not in ("auto", "gguf"):
+        return path
+    # A folder of settings without weights is for others to judge: its tokenizer and template may be all that is asked.
+    described = any(path.glob("*.json")) and not any(path.glob("*.gguf"))
+    if load_format == "auto" and (described or _detect(path) != "gguf"):
+        return path
+    return gguf_file(path)
 
 
 def _not_found(model: str) -> str:
@@ -161,7 +176,6 @@ def _pickle_refusal(path: Path) -> str:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    path = _gguf_in_directory(path) if path.is_dir() else path
     file = read_gguf(path)
     metadata = ConfigReader(path, file.metadata)
     tensors = _with_splits(file, metadata)
@@ -190,8 +204,14 @@ def _open_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _gguf_in_directory(path: Path) -> Path:
-    """The only GGUF model of a directory; of a model split over several files, the first."""
+def gguf_file(path: Path) -> Path:
+    """A GGUF file itself; of a directory its only GGUF model, and of one split over several files the first.
+
+    Raises:
+        ModelFormatError: the directory holds none, or several.
+    """
+    if not path.is_dir():
+        return path
     files = sorted(file for file in path.glob("*.gguf") if not BESIDE_A_MODEL.search(file.name))
     splits = [match for file in files if (match := SPLIT_NAME.fullmatch(file.name))]
     if files and len(splits) == len(files) and len({(match[1], match[3]) for match in splits}) == 1:

@@ -98,7 +98,9 @@ class ServerConfig:
             allowed_hosts=settings.allowed_hosts,
             cors_origins=settings.cors_origins,
             root_path=settings.root_path,
-            presets=load_presets(None if settings.sampler_presets is None else Path(settings.sampler_presets)),
+            presets=load_presets(
+                None if settings.sampler_presets is None else Path(settings.sampler_presets).expanduser()
+            ),
             trust_request_chat_template=settings.trust_request_chat_template,
             response_store=settings.response_store,
             log_requests=settings.log_requests,
