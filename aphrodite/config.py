@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
 
+from aphrodite.chat.formats import ReasoningName, ToolFormat
 from aphrodite.config_values import Kind, Setting, SettingMeta, check_value, parse_value
 from aphrodite.errors import ConfigError, did_you_mean
 
@@ -253,17 +254,12 @@ class ServerSettings:
     trust_request_chat_template: bool = _setting(
         False, "Accept a chat template inside a request (rendered in the sandbox).", "Server"
     )
-    tool_parser: Literal[
-        "auto", "none", "hermes", "qwen3_coder", "llama3", "mistral", "deepseek", "glm", "glm4", "command_r", "granite",
-        "gpt_oss", "json",
-    ] = _setting(
+    tool_parser: Literal["auto", "none", ToolFormat] = _setting(
         "auto",
         "How answers call tools: as the chat template asks for it, or by name; `none` leaves calls in the text.",
         "Server",
-    )  # fmt: skip
-    reasoning_parser: Literal[
-        "auto", "none", "think", "mistral", "seed", "command_r", "granite", "gemma", "harmony"
-    ] = _setting(
+    )
+    reasoning_parser: Literal["auto", "none", ReasoningName] = _setting(
         "auto",
         "How answers mark what the model thinks, which chat answers tell apart from their text: as the chat template "
         "has it, or by name; `none` leaves it in the text.",

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aphrodite.chat.events import AnswerParser, Event, TextPiece
+from aphrodite.chat.formats import ToolFormat
 from aphrodite.chat.harmony import FINAL_OPENING, MARKS, HarmonyParser
 from aphrodite.chat.reasoning import ReasoningParser, is_harmony
 from aphrodite.chat.tools.parser import ToolParser, marks_of
-from aphrodite.chat.traits import Reasoning, ToolFormat
+from aphrodite.chat.traits import Reasoning
 from aphrodite.sampling.table import ReasoningMarks
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from aphrodite.chat.events import Event, ReasoningPiece, TextPiece, held_suffix
-from aphrodite.chat.traits import REASONING_MARKS, Reasoning, ReasoningName, TemplateTraits
+from aphrodite.chat.formats import ReasoningName
+from aphrodite.chat.traits import REASONING_MARKS, Reasoning, TemplateTraits
 
 ReasoningParserName = Literal["none"] | ReasoningName
 

@@ -10,15 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from aphrodite.chat import limits
+from aphrodite.chat.formats import ReasoningName, ToolFormat
 from aphrodite.chat.jinja import TOOL_VARIABLES, JinjaTemplate
 from aphrodite.errors import InvalidRequestError
-
-ToolFormat = Literal[
-    "hermes", "qwen3_coder", "llama3", "mistral", "deepseek", "glm", "glm4", "command_r", "granite", "gpt_oss", "json"
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +96,29 @@ _TOOL: Final = {
 _TOOL_MARKS: Final[tuple[tuple[ToolFormat, tuple[str, ...]], ...]] = (
     ("gpt_oss", ("<|channel|>commentary",)),
     ("deepseek", ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")),
+    ("deepseek_v32", ("｜DSML｜",)),
+    ("step3", ("<｜tool_calls_begin｜>",)),
     ("mistral", ("[TOOL_CALLS]",)),
+    ("kimi_k2", ("<|tool_calls_section_begin|>", "tool_declare<|im_middle|>")),
+    ("lfm2", ("<|tool_call_start|>", "<|tool_list_start|>")),
+    ("gemma4", ("<|tool_call>call:",)),
+    ("functiongemma", ("<start_function_call>",)),
+    ("minimax_m2", ("<minimax:tool_call>",)),
+    ("seed_oss", ("<seed:tool_call>",)),
+    ("apertus", ("<|tools_prefix|>",)),
+    ("olmo3", ("<function_calls>",)),
+    ("nemotron", ("<TOOLCALL>",)),
+    ("internlm", ("<|action_start|>",)),
+    ("phi4_mini", ("<|/tool|>", "functools")),
     ("qwen3_coder", ("<parameter=",)),
     ("glm", ("<arg_key>",)),
+    ("hunyuan", ("<tool_calls>",)),
     ("command_r", ("<|START_ACTION|>", "Write 'Action:'")),
     ("granite", ("<|tool_call|>",)),
     ("hermes", ("<tool_call>",)),
     ("glm4", ("<|observation|>", "[gMASK]")),
-    ("llama3", ("<|python_tag|>", "ipython")),
+    ("llama3", ("<|python_tag|>", "<|python_start|>", "ipython")),
 )
-ReasoningName = Literal["think", "mistral", "seed", "command_r", "granite", "gemma", "harmony"]
 # The start and end marks around reasoning.
 REASONING_MARKS: Final[Mapping[ReasoningName, tuple[str, str]]] = {
     "harmony": ("<|channel|>analysis<|message|>", "<|end|>"),
@@ -135,7 +145,7 @@ CONTROL_TOKEN: Final = re.compile(
     r"|</?seed:[a-z_]{1,40}>|\[/?[A-Z_]{3,20}\]"
 )
 _STOPS_SHOWN = 2  # of the control tokens between an answer and the next question: its end, and the next turn's start
-_HANDOVER: Final = ("<|eom_id|>", "<|observation|>")  # to a tool
+_HANDOVER: Final = ("<|eom_id|>", "<|observation|>", "<|tool_response>", "<start_function_response>")  # to a tool
 # In these formats <|end|> also ends what is thought before the answer; harmony's answers end with the two stops below.
 _MANY_MESSAGES: Final = ("<|channel|>", "<|think|>")
 _HARMONY_STOPS: Final = ("<|return|>", "<|call|>")

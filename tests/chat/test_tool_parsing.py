@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aphrodite.chat.answer import AnswerFormat
 from aphrodite.chat.events import CallArguments, CallStart, Event, ParsedAnswer, TextPiece
+from aphrodite.chat.formats import ToolFormat
 from aphrodite.chat.tools.json_text import JsonScanner, MalformedCallError
 from aphrodite.chat.tools.parser import ToolParser
-from aphrodite.chat.traits import Reasoning, ToolFormat
+from aphrodite.chat.traits import Reasoning
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "get_weather": {
@@ -86,6 +88,68 @@ FOUND: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("command_r", ('Action: ```json\n[\n    {\n        "tool_name": "get_weather",\n        "parameters": {\n'
      '            "city": "Paris"\n        }\n    }\n]```'), "", [("get_weather", PARIS)]),
     ("granite", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]', "", [("get_weather", PARIS)]),
+    ("granite", 'Look:\n<tool_call>{"name": "now", "arguments": {}}</tool_call>', "Look:", [("now", {})]),
+    ("llama3", '<|python_start|>[get_weather(city="Paris")]<|python_end|>', "", [("get_weather", PARIS)]),
+    ("llama3", 'So: <|python_start|>{"name": "now", "parameters": {}}<|python_end|>', "So:", [("now", {})]),
+    ("llama3", """[get_weather(city='It\\'s\\n"so"', units=(1, -2.5, [True, None, {'a': false}],))]""", "",
+     [("get_weather", {"city": 'It\'s\n"so"', "units": [1, -2.5, [True, None, {"a": False}]]})]),
+    ("deepseek_v32", (
+        'Hm.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" '
+        'string="true">12</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'
+        '</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
+     ), "Hm.", [("get_weather", {"city": "12", "days": 3}), ("now", {})]),
+    ("deepseek_v32", '<｜DSML｜tool_calls><｜DSML｜invoke name="now"></｜DSML｜invoke></｜DSML｜tool_calls>', "",
+     [("now", {})]),
+    ("kimi_k2", (
+        "Hm.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city": "Paris"}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}'
+        "<|tool_call_end|><|tool_calls_section_end|>"
+     ), "Hm.", [("get_weather", PARIS), ("now", {})]),
+    ("kimi_k2", "<|tool_call_begin|>now<|tool_call_argument_begin|>{}<|tool_call_end|>", "", [("now", {})]),
+    ("lfm2", '<|tool_call_start|>[get_weather(city="Paris", days=07), now()]<|tool_call_end|>I look.', "I look.",
+     [("get_weather", PARIS | {"days": 7}), ("now", {})]),
+    ("lfm2", """<|tool_call_start|>[get_weather(from='a\nb', city='''it's "x"''', units='')]<|tool_call_end|>""", "",
+     [("get_weather", {"from": "a\nb", "city": 'it\'s "x"', "units": ""})]),
+    ("lfm2", '<|tool_call_start|>[{"name": "now", "arguments": {}}]<|tool_call_end|>', "", [("now", {})]),
+    ("lfm2", "<|tool_call_start|>[now(), get_weather(city=", ", get_weather(city=",
+     [("now", {})]),
+    ("gemma4", (
+        '<|tool_call>call:get_weather{city:<|"|>Paris, {1}<|"|>,days:3,units:[<|"|>a<|"|>,true,{b:null,c:x y}]}'
+        "<tool_call|>"
+     ), "", [("get_weather", {"city": "Paris, {1}", "days": 3, "units": ["a", True, {"b": None, "c": "x y"}]})]),
+    ("gemma4", "Hm.<|tool_call>call:now{}<tool_call|><|tool_call>call:get_weather{city: 12 }<tool_call|>", "Hm.",
+     [("now", {}), ("get_weather", {"city": "12"})]),
+    ("gemma4", '<|tool_call>call:get_weather{<|"|>city<|"|>:"Paris"}<tool_call|>', "", [("get_weather", PARIS)]),
+    ("functiongemma", "<start_function_call>call:get_weather{city:<escape>Paris<escape>}<end_function_call>", "",
+     [("get_weather", PARIS)]),
+    ("minimax_m2", (
+        'I look.\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n'
+        '<parameter name="days">3</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>'
+     ), "I look.", [("get_weather", PARIS | {"days": 3}), ("now", {})]),
+    ("seed_oss", (
+        "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n</function>\n</seed:tool_call>"
+     ), "", [("get_weather", PARIS)]),
+    ("step3", (
+        '<｜tool_calls_begin｜>\n<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="get_weather">'
+        '<steptml:parameter name="city">Paris</steptml:parameter></steptml:invoke><｜tool_call_end｜>\n'
+        "<｜tool_calls_end｜>"
+     ), "", [("get_weather", PARIS)]),
+    ("hunyuan", '<tool_calls>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "now"}]</tool_calls>',
+     "", [("get_weather", PARIS), ("now", {})]),
+    ("hunyuan", '<tool_calls>\n{"name": "now", "arguments": {}}\n{"name": "now", "arguments": {}}\n</tool_calls>', "",
+     [("now", {}), ("now", {})]),
+    ("nemotron", 'So.\n\n<TOOLCALL>[{"name": "now", "arguments": {}}]</TOOLCALL>', "So.", [("now", {})]),
+    ("phi4_mini", '<|tool_call|>[{"name": "now", "arguments": {}}]<|/tool_call|>', "", [("now", {})]),
+    ("phi4_mini", '<|tool_call|>{"name": "now", "arguments": {}}<|/tool_call|>', "", [("now", {})]),
+    ("phi4_mini", 'functools[{"name": "get_weather", "arguments": {"city": "Paris"}}]', "", [("get_weather", PARIS)]),
+    ("internlm", (
+        'I look.<|action_start|> <|plugin|>\n{"name": "get_weather", "parameters": {"city": "Paris"}}<|action_end|>'
+     ), "I look.", [("get_weather", PARIS)]),
+    ("apertus", '<|tools_prefix|>[{"get_weather": {"city": "Paris"}}, {"now": {}}]<|tools_suffix|>', "",
+     [("get_weather", PARIS), ("now", {})]),
+    ("olmo3", '<function_calls>get_weather(city="Paris", days=3)\nnow()</function_calls>', "",
+     [("get_weather", PARIS | {"days": 3}), ("now", {})]),
     ("gpt_oss", ("<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
      '{"city": "Paris"}<|call|>'), "", [("get_weather", PARIS)]),
     ("gpt_oss", ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.now<|channel|>commentary json"
@@ -122,6 +186,34 @@ TEXTS = [
     ("deepseek", "<｜tool▁calls▁begin｜>nothing"),
     ("command_r", "Action: he opened the door."),
     ("granite", "<|tool_call|>none"),
+    ("llama3", "<|python_start|>print(1)<|python_end|>"),
+    ("llama3", "[now(a=1"),
+    ("deepseek_v32", '<｜DSML｜function_calls><｜DSML｜invoke name="a b"></｜DSML｜invoke></｜DSML｜function_calls>'),
+    ("deepseek_v32", "<｜DSML｜function_calls>"),
+    ("kimi_k2", "<|tool_call_begin|>functions.:0<|tool_call_argument_begin|>{}<|tool_call_end|>"),
+    ("kimi_k2", "<|tool_calls_section_begin|>now"),
+    ("lfm2", "<|tool_call_start|>[]<|tool_call_end|>"),
+    ("lfm2", "<|tool_call_start|>[now(**x)]<|tool_call_end|>"),
+    ("lfm2", "<|tool_call_start|>[now(a='\\xzz')]<|tool_call_end|>"),
+    ("lfm2", "<|tool_call_start|>[now(a=nan)]"),
+    ("lfm2", "<|tool_call_start|>[now(a='x"),
+    ("gemma4", "<|tool_call>call:now{a:<tool_call|>"),
+    ("gemma4", "<|tool_call>call:now{a"),
+    ("gemma4", "<|tool_call>now{}<tool_call|>"),
+    ("functiongemma", "<start_function_call>call:{}<end_function_call>"),
+    ("minimax_m2", "<minimax:tool_call><invoke></invoke></minimax:tool_call>"),
+    ("seed_oss", "<seed:tool_call>now</seed:tool_call>"),
+    ("step3", '<｜tool_calls_begin｜><｜tool_call_begin｜>code<｜tool_sep｜><steptml:invoke name="now">'),
+    ("hunyuan", "<tool_calls>[]</tool_calls>"),
+    ("hunyuan", "<tool_calls>none</tool_calls>"),
+    ("nemotron", "<TOOLCALL>"),
+    ("phi4_mini", "import functools[a]"),
+    ("kimi_k2", "<|tool_calls_section_begin|><|tool_calls_section_end|>"),
+    ("deepseek", "<｜tool▁calls▁begin｜><｜tool▁calls▁end｜>"),
+    ("internlm", "<|action_start|><|interpreter|>\nprint(1)<|action_end|>"),
+    ("apertus", '<|tools_prefix|>["now"]<|tools_suffix|>'),
+    ("olmo3", "<function_calls></function_calls>"),
+    ("olmo3", "<function_calls>now</function_calls>"),
     ("json", "```python\nprint(1)\n```"),
     ("json", "  "),
     ("json", ""),
@@ -142,18 +234,23 @@ def test_what_is_no_call_stays_text(tool_format: str, text: str) -> None:
         assert (answer.text, answer.calls) == (text, [])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_cut_gives_the_same_and_loses_nothing(data: st.DataObject) -> None:
     examples = [(tool_format, text) for tool_format, text, *_ in [*FOUND, *TEXTS]]
     tool_format, text = data.draw(st.sampled_from(examples))
     if data.draw(st.booleans()):  # damaged
         start, end = sorted(data.draw(st.tuples(st.integers(0, len(text)), st.integers(0, len(text)))))
-        text = text[:start] + data.draw(st.sampled_from(["", "{", '"', "<tool_call>", "x", "\\", " \n"])) + text[end:]
+        text = (
+            text[:start]
+            + data.draw(st.sampled_from(["", "{", '"', "'", "<tool_call>", "x", "\\", "\\ud800", " \n"]))
+            + text[end:]
+        )
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     whole = parse(tool_format, text)
     assert parse(tool_format, *pieces) == whole
+    msgspec.json.encode(whole)  # whatever it is, an answer can hold it
     if tool_format != "gpt_oss" and not whole.calls:
         assert whole.text == text
 
@@ -180,6 +277,42 @@ def test_a_call_that_breaks_off_stays_one() -> None:
     broken = parse("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": oh no}}</tool_call>')
     assert broken.calls[0].arguments == '{"city": '
     assert broken.text == "oh no}}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text"),
+    [
+        ("hermes", r'<tool_call>{"name": "now", "arguments": "{\"a\": \"\ud800\"}"}</tool_call>'),
+        ("qwen3_coder", r'<function=now><parameter=a>["\ud800"]</parameter></function>'),
+        ("lfm2", r"<|tool_call_start|>[now(a='\ud800', b='\ud83d\ude00')]<|tool_call_end|>"),
+        ("gemma4", r'<|tool_call>call:now{a:"\ud800"}<tool_call|>'),
+    ],
+)
+def test_halves_of_characters_never_reach_an_answer(tool_format: str, text: str) -> None:
+    (call,) = parse(tool_format, text).calls
+    assert isinstance(json.loads(msgspec.json.encode(call.arguments)), str)
+    assert ("😀" in call.arguments) == (tool_format == "lfm2")
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "meant"),
+    [
+        ({"type": "string"}, "12", "12"),
+        ({"type": ["string", "null"]}, "12", "12"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "true", "true"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"type": ["string", "integer"]}, "12", 12),
+        ({"type": "integer"}, "twelve", "twelve"),
+        ({}, "[1, 2]", [1, 2]),
+        ({"type": 5}, "1", 1),
+    ],
+)
+def test_the_schema_says_what_a_value_without_quotes_is(schema: dict[str, Any], written: str, meant: Any) -> None:
+    parser = ToolParser("minimax_m2", {"f": {"properties": {"a": schema}}})
+    call = f'<invoke name="f"><parameter name="a">{written}</parameter></invoke>'
+    answer = ParsedAnswer.of(parser.feed(f"<minimax:tool_call>{call}</minimax:tool_call>"))
+    assert calls(answer) == [("f", {"a": meant})]
 
 
 def test_calls_behind_reasoning_are_found_and_inside_are_not() -> None:

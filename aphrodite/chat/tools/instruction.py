@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from aphrodite.chat.content import part_texts
-from aphrodite.chat.traits import ToolFormat
+from aphrodite.chat.formats import ToolFormat
 
 Message = Mapping[str, Any]
 

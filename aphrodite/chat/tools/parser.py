@@ -3,23 +3,25 @@
 A format is a table of marks and of what reads on behind each (`aphrodite.chat.tools.readers`). What turns out to be no
 call is text again, with nothing lost; only a call whose arguments break off after they began stays what it is.
 
-Formats by their authors' descriptions: the chat templates of NousResearch's Hermes, Qwen, Meta's Llama 3, Mistral,
-DeepSeek V3 and R1, GLM 4, Cohere's Command R and IBM's Granite.
+Formats by their authors' descriptions: the chat templates of NousResearch's Hermes, Qwen, Meta's Llama 3 and 4,
+Mistral, DeepSeek V3 to V3.2, GLM 4, Cohere's Command R, IBM's Granite, Moonshot's Kimi K2, Liquid's LFM 2, Google's
+Gemma 4, MiniMax M2, ByteDance's Seed-OSS, StepFun's Step 3, Tencent's Hunyuan, NVIDIA's Nemotron, Microsoft's Phi 4
+mini, InternLM 2, Apertus and Ai2's OLMo 3.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
 
 from aphrodite.chat.events import CallArguments, CallStart, Event, TextPiece, held_suffix
-from aphrodite.chat.tools import readers
+from aphrodite.chat.formats import ToolFormat
+from aphrodite.chat.tools import gemma, markup, pythonic, readers
 from aphrodite.chat.tools.json_text import MalformedCallError
 from aphrodite.chat.tools.readers import Calls, Reader
-from aphrodite.chat.traits import ToolFormat
 
 ToolParserName = ToolFormat | Literal["none"]
 
@@ -31,33 +33,75 @@ class _Format:
     """Marks that begin a call, anywhere or only where the text begins, and what reads on behind them."""
 
     anywhere: _Readers
-    at_start: _Readers
+    at_start: _Readers = field(default_factory=dict)
 
 
-_BARE: Final[_Readers] = {"{": readers.bare_object, "[": readers.bare_list}
+_BARE: Final[_Readers] = {"{": readers.bare_object, "[": pythonic.bare_list}
 _FENCED: Final[_Readers] = {"```json": readers.fenced, "```\n": readers.fenced}
-_TAGGED: Final[_Readers] = {"<tool_call>": readers.tagged}
+_TAGGED: Final[_Readers] = {"<tool_call>": markup.tagged}
 _FORMATS: Final[dict[str, _Format]] = {
-    "hermes": _Format(_TAGGED, {}),
-    "qwen3_coder": _Format({**_TAGGED, "<function=": readers.coder_function}, {}),
-    "llama3": _Format({"<|python_tag|>": readers.python_tag, "<function=": readers.function_tag}, _BARE),
-    "mistral": _Format({"[TOOL_CALLS]": readers.mistral}, {}),
-    "deepseek": _Format(
-        {"<｜tool▁calls▁begin｜>": readers.deepseek, "<｜tool▁call▁begin｜>": readers.deepseek_call}, {}
+    "hermes": _Format(_TAGGED),
+    "qwen3_coder": _Format({**_TAGGED, "<function=": markup.coder_function}),
+    "llama3": _Format(
+        {
+            "<|python_tag|>": readers.python_tag,
+            "<|python_start|>": pythonic.python_start,
+            "<function=": markup.function_tag,
+        },
+        _BARE,
     ),
-    "glm": _Format(_TAGGED, {}),
-    "glm4": _Format(_TAGGED, {}),
-    "command_r": _Format({"<|START_ACTION|>": readers.command_r_action, "Action:": readers.command_r_fenced}, {}),
-    "granite": _Format({"<|tool_call|>": readers.listed, **_TAGGED}, {}),
+    "mistral": _Format({"[TOOL_CALLS]": readers.mistral}),
+    "deepseek": _Format({"<｜tool▁calls▁begin｜>": readers.deepseek, "<｜tool▁call▁begin｜>": readers.deepseek_call}),
+    "deepseek_v32": _Format(
+        {
+            f"<｜DSML｜{name}>": partial(markup.invocations, prefix="｜DSML｜", end=f"</｜DSML｜{name}>")
+            for name in ("function_calls", "tool_calls")
+        }
+    ),
+    "glm": _Format(_TAGGED),
+    "glm4": _Format(_TAGGED),
+    "command_r": _Format({"<|START_ACTION|>": readers.command_r_action, "Action:": readers.command_r_fenced}),
+    "granite": _Format({"<|tool_call|>": readers.listed, **_TAGGED}),
+    "kimi_k2": _Format({"<|tool_calls_section_begin|>": readers.kimi_k2, "<|tool_call_begin|>": readers.kimi_k2_call}),
+    "lfm2": _Format({"<|tool_call_start|>": pythonic.lfm2}),
+    "gemma4": _Format({"<|tool_call>": partial(gemma.gemma_call, quote='<|"|>', end="<tool_call|>")}),
+    "functiongemma": _Format(
+        {"<start_function_call>": partial(gemma.gemma_call, quote="<escape>", end="<end_function_call>")}
+    ),
+    "minimax_m2": _Format({"<minimax:tool_call>": partial(markup.invocations, prefix="", end="</minimax:tool_call>")}),
+    "seed_oss": _Format({"<seed:tool_call>": markup.seed_oss}),
+    "step3": _Format({"<｜tool_calls_begin｜>": markup.step3}),
+    "hunyuan": _Format({"<tool_calls>": partial(readers.json_until, end="</tool_calls>"), **_TAGGED}),
+    "nemotron": _Format({"<TOOLCALL>": partial(readers.json_until, end="</TOOLCALL>")}),
+    "phi4_mini": _Format(
+        {"<|tool_call|>": partial(readers.json_until, end="<|/tool_call|>"), "functools[": readers.functools}
+    ),
+    "internlm": _Format({"<|action_start|>": readers.internlm}),
+    "apertus": _Format({"<|tools_prefix|>": readers.apertus}),
+    "olmo3": _Format({"<function_calls>": pythonic.olmo3}),
     "json": _Format(_TAGGED, {**_BARE, **_FENCED}),
 }
 _INNER_MARKS: Final[dict[str, tuple[str, ...]]] = {
     "hermes": ("</tool_call>",),
     "qwen3_coder": ("</tool_call>",),
+    "llama3": ("<|python_end|>",),
     "glm": ("</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     "mistral": ("[ARGS]", "[CALL_ID]"),
     "deepseek": ("<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
     "command_r": ("<|END_ACTION|>",),
+    "kimi_k2": ("<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_calls_section_end|>"),
+    "lfm2": ("<|tool_call_end|>",),
+    "gemma4": ('<|"|>', "<tool_call|>"),
+    "functiongemma": ("<escape>", "<end_function_call>"),
+    "minimax_m2": ("</minimax:tool_call>",),
+    "seed_oss": ("</seed:tool_call>",),
+    "step3": ("<｜tool_call_begin｜>", "<｜tool_sep｜>", "<｜tool_call_end｜>", "<｜tool_calls_end｜>"),
+    "hunyuan": ("</tool_calls>", "</tool_call>"),
+    "nemotron": ("</TOOLCALL>",),
+    "phi4_mini": ("<|/tool_call|>",),
+    "internlm": ("<|plugin|>", "<|interpreter|>", "<|action_end|>"),
+    "apertus": ("<|tools_suffix|>",),
+    "olmo3": ("</function_calls>",),
 }
 _LEFT_OVER: Final = " \t\r\n,;]})`"  # of a list of calls that was cut off
 

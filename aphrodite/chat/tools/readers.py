@@ -7,22 +7,21 @@ the text is no call. Reading by characters makes the result independent of how t
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from aphrodite.chat.tools.json_text import MAX_DEPTH, JsonScanner, MalformedCallError
+from aphrodite.chat.tools.json_text import JsonScanner, MalformedCallError
 
 Reader = Generator[None, str, str]
 
 _NAME_KEYS: Final = ("name", "tool_name", "function")
 _ARGUMENT_KEYS: Final = ("arguments", "parameters")
 TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
-_MAX_NAME: Final = 128
-_MAX_WORD: Final = 65_536  # characters of one string, parameter or pythonic list
-_SPACE: Final = " \t\r\n"
+MAX_NAME: Final = 128
+MAX_WORD: Final = 65_536  # characters of one string, parameter or pythonic list
+SPACE: Final = " \t\r\n"
 
 
 class Calls(Protocol):
@@ -56,11 +55,11 @@ def after_space() -> Reader:
     """The first character that is not white space; nothing at the end."""
     while True:
         char = yield
-        if not char or char not in _SPACE:
+        if not char or char not in SPACE:
             return char
 
 
-def until(mark: str, limit: int = _MAX_WORD) -> Reader:
+def until(mark: str, limit: int = MAX_WORD) -> Reader:
     """The text before `mark`, which is taken as well."""
     text = ""
     while not text.endswith(mark):
@@ -79,26 +78,31 @@ def one_of(marks: Sequence[str], begun: str = "") -> Reader:
     return begun
 
 
-def closing(mark: str, calls: Calls) -> Reader:
-    """The mark that ends calls, behind white space; models leave it out at times."""
+def closing(mark: str, calls: Calls, begun: str | None = None) -> Reader:
+    """The mark that ends calls, behind white space; models leave it out at times. `begun` was taken already."""
     taken = ""
-    while True:
-        char = yield
-        if not char:
-            return ""
+    char = (yield) if begun is None else begun
+    while char:
         taken += char
-        rest = taken.lstrip(_SPACE)
+        rest = taken.lstrip(SPACE)
         if rest == mark:
             calls.settle()
             return ""
         if not mark.startswith(rest):
             return taken
+        char = yield
+    return ""
 
 
 def checked_name(name: str) -> str:
     if not TOOL_NAME.fullmatch(name):
         raise MalformedCallError
     return name
+
+
+def encodable(text: str) -> str:
+    """A text from escapes, in which halves of surrogate pairs may stand: whole pairs as one character, no half ones."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------
@@ -114,10 +118,10 @@ def json_string() -> Reader:
         raw += char
         if char == "\\":
             raw += yield from next_char()
-        if len(raw) > _MAX_WORD:
+        if len(raw) > MAX_WORD:
             raise MalformedCallError
     try:
-        return str(json.loads(f'"{raw}"', strict=False))
+        return encodable(str(json.loads(f'"{raw}"', strict=False)))
     except ValueError:
         raise MalformedCallError from None
 
@@ -239,98 +243,23 @@ def call_json(calls: Calls, first: str, *, known_only: bool = False) -> Reader:
     return (yield from call_list(calls, char, known_only=known_only))
 
 
-# --- formats -----------------------------------------------------------------------------------------------------
-
-
-def tagged(calls: Calls) -> Reader:
-    """Behind `<tool_call>`: JSON (Hermes, Qwen), `<function=…>` (Qwen Coder), or a name and `<arg_key>` (GLM)."""
-    first = yield from after_space()
-    if first in ("{", "["):
+def json_calls(calls: Calls, first: str, end: str) -> Reader:
+    """A list of calls or one behind another, `first` being their first character, and the mark that ends them."""
+    if first == "[":
         yield from call_json(calls, first)
-        return (yield from closing("</tool_call>", calls))
-    if first == "<":
-        yield from one_of(("<function=",), first)
-        yield from function_tag(calls)
-        return (yield from closing("</tool_call>", calls))
-    return (yield from _glm(calls, first))
+        return (yield from closing(end, calls))
+    behind = first
+    while behind == "{":
+        yield from call_object(calls)
+        behind = yield from after_space()
+        if behind and behind in ",;":
+            behind = yield from after_space()
+    if behind == first:
+        raise MalformedCallError
+    return (yield from closing(end, calls, behind))
 
 
-def coder_function(calls: Calls) -> Reader:
-    """Behind a `<function=` that no `<tool_call>` came before, as Qwen Coder writes at times."""
-    yield from function_tag(calls)
-    return (yield from closing("</tool_call>", calls))
-
-
-def function_tag(calls: Calls) -> Reader:
-    """Behind `<function=`: a name, then JSON (Llama), or parameters in tags (Qwen Coder)."""
-    name = checked_name((yield from until(">", _MAX_NAME)))
-    first = yield from after_space()
-    if first == "{":
-        yield from _named(calls, name, first)
-        return (yield from closing("</function>", calls))
-    fields = _Fields(calls, name)
-    mark = yield from one_of(("<parameter=", "</function>"), first)
-    while mark != "</function>":
-        key = yield from until(">", _MAX_NAME)
-        value = yield from until("</parameter>")
-        fields.add(key, value.removeprefix("\n").removesuffix("\n"))
-        mark = yield from one_of(("<parameter=", "</function>"), (yield from after_space()))
-    fields.end()
-    return ""
-
-
-def _glm(calls: Calls, first: str) -> Reader:
-    """A name on a line, then keys and values in tags; `first` is the name's first character."""
-    name = first
-    while (char := (yield from next_char())) not in "<\n":
-        name += char
-        if len(name) > _MAX_NAME:
-            raise MalformedCallError
-    fields = _Fields(calls, checked_name(name.strip()))
-    marks = ("<arg_key>", "</tool_call>")
-    mark = yield from one_of(marks, char if char == "<" else (yield from after_space()))
-    while mark != "</tool_call>":
-        key = yield from until("</arg_key>", _MAX_NAME)
-        yield from one_of(("<arg_value>",), (yield from after_space()))
-        value = yield from until("</arg_value>")
-        fields.add(key.strip(), value)
-        mark = yield from one_of(marks, (yield from after_space()))
-    fields.end()
-    return ""
-
-
-class _Fields:
-    """Arguments that come as texts, one by one; what each is, the tool's schema says."""
-
-    def __init__(self, calls: Calls, name: str) -> None:
-        self._calls = calls
-        self._name = name
-        properties = calls.schemas.get(name, {}).get("properties")
-        self._properties: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
-        self._count = 0
-
-    def add(self, key: str, value: str) -> None:
-        if not self._count:
-            self._calls.begin(self._name)
-        opening = ", " if self._count else "{"
-        self._count += 1
-        self._calls.arguments(f"{opening}{json.dumps(key, ensure_ascii=False)}: {self._json(key, value)}")
-
-    def end(self) -> None:
-        if not self._count:
-            self._calls.begin(self._name)
-        self._calls.arguments("}" if self._count else "{}")
-        self._calls.settle()
-
-    def _json(self, key: str, value: str) -> str:
-        schema = self._properties.get(key)
-        kind = schema.get("type") if isinstance(schema, Mapping) else None
-        if kind != "string":
-            try:
-                return json.dumps(json.loads(value), ensure_ascii=False, allow_nan=False)
-            except (ValueError, RecursionError):
-                pass  # a text
-        return json.dumps(value, ensure_ascii=False)
+# --- formats -----------------------------------------------------------------------------------------------------
 
 
 def mistral(calls: Calls) -> Reader:
@@ -341,17 +270,17 @@ def mistral(calls: Calls) -> Reader:
     name = first
     while (char := (yield from next_char())) not in "[{":
         name += char
-        if len(name) > _MAX_NAME:
+        if len(name) > MAX_NAME:
             raise MalformedCallError
     checked_name(name.strip())
     if char == "[":
         if (yield from one_of(("[CALL_ID]", "[ARGS]"), char)) == "[CALL_ID]":
-            yield from until("[ARGS]", _MAX_NAME)
+            yield from until("[ARGS]", MAX_NAME)
         char = yield from after_space()
-    return (yield from _named(calls, name.strip(), char))
+    return (yield from named(calls, name.strip(), char))
 
 
-def _named(calls: Calls, name: str, first: str) -> Reader:
+def named(calls: Calls, name: str, first: str) -> Reader:
     """The arguments of a call whose name is known."""
     if first != "{":
         raise MalformedCallError
@@ -363,41 +292,93 @@ def _named(calls: Calls, name: str, first: str) -> Reader:
 
 def behind_name(calls: Calls, *, name: str) -> Reader:
     """Behind a tool's name on the answer's first line (GLM 4)."""
-    return (yield from _named(calls, name, (yield from after_space())))
+    return (yield from named(calls, name, (yield from after_space())))
 
 
-def deepseek(calls: Calls) -> Reader:
-    """Behind `<｜tool▁calls▁begin｜>`: calls, each in marks of its own."""
-    marks = ("<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>")
-    mark = yield from one_of(marks, (yield from after_space()))
-    while mark == marks[0]:
-        yield from deepseek_call(calls)
+def section(calls: Calls, call: Callable[[Calls], Reader], opening: str, end: str) -> Reader:
+    """Calls behind the mark that opens all of them: `opening` before each, `end` behind the last."""
+    mark = yield from one_of((opening,), (yield from after_space()))
+    while mark == opening:
+        yield from call(calls)
         char = yield from after_space()
         if not char:
             return ""
-        mark = yield from one_of(marks, char)
+        mark = yield from one_of((opening, end), char)
     calls.settle()
     return ""
 
 
+def deepseek(calls: Calls) -> Reader:
+    """Behind `<｜tool▁calls▁begin｜>`: calls, each in marks of its own."""
+    return (yield from section(calls, deepseek_call, "<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>"))
+
+
 def deepseek_call(calls: Calls) -> Reader:
     """Behind `<｜tool▁call▁begin｜>`: name, separator, JSON; or `function`, separator, name, fenced JSON (V3, R1)."""
-    name = (yield from until("<｜tool▁sep｜>", _MAX_NAME)).strip()
+    name = (yield from until("<｜tool▁sep｜>", MAX_NAME)).strip()
     first = yield from after_space()
     if first == "{":
-        yield from _named(calls, checked_name(name), first)
+        yield from named(calls, checked_name(name), first)
     else:
-        name = checked_name((first + (yield from until("\n", _MAX_NAME))).strip())
+        name = checked_name((first + (yield from until("\n", MAX_NAME))).strip())
         first = yield from after_space()
         if first == "`":
             yield from one_of(("```json",), first)
             first = yield from after_space()
-        yield from _named(calls, name, first)
+        yield from named(calls, name, first)
     end = "<｜tool▁call▁end｜>"
     if (yield from one_of(("```", end), (yield from after_space()))) == "```":
         yield from one_of((end,), (yield from after_space()))
     calls.settle()
     return ""
+
+
+def kimi_k2(calls: Calls) -> Reader:
+    """Behind `<|tool_calls_section_begin|>`: calls, each in marks of its own."""
+    return (yield from section(calls, kimi_k2_call, "<|tool_call_begin|>", "<|tool_calls_section_end|>"))
+
+
+def kimi_k2_call(calls: Calls) -> Reader:
+    """Behind `<|tool_call_begin|>`: an id made of the name and the call's number, a mark, JSON."""
+    call_id = (yield from until("<|tool_call_argument_begin|>", 2 * MAX_NAME)).strip()
+    name = checked_name(re.sub(r":[0-9]+$", "", call_id).removeprefix("functions."))
+    yield from named(calls, name, (yield from after_space()))
+    yield from one_of(("<|tool_call_end|>",), (yield from after_space()))
+    calls.settle()
+    return ""
+
+
+def apertus(calls: Calls) -> Reader:
+    """Behind `<|tools_prefix|>`: a list of objects, each with a name and the arguments as its value."""
+    yield from one_of(("[",), (yield from after_space()))
+    behind = ","
+    while behind == ",":
+        yield from one_of(("{",), (yield from after_space()))
+        yield from one_of(('"',), (yield from after_space()))
+        name = checked_name((yield from json_string()))
+        yield from one_of((":",), (yield from after_space()))
+        yield from named(calls, name, (yield from after_space()))
+        yield from one_of(("}",), (yield from after_space()))
+        calls.settle()
+        behind = yield from after_space()
+    yield from one_of(("]",), behind)
+    return (yield from closing("<|tools_suffix|>", calls))
+
+
+def json_until(calls: Calls, *, end: str) -> Reader:
+    """JSON behind a mark of any name, with the mark `end` behind it (Hunyuan, Nemotron, Phi 4 mini)."""
+    return (yield from json_calls(calls, (yield from after_space()), end))
+
+
+def internlm(calls: Calls) -> Reader:
+    """Behind `<|action_start|>`: a mark for functions, JSON; Python for the interpreter has another mark."""
+    yield from one_of(("<|plugin|>",), (yield from after_space()))
+    return (yield from json_until(calls, end="<|action_end|>"))
+
+
+def functools(calls: Calls) -> Reader:
+    """Behind `functools[`, as Phi 4 mini is asked to write at times."""
+    return (yield from call_list(calls, (yield from after_space())))
 
 
 def listed(calls: Calls) -> Reader:
@@ -443,65 +424,3 @@ def python_tag(calls: Calls) -> Reader:
     if (yield from after_space()) != "{":
         raise MalformedCallError
     return (yield from bare_object(calls))
-
-
-def bare_list(calls: Calls) -> Reader:
-    """Behind a square bracket at the start of an answer: calls in JSON, or as Python writes them."""
-    first = yield from after_space()
-    if first == "{":
-        return (yield from call_list(calls, first, known_only=True))
-    return (yield from _pythonic(calls, first))
-
-
-def _pythonic(calls: Calls, first: str) -> Reader:
-    """`[f(a=1), g(b="x")]` behind its bracket."""
-    text, char = "[", first
-    while char != "(":  # a list of anything else is told from calls early
-        if not (char.isalnum() or char in "_.") or len(text) > _MAX_NAME:
-            raise MalformedCallError
-        text += char
-        char = yield from next_char()
-    depth, quote = 1, ""
-    while True:
-        text += char
-        if len(text) > _MAX_WORD:
-            raise MalformedCallError
-        if quote:
-            if char == "\\":
-                text += yield from next_char()
-            elif char == quote:
-                quote = ""
-        elif char in "\"'":
-            quote = char
-        else:
-            depth += (char in "([{") - (char in ")]}")
-            if depth > MAX_DEPTH:
-                raise MalformedCallError
-            if not depth:
-                break
-        char = yield from next_char()
-    for name, arguments in _python_calls(text, calls.schemas):
-        calls.begin(name)
-        calls.arguments(arguments)
-    calls.settle()
-    return ""
-
-
-def _python_calls(text: str, known: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The calls in a Python list, their arguments as JSON; it is read, never run."""
-    try:
-        expression = ast.parse(text, mode="eval").body
-        if not isinstance(expression, ast.List) or not expression.elts:
-            raise MalformedCallError
-        found = []
-        for call in expression.elts:
-            if not isinstance(call, ast.Call) or call.args:
-                raise MalformedCallError
-            name = ast.unparse(call.func)
-            if name not in known or any(keyword.arg is None for keyword in call.keywords):
-                raise MalformedCallError
-            values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-            found.append((name, json.dumps(values, ensure_ascii=False, allow_nan=False)))
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise MalformedCallError from None
-    return found
