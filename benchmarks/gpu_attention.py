@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/gpu_attention.py            # the table
     PYTHONPATH=. python benchmarks/gpu_attention.py --tune     # launch parameters instead: the best few of each case
+    PYTHONPATH=. python benchmarks/gpu_attention.py --tune --decodes mixed
 
 The shape is that of Llama-3.1-8B (32 heads of 128, 8 KV heads, blocks of 16) in bfloat16. Short kernels are timed as a
 CUDA graph over the layers of one step, each with a cache of its own, so that none finds its keys in L2; the plan of
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
+import random
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple, ParamSpec
 
@@ -66,6 +69,16 @@ DECODES: dict[str, list[int]] = {
     "32k beside 31 x 1k": [32_768] + [1024] * 31,
     "256, 100 to 2k": [100 + 1948 * i // 255 for i in range(256)],
 }
+
+
+def mixed_contexts(step: int) -> list[int]:
+    """Those of the mixed workload of benchmarks/gpu.py after so many steps: 256 requests, 100 to 1,024 in and out."""
+    draw = random.Random(0)
+    lengths = [(draw.randint(100, 1_024), draw.randint(100, 1_024)) for _ in range(256)]
+    return [prompt + step for prompt, answer in lengths if answer > step]
+
+
+DECODES |= {f"{len(c)} mixed": c for c in map(mixed_contexts, (50, 300, 500, 700, 900))}
 PREFILLS: dict[str, list[tuple[int, int]]] = {
     "1 x 2,048": [(2048, 2048)],
     "4 x 2,048": [(2048, 2048)] * 4,
@@ -147,7 +160,7 @@ def graph_seconds(launch: Callable[[], None], replays: int = 7) -> float:
     return statistics.median(times)
 
 
-def plan_of(step: Step, config: DecodeConfig, target: int | None = None) -> DecodePlan:
+def plan_of(step: Step, config: DecodeConfig, target: int | None = None, ordered: bool = False) -> DecodePlan:
     return plan_decode(
         query_start=step.query_start,
         context_lens=step.context_lens,
@@ -156,6 +169,7 @@ def plan_of(step: Step, config: DecodeConfig, target: int | None = None) -> Deco
         window=None,
         config=config,
         target=target,
+        ordered=ordered,
     )
 
 
@@ -213,14 +227,15 @@ def ragged_layer(step: Step, layer: int, table: TileTable, config: RaggedConfig)
 
 
 def each_layer(step: Step, launch: Callable[[int], None]) -> float:
-    """Seconds a layer."""
+    """Seconds a layer, of eight or more: the gap between two replays is little beside that."""
     layers = len(step.keys)
+    launches = layers * -(-8 // layers)
 
     def all_layers() -> None:
-        for layer in range(layers):
-            launch(layer)
+        for number in range(launches):
+            launch(number % layers)
 
-    return graph_seconds(all_layers) / layers
+    return graph_seconds(all_layers) / launches
 
 
 def row(name: str, measure: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -374,7 +389,7 @@ DECODE_CONFIGS = [
         *((128, 4, stages) for stages in (2, 3)),
     )
 ]
-TARGETS = (8, 16, 32, 64)  # chunks over all sequences
+TARGETS = (8, 16, 32, 64, 128, 256, 512)  # chunks over all sequences
 RAGGED_CONFIGS = [
     *(RaggedConfig(128, 64, 8, stages) for stages in (2, 3, 4)),
     *(RaggedConfig(128, 32, 8, stages) for stages in (3, 4)),
@@ -415,17 +430,22 @@ def best(name: str, results: Iterable[tuple[float, object]], count: int = 5) -> 
 
 def tune_decode(name: str, contexts: list[int], dtype: torch.dtype = BF16) -> None:
     step = make_step([(1, context) for context in contexts], dtype)
-    results: list[tuple[float, object]] = []
-    for config in DECODE_CONFIGS:
-        for target in TARGETS:
-            try:
-                plan = plan_of(step, config, target)
-                seconds = each_layer(step, functools.partial(decode_layer, step, plan=plan))
-                results.append((seconds, (config, target)))
-            except Exception as error:
-                print(f"{config}, {target}: {error!s:.200}", flush=True)
-                break
-    best(f"decode {name}", results)
+    results: list[tuple[float, tuple[DecodeConfig, int, bool]]] = []
+    shipped = decode_config(DIM, dtype, card_of(step.qkv.device), len(contexts))
+    for config, target, ordered in itertools.product(DECODE_CONFIGS, TARGETS, (False, True)):
+        try:
+            plan = plan_of(step, config, target, ordered)
+            seconds = each_layer(step, functools.partial(decode_layer, step, plan=plan))
+            results.append((seconds, (config, target, ordered)))
+        except Exception as error:
+            print(f"{config}, {target}: {error!s:.200}", flush=True)
+    floor = sum(contexts) * TOKEN_BYTES / READ
+    best(f"decode {name}, floor {floor * 1e6:.1f} us", results)
+    for seconds, (config, target, ordered) in results:
+        if config == shipped and target in (32, 64, 128, 256):
+            print(
+                f"    {seconds * 1e6:9.1f} us  as shipped, {target} chunks{', ordered' if ordered else ''}", flush=True
+            )
 
 
 def tune_ragged(name: str, lengths: list[tuple[int, int]]) -> None:
@@ -459,35 +479,52 @@ def tune_rotary(tokens: int) -> None:
 
 
 def tune() -> None:
-    started = time.perf_counter()
-    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_config, [*RAGGED_CONFIGS, *DECODE_CONFIGS, *ROTARY_CONFIGS]))
-    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+    compile_configs([*RAGGED_CONFIGS, *DECODE_CONFIGS, *ROTARY_CONFIGS])
     for name in ("1 x 2,048", "1 x 8,192", "16 x 512", "2,048 after 6,144", *list(PREFILLS)[-4:]):
         tune_ragged(name, PREFILLS[name])
         torch.cuda.empty_cache()
     for tokens in (32, 256, 2048, 8192):
         tune_rotary(tokens)
         torch.cuda.empty_cache()
-    for name in ("1 x 1k", "1 x 8k", "1 x 32k", "32 x 256", "32 x 2k", "128 x 256", "256 x 1k", "32k beside 31 x 1k"):
-        tune_decode(name, DECODES[name])
-        torch.cuda.empty_cache()
+    tune_decodes(["1 x 1k", "1 x 8k", "1 x 32k", "32 x 256", "32 x 2k", "128 x 256", "256 x 1k", "32k beside 31 x 1k"])
     for name in ("1 x 8k", "32 x 2k", "256 x 1k"):
         tune_decode(f"{name}, fp8 cache", DECODES[name], FP8)
         torch.cuda.empty_cache()
-    print(f"{time.perf_counter() - started:.1f} s in all")
+
+
+def compile_configs(configs: Sequence[DecodeConfig | RaggedConfig | RotaryConfig]) -> None:
+    started = time.perf_counter()
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_config, configs))
+    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def tune_decodes(names: Iterable[str]) -> None:
+    for name in names:
+        tune_decode(name, DECODES[name])
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="try launch parameters and print the best of each case")
+    parser.add_argument("--decodes", metavar="WORD", help="only decode cases whose name has WORD in it")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    if arguments.tune:
+    started = time.perf_counter()
+    names = [name for name in DECODES if arguments.decodes is not None and arguments.decodes in name]
+    if arguments.tune and names:
+        compile_configs(DECODE_CONFIGS)
+        tune_decodes(names)
+    elif arguments.tune:
         tune()
+    elif names:
+        for name in names:
+            row(f"decode {name}", decode_row, DECODES[name], BF16)
     else:
         table()
+    print(f"{time.perf_counter() - started:.1f} s in all")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def plan_decode(
     window: int | None,
     config: DecodeConfig,
     target: int | None = None,
+    ordered: bool = False,
 ) -> DecodePlan:
     """Divide the contexts of the sequences that have one query row; others get no slot.
 
@@ -107,6 +108,7 @@ def plan_decode(
         window: latest positions that a query sees, itself included; None for all.
         config: of the attention kernel.
         target: chunks to aim at over all sequences; there are at most R more.
+        ordered: whether the longest chunks come first, so that short ones fill the card when the others end.
     """
     sequences = context_lens.shape[0]
     if target is None:
@@ -129,6 +131,8 @@ def plan_decode(
         WINDOW=window or 0,
         TILE=config.tile,
         BLOCK=1024,
+        ORDERED=ordered,
+        OTHERS=32,
         RECORD=RECORD,
         num_warps=4,
     )
@@ -215,6 +219,26 @@ def combined_at_once(group_pad: int, dim: int, threads: int) -> int:
     return max(1, min(32, 128 * threads // (group_pad * dim)))
 
 
+@triton.jit
+def _sequence(query_start, context_lens, sequence, num_sequences, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """Of each sequence: token row, context, oldest visible position, tiles to read, whether it has one query row."""
+    live = sequence < num_sequences
+    token = tl.load(query_start + sequence, mask=live, other=0)
+    decodes = live & (tl.load(query_start + sequence + 1, mask=live, other=0) - token == 1)
+    context = tl.load(context_lens + sequence, mask=decodes, other=0)
+    oldest = tl.zeros_like(context)
+    if WINDOW > 0:
+        oldest = tl.maximum(context - WINDOW, 0)
+    return token, context, oldest, tl.cdiv(context - oldest // TILE * TILE, TILE), decodes
+
+
+@triton.jit
+def _divided(tiles, decodes, longest):
+    """Of each sequence: tiles of a chunk, which are equally many but for the last, and the number of chunks."""
+    chunk = tl.maximum(tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, longest), 1)), 1)
+    return chunk, tl.where(decodes, tl.maximum(tl.cdiv(tiles, chunk), 1), 0)
+
+
 @direct_launch
 @triton.jit(do_not_specialize=["num_sequences", "num_slots", "num_counters", "target"])
 def _plan_kernel(
@@ -231,25 +255,31 @@ def _plan_kernel(
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ORDERED: tl.constexpr,
+    OTHERS: tl.constexpr,
     RECORD: tl.constexpr,
 ):
     """Fields of a slot: token row, block table row, first position of the chunk, its end, oldest visible position,
     the sequence's first slot, its number of chunks (0: idle slot)."""
     sequence = tl.arange(0, SEQUENCES_PAD)
-    live = sequence < num_sequences
-    token = tl.load(query_start + sequence, mask=live, other=0)
-    decodes = live & (tl.load(query_start + sequence + 1, mask=live, other=0) - token == 1)
-    context = tl.load(context_lens + sequence, mask=decodes, other=0)
+    token, context, oldest, tiles, decodes = _sequence(query_start, context_lens, sequence, num_sequences, WINDOW, TILE)
     row = tl.load(rows + sequence, mask=decodes, other=0)
-    oldest = tl.zeros_like(context)
-    if WINDOW > 0:
-        oldest = tl.maximum(context - WINDOW, 0)
     begin = oldest // TILE * TILE
-    tiles = tl.cdiv(context - begin, TILE)
-    chunk = tl.maximum(tl.cdiv(tl.sum(tiles), target), 1)
-    chunk = tl.maximum(tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, chunk), 1)), 1)  # each sequence's are equal
-    chunks = tl.where(decodes, tl.maximum(tl.cdiv(tiles, chunk), 1), 0)
-    first = tl.cumsum(chunks) - chunks
+    longest = tl.maximum(tl.cdiv(tl.sum(tiles), target), 1)
+    chunk, chunks = _divided(tiles, decodes, longest)
+    if ORDERED:
+        first = tl.zeros_like(chunks)
+        for base in range(0, num_sequences, OTHERS):
+            other = base + tl.arange(0, OTHERS)
+            _, _, _, other_tiles, other_decodes = _sequence(
+                query_start, context_lens, other, num_sequences, WINDOW, TILE
+            )
+            other_chunk, other_chunks = _divided(other_tiles, other_decodes, longest)
+            longer = other_chunk[None, :] > chunk[:, None]
+            earlier = (other_chunk[None, :] == chunk[:, None]) & (other[None, :] < sequence[:, None])
+            first += tl.sum(tl.where(longer | earlier, other_chunks[None, :], 0), 1)
+    else:
+        first = tl.cumsum(chunks) - chunks
     for index in range(tl.max(chunks)):
         mine = index < chunks
         record = records + (first + index) * RECORD

@@ -222,6 +222,8 @@ def _plan(name: str, sequences: int, window: int) -> KernelCase:
             "WINDOW": window,
             "TILE": 64,
             "BLOCK": 1024,
+            "ORDERED": True,
+            "OTHERS": 32,
             "RECORD": RECORD,
         },
     )

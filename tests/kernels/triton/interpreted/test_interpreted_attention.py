@@ -134,8 +134,9 @@ def test_decode_leaves_rows_of_longer_queries_alone() -> None:
     assert (out[[0, 1, 2, 4, 5]] == 7.0).all()
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("target", [1, 3, 16])
-def test_plan_covers_every_context_once(target: int) -> None:
+def test_plan_covers_every_context_once(target: int, ordered: bool) -> None:
     contexts = [100, 0, 1, 16, 999, 17]
     count = len(contexts)
     plan = plan_decode(
@@ -146,9 +147,15 @@ def test_plan_covers_every_context_once(target: int) -> None:
         window=None,
         config=DecodeConfig(16, 4, 1),
         target=target,
+        ordered=ordered,
     )
     assert not plan.counters.any()
     used = plan.records[plan.records[:, 6] > 0]
+    assert (plan.records[: len(used), 6] > 0).all()  # idle ones come last
+    if ordered:
+        firsts = used[used[:, 5].long()]  # the first chunk of each one's sequence, which is as long as any of it
+        lengths = firsts[:, 3] - firsts[:, 2]
+        assert (-(-lengths // 16)).clamp(min=1).diff().le(0).all()
     assert (used[:, 6] > 0).sum() <= count + target
     largest = 16 * -(-sum(-(-c // 16) for c in contexts) // target)
     for index, context in enumerate(contexts):
