@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aphrodite.cli.console import progress_bar, stderr
+from aphrodite.cli.help import Commands
 from aphrodite.cli.options import SamplingFlags, with_options
 from aphrodite.config import EngineConfig
 from aphrodite.errors import AphroditeError, ConfigError
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
     from aphrodite.cli.bench_offline import Latency
     from aphrodite.llm import LLM
 
-app = typer.Typer(name="bench", help="Measure speed: of steps, of many prompts, of a server.", no_args_is_help=True)
+app = Commands(name="bench", help="Measure speed: of steps, of many prompts, of a server.", no_args_is_help=True)
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to a file.", metavar="FILE")]
 WORKLOAD = "Workload"
 
 
 def _count(name: str, help: str, *, least: int = 1) -> Any:
-    return typer.Option(name, help=help, min=least, rich_help_panel=WORKLOAD)
+    return typer.Option(name, help=help, min=least, metavar="N", rich_help_panel=WORKLOAD)
 
 
 @app.command("latency")
@@ -148,14 +149,18 @@ def serve(
     *,
     url: Annotated[str, typer.Option("--url", help="Server to load.", metavar="URL")] = "http://127.0.0.1:2242",
     api_key: Annotated[str | None, typer.Option("--api-key", help="Its key.", metavar="KEY")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model to ask for; default is its first.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model to ask for; default is its first.", metavar="NAME")
+    ] = None,
     num_prompts: Annotated[int, _count("--num-prompts", "Requests to send.")] = 64,
     input_len: Annotated[int, _count("--input-len", "Tokens of each prompt.")] = 128,
     output_len: Annotated[int, _count("--output-len", "Tokens of each answer.")] = 128,
     concurrency: Annotated[int | None, _count("--concurrency", "Requests under way at a time.")] = None,
     rate: Annotated[
         float | None,
-        typer.Option("--rate", help="Requests a second, at random moments.", min=1e-6, rich_help_panel=WORKLOAD),
+        typer.Option(
+            "--rate", help="Requests a second, at random moments.", min=1e-6, metavar="X", rich_help_panel=WORKLOAD
+        ),
     ] = None,
     vocab_size: Annotated[int, _count("--vocab-size", "Prompts are random token ids below this.")] = 30000,
     workload_seed: Annotated[int, _count("--workload-seed", "Draws prompts and arrivals.", least=0)] = 0,

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from aphrodite.cli.console import stdout
+from aphrodite.cli.help import Commands
 from aphrodite.config_file import example_config
 from aphrodite.errors import ConfigError
 from aphrodite.settings import resolve
 
-app = typer.Typer(name="config", help="Write or check a file of settings.", no_args_is_help=True)
+app = Commands(name="config", help="Write or check a file of settings.", no_args_is_help=True)
 
 
 @app.command("init")

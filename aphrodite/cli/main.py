@@ -9,9 +9,10 @@ import typer
 
 from aphrodite.cli import bench, chat, configuration, doctor, models, run, samplers, templates
 from aphrodite.cli.console import print_error
+from aphrodite.cli.help import Commands
 from aphrodite.errors import AphroditeError
 
-app = typer.Typer(
+app = Commands(
     name="aphrodite",
     help="Serve language models for creative writing, role-play and chat.",
     epilog="Start with: aphrodite run",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aphrodite.cli.console import format_bytes, stdout
+from aphrodite.cli.help import Commands
 from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig
 from aphrodite.errors import ConfigError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from aphrodite.loading.inspect import Inspection
     from aphrodite.loading.lora import AdapterFile
 
-app = typer.Typer(name="models", help="Look at models, fetch and remove them.", no_args_is_help=True)
+app = Commands(name="models", help="Look at models, fetch and remove them.", no_args_is_help=True)
 
 
 @app.callback()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from typer.core import TyperGroup
 
 from aphrodite.cli.console import stderr, stdout
+from aphrodite.cli.help import Commands, Group
 from aphrodite.cli.options import SamplingFlags, with_options
 from aphrodite.config import EngineConfig
 from aphrodite.errors import AphroditeError, ConfigError, did_you_mean
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aphrodite.llm import LLM
 
 
-class _NameOrCommand(TyperGroup):
+class _NameOrCommand(Group):
     """`samplers top_k` is `samplers show top_k`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -37,7 +37,7 @@ class _NameOrCommand(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-app = typer.Typer(
+app = Commands(
     name="samplers",
     cls=_NameOrCommand,
     help="Every sampling parameter: list them, look at one, see what they do.",

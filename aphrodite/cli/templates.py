@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aphrodite.cli.console import stderr, stdout
+from aphrodite.cli.help import Commands
 from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig
 from aphrodite.errors import ConfigError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from aphrodite.chat.traits import TemplateTraits
     from aphrodite.tokenizer.tokenizer import Tokenizer
 
-app = typer.Typer(
+app = Commands(
     name="templates", help="Chat templates: list them, look at one, try one on a conversation.", no_args_is_help=True
 )
 
@@ -116,9 +117,10 @@ def try_template(
     name: TemplateArgument = None,
     *,
     messages: Annotated[
-        Path | None, typer.Option("--messages", help='JSON file: a list of messages, or {"messages": [...]}.')
+        Path | None,
+        typer.Option("--messages", help='JSON file: a list of messages, or {"messages": [...]}.', metavar="FILE"),
     ] = None,
-    tools: Annotated[Path | None, typer.Option("--tools", help="JSON file: a list of tools.")] = None,
+    tools: Annotated[Path | None, typer.Option("--tools", help="JSON file: a list of tools.", metavar="FILE")] = None,
     begun: Annotated[
         bool, typer.Option("--continue", help="Go on with the last message (a begun answer) instead of answering it.")
     ] = False,

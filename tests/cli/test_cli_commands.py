@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -86,11 +85,6 @@ class TestFlags:
         assert engine | sampling <= flags_of("complete")
         assert (engine | sampling) - {"--model"} <= flags_of("chat")
         assert not server & flags_of("chat")
-
-    def test_help_is_grouped(self):
-        text = runner.invoke(app, ["run", "--help"]).stdout
-        for group in {row.group for row in settings_table().values()}:
-            assert re.search(rf"─ {group} ─", text)
 
 
 class TestErrors:
