@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
+from aphrodite.kernels.triton.dense_cuts import DenseConfig, dense_supports, measured_cut
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_pays, gated_gemm_supports
 from aphrodite.kernels.triton.linear import Epilogue, choose_kernel, gemv, skinny_gemm
 from aphrodite.kernels.triton.norm import rms_norm
@@ -49,6 +50,12 @@ def unfused_pairs(
 
 def _normed(x: torch.Tensor, norm: RmsNorm | None) -> torch.Tensor:
     return x if norm is None else rms_norm(x, norm.weight, norm.eps)
+
+
+def _dense_wgmma(x: torch.Tensor, weight: torch.Tensor, cut: DenseConfig, epilogue: Epilogue) -> torch.Tensor:
+    from aphrodite.kernels.triton.dense_wgmma import dense_wgmma  # Gluon is not in every Triton
+
+    return dense_wgmma(x, weight, cut, epilogue)
 
 
 class TritonLinear:
@@ -98,11 +105,15 @@ class TritonLinear:
         epilogue = Epilogue(self.bias, activation, residual)
         if kernel == "gemv":
             return gemv(x, self.weight, epilogue, norm)
+        x = _normed(x, norm)
+        cut = measured_cut(*self.weight.shape, x.shape[0])
+        if cut is not None and dense_supports(x, self.weight):
+            return _dense_wgmma(x, self.weight, cut, epilogue)
         if kernel == "skinny":
-            return skinny_gemm(_normed(x, norm), self.weight, epilogue)
+            return skinny_gemm(x, self.weight, epilogue)
         if activation is not None and self._fuses_gate(x, residual):
-            return gated_gemm(_normed(x, norm), self.weight, activation)
-        return self.by_library(x, norm, activation, residual)
+            return gated_gemm(x, self.weight, activation)
+        return self.by_library(x, None, activation, residual)
 
     def _fuses_gate(self, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
         alone = self.bias is None and residual is None
