@@ -13,7 +13,12 @@
 namespace aph {
 namespace {
 
+constexpr int64_t kUnitBytes = 2 * kKvBlock * sizeof(float);  // of a block, before its keys
 constexpr int kAhead = 4;  // blocks of keys or values between reading and prefetching
+
+// Brings a line into the second cache. A core keeps twice as many lines on their way there as to the first one, and so
+// reads scattered blocks at nearly twice the speed.
+inline void bring(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // What of the cache a tile reads: words as in KvType::Int16.
 struct IntBlocks {
@@ -22,8 +27,8 @@ struct IntBlocks {
     const float* value_units[kTileBlocks];
     const int16_t* keys[kTileBlocks];
     const int16_t* values[kTileBlocks];
-    // All of it in the order of reading, then the keys of the next tile: blocks are scattered, so that the processor
-    // cannot guess what comes next.
+    // Keys and values in the order of reading, then the keys of the next tile, or of the next task's first: blocks are
+    // scattered, so that the processor cannot guess what comes next.
     const char* order[2 * kTileBlocks + kAhead];
 };
 
@@ -52,6 +57,12 @@ template <int kRows, int kVecs>
 void sum_value_pairs(const IntRows& rows, int first, const IntBlocks& in, int begin, int end, int head_dim, int column,
                      float* out);
 
+// Blocks of the tile that is read after `tile`, if it is known which.
+inline int next_blocks(const AttentionShape& shape, const AttentionTask& task, int64_t tile, const char** blocks) {
+    if (tile + 1 < end_tile(task)) return tile_blocks(shape, task, tile + 1, blocks);
+    return task.next == nullptr ? 0 : tile_blocks(shape, *task.next, first_tile(shape, *task.next), blocks);
+}
+
 inline IntBlocks int_blocks(const AttentionShape& shape, const AttentionTask& task, int64_t tile) {
     const char* blocks[kTileBlocks];
     IntBlocks in;
@@ -61,11 +72,13 @@ inline IntBlocks int_blocks(const AttentionShape& shape, const AttentionTask& ta
         in.value_units[b] = in.key_units[b] + kKvBlock;
         in.keys[b] = reinterpret_cast<const int16_t*>(in.key_units[b] + 2 * kKvBlock);
         in.values[b] = in.keys[b] + shape.head_dim * kKvBlock;
-        in.order[b] = blocks[b];
+        for (int64_t byte = 0; byte < kUnitBytes; byte += 64) bring(blocks[b] + byte);
+        in.order[b] = reinterpret_cast<const char*>(in.keys[b]);
         in.order[in.count + b] = reinterpret_cast<const char*>(in.values[b]);
     }
-    const int next = tile + 1 < end_tile(task) ? tile_blocks(shape, task, tile + 1, blocks) : 0;
-    for (int i = 0; i < kAhead; ++i) in.order[2 * in.count + i] = i < next ? blocks[i] : in.order[2 * in.count - 1];
+    const int next = next_blocks(shape, task, tile, blocks);
+    for (int i = 0; i < kAhead; ++i)
+        in.order[2 * in.count + i] = i < next ? blocks[i] + kUnitBytes : in.order[2 * in.count - 1];
     return in;
 }
 
@@ -101,7 +114,7 @@ inline void dot_key_words(const int32_t* queries, const IntBlocks& in, int block
 #pragma GCC unroll 8
         for (int b = 0; b < kBlocks; ++b) {
             k[b] = load_shorts(keys[b] + 2 * pair * kKvBlock);
-            if constexpr (kPrefetch) __builtin_prefetch(in.order[block + kAhead + b] + 4 * pair * kKvBlock);
+            if constexpr (kPrefetch) bring(in.order[block + kAhead + b] + 4 * pair * kKvBlock);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)
@@ -259,7 +272,7 @@ inline void sum_value_words(const int32_t* weights, const float* weight_units, c
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
             x[v] = load_shorts(value + 32 * v);
-            if constexpr (kPrefetch) __builtin_prefetch(in.order[in.count + block + kAhead] + 2 * offset + 64 * v);
+            if constexpr (kPrefetch) bring(in.order[in.count + block + kAhead] + 2 * offset + 64 * v);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)

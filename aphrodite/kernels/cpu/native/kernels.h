@@ -143,6 +143,7 @@ struct AttentionTask {
     int64_t position;    // of the first query
     int count;           // query positions
     int kv_head;
+    const AttentionTask* next = nullptr;  // of this worker, if known, so that its first blocks can be brought
 };
 
 struct Kernels {

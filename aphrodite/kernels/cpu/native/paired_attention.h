@@ -29,7 +29,7 @@ void add_key_pairs(const IntBlocks& in, int head_dim, int32_t* pairs) {
     for (int b = 0; b < in.count; ++b) {
         IVec sum = izero();
         for (int word = 0; word < head_dim / 2; word += 8) {
-            for (int line = word; line < word + 8; ++line) __builtin_prefetch(in.order[b + kAhead] + 64 * line);
+            for (int line = word; line < word + 8; ++line) bring(in.order[b + kAhead] + 64 * line);
             for_paired_words(word, [&](int i) {
                 const int16_t* keys = in.keys[b] + 2 * i * kKvBlock;
                 sum = dot(sum, load_shorts(keys), load_shorts(keys + 2 * kKvBlock));
@@ -46,7 +46,7 @@ void add_value_pairs(const IntBlocks& in, int head_dim, int32_t* pairs) {
         for (int d = 0; d < head_dim; d += 16) {
             IVec sum = load_ints(pairs + d);
             for (int line = 0; line < 8; ++line)
-                __builtin_prefetch(in.order[in.count + b + kAhead] + 4 * (line * head_dim + d));
+                bring(in.order[in.count + b + kAhead] + 4 * (line * head_dim + d));
             for_paired_words(0, [&](int i) {
                 const int16_t* values = in.values[b] + (i * head_dim + d) * 2;
                 sum = dot(sum, load_shorts(values), load_shorts(values + 2 * head_dim));

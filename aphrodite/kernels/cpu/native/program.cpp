@@ -320,7 +320,12 @@ void Program::attention(const Op& op, Team& team, int worker) {
     float* scratch = attention_scratch_ + worker * attention_scratch(shape.head_dim, shape.turning);
     const int64_t count = static_cast<int64_t>(queries_.size());
     if (!split_tiles_) {
-        team.phase(worker, count, [&](int64_t i) { kernels_.attend(shape, task(op, queries_[i]), scratch); });
+        team.phase(worker, count, [&](int64_t i) {
+            const AttentionTask next = task(op, queries_[std::min(i + 1, count - 1)]);
+            AttentionTask query = task(op, queries_[i]);
+            query.next = &next;
+            kernels_.attend(shape, query, scratch);
+        });
         return;
     }
     const int64_t stride = partial_stride_;
