@@ -33,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_machine import Ceilings, idle_times, limit_seconds, measure_ceilings, profile_table, write_tokenizer
+from gpu_machine import Ceilings, idle_times, limit_seconds, measure_ceilings, profile_table, recorded, write_tokenizer
 
 from aphrodite import platforms
 from aphrodite.cli.bench import print_table
@@ -50,6 +50,7 @@ PROMPT = 128
 STEPS = 256
 LONG_CONTEXT = 32_768
 HOST_LINES = 40  # functions of a host profile
+STEP_GAP = 20  # microseconds: longer ones are between steps
 CASE_SECONDS = 90  # a case that takes longer is given up
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -320,24 +321,33 @@ def measure(options: argparse.Namespace, config: Path, ceilings: Ceilings | None
 
 
 def profile(bench: Bench, batch: int, context: int) -> Row:
-    """Print a decode step's kernels: a long run's minus those of a run of one token; of 0 sequences, the prompts'."""
+    """Print a decode step's kernels: a long run's minus those of a shorter one; of 0 sequences, the prompts'."""
     if batch == 0:
-        row, prompts = bench.prefill(), bench.prompts([2_048] * 16)
-        lines = profile_table(lambda: None, lambda: bench.seconds(prompts, 1), 1)
-        idle = idle_times(lambda: bench.seconds(prompts, 1))
-        print(f"\n16 prompts of 2,048 take {row.milliseconds:.1f} ms; their kernels (which may overlap):")
-        print_table(["kernel", "calls", "us", "share"], lines)
-        longest = ", ".join(f"{gap / 1e3:.2f}" for gap in idle[:8])
-        print(f"Nothing ran for {sum(idle) / 1e3:.2f} ms in between, in {len(idle)} gaps; the longest, ms: {longest}")
-        return row
+        return profile_prompts(bench)
+    # Prompts of a large batch end some steps after one another, in both runs alike: they differ in full steps.
     steps = 32
-    step = bench.step(batch, repeats=3, prompt=context, steps=steps)
     prompts = bench.prompts([context] * batch)
-    lines = profile_table(lambda: bench.seconds(prompts, 1), lambda: bench.seconds(prompts, steps + 1), steps)
-    row = bench.decode_row(f"profile {batch}", batch, step, context=context + steps / 2)
+    bench.seconds(prompts, steps)
+    step = min(bench.seconds(prompts, 2 * steps) - bench.seconds(prompts, steps) for _ in range(2)) / steps
+    short, long = (recorded(lambda n=n: bench.seconds(prompts, n)) for n in (steps, 2 * steps))  # type: ignore[misc]
+    row = bench.decode_row(f"profile {batch}", batch, step, context=context + 1.5 * steps)
     share = "" if row.share is None else f", {row.share:.0%} of what the card reads"
     print(f"\nA decode step of {batch} behind {context} takes {step * 1e3:.3f} ms{share}; kernels (which may overlap):")
-    print_table(["kernel", "calls", "us a step", "share"], lines)
+    print_table(["kernel", "calls", "us a step", "share"], profile_table(short, long, steps))
+    idle = [(sum(gaps), sum(gap for gap in gaps if gap < STEP_GAP)) for gaps in map(idle_times, (short, long))]
+    every, within = ((after - before) / steps for before, after in zip(*idle, strict=True))
+    print(f"Nothing runs for {every:.0f} us a step, {within:.0f} of them in gaps of less than {STEP_GAP} us")
+    return row
+
+
+def profile_prompts(bench: Bench) -> Row:
+    row, prompts = bench.prefill(), bench.prompts([2_048] * 16)
+    spans = recorded(lambda: bench.seconds(prompts, 1))
+    idle = idle_times(spans)
+    print(f"\n16 prompts of 2,048 take {row.milliseconds:.1f} ms; their kernels (which may overlap):")
+    print_table(["kernel", "calls", "us", "share"], profile_table([], spans, 1))
+    longest = ", ".join(f"{gap / 1e3:.2f}" for gap in idle[:8])
+    print(f"Nothing ran for {sum(idle) / 1e3:.2f} ms in between, in {len(idle)} gaps; the longest, ms: {longest}")
     return row
 
 

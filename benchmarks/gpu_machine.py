@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -60,7 +60,24 @@ def _median_seconds(function: Callable[[], object], *, repeats: int) -> float:
     return statistics.median([float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]) / 1e3
 
 
-def profile_table(short: Callable[[], object], long: Callable[[], object], steps: int) -> list[list[str]]:
+class Span(NamedTuple):
+    """A kernel or copy that ran, times in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def recorded(function: Callable[[], object]) -> list[Span]:
+    """What runs on the device while `function` does, in the order of its beginning."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    return sorted((Span(e.name, e.time_range.start, e.time_range.end) for e in events), key=lambda span: span.start)
+
+
+def profile_table(short: list[Span], long: list[Span], steps: int) -> list[list[str]]:
     """Kernels of one of the `steps` steps by which `long` exceeds `short`: name, calls, microseconds, share.
 
     What a run costs only once (the prefill) is in both and so drops out. Rows under 0.2 % are summed up.
@@ -81,33 +98,21 @@ def profile_table(short: Callable[[], object], long: Callable[[], object], steps
     return [*rows, ["sum", "", f"{total:.1f}", ""]]
 
 
-def idle_times(function: Callable[[], object]) -> list[float]:
-    """Microseconds in which no kernel ran, between the first and the last one of `function`; the longest first."""
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        function()
-        torch.cuda.synchronize()
-    spans = sorted((e.time_range.start, e.time_range.end) for e in recorded.events() or () if _on_device(e))
-    gaps, ended = [], spans[0][0] if spans else 0.0
-    for start, end in spans:
-        gaps.append(start - ended)
-        ended = max(ended, end)
+def idle_times(spans: list[Span]) -> list[float]:
+    """Microseconds in which nothing ran between the first and the last of `spans`; the longest first."""
+    gaps, ended = [], spans[0].start if spans else 0.0
+    for span in spans:
+        gaps.append(span.start - ended)
+        ended = max(ended, span.end)
     return sorted((gap for gap in gaps if gap > 0), reverse=True)
 
 
-def _on_device(event: Any) -> bool:
-    return bool(event.device_type.name == "CUDA")
-
-
-def _kernel_times(function: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """Calls and microseconds of every kernel and copy that runs while `function` does."""
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        function()
-        torch.cuda.synchronize()
+def _kernel_times(spans: list[Span]) -> dict[str, tuple[int, float]]:
+    """Calls and microseconds of every kernel and copy."""
     times: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
-    for event in recorded.events() or ():
-        if _on_device(event):
-            calls, microseconds = times[event.name]
-            times[event.name] = (calls + 1, microseconds + event.device_time_total)
+    for name, start, end in spans:
+        calls, microseconds = times[name]
+        times[name] = (calls + 1, microseconds + end - start)
     return times
 
 
