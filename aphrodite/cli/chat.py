@@ -15,7 +15,7 @@ import msgspec
 import typer
 
 from aphrodite.cli.chat_session import ChatSession, Reply
-from aphrodite.cli.console import print_error, stderr
+from aphrodite.cli.console import INTERRUPTED, print_error, stderr
 from aphrodite.cli.options import SamplingFlags, with_options, with_preset
 from aphrodite.cli.sources import EngineSource, Piece, TextSource, load_llm, printable, tokens_per_second
 from aphrodite.config import EngineConfig
@@ -85,6 +85,8 @@ def complete(
         sys.stdout.write("\n")
     finally:
         source.close()
+    if stopped:  # what a script took from this is not all
+        raise typer.Exit(INTERRUPTED)
 
 
 def _check_preset(name: str | None) -> None:

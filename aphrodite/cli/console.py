@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells expect
 
 
 def stdout() -> Console:
@@ -25,9 +29,10 @@ def stderr() -> Console:
 
 
 def print_error(message: str) -> None:
-    """One red line on standard error (wrapped by the terminal, never by us, so that it can be searched)."""
+    """One line on standard error, red unless NO_COLOR is set (wrapped by the terminal, never by us, so that it can be
+    searched)."""
     line = " ".join(message.split())
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         line = f"\x1b[31m{line}\x1b[0m"
     print(f"error: {line}", file=sys.stderr)
 

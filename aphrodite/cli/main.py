@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
 import typer
 
 from aphrodite.cli import bench, chat, configuration, doctor, models, run, samplers, templates
-from aphrodite.cli.console import print_error
+from aphrodite.cli.console import INTERRUPTED, print_error
 from aphrodite.cli.help import Commands
 from aphrodite.errors import AphroditeError
 
@@ -54,9 +55,24 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: a user's error is one line and exit code 1; wrong usage is exit code 2."""
+    """Entry point: a user's error is one line and exit code 1; wrong usage is exit code 2, Ctrl-C is 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Models write what the encoding of a file or terminal may lack (Windows has such), and that ends nothing.
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except AphroditeError as error:
         print_error(str(error))
         sys.exit(1)
+    except Exception as error:
+        if not _was_interrupted(error):
+            raise
+        sys.exit(INTERRUPTED)
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether an error is what a library made of Ctrl-C, which came while it was imported."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen is not None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from aphrodite.cli.console import INTERRUPTED
 from aphrodite.cli.options import with_options
 from aphrodite.config import EngineConfig, ServerSettings
 from aphrodite.settings import Settings
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from aphrodite.cli.report import StartReport
     from aphrodite.server.config import ServerConfig
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
 
 @with_options(EngineConfig, ServerSettings)

@@ -350,6 +350,15 @@ class TestComplete:
         CliRunner().invoke(app, ["complete", "-", "--max-tokens", "7"], input="line one\nline two")
         assert source.asked == [("line one\nline two", SamplingParams(max_tokens=7))]
 
+    def test_ctrl_c_keeps_what_there_is_and_ends_with_130(self, monkeypatch):
+        source = FakeSource(pieces=1000)
+        source.interrupt_after = 3
+        monkeypatch.setattr(chat_module, "_open_source", lambda *ignored: source)
+        result = CliRunner().invoke(app, ["complete", "Once"])
+        assert result.output.startswith(" and then")
+        assert result.exit_code == 130
+        assert source.closed
+
 
 def test_what_the_engine_logs_is_shown(tiny_model, tmp_path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
