@@ -13,7 +13,7 @@
 namespace aph {
 namespace {
 
-constexpr int64_t kUnitBytes = 2 * kKvBlock * sizeof(float);  // of a block, before its keys
+constexpr int64_t kKvUnitBytes = 2 * kKvBlock * sizeof(float);  // of a block, before its keys
 constexpr int kAhead = 4;  // blocks of keys or values between reading and prefetching
 
 // Brings a line into the second cache. A core keeps twice as many lines on their way there as to the first one, and so
@@ -72,13 +72,13 @@ inline IntBlocks int_blocks(const AttentionShape& shape, const AttentionTask& ta
         in.value_units[b] = in.key_units[b] + kKvBlock;
         in.keys[b] = reinterpret_cast<const int16_t*>(in.key_units[b] + 2 * kKvBlock);
         in.values[b] = in.keys[b] + shape.head_dim * kKvBlock;
-        for (int64_t byte = 0; byte < kUnitBytes; byte += 64) bring(blocks[b] + byte);
+        for (int64_t byte = 0; byte < kKvUnitBytes; byte += 64) bring(blocks[b] + byte);
         in.order[b] = reinterpret_cast<const char*>(in.keys[b]);
         in.order[in.count + b] = reinterpret_cast<const char*>(in.values[b]);
     }
     const int next = next_blocks(shape, task, tile, blocks);
     for (int i = 0; i < kAhead; ++i)
-        in.order[2 * in.count + i] = i < next ? blocks[i] + kUnitBytes : in.order[2 * in.count - 1];
+        in.order[2 * in.count + i] = i < next ? blocks[i] + kKvUnitBytes : in.order[2 * in.count - 1];
     return in;
 }
 
