@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from aphrodite.chat.content import part_text, part_texts
+from aphrodite.chat.tools.history import answered
 
 Message = Mapping[str, Any]
 
@@ -26,12 +27,14 @@ _BETWEEN: Final = "\n\n"  # two texts in one turn
 def adaptations(messages: Sequence[Message]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Ever more changed forms of a conversation, each with what was done; none that equals the one before."""
     planless = without_plans(messages)
+    told = answered(planless)
     steps = (
         ("what was thought before calls with words was left out", planless),
-        ("turns of one role in a row became one turn", merge_turns(planless)),
-        ("system messages after the first became the user's", merge_turns(demote_system(planless, keep_first=True))),
-        ("system messages became part of the user's turns", merge_turns(demote_system(planless, keep_first=False))),
-        ("an empty user's turn was put first", open_with_user(demote_system(planless, keep_first=False))),
+        ("an empty answer was put behind results of tools", told),
+        ("turns of one role in a row became one turn", merge_turns(told)),
+        ("system messages after the first became the user's", merge_turns(demote_system(told, keep_first=True))),
+        ("system messages became part of the user's turns", merge_turns(demote_system(told, keep_first=False))),
+        ("an empty user's turn was put first", open_with_user(demote_system(told, keep_first=False))),
     )
     before = [dict(message) for message in messages]
     for what, changed in steps:
@@ -100,17 +103,9 @@ def with_arguments(messages: Sequence[Message], *, as_text: bool) -> list[dict[s
     return [_converted(message, as_text) if message.get("tool_calls") else dict(message) for message in messages]
 
 
-def with_calls_alone(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Turns that call tools with null for their content; what they say becomes a turn before them."""
-    alone: list[dict[str, Any]] = []
-    for message in messages:
-        if not message.get("tool_calls"):
-            alone.append(dict(message))
-            continue
-        if message.get("content"):
-            alone.append({key: value for key, value in message.items() if key != "tool_calls"})
-        alone.append({**message, "content": None})
-    return alone
+def with_contents(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Turns without a content with an empty one: many templates print what there is, be it nothing."""
+    return [dict(message) if message.get("content") is not None else {**message, "content": ""} for message in messages]
 
 
 def system_texts(messages: Sequence[Message]) -> list[str]:

@@ -14,11 +14,12 @@ from aphrodite.chat.conversation import (
     adaptations,
     system_texts,
     with_arguments,
-    with_calls_alone,
+    with_contents,
     with_names,
     with_thoughts,
 )
 from aphrodite.chat.jinja import JinjaTemplate, TemplateRefusedError
+from aphrodite.chat.tools.history import one_call_a_turn, with_ids, without_words, words_apart
 from aphrodite.chat.tools.instruction import has_calls, with_instruction, with_spoken_calls, without_calls
 from aphrodite.chat.traits import Reasoning, TemplateTraits, describe_template
 from aphrodite.errors import InvalidRequestError
@@ -128,7 +129,10 @@ class ChatTemplate:
                 to continue.
         """
         self._check_use(documents)
-        messages, tools = self._told_in_words(list(messages), tools)
+        messages = list(messages)
+        if all(isinstance(message, Mapping) for message in messages):  # else the rendering says what is wrong
+            messages = self._normalised(messages, continue_final_message)
+        messages, tools = self._told_in_words(messages, tools)
         template = self._template_for(tools, documents)
         request = _Request(
             add_generation_prompt,
@@ -138,9 +142,28 @@ class ChatTemplate:
             self._variables(extra or {}),
             limits.deadline(len(messages)),
         )
-        if all(isinstance(message, Mapping) for message in messages):  # else the rendering says what is wrong
-            return self._fit(template, self._prepared(template, messages), request)
+        if all(isinstance(message, Mapping) for message in messages):
+            return self._with_words_shown(template, self._prepared(template, messages), request)
         return request.render(template, messages)
+
+    def _normalised(self, messages: list[Mapping[str, Any]], continued: bool) -> list[Mapping[str, Any]]:
+        """The conversation with a content in every turn, but for one to continue, and ids that the model knows."""
+        last = messages[-1:] if continued else []
+        return list(with_ids([*with_contents(messages[: len(messages) - len(last)]), *last], self.traits.tool_format))
+
+    def _with_words_shown(self, template: JinjaTemplate, messages: list[Mapping[str, Any]], request: _Request) -> str:
+        """Render the conversation, with a turn for what is said beside calls where the template shows either."""
+        traits = describe_template(template.source)
+        if traits.calls and not traits.calls_with_words:
+            apart: list[Mapping[str, Any]] = list(words_apart(messages, None if traits.calls_alone else ""))
+            try:
+                return self._fit(template, apart, request)
+            except TemplateRefusedError as refusal:
+                if len(apart) == len(messages):
+                    raise
+                self._log_once("what was said beside calls was left out", refusal)
+            messages = list(without_words(messages, None if traits.calls_alone else ""))
+        return self._fit(template, messages, request)
 
     def _told_in_words(
         self, messages: list[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
@@ -199,8 +222,8 @@ class ChatTemplate:
         if any(message.get("tool_calls") for message in messages):
             traits = describe_template(template.source)
             prepared = list(with_arguments(prepared, as_text=traits.arguments_as_text))
-            if traits.calls_alone:
-                prepared = list(with_calls_alone(prepared))
+            if traits.calls and not traits.several_calls:
+                prepared = list(one_call_a_turn(prepared))
         return prepared
 
     def _fit(self, template: JinjaTemplate, messages: list[Mapping[str, Any]], request: _Request) -> str:

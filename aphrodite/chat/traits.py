@@ -66,6 +66,8 @@ class TemplateTraits:
             a name here.
         calls: it shows earlier calls. One that has no variable for tools may do so all the same.
         calls_alone: it shows them only in turns whose content is null.
+        calls_with_words: it shows what is said in a turn that calls.
+        several_calls: it shows all calls of one turn.
         arguments_as_text: it takes the arguments of earlier calls as JSON text, not as an object.
         documents: it shows documents.
         reasoning: None where the template says nothing of it.
@@ -77,6 +79,8 @@ class TemplateTraits:
     tool_format: ToolFormat | None
     calls: bool
     calls_alone: bool
+    calls_with_words: bool
+    several_calls: bool
     arguments_as_text: bool
     documents: bool
     reasoning: Reasoning | None
@@ -84,6 +88,7 @@ class TemplateTraits:
 
 # Texts that no template has of itself.
 _SYSTEM, _USER, _ANSWER, _NEXT, _NAME, _ARGUMENT, _FUNCTION = "Qs1", "Qu2", "Qa3", "Qn4", "Qm5", "Qg6", "Qf7"
+_SECOND = "Qc8"
 _BOS, _EOS = "<|aphrodite_bos|>", "<|aphrodite_eos|>"
 
 _TOOL: Final = {
@@ -171,6 +176,10 @@ def describe_template(source: str) -> TemplateTraits:
         tool_format=tool_format,
         calls=calls.any,
         calls_alone=calls.any and calls_alone,
+        calls_with_words=not calls_alone and any(_ANSWER in shown for shown in _shown_calls(template, _ANSWER)),
+        several_calls=any(
+            _SECOND in shown for shown in _shown_calls(template, None if calls_alone else "", (_FUNCTION, _SECOND))
+        ),
         arguments_as_text=calls.only_text,
         documents="documents" in template.variables,
         reasoning=_reasoning(template),
@@ -233,14 +242,15 @@ class _ShownCalls(NamedTuple):
         return _ARGUMENT in self.with_text and _ARGUMENT not in self.with_object
 
 
-def _shown_calls(template: _Probe, content: str | None) -> _ShownCalls:
-    return _ShownCalls(*(_shown_call(template, content, given) for given in ({_ARGUMENT: 1}, f'{{"{_ARGUMENT}": 1}}')))
+def _shown_calls(template: _Probe, content: str | None, names: tuple[str, ...] = (_FUNCTION,)) -> _ShownCalls:
+    forms = ({_ARGUMENT: 1}, f'{{"{_ARGUMENT}": 1}}')
+    return _ShownCalls(*(_shown_turn(template, content, names, form) for form in forms))
 
 
-def _shown_call(template: _Probe, content: str | None, arguments: Any) -> str:
-    function = {"name": _FUNCTION, "arguments": arguments}
-    call = {"id": "abcdefghi", "type": "function", "function": function}
-    turns = (_turn("user", _USER), {"role": "assistant", "content": content, "tool_calls": [call]})
+def _shown_turn(template: _Probe, content: str | None, names: tuple[str, ...], arguments: Any) -> str:
+    functions = [{"name": name, "arguments": arguments} for name in names]
+    calls = [{"id": f"abcdefgh{i}", "type": "function", "function": each} for i, each in enumerate(functions)]
+    turns = (_turn("user", _USER), {"role": "assistant", "content": content, "tool_calls": calls})
     return template(*turns) or template(*turns, tools=[_TOOL])
 
 

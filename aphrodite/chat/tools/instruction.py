@@ -38,7 +38,7 @@ def without_calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def with_spoken_calls(messages: Sequence[Message], tool_format: ToolFormat | None) -> list[dict[str, Any]]:
-    """The conversation with calls as the assistant's texts, in the model's own format where that is Granite's."""
+    """The conversation with calls as the assistant's texts, as the model writes them where that is not Hermes' way."""
     return [_with_spoken_calls(message, tool_format) for message in messages]
 
 
@@ -65,22 +65,58 @@ def _with_spoken_calls(message: Message, tool_format: ToolFormat | None) -> dict
     if not isinstance(calls, list) or not calls:
         return dict(message)
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    objects = [_call_object(call) for call in calls]
-    if tool_format == "granite":
-        texts = [f"<|tool_call|>[{', '.join(objects)}]"]
-    else:
-        texts = [f"<tool_call>\n{text}\n</tool_call>" for text in objects]
-    return {**rest, "content": _joined(message.get("content"), *texts, between="\n")}
+    return {**rest, "content": _joined(message.get("content"), _written(calls, tool_format), between="\n")}
+
+
+def _written(calls: list[Any], tool_format: ToolFormat | None) -> str:
+    """Calls as the model writes them."""
+    objects = ", ".join(map(_call_object, calls))
+    match tool_format:
+        case "granite":
+            return f"<|tool_call|>[{objects}]"
+        case "phi4_mini":
+            return f"<|tool_call|>[{objects}]<|/tool_call|>"
+        case "lfm2":
+            return f"<|tool_call_start|>[{', '.join(map(_python_call, calls))}]<|tool_call_end|>"
+        case "olmo3":
+            lines = "\n".join(map(_python_call, calls))
+            return f"<function_calls>{lines}</function_calls>"
+        case "kimi_k2":
+            return f"<|tool_calls_section_begin|>{''.join(map(_kimi_call, calls))}<|tool_calls_section_end|>"
+    return "\n".join(f"<tool_call>\n{_call_object(call)}\n</tool_call>" for call in calls)
+
+
+def _kimi_call(call: Any) -> str:
+    call_id = call.get("id") if isinstance(call, Mapping) else None
+    return f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{_name_and_arguments(call)[1]}<|tool_call_end|>"
+
+
+def _python_call(call: Any) -> str:
+    """A call in Python's way, its literals in JSON's; as JSON where the arguments are no object."""
+    name, text = _name_and_arguments(call)
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        return _call_object(call)
+    pairs = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
+    return f"{name}({', '.join(pairs)})"
 
 
 def _call_object(call: Any) -> str:
     """A call as JSON text."""
+    name, arguments = _name_and_arguments(call)
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
+
+
+def _name_and_arguments(call: Any) -> tuple[Any, str]:
+    """A call's name, and its arguments as JSON text."""
     function = call.get("function") if isinstance(call, Mapping) else None
     function = function if isinstance(function, Mapping) else {}
     arguments = function.get("arguments") or "{}"
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    name = json.dumps(function.get("name"), ensure_ascii=False)
-    return f'{{"name": {name}, "arguments": {text}}}'
+    return function.get("name"), text
 
 
 def _joined(*contents: Any, between: str = "\n\n") -> str:
