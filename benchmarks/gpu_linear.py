@@ -173,7 +173,7 @@ def _dense_cuts(n: int, k: int, rows: int) -> set[DenseConfig]:
         row_blocks, sums = -(-rows // (parts * part)), parts * part * columns // (32 * warps)
         count = row_blocks * -(-n // columns) * splits
         stages = min(dense_cuts.SHARED_BYTES // blocks // (2 * chunk * (parts * part + columns)), 8)
-        shared_twice = row_blocks > 1 and n * k > 1 << 23 and (row_blocks > 2 or columns < 256 or part < 128)
+        shared_twice = row_blocks > 1 and n * k > 1 << 23 and (row_blocks > 2 or columns < 128 or part < 128)
         if parts * part >= rows + 64 or shared_twice or (part == 128 and warps == 4) or (columns == 32 and n > 2048):
             continue
         if (

@@ -52,6 +52,8 @@ class DecodeConfig(NamedTuple):
     tile: int  # positions multiplied at once, a power of two
     num_warps: int
     num_stages: int
+    ahead: bool = False  # load a chunk's first tile before waiting for the kernel that writes the newest position
+    early: bool = False  # let the next kernel start while this one reads
 
 
 class DecodePlan(NamedTuple):
@@ -206,6 +208,8 @@ def decode_attention(
         HAS_SINKS=sinks is not None,
         FORMAT=int(kv_format(keys)),
         RECORD=RECORD,
+        AHEAD=config.ahead,
+        EARLY=config.early,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -330,6 +334,8 @@ def _decode_kernel(
     HAS_SINKS: tl.constexpr,
     FORMAT: tl.constexpr,
     RECORD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -347,6 +353,14 @@ def _decode_kernel(
     blocks = tile_blocks(table, start, end, TILE, BLOCK_SIZE)
     factor = score_factor(scale, SOFTCAP, FORMAT)
 
+    if EARLY:
+        launch_dependents(PDL)
+    if AHEAD:
+        first_row = tile_rows(blocks, start, head, TILE, KV_HEADS, BLOCK_SIZE)
+        there = (start + tl.arange(0, TILE) < end) & (start + tl.arange(0, TILE) >= oldest)
+        first_k = load_tile(keys, first_row, there, HEAD_DIM, DIM, True, FORMAT)
+        first_v = load_tile(values, first_row, there, HEAD_DIM, DIM, True, FORMAT)
+        blocks = tile_blocks(table, start + TILE, end, TILE, BLOCK_SIZE)
     wait_for_producer(PDL)
     member = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
@@ -360,7 +374,16 @@ def _decode_kernel(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for base in range(start, end, TILE):
+    begin = start
+    if AHEAD:
+        if start + TILE >= end:  # the newest position may be among them
+            first_k = load_tile(keys, first_row, there, HEAD_DIM, DIM, True, FORMAT)
+            first_v = load_tile(values, first_row, there, HEAD_DIM, DIM, True, FORMAT)
+        if start < end:
+            first = tl.where(there[None, :], scores_of(q, first_k, scale, SOFTCAP, FORMAT), float("-inf"))
+            acc, peak, total = accumulate(acc, peak, total, first, first_v, factor, False)
+        begin += TILE
+    for base in range(begin, end, TILE):
         positions = base + tl.arange(0, TILE)
         seen = (positions < end) & (positions >= oldest)
         row = tile_rows(blocks, base, head, TILE, KV_HEADS, BLOCK_SIZE)
@@ -374,7 +397,8 @@ def _decode_kernel(
     heads = head * GROUP + member
     inside = (member < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     if chunks == 1:
-        launch_dependents(PDL)
+        if not EARLY:
+            launch_dependents(PDL)
         total = with_sink(total, peak * factor, sinks, heads, member < GROUP, HAS_SINKS)
         result = tl.where(total[:, None] > 0.0, acc / total[:, None], 0.0)  # a padding row has seen nothing
         target = out + token * out_stride + heads[:, None] * HEAD_DIM + dims[None, :]
@@ -387,7 +411,8 @@ def _decode_kernel(
         tl.debug_barrier()  # all threads' stores before the one that counts
         counter = counters + first_slot * KV_HEADS + head
         finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-        launch_dependents(PDL)
+        if not EARLY:
+            launch_dependents(PDL)
         if finished == chunks - 1:
             tl.store(counter, 0)  # for the next layer
             result = _combine(

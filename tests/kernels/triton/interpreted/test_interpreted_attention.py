@@ -22,9 +22,10 @@ def decode(
     softcap: float = 0.0,
     target: int = 4,
     sinks: torch.Tensor | None = None,
+    ahead: bool = False,
 ) -> torch.Tensor:
     kv_heads = step.keys.shape[1]
-    config = DecodeConfig(tile=16, num_warps=4, num_stages=1)
+    config = DecodeConfig(tile=16, num_warps=4, num_stages=1, ahead=ahead, early=ahead)
     plan = plan_decode(
         query_start=step.query_start,
         context_lens=step.context_lens,
@@ -96,12 +97,12 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, atol: float = 2e-6) 
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("target", [1, 5, 40])
+@pytest.mark.parametrize(("target", "ahead"), [(1, False), (5, False), (40, False), (1, True), (5, True)])
 @pytest.mark.parametrize("window", [None, 1, 20, 64])
-def test_decode_of_mixed_lengths(window: int | None, target: int) -> None:
+def test_decode_of_mixed_lengths(window: int | None, target: int, ahead: bool) -> None:
     """Long beside short, padding between, more chunks wanted than there are tiles."""
     step = make_step([(1, 77), (1, 1), (1, 0), (1, 16), (1, 33)], heads=4, kv_heads=2, head_dim=64)
-    assert_close(decode(step, window=window, target=target), step.expected(window))
+    assert_close(decode(step, window=window, target=target, ahead=ahead), step.expected(window))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 17])
