@@ -39,7 +39,7 @@ from aphrodite.models.spec import ModelSpec, RotarySpec
 from aphrodite.quantization.types import RawTensor, StackedTensor
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.native_adapters import NativeAdapters, PairTable
-from aphrodite.runner.native_compiler import GATES, Compiler, compile_norm
+from aphrodite.runner.native_compiler import GATES, Compiler, Packs, compile_norm
 from aphrodite.runner.native_experts import compile_experts, expert_names, unknown_parts_of_experts
 from aphrodite.runner.native_latent import compile_latent_attention, heads_beside, latent_names, unknown_latents
 from aphrodite.runner.native_weights import TiledWeights, tile_kind
@@ -108,7 +108,9 @@ class NativeExecutor:
         self._program = _compile(self, compiler)
         self.adapters = None
         if adapters is not None:
-            self.adapters = NativeAdapters(adapters.slots, compiler.weight_numbers, compiler.builder.num_weights)
+            self.adapters = NativeAdapters(
+                adapters.slots, compiler.weight_numbers, compiler.builder.num_weights, self._weights
+            )
         self._cache: NativeMemory | None = None
         self._num_blocks = 0
         self._logits = torch.empty(0)
@@ -129,7 +131,7 @@ class NativeExecutor:
             rows, columns = tensor.shape[-2:]
             if isinstance(tensor, StackedTensor) and len({part.qtype for part in tensor.parts}) > 1:
                 return f"{name} is stored in types that differ from expert to expert"
-            if tiles_bytes(library, tile_kind(tensor), rows, columns) == 0:
+            if tiles_bytes(library, tile_kind(tensor, name), rows, columns) == 0:
                 block = max(BLOCK_COLUMNS, tensor.qtype.block_size)
                 return (
                     f"{name} is {tensor.qtype.name} [{rows}, {columns}]; it needs another type "
@@ -306,7 +308,7 @@ def _compile_attention(compiler: Compiler, spec: ModelSpec, layer: int, table: i
         attended = compile_latent_attention(compiler, spec, mla, layer, table, residual)
         width = spec.num_heads * mla.v_head_dim
     out_packs = compiler.packs("attended", [f"{prefix}o.weight"], width)
-    compiler.builder.add_op(OpKind.PACK, source=attended, packs=list(out_packs.values()))
+    compiler.pack(attended, out_packs)
     out = compiler.weight(f"{prefix}o.weight", out_packs)
     _compile_addition(compiler, spec, out, residual, part, f"{prefix}attn_post_norm")
 
@@ -366,7 +368,7 @@ def _compile_mlp(compiler: Compiler, spec: ModelSpec, layer: int, residual: int,
         compile_norm(compiler, spec, residual, packs, f"{prefix}mlp_norm")
     down_packs = compiler.packs("gated", [f"{prefix}down.weight"], spec.intermediate_size)
     pair = [compiler.weight(name, packs) for name in names]
-    builder.add_op(OpKind.GATED, weights=pair, packs=list(down_packs.values()), flag=GATES[spec.activation])
+    builder.add_op(OpKind.GATED, weights=pair, packs=down_packs.numbers, flag=GATES[spec.activation])
     down = compiler.weight(f"{prefix}down.weight", down_packs)
     _compile_addition(compiler, spec, down, residual, part, f"{prefix}mlp_post_norm")
 
@@ -387,7 +389,7 @@ def _compile_head(compiler: Compiler, spec: ModelSpec, residual: int) -> None:
     )
 
 
-def _normed_packs(compiler: Compiler, spec: ModelSpec, layer: int, names: list[str]) -> dict[Activation, int]:
+def _normed_packs(compiler: Compiler, spec: ModelSpec, layer: int, names: list[str]) -> Packs:
     """What a layer's norm writes for the named weights; in parallel blocks one norm writes for all."""
     if spec.block == "parallel":
         names = [*(f"layers.{layer}.{part}.weight" for part in "qkv"), *_gated_names(layer)]

@@ -17,6 +17,7 @@ from aphrodite.kernels.cpu.program import TILE_ROWS, LowRankDesc
 from aphrodite.loading.lora import Adapter, LowRank
 from aphrodite.quantization.dequantize import dequantize
 from aphrodite.quantization.types import RawTensor
+from aphrodite.runner.native_weights import TiledWeights
 
 
 class _Held(NamedTuple):
@@ -39,13 +40,15 @@ class NativeAdapters:
     Args:
         weights: numbers of the program's weights, by the names of `Adapter.pairs`.
         num_weights: all that the program has.
+        orders: of the weights' rows and columns.
 
     Attributes:
         table: what a step that begins now is computed with.
     """
 
-    def __init__(self, num_slots: int, weights: Mapping[str, int], num_weights: int) -> None:
+    def __init__(self, num_slots: int, weights: Mapping[str, int], num_weights: int, orders: TiledWeights) -> None:
         self._weights = weights
+        self._orders = orders
         self._num_weights = num_weights
         self._known: dict[int, _Held] = {}
         self._changing = threading.Lock()
@@ -56,7 +59,9 @@ class NativeAdapters:
         pairs = (LowRankDesc * self._num_weights)()
         arrays: list[np.ndarray] = []
         for name, pair in adapter.pairs.items():
-            a, b, kind = _matrices(pair)
+            weight = f"{name}.weight"
+            columns, rows = self._orders.column_orders.get(weight), self._orders.row_orders.get(weight)
+            a, b, kind = _matrices(pair, columns, rows)
             arrays += [a, b]
             pairs[self._weights[name]] = LowRankDesc(a.ctypes.data, b.ctypes.data, pair.rank, kind, pair.scale)
         self._known[number] = _Held(pairs, tuple(arrays))
@@ -81,10 +86,13 @@ class NativeAdapters:
         return PairTable(pairs, held)
 
 
-def _matrices(pair: LowRank) -> tuple[np.ndarray, np.ndarray, int]:
-    """A as it is, B as `[tiles, rank, 16]`, and the number of their type."""
+def _matrices(pair: LowRank, columns: np.ndarray | None, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """A as it is, B as `[tiles, rank, 16]`, and the number of their type; A's columns and B's rows in the orders of
+    those of their weight."""
     same = pair.a.qtype is pair.b.qtype
     a, b = (_values(raw) if same else dequantize(raw).astype(np.float32) for raw in (pair.a, pair.b))
+    a = a if columns is None else a[:, columns]
+    b = b if rows is None else b[rows]
     rows, rank = b.shape
     padded = np.zeros((-(-rows // TILE_ROWS) * TILE_ROWS, rank), b.dtype)
     padded[:rows] = b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +16,26 @@ from aphrodite.runner.native_weights import TiledWeights, reads_floats
 GATES = {"silu": GateKind.SILU, "gelu_tanh": GateKind.GELU_TANH, "swiglu_oai": GateKind.BOUNDED_SWIGLU}
 
 
+class Packs(NamedTuple):
+    """The forms of one input that weights read.
+
+    Attributes:
+        numbers: of all packs.
+        of: the pack that a weight reads, by the weight's name.
+        orders: what the operation that writes them has as its `window`.
+    """
+
+    numbers: list[int]
+    of: Mapping[str, int]
+    orders: int
+
+
 class Compiler:
     """Turns names into operands of a program under construction."""
 
     def __init__(self, weights: Mapping[str, RawTensor], packed: TiledWeights, activation: Activation) -> None:
         self.builder = ProgramBuilder()
-        self._packs: dict[tuple[str, tuple[Activation, ...]], dict[Activation, int]] = {}
+        self._packs: dict[tuple[str, tuple[tuple[Activation, int], ...]], list[int]] = {}
         self._buffers: dict[str, int] = {}
         self._weights = weights
         self._packed = packed
@@ -33,24 +48,34 @@ class Compiler:
             self._buffers[use] = self.builder.add_buffer(-(-width // TILE_ROWS) * TILE_ROWS)
         return self._buffers[use]
 
-    def packs(self, use: str, names: list[str], columns: int, rows: RowSet = RowSet.TOKENS) -> dict[Activation, int]:
-        """Packs of one input, one for each form that the named weights read; layers share those of the same use."""
-        kinds = tuple(dict.fromkeys(self._kind(name) for name in names))
-        if (use, kinds) not in self._packs:
-            self._packs[use, kinds] = {kind: self.builder.add_pack(kind, columns, rows) for kind in kinds}
-        return self._packs[use, kinds]
+    def packs(self, use: str, names: list[str], columns: int, rows: RowSet = RowSet.TOKENS) -> Packs:
+        """Packs of one input, one for each form and order of columns that the named weights read; layers share those of
+        the same use."""
+        orders: list[np.ndarray | None] = [None]
+        reads = {name: (self._kind(name), _place(self._gathered(name), orders)) for name in names}
+        forms = tuple(dict.fromkeys(reads.values()))
+        if (use, forms) not in self._packs:
+            self._packs[use, forms] = [self.builder.add_pack(kind, columns, rows) for kind, _ in forms]
+        numbers = self._packs[use, forms]
+        of = {name: numbers[forms.index(form)] for name, form in reads.items()}
+        taken = self.builder.add_orders([orders[place] for _, place in forms]) if len(orders) > 1 else 0
+        return Packs(numbers, of, taken)
 
-    def weight(self, name: str, packs: dict[Activation, int], out_column: int = 0) -> int:
+    def pack(self, source: int, packs: Packs) -> None:
+        """Adds the packing of rows of `source` as they are."""
+        self.builder.add_op(OpKind.PACK, source=source, packs=packs.numbers, window=packs.orders)
+
+    def weight(self, name: str, packs: Packs, out_column: int = 0) -> int:
         """A matrix, or a stack of them, that multiplies one of `packs`, with its bias, if it has one."""
         rows, columns = self._weights[name].shape[-2:]
-        bias = self._weights.get(name.removesuffix("weight") + "bias")
+        bias = self._bias(name)
         number = self.builder.add_weight(
             self._packed.address(name),
             self._packed.kinds[name],
             (rows, columns),
-            pack=packs[self._kind(name)],
+            pack=packs.of[name],
             out_column=out_column,
-            bias=None if bias is None else dense_vector(bias).reshape(bias.shape),
+            bias=bias,
         )
         self.weight_numbers[name.removesuffix(".weight")] = number
         return number
@@ -78,6 +103,18 @@ class Compiler:
         self.vector(f"{name}.bias")
         return vector, NormKind.BIASED_LAYER
 
+    def _gathered(self, name: str) -> np.ndarray | None:
+        """The order into which columns have to be brought for a weight; what gates make is in it already."""
+        return None if name.endswith("down.weight") else self._packed.column_orders.get(name)
+
+    def _bias(self, name: str) -> np.ndarray | None:
+        """Of a weight's rows, in their order."""
+        stored = self._weights.get(name.removesuffix("weight") + "bias")
+        if stored is None:
+            return None
+        bias, order = dense_vector(stored).reshape(stored.shape), self._packed.row_orders.get(name)
+        return bias if order is None else np.take_along_axis(bias, order, axis=-1)
+
     def _kind(self, name: str) -> Activation:
         exact = reads_floats(self._packed.kinds[name]) or name.endswith("router.weight")
         return Activation.FLOAT32 if exact else self._activation
@@ -87,24 +124,34 @@ def compile_norm(
     compiler: Compiler,
     spec: ModelSpec,
     source: int,
-    packs: Mapping[Activation, int],
+    packs: Packs,
     name: str,
     rows: RowSet = RowSet.TOKENS,
 ) -> None:
     """Packs what the next product reads: rows of `source`, normalised in models with norms before their parts."""
     if spec.block == "post_norm" and rows is RowSet.TOKENS:
-        compiler.builder.add_op(OpKind.PACK, source=source, packs=list(packs.values()))
+        compiler.pack(source, packs)
         return
     vector, kind = compiler.norm(spec, name)
     compiler.builder.add_op(
         OpKind.NORM,
         rows=rows,
         source=source,
-        packs=list(packs.values()),
+        packs=packs.numbers,
         vector=vector,
+        window=packs.orders,
         flag=kind,
         value=spec.norm_eps,
     )
+
+
+def _place(order: np.ndarray | None, known: list[np.ndarray | None]) -> int:
+    """Where an order stands among the known ones, to which it is added if it is new."""
+    for place, other in enumerate(known):
+        if order is other or (order is not None and other is not None and np.array_equal(order, other)):
+            return place
+    known.append(order)
+    return len(known) - 1
 
 
 def dense_vector(tensor: RawTensor) -> np.ndarray:

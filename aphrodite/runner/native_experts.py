@@ -7,9 +7,9 @@ every token goes to are ordinary products beside them.
 
 from __future__ import annotations
 
-from aphrodite.kernels.cpu.program import MAX_CHOICES, TILE_ROWS, Activation, OpKind, RoutingDesc, RowSet, Scoring
+from aphrodite.kernels.cpu.program import MAX_CHOICES, TILE_ROWS, OpKind, RoutingDesc, RowSet, Scoring
 from aphrodite.models.spec import ModelSpec, MoeSpec
-from aphrodite.runner.native_compiler import GATES, Compiler, compile_norm
+from aphrodite.runner.native_compiler import GATES, Compiler, Packs, compile_norm
 
 _SCORINGS = {
     "softmax": Scoring.SOFTMAX,
@@ -38,7 +38,8 @@ def compile_experts(compiler: Compiler, spec: ModelSpec, moe: MoeSpec, layer: in
     """Adds the feed-forward block of a layer with experts to `residual`."""
     builder, prefix = compiler.builder, f"layers.{layer}."
     shared = [f"{prefix}shared_{part}.weight" for part in ("gate", "up")] if moe.shared_intermediate_size else []
-    packs = compiler.packs("normed", [f"{prefix}router.weight", *shared], spec.hidden_size)
+    routers = [f"{prefix}{name}.weight" for name in (("router", "shared_router") if moe.shared_gate else ("router",))]
+    packs = compiler.packs("normed", [*routers, *shared], spec.hidden_size)
     compile_norm(compiler, spec, residual, packs, f"{prefix}mlp_norm")
     routing = _compile_router(compiler, spec, moe, prefix, packs)
     pair, down = [f"{prefix}expert_{part}.weight" for part in ("gate", "up")], f"{prefix}expert_down.weight"
@@ -47,15 +48,16 @@ def compile_experts(compiler: Compiler, spec: ModelSpec, moe: MoeSpec, layer: in
     builder.add_op(
         OpKind.ROUTE,
         source=residual,
-        packs=list(rows.values()),
+        packs=rows.numbers,
         layer=routing,
         vector=vector,
+        window=rows.orders,
         flag=kind,
         value=spec.norm_eps,
     )
     inner = compiler.packs("gated rows of experts", [down], moe.intermediate_size, RowSet.PAIRS)
     gated = [compiler.weight(name, rows) for name in pair]
-    builder.add_op(OpKind.EXPERT_GATED, weights=gated, packs=list(inner.values()), flag=GATES[spec.activation])
+    builder.add_op(OpKind.EXPERT_GATED, weights=gated, packs=inner.numbers, flag=GATES[spec.activation])
     results = compiler.buffer("results of experts", moe.top_k * spec.hidden_size)
     builder.add_op(OpKind.EXPERT_LINEAR, output=results, weights=[compiler.weight(down, inner)])
     if moe.shared_gate:
@@ -65,9 +67,7 @@ def compile_experts(compiler: Compiler, spec: ModelSpec, moe: MoeSpec, layer: in
         _compile_shared(compiler, spec, moe, prefix, packs, residual, accumulate=True)
 
 
-def _compile_router(
-    compiler: Compiler, spec: ModelSpec, moe: MoeSpec, prefix: str, packs: dict[Activation, int]
-) -> int:
+def _compile_router(compiler: Compiler, spec: ModelSpec, moe: MoeSpec, prefix: str, packs: Packs) -> int:
     """The router's product, the gate of the shared experts in a column behind it; returns how tokens choose."""
     gate = -(-moe.num_experts // TILE_ROWS) * TILE_ROWS
     logits = compiler.buffer("router", gate + 1)
@@ -102,7 +102,7 @@ def _compile_shared(
     spec: ModelSpec,
     moe: MoeSpec,
     prefix: str,
-    packs: dict[Activation, int],
+    packs: Packs,
     output: int,
     *,
     accumulate: bool,
@@ -111,6 +111,6 @@ def _compile_shared(
     down = f"{prefix}shared_down.weight"
     inner = compiler.packs("gated for shared experts", [down], moe.shared_intermediate_size)
     pair = [compiler.weight(f"{prefix}shared_{part}.weight", packs) for part in ("gate", "up")]
-    compiler.builder.add_op(OpKind.GATED, weights=pair, packs=list(inner.values()), flag=GATES[spec.activation])
+    compiler.builder.add_op(OpKind.GATED, weights=pair, packs=inner.numbers, flag=GATES[spec.activation])
     weights = [compiler.weight(down, inner)]
     compiler.builder.add_op(OpKind.LINEAR, output=output, weights=weights, flag=int(accumulate))

@@ -79,7 +79,9 @@ def _compile_projections(
         return both, both, column
     packs = compiler.packs("latents of queries", [f"{prefix}q_b.weight"], rank)
     vector = compiler.vector(f"{prefix}q_a_norm.weight")
-    builder.add_op(OpKind.NORM, source=both, packs=list(packs.values()), vector=vector, value=mla.norm_eps)
+    builder.add_op(
+        OpKind.NORM, source=both, packs=packs.numbers, vector=vector, window=packs.orders, value=mla.norm_eps
+    )
     queries = compiler.buffer("queries", width)
     builder.add_op(OpKind.LINEAR, output=queries, weights=[compiler.weight(f"{prefix}q_b.weight", packs)])
     return queries, both, column

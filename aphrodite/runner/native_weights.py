@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from aphrodite.kernels.cpu.program import (
     repack_groups,
     tiles_bytes,
 )
-from aphrodite.quantization.layouts import CodebookGroups, Int4Groups, Int8Groups, NarrowGroups
+from aphrodite.quantization.layouts import CodebookGroups, Int4Groups, Int8Groups, NarrowGroups, consecutive_permutation
 from aphrodite.quantization.packed import (
     AwqMatrix,
     BitsAndBytesMatrix,
@@ -39,17 +39,22 @@ _ALIGNMENT = 64
 _STEP = 32  # columns
 
 
-def tile_kind(raw: RawTensor) -> TileKind:
+def tile_kind(raw: RawTensor, name: str) -> TileKind:
     """What a matrix, or a stack of them, is kept in: its own blocks, or groups of codes of AWQ, GPTQ and their like.
 
-    Other packings, act-order, e5m2 and groups that are no multiple of 32 or do not divide the columns are expanded to
-    the 16-bit type of the packing.
+    Other packings, e5m2, groups of unequal sizes and those that are no multiple of 32 or do not divide the columns are
+    expanded to the 16-bit type of the packing, as are rows that are looked up where inputs are in another order.
+
+    Args:
+        name: of the weight.
     """
     if isinstance(raw, StackedTensor):
-        kinds = {tile_kind(part) for part in raw.parts}
+        kinds = {tile_kind(part, name) for part in raw.parts}
         return kinds.pop() if len(kinds) == 1 else raw.qtype
     if isinstance(raw, PackedTensor):
         found = _group_kind(raw.matrix)
+        if _is_scattered(raw) and (name == "embed.weight" or _column_order(raw) is None):
+            return raw.qtype
         if found is not None and found.number >= 0 and found.group % _STEP == 0 == raw.shape[1] % found.group:
             return found
     return raw.qtype
@@ -61,7 +66,16 @@ def reads_floats(kind: TileKind) -> bool:
 
 
 class TiledWeights:
-    """Matrices in tiles, in the order in which a step reads them; those of a stack lie one behind the other."""
+    """Matrices in tiles, in the order in which a step reads them; those of a stack lie one behind the other.
+
+    Attributes:
+        kinds: what each is kept in, by name.
+        type_names: of all, for people.
+        column_orders: of weights whose groups of inputs are scattered (act-order), the input at each column of their
+            tiles, `[columns]` or, of a stack, `[matrices, columns]`.
+        row_orders: of gates and up projections before such a weight, likewise the row at each row of their tiles: what
+            they make is then in the order in which it is read.
+    """
 
     def __init__(
         self,
@@ -72,20 +86,24 @@ class TiledWeights:
     ) -> None:
         self.kinds: dict[str, TileKind] = {}
         self.type_names: set[str] = set()
+        self.column_orders: dict[str, np.ndarray] = {}
+        self.row_orders: dict[str, np.ndarray] = {}
         self._places: dict[str, int] = {}
         size = 0
         for name in names:
             tensor = weights[name]
             *stack, rows, columns = tensor.shape
-            kind = tile_kind(tensor)
+            kind = tile_kind(tensor, name)
             self._places[name], self.kinds[name] = size, kind
             self.type_names.add(kind.name if isinstance(kind, QuantType) else tensor.type_name)
             nbytes = math.prod(stack) * tiles_bytes(library, kind, rows, columns)
             size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            if isinstance(kind, GroupKind):
+                self._note_orders(name, tensor)
         self.memory = NativeMemory(library, size)
         for name, kind in self.kinds.items():
             tensor, address = weights[name], self.address(name)
-            for matrix in [tensor] if len(tensor.shape) == 2 else map(tensor.part, range(tensor.shape[0])):
+            for matrix in self._matrices(name, tensor):
                 if isinstance(kind, QuantType):
                     repack(library, matrix, address)
                 else:
@@ -97,14 +115,50 @@ class TiledWeights:
     def address(self, name: str) -> int:
         return self.memory.address + self._places[name]
 
+    def _note_orders(self, name: str, tensor: RawTensor) -> None:
+        """Of a weight that is kept in groups."""
+        parts = tensor.parts if isinstance(tensor, StackedTensor) else [tensor]
+        if not any(_is_scattered(part) for part in parts):
+            return
+        found = [order for part in parts if (order := _column_order(part)) is not None]
+        order = np.stack(found) if isinstance(tensor, StackedTensor) else found[0]
+        self.column_orders[name] = order
+        if name.endswith("down.weight"):
+            for part in ("gate", "up"):
+                self.row_orders[name.removesuffix("down.weight") + f"{part}.weight"] = order
+
+    def _matrices(self, name: str, tensor: RawTensor) -> Iterator[RawTensor]:
+        """A matrix, or those of a stack, their rows in the order of the tiles."""
+        order = self.row_orders.get(name)
+        if len(tensor.shape) == 2:
+            yield tensor if order is None else tensor.take_rows(order)
+            return
+        for index in range(tensor.shape[0]):
+            part = tensor.part(index)
+            yield part if order is None else part.take_rows(order[index])
+
+
+def _is_scattered(raw: RawTensor) -> bool:
+    """Whether inputs of a matrix that share a scale do not lie side by side."""
+    matrix = raw.matrix if isinstance(raw, PackedTensor) else None
+    return isinstance(matrix, GptqMatrix | PackQuantizedMatrix) and matrix.group_of is not None
+
+
+def _column_order(raw: RawTensor) -> np.ndarray | None:
+    """The inputs of a matrix in groups, group by group; None where groups have unequal sizes."""
+    matrix = raw.matrix if isinstance(raw, PackedTensor) else None
+    if not isinstance(matrix, GptqMatrix | PackQuantizedMatrix) or matrix.group_of is None:
+        return np.arange(raw.shape[1], dtype=np.int32)
+    return consecutive_permutation(matrix.group_of, raw.shape[1] // matrix.scale_groups)
+
 
 def _group_kind(matrix: PackedMatrix) -> GroupKind | None:
-    """How the codes of a packing are grouped; None where it is something else or its columns are permuted."""
+    """How the codes of a packing are grouped; None where it is something else."""
     columns = matrix.shape[1]
     match matrix:
         case AwqMatrix():
             return GroupKind(4, matrix.scales.qtype, columns // matrix.scales.shape[0])
-        case GptqMatrix() | PackQuantizedMatrix() if matrix.group_of is None:
+        case GptqMatrix() | PackQuantizedMatrix():
             return GroupKind(matrix.bits, matrix.scales.qtype, columns // matrix.scale_groups)
         case ScaledMatrix():
             group = columns if matrix.scales.shape[1] == 1 else matrix.tile[1]

@@ -153,13 +153,18 @@ def step(sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], *, all_l
 
 
 def product_harness(
-    table: np.ndarray | RawTensor, weight: RawTensor, kind: Activation, isa: str, threads: int = 2
+    table: np.ndarray | RawTensor,
+    weight: RawTensor,
+    kind: Activation,
+    isa: str,
+    threads: int = 2,
+    order: np.ndarray | None = None,
 ) -> Harness:
-    """logits = table[token] @ weight.T"""
+    """logits = table[token] @ weight.T, or table[token][order] @ weight.T"""
     library = load()
     assert library is not None
     stored = table if isinstance(table, RawTensor) else raw_tensor(table, QuantType.F32)
-    return _product(library, stored, place(library, weight), weight.qtype, weight.shape[0], kind, isa, threads)
+    return _product(library, stored, place(library, weight), weight.qtype, weight.shape[0], kind, isa, threads, order)
 
 
 def group_product_harness(
@@ -187,6 +192,7 @@ def _product(
     kind: Activation,
     isa: str,
     threads: int,
+    order: np.ndarray | None = None,
 ) -> Harness:
     rows, columns = table.shape
     source = place(library, table)
@@ -197,7 +203,8 @@ def _product(
     product = builder.add_weight(matrix.address, tiles, (out, columns), pack=pack)
     builder.add_op(OpKind.EMBED, output=buffer, weights=[lookup])
     builder.add_op(OpKind.GATHER, rows=RowSet.LOGITS, source=buffer, output=last)
-    builder.add_op(OpKind.PACK, rows=RowSet.LOGITS, source=last, packs=[pack])
+    window = 0 if order is None else builder.add_orders([order])
+    builder.add_op(OpKind.PACK, rows=RowSet.LOGITS, source=last, packs=[pack], window=window)
     builder.add_op(OpKind.LINEAR, rows=RowSet.LOGITS, output=LOGITS, weights=[product])
     flat = np.ones((4096, 8), np.float32)
     # A vocabulary is both the rows of the table and the columns of the logits; the table may be the shorter one.

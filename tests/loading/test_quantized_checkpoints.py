@@ -128,6 +128,7 @@ CASES: dict[str, tuple[Pack, dict[str, Any], str]] = {
 # What the native library keeps as it is.
 IN_GROUPS = (
     *("awq", "awq, one group", "gptq 4 v1 ", "gptq 4 v2 ", "gptq, one group"),
+    *("gptq 3 v1 act-order", "gptq 4 v1 act-order", "gptq 8 v2 act-order", "w4a16 act-order"),
     *("w4a16", "w4a16 asymmetric", "w4a16 channel", "w4a16 tensor", "w8a16", "w8a8", "w8a8 asymmetric"),
 )
 

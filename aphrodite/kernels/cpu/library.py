@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 ISA_VARIABLE = "APHRODITE_CPU_ISA"
 

@@ -234,8 +234,8 @@ class LatentDesc(ctypes.Structure):
 
 
 _DIMENSIONS = ("vocab_size", "max_len", "num_layers", "heads", "kv_heads", "head_dim", "rotary_half", "kv_type")
-_ARRAYS = ("cos", "sin", "query_scales", "ops", "weights", "packs", "buffers", "vectors", "routings")
-_COUNTS = ("op_count", "weight_count", "pack_count", "buffer_count", "vector_count", "routing_count")
+_ARRAYS = ("cos", "sin", "query_scales", "ops", "weights", "packs", "buffers", "vectors", "routings", "orders")
+_COUNTS = ("op_count", "weight_count", "pack_count", "buffer_count", "vector_count", "routing_count", "order_count")
 
 
 class _ProgramDesc(ctypes.Structure):
@@ -394,6 +394,7 @@ class ProgramBuilder:
         self._vectors: list[np.ndarray] = []
         self._biases: list[np.ndarray] = []
         self._routings: list[RoutingDesc] = []
+        self._orders: list[np.ndarray | None] = []
         self.latent = LatentDesc()
 
     @property
@@ -445,6 +446,15 @@ class ProgramBuilder:
             raise ValueError(f"{routing.choices} experts a token after {self._routings[0].choices}")
         self._routings.append(routing)
         return len(self._routings) - 1
+
+    def add_orders(self, orders: Sequence[np.ndarray | None]) -> int:
+        """Orders of columns of an operation's packs, one a pack, None for that of its input.
+
+        Each is a permutation `[columns]`, of an operation that packs for experts `[experts, columns]`: column j of the
+        pack is column order[j] of the input. The returned number is the operation's `window`.
+        """
+        self._orders += [None if order is None else np.ascontiguousarray(order, dtype=np.int32) for order in orders]
+        return len(self._orders) - len(orders) + 1
 
     def add_op(
         self,
@@ -501,24 +511,28 @@ class ProgramBuilder:
         `native/program.h` that no table gives.
         """
         cos, sin = (np.ascontiguousarray(table, dtype=np.float32) for table in (cos, sin))
-        keep_alive = [cos, sin, *self._vectors, *self._biases]
+        keep_alive: list[Any] = [cos, sin, *self._vectors, *self._biases, *self._orders]
         ops = (_Op * len(self._ops))(*self._ops)
         weights = (_WeightDesc * len(self._weights))(*self._weights)
         packs = (_PackDesc * len(self._packs))(*self._packs)
         buffers = (ctypes.c_int64 * len(self._buffers))(*self._buffers)
         vectors = (ctypes.c_void_p * len(self._vectors))(*(vector.ctypes.data for vector in self._vectors))
         routings = (RoutingDesc * len(self._routings))(*self._routings)
+        addresses = (None if order is None else order.ctypes.data for order in self._orders)
+        orders = (ctypes.c_void_p * len(self._orders))(*addresses)
         desc = _ProgramDesc(max_len=cos.shape[-2], rotary_half=cos.shape[-1], latent=self.latent, **dimensions)
         desc.choices = self._routings[0].choices if self._routings else 0
         desc.cos, desc.sin = cos.ctypes.data, sin.ctypes.data
         if query_scales is not None:
-            keep_alive.append(np.ascontiguousarray(query_scales, dtype=np.float32))
-            desc.query_scales = keep_alive[-1].ctypes.data
+            scales = np.ascontiguousarray(query_scales, dtype=np.float32)
+            keep_alive.append(scales)
+            desc.query_scales = scales.ctypes.data
         named = (("op", ops), ("weight", weights), ("pack", packs), ("buffer", buffers), ("routing", routings))
         for name, array in named:
             setattr(desc, f"{name}s", ctypes.addressof(array))
             setattr(desc, f"{name}_count", len(array))
         desc.vectors, desc.vector_count = ctypes.addressof(vectors), len(vectors)
+        desc.orders, desc.order_count = ctypes.addressof(orders), len(orders)
         return Program(library, desc, isa, keep_alive)
 
 

@@ -9,4 +9,4 @@
 #endif
 
 // Raised with every incompatible change, so that a stale library in a source tree is refused.
-constexpr int32_t kAbiVersion = 14;
+constexpr int32_t kAbiVersion = 15;

@@ -51,6 +51,7 @@ void Program::prepare() {
     if (!routings_.empty()) routing_.prepare(routings_, step_.tokens, step_.threads);
     const int64_t widest = *std::max_element(widths_.begin(), widths_.end());
     norm_rows_ = norm_memory_.get<float>(step_.threads * kGroupRows * widest);
+    if (!orders_.empty()) ordered_rows_ = ordered_memory_.get<float>(step_.threads * kGroupRows * widest);
     attention_scratch_ = attention_memory_.get<float>(
         step_.threads * attention_scratch(static_cast<int>(desc_.head_dim), desc_.latent.turning));
 }
@@ -161,6 +162,19 @@ void Program::norm_row(const Op& op, const float* x, int64_t columns, float* out
     kernels_.layer_norm(x, vectors_[op.vector], bias, op.value, columns, out);
 }
 
+// Packs group `group` of rows, whose first one `row` lies at the beginning of `rows`, into the i-th pack of an operation.
+void Program::pack_group(const Op& op, int i, FloatRows rows, int64_t row, int64_t group, const PackedRows& out,
+                         int worker, int64_t expert) {
+    const int32_t* order = order_of(op, i);
+    if (order != nullptr) {
+        float* ordered = ordered_rows_ + worker * kGroupRows * out.columns;
+        gather_columns(rows, group_width(row, out.rows), order + expert * out.columns, out.columns, ordered);
+        rows = {ordered, out.columns};
+    }
+    // pack expects row 0 of the whole at its pointer
+    kernels_.pack(rows.data - row * rows.stride, rows.stride, group, out);
+}
+
 void Program::norm(const Op& op, Team& team, int worker) {
     const int64_t columns = pack_descs_[op.first_pack].columns, width = widths_[op.input], rows = rows_of(op.rows);
     float* normed = norm_rows_ + worker * kGroupRows * columns;
@@ -168,9 +182,8 @@ void Program::norm(const Op& op, Team& team, int worker) {
         const int64_t row = group_start(group, rows);
         for (int m = 0; m < group_width(row, rows); ++m)
             norm_row(op, buffers_[op.input] + (row + m) * width, columns, normed + m * columns);
-        // pack expects row 0 of the whole at its pointer
         for (int i = 0; i < op.pack_count; ++i)
-            kernels_.pack(normed - row * columns, columns, group, pack_of(op.first_pack + i, worker));
+            pack_group(op, i, {normed, columns}, row, group, pack_of(op.first_pack + i, worker), worker);
     });
 }
 
@@ -187,9 +200,12 @@ void Program::norm_add(const Op& op, Team& team, int worker) {
 }
 
 void Program::pack(const Op& op, Team& team, int worker) {
+    const int64_t width = widths_[op.input], rows = rows_of(op.rows);
     row_groups(op, team, worker, [&](int64_t group) {
+        const int64_t row = group_start(group, rows);
         for (int i = 0; i < op.pack_count; ++i)
-            kernels_.pack(buffers_[op.input], widths_[op.input], group, pack_of(op.first_pack + i, worker));
+            pack_group(op, i, {buffers_[op.input] + row * width, width}, row, group, pack_of(op.first_pack + i, worker),
+                       worker);
     });
 }
 

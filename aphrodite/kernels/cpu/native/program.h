@@ -11,8 +11,8 @@ namespace aph {
 
 enum class OpKind : int32_t {
     Embed = 0,      // output = rows of weight, dequantized, times value (0 for 1)
-    Norm = 1,       // packs = norm(input), value = eps, flag = NormKind
-    Pack = 2,       // packs = input
+    Norm = 1,       // packs = norm(input), value = eps, flag = NormKind; window = order of columns
+    Pack = 2,       // packs = input; window = order of columns
     Linear = 3,     // output (+)= weights x their packs, bounded if bound is not 0
     Gated = 4,      // packs = act(gate) * up, weights gate, up; flag = GateKind
     RotaryKv = 5,   // rotates q and k of input in place, writes k and v into the cache of layer; flag = HeadNorm, which
@@ -22,7 +22,8 @@ enum class OpKind : int32_t {
     NormAdd = 8,    // output += norm(input), value = eps, flag = NormKind; hidden states are set, not added to
     // Mixtures of experts. layer = a RoutingDesc; weights are stacks, a matrix an expert; packs and results of experts
     // have the rows of all (token, choice) pairs, ordered by expert.
-    Route = 9,          // chooses the experts of all tokens; packs = norm(input) of each one's tokens, as in Norm
+    Route = 9,          // chooses the experts of all tokens; packs = norm(input) of each one's tokens, as in Norm;
+                        // orders are [experts][columns]
     ExpertGated = 10,   // packs = act(gate) * up of their experts, as in Gated
     ExpertLinear = 11,  // output = their expert's weight x packs; a row of output holds all pairs of a token
     ExpertSum = 12,     // output += results in input of a token's choices, weighed, and the shared experts'
@@ -57,7 +58,7 @@ struct Op {
     int32_t first_weight, weight_count;
     int32_t vector;
     int32_t layer;
-    int32_t window;
+    int32_t window;        // where packs take columns in another order: 1 + the first of the orders, one a pack
     int32_t flag;          // Linear: accumulate; Gated: GateKind; RotaryKv: HeadNorm; norms: NormKind; Attention: has
                            // sinks, a vector
     float value;
@@ -117,7 +118,8 @@ struct ProgramDesc {
     const int64_t* buffers;  // widths in floats
     const float* const* vectors;
     const RoutingDesc* routings;
-    int64_t op_count, weight_count, pack_count, buffer_count, vector_count, routing_count;
+    const int32_t* const* orders;  // permutations of a pack's columns: of the input, in the pack's order; null: as it is
+    int64_t op_count, weight_count, pack_count, buffer_count, vector_count, routing_count, order_count;
 };
 
 // One step: T tokens of R sequences, as in aphrodite/runner/inputs.py.

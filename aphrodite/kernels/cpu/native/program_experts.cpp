@@ -13,7 +13,8 @@ constexpr int kMostPacks = 2;  // forms of one input: floats and integers
 
 }  // namespace
 
-// One token's experts all read the same row, which is packed once, while another worker chooses.
+// One token's experts all read the same row, which is packed once, while another worker chooses, unless each expert has
+// an order of columns of its own.
 void Program::route(const Op& op, Team& team, int worker) {
     const RoutingDesc& layer = routings_[op.layer];
     const float* correction = layer.correction < 0 ? nullptr : vectors_[layer.correction];
@@ -21,7 +22,7 @@ void Program::route(const Op& op, Team& team, int worker) {
         const float* logits = buffers_[layer.logits] + token * widths_[layer.logits];
         routing_.choose(layer, logits, correction, token, worker);
     };
-    if (step_.tokens == 1) {
+    if (step_.tokens == 1 && !takes_orders(op)) {
         return team.phase(worker, 2, [&](int64_t part) {
             if (part == 1) return pack_expert_rows(op, 0, worker);
             choose(0);
@@ -36,7 +37,7 @@ void Program::route(const Op& op, Team& team, int worker) {
 // Packs one group of rows of an expert.
 void Program::pack_expert_rows(const Op& op, int64_t group, int worker) {
     const int64_t columns = pack_descs_[op.first_pack].columns, width = widths_[op.input];
-    const bool alone = step_.tokens == 1;
+    const bool alone = step_.tokens == 1 && !takes_orders(op);
     const ExpertSegment segment = alone ? ExpertSegment{0, 0, 1, 0} : routing_.segment_of_group(group);
     const int64_t own = group - segment.first_group, row = group_start(own, segment.count);
     float* normed = norm_rows_ + worker * kGroupRows * columns;
@@ -45,8 +46,8 @@ void Program::pack_expert_rows(const Op& op, int64_t group, int worker) {
         norm_row(op, buffers_[op.input] + token * width, columns, normed + m * columns);
     }
     for (int i = 0; i < op.pack_count; ++i)
-        kernels_.pack(normed - row * columns, columns, own,
-                      segment_rows(packs_[op.first_pack + i], segment.first, segment.count));
+        pack_group(op, i, {normed, columns}, row, own,
+                   segment_rows(packs_[op.first_pack + i], segment.first, segment.count), worker, segment.expert);
 }
 
 // Calls f(segment, range) for every expert that was chosen and `step` of `parts` parts of its work at a time: all in
@@ -63,11 +64,11 @@ void Program::for_experts(Team& team, int worker, int64_t parts, int64_t step, F
 
 void Program::expert_gated(const Op& op, Team& team, int worker) {
     const int64_t gate = op.first_weight, up = gate + 1;
-    // The one row of a step of one token is every expert's.
-    const int64_t stride = step_.tokens == 1 ? 0 : 1;
     for_experts(team, worker, weights_[gate].rows / kBlock, 1, [&](const ExpertSegment& segment, Range blocks) {
         const auto input = [&](int64_t index) {
-            return segment_rows(packs_[weights_[index].pack], stride * segment.first, segment.count);
+            // The one row of a step of one token is every expert's.
+            const int64_t pack = weights_[index].pack, stride = step_.tokens == 1 && !ordered_[pack] ? 0 : 1;
+            return segment_rows(packs_[pack], stride * segment.first, segment.count);
         };
         const GatedPair pair{expert_weight(gate, segment.expert), expert_weight(up, segment.expert), input(gate),
                              input(up), static_cast<GateKind>(op.flag)};

@@ -4,6 +4,7 @@
 #include <new>
 #include <vector>
 
+#include "column_order.h"
 #include "experts.h"
 #include "kernels.h"
 #include "program.h"
@@ -65,13 +66,18 @@ public:
           widths_(desc.buffers, desc.buffers + desc.buffer_count),
           vectors_(desc.vectors, desc.vectors + desc.vector_count),
           routings_(desc.routings, desc.routings + desc.routing_count),
+          orders_(desc.orders, desc.orders + desc.order_count),
           buffer_memory_(desc.buffer_count),
           pack_memory_(2 * desc.pack_count),
           buffers_(desc.buffer_count),
           packs_(desc.pack_count),
-          copied_(desc.pack_count) {
+          copied_(desc.pack_count),
+          ordered_(desc.pack_count) {
         for (const Op& op : ops_)
-            for (int i = 0; i < op.pack_count; ++i) copied_[op.first_pack + i] = packs_rows(op);
+            for (int i = 0; i < op.pack_count; ++i) {
+                copied_[op.first_pack + i] = packs_rows(op);
+                ordered_[op.first_pack + i] = takes_orders(op);
+            }
     }
 
     StepError run(const StepDesc& step);
@@ -114,10 +120,20 @@ private:
     void for_experts(Team& team, int worker, int64_t parts, int64_t step, F&& f);
     void pack_expert_rows(const Op& op, int64_t group, int worker);
     void norm_row(const Op& op, const float* x, int64_t columns, float* out) const;
+    void pack_group(const Op& op, int i, FloatRows rows, int64_t row, int64_t group, const PackedRows& out, int worker,
+                    int64_t expert = 0);
     void norm_width(const Op& op, Team& team, int worker);
     RowSpans spans(int64_t rows, int threads) const;
     static bool packs_rows(const Op& op) {
         return op.kind == static_cast<int32_t>(OpKind::Norm) || op.kind == static_cast<int32_t>(OpKind::Pack);
+    }
+    // Whether packs of an operation that packs rows may have orders of columns of their own.
+    static bool takes_orders(const Op& op) {
+        return op.window > 0 && (packs_rows(op) || op.kind == static_cast<int32_t>(OpKind::Route));
+    }
+    // The order of columns in the i-th pack of such an operation, null: that of the input.
+    const int32_t* order_of(const Op& op, int i) const {
+        return takes_orders(op) ? orders_[op.window - 1 + i] : nullptr;
     }
     // Whether every worker packs all rows for itself: quicker than sharing one group of rows and waiting for it.
     bool each_for_itself(const Op& op) const { return packs_rows(op) && rows_of(op.rows) <= kGroupRows; }
@@ -164,15 +180,18 @@ private:
     std::vector<int64_t> widths_;
     std::vector<const float*> vectors_;
     std::vector<RoutingDesc> routings_;
+    std::vector<const int32_t*> orders_;
     Routing routing_;  // of the layer that is computed
     std::vector<Scratch> buffer_memory_, pack_memory_;
     std::vector<float*> buffers_;
     std::vector<PackedRows> packs_;
     std::vector<bool> copied_;  // packs written by Norm and Pack
-    Scratch attention_memory_, partial_memory_, norm_memory_;
+    std::vector<bool> ordered_;  // packs of operations with orders of columns
+    Scratch attention_memory_, partial_memory_, norm_memory_, ordered_memory_;
     float* attention_scratch_ = nullptr;
     float* partials_ = nullptr;
-    float* norm_rows_ = nullptr;
+    float* norm_rows_ = nullptr;     // of each worker [kGroupRows][widest buffer]
+    float* ordered_rows_ = nullptr;  // the same, in another order of columns
     static constexpr int64_t kHeadRows = 64;  // tokens of a HeadLinear's chunk
     static constexpr int kMostAdapted = 3;  // weights of an operation that adapters may add to: q, k and v
     Scratch low_memory_, adapter_memory_;
