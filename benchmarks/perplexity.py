@@ -31,7 +31,6 @@ from aphrodite.runner.torch_executor import TorchExecutor
 from aphrodite.tokenizer.loader import load_tokenizer
 
 TEXT = Path(__file__).resolve().parent / "texts" / "moby_dick.txt"
-GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 Roundtrip = Callable[[np.ndarray], np.ndarray]
 
 

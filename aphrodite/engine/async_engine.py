@@ -163,10 +163,6 @@ class AsyncEngine:
             raise
 
     @property
-    def errored(self) -> bool:
-        return self.dead.is_set()
-
-    @property
     def pid(self) -> int:
         """Process id of the engine."""
         return self._process.pid

@@ -101,7 +101,6 @@ def build_engine(
     Raises:
         AphroditeError: the checkpoint or the configuration cannot be served; the message says why.
     """
-    began = time.perf_counter()
     if config.model is None:
         raise ConfigError("no model was named")
     checkpoint = open_described(config.model, load_format=config.load_format)
@@ -153,7 +152,6 @@ def build_engine(
         kv_bytes_per_block=executor.kv_bytes_per_block,
         memory_plan=memory.lines(),
         kernels=executor.describe(),
-        load_seconds=time.perf_counter() - began,
         sampling_defaults=defaults,
         embedding=_embedding(checkpoint, executor),
         adapters=loaded,

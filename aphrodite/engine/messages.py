@@ -108,7 +108,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     kv_bytes_per_block: int
     memory_plan: list[str]
     kernels: dict[str, str]
-    load_seconds: float
     sampling_defaults: SamplingParams  # of requests that name no values
     embedding: EmbeddingInfo
     adapters: list[AdapterInfo] = []  # of the setting `lora`, numbered in its order

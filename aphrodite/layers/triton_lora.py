@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ class AdaptedGpuLinear:
             out = self.base(x, residual=residual)
             add_adapters(x, out, tiles, self._stack)
             return out
-        product, group = self.base.unactivated(x)  # type: ignore[attr-defined]
+        product, group = cast(GpuLinear, self.base).unactivated(x)
         add_adapters(x, product, tiles, self._stack, group)
         out = gated_groups(product, activation, group)
         return out if residual is None else residual.add_(out)

@@ -16,14 +16,12 @@ _MAX_ID = (1 << 32) - 1  # with which GGUF stands for none
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """Token ids and sampling values that a checkpoint recommends; None: it says nothing.
+    """Ends of an answer and sampling values that a checkpoint recommends; None: it says nothing.
 
     `eos_token_ids` are all ids that end an answer, the main one first.
     """
 
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -45,8 +43,6 @@ def generation_from_config(config: ConfigReader, directory: Path, vocab_size: in
     values = generation or ConfigReader(config.source, {})
     return GenerationDefaults(
         eos_token_ids=_end_ids(sources, ["eos_token_id"], vocab_size),
-        bos_token_id=_first_id(sources, "bos_token_id", vocab_size),
-        pad_token_id=_first_id(sources, "pad_token_id", vocab_size),
         temperature=values.read("temperature", float, None, low=0.0),
         top_p=values.read("top_p", float, None, low=0.0, high=1.0),
         top_k=values.read("top_k", int, None, low=-1),
@@ -66,8 +62,6 @@ def generation_from_gguf(metadata: ConfigReader, vocab_size: int) -> GenerationD
     ends = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     return GenerationDefaults(
         eos_token_ids=_end_ids([metadata], ends, vocab_size),
-        bos_token_id=_first_id([metadata], "tokenizer.ggml.bos_token_id", vocab_size),
-        pad_token_id=_first_id([metadata], "tokenizer.ggml.padding_token_id", vocab_size),
         temperature=metadata.read("general.sampling.temp", float, None, low=0.0),
         top_p=metadata.read("general.sampling.top_p", float, None, low=0.0, high=1.0),
         top_k=metadata.read("general.sampling.top_k", int, None, low=-1),
@@ -89,15 +83,3 @@ def _end_ids(sources: Sequence[ConfigReader], keys: Sequence[str], vocab_size: i
             vocab_size,
         )
     return tuple(dict.fromkeys(token for token in named if 0 <= token < vocab_size))
-
-
-def _first_id(sources: list[ConfigReader], key: str, vocab_size: int) -> int | None:
-    """The first source's id that is inside the vocabulary.
-
-    Others are ignored: old checkpoints pad with -1, and none of these ids ends an answer.
-    """
-    for source in sources:
-        for token in source.integers(key, low=-1, high=_MAX_ID):
-            if 0 <= token < vocab_size:
-                return token
-    return None

@@ -33,10 +33,6 @@ class Use(IntEnum):
 
     DRAW = 0
     XTC = 1
-    MIROSTAT = 2
-    ADAPTIVE = 3
-    SPECULATION = 4
-    PHRASE_BAN = 5
     PLUGIN = 1024  # third-party stages take ids from here on
 
 

@@ -102,7 +102,7 @@ async def test_a_killed_engine_fails_every_stream_and_new_request(engine: AsyncE
     with pytest.raises(EngineDeadError, match="runs out of memory"):
         async for _ in stream:
             pass
-    assert engine.errored
+    assert engine.dead.is_set()
     with pytest.raises(EngineDeadError):
         await engine.check_health()
     with pytest.raises(EngineDeadError):
@@ -124,7 +124,7 @@ async def test_a_checkpoint_that_cannot_load_is_one_clear_error(tmp_path: Path) 
         await AsyncEngine.start(config(broken))
 
 
-def test_the_engine_ends_with_its_parent(smollm2_path: Path) -> None:
+def test_the_engine_ends_with_its_parent_and_leaves_nothing(smollm2_path: Path, tmp_path: Path) -> None:
     script = (
         "import asyncio, sys\n"
         "from aphrodite.config import EngineConfig\n"
@@ -135,13 +135,18 @@ def test_the_engine_ends_with_its_parent(smollm2_path: Path) -> None:
         "    await asyncio.Event().wait()\n"
         "asyncio.run(main())\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script, str(smollm2_path)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(smollm2_path)],
+        env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
+    assert list(tmp_path.glob("aphrodite-*"))  # the folder of the socket
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs([child], timeout=20)
     assert not alive
+    assert not list(tmp_path.glob("aphrodite-*"))
 
 
 async def test_the_engine_runs_the_package_of_its_parent(

@@ -278,7 +278,7 @@ def test_linear_scaling_window_and_ids(tmp_path: Path) -> None:
     assert (checkpoint.spec.rotary.scaling, checkpoint.spec.rotary.factor) == ("linear", 2.0)
     assert (checkpoint.spec.windows, checkpoint.spec.max_position) == ((33, 33), 128)
     defaults = checkpoint.generation_defaults
-    assert (defaults.eos_token_ids, defaults.bos_token_id, defaults.temperature) == ((1, 5), 3, 0.5)
+    assert (defaults.eos_token_ids, defaults.temperature) == ((1, 5), 0.5)
     assert checkpoint.name == "t"
 
 

@@ -223,12 +223,11 @@ def test_qwen3_may_have_windows_in_late_layers(tmp_path: Path) -> None:
 
 
 def test_generation_defaults_come_from_both_files(tmp_path: Path) -> None:
-    save(tmp_path, transformers.LlamaConfig(**SHAPE, eos_token_id=5, bos_token_id=3, pad_token_id=None))
-    generation = {"eos_token_id": [7, 5, 9], "temperature": 0.6, "top_p": 0.9, "top_k": 40, "pad_token_id": -1}
+    save(tmp_path, transformers.LlamaConfig(**SHAPE, eos_token_id=5, pad_token_id=None))
+    generation = {"eos_token_id": [7, 5, 9], "temperature": 0.6, "top_p": 0.9, "top_k": 40}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     defaults = open_checkpoint(tmp_path).generation_defaults
     assert defaults.eos_token_ids == (7, 5, 9)
-    assert (defaults.bos_token_id, defaults.pad_token_id) == (3, None)
     assert (defaults.temperature, defaults.top_p, defaults.top_k, defaults.min_p) == (0.6, 0.9, 40, None)
 
 

@@ -85,14 +85,6 @@ class SamplingKernels:
         self._states, self._floats = ints(num_rows, r.STATE_WORDS.value), floats(num_rows, r.STATE_FLOATS.value)
         self._scores, self._winners = floats(num_rows, DRAW_BLOCKS.value), ints(num_rows, DRAW_BLOCKS.value)
 
-    @property
-    def allocated_bytes(self) -> int:
-        """Device memory of all tables."""
-        tables = [
-            value for value in vars(self).values() if isinstance(value, torch.Tensor) and value is not self.history
-        ]
-        return sum(table.numel() * table.element_size() for table in tables)
-
     def run(
         self,
         logits: torch.Tensor,
