@@ -11,10 +11,11 @@ Shares are of 3.17 TB/s, of the bytes that are read as packed.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ import torch
 from gpu_linear import CEILING, EPS, LAYERS, Layer, compile_cases, guarded, only_compile
 
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton import packed_gemm, packed_gemv, packed_mma
+from aphrodite.kernels.triton import grid_gluon, grid_mma, grid_row, half_rows, packed_gemm, packed_gemv, packed_mma
+from aphrodite.kernels.triton.grid_gluon import Card, table_copies
+from aphrodite.kernels.triton.grid_mma import GridMmaCut
+from aphrodite.kernels.triton.grid_row import GridRowCut
 from aphrodite.kernels.triton.launch import ceil_div
 from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue
-from aphrodite.kernels.triton.packed_gemm import PackedSkinnyCut
 from aphrodite.kernels.triton.packed_gemv import PackedGemvCut
+from aphrodite.kernels.triton.packed_grid import is_grid
 from aphrodite.kernels.triton.packed_mma import PackedMmaCut
 from aphrodite.layers.linear import RmsNorm
-from aphrodite.layers.packed_linear import MMA_KINDS, PackedLinear
+from aphrodite.layers.packed_linear import PackedLinear
 from aphrodite.quantization.grid_fields import GRID_FORMS
 from aphrodite.quantization.layouts import CodebookGroups, GgufBlocks, Int4Groups, Int8Groups, PackedLayout
 from aphrodite.quantization.noise import noise_blocks
@@ -120,8 +124,45 @@ class Bench:
 
 
 def in_points(name: str) -> bool:
-    """Whether the codes of a format are points of a grid, which `packed_mma` does not unpack."""
+    """Whether the codes of a format are points of a grid, which have kernels of their own."""
     return QuantType.__members__.get(name) in GRID_FORMS
+
+
+def row_cuts(kind: str, layer: Layer, rows: int, card: Card) -> list[GridRowCut]:
+    """Candidates of `grid_row`: 16 or 24 warps a multiprocessor."""
+    found = []
+    for warps, blocks, strips, runs, depth, split, half in itertools.product(
+        (4, 8, 16), (1, 2, 3, 4), (1, 2), (1, 2), (1, 2), (1, 2, 4, 8, 16), (False, True)
+    ):
+        copies = table_copies(kind, (card.shared - 40 * 1024) // blocks) // (2 if half else 1)
+        cut = GridRowCut(split, warps // split if split <= warps else 0, strips, runs, depth, blocks, copies)
+        if not cut.across or cut.across > 4 or not copies or not 16 <= warps * blocks <= 24:
+            continue
+        programs = cut.programs(layer.out_features, card.multiprocessors)
+        lines = rows * (2 if layer.norm else 1)
+        shared = cut.shared(kind, layer.out_features, layer.in_features, rows, lines, programs)
+        if blocks * (shared + 1024) > card.shared + 1024 or cut.padded(layer.in_features) > 1.13 * layer.in_features:
+            continue
+        if strips * runs * depth <= 4 and layer.out_features >= 64 * cut.tile:
+            found.append(cut)
+    return found
+
+
+def point_cuts(kind: str, layer: Layer, rows: int, card: Card) -> list[GridMmaCut]:
+    """Candidates of `grid_mma`."""
+    found = []
+    columns = max(8, rows)
+    for warps, strips, runs, splits, stages, depth, half in itertools.product(
+        (4, 8), (1, 2), (1, 2), (1, 2, 4, 8), (3,), (1, 2), (False, True)
+    ):
+        copies = table_copies(kind, min(131072, card.shared - 3 * 256 * runs * columns - grid_mma.SPARE_BYTES))
+        copies //= 2 if half else 1
+        tiles = ceil_div(layer.out_features, 16 * warps * strips)
+        sums = tiles * splits * 16 * warps * strips * columns
+        possible = splits == 1 or (sums <= WORKSPACE_VALUES and layer.in_features >= 256 * splits)
+        if copies and possible and 64 <= tiles * splits <= 1024 and runs * strips * columns <= 128:
+            found.append(GridMmaCut(warps, strips, runs, splits, stages, depth, copies))
+    return found
 
 
 def mma_cuts(name: str, layer: Layer, rows: int) -> list[PackedMmaCut]:
@@ -138,33 +179,28 @@ def mma_cuts(name: str, layer: Layer, rows: int) -> list[PackedMmaCut]:
     return found
 
 
-def cuts(name: str, layer: Layer, rows: int) -> list[PackedGemvCut | PackedSkinnyCut]:
+def cuts(name: str, layer: Layer, rows: int) -> Sequence[Any]:
     """Candidates: of GEMVs with one or two runs of columns a thread."""
-    points = in_points(name)  # which take more registers
-    if rows > packed_gemv.PACKED_GEMV_MAX_ROWS and not points:
+    few = rows <= packed_gemv.PACKED_GEMV_MAX_ROWS
+    if in_points(name):
+        kind = GRID_FORMS[QuantType[name]].kind
+        return (row_cuts if few else point_cuts)(kind, layer, rows, this_card())
+    if not few:
         return mma_cuts(name, layer, rows)
-    if rows > packed_gemv.PACKED_GEMV_MAX_ROWS:
-        return [
-            PackedSkinnyCut(tile, chunk, splits, stages, warps)
-            for tile, chunk, splits, stages, warps in itertools.product(
-                (16, 32, 64), (128, 256), (1, 2, 4, 8), (2, 3), (4, 8)
-            )
-            if tile * chunk <= 64 * 128
-            and tile >= 4 * warps
-            and 256 <= splits * layer.out_features // tile <= 2048
-            and layer.in_features % (chunk * splits) == 0
-        ]
     return [
         PackedGemvCut(tile, 1024 * warps * runs, warps, blocks)
-        for tile, warps, runs, blocks in itertools.product(
-            (1, 2, 4) if points else (2, 4, 8), (2, 4, 8, 16), (1, 2), (1, 2, 3, 4, 6, 8, 12, 16)
-        )
+        for tile, warps, runs, blocks in itertools.product((2, 4, 8), (2, 4, 8, 16), (1, 2), (1, 2, 3, 4, 6, 8, 12, 16))
         if layer.in_features <= 1024 * warps * runs * 2
         and layer.in_features * 2 > 1024 * warps * runs
         and tile * runs <= 8
-        and (tile > 1 or layer.activation is None)
-        and (8 if points else 16) <= warps * blocks <= (32 if points else 48)
+        and 16 <= warps * blocks <= 48
     ]
+
+
+@functools.cache
+def this_card() -> Card:
+    """Asked for before processes that compile are made, which do not touch the device."""
+    return grid_gluon.card_of(torch.device("cuda", torch.cuda.current_device()))
 
 
 def with_cut(bench: Bench, rows: int, cut: Any) -> Callable[[PackedLinear], torch.Tensor]:
@@ -176,12 +212,16 @@ def with_cut(bench: Bench, rows: int, cut: Any) -> Callable[[PackedLinear], torc
     epilogue = Epilogue(None, layer.activation, out if layer.residual else None)
 
     def one(linear: PackedLinear) -> torch.Tensor:
-        if rows <= packed_gemv.PACKED_GEMV_MAX_ROWS:
-            packed_gemv.packed_gemv(x, linear.parts[0], out, epilogue, bench.norm, cut)
-        elif linear.parts[0].form.kind in MMA_KINDS:
-            packed_mma.packed_mma(x, linear.parts[0], out, epilogue, cut)
+        weight = linear.parts[0]
+        few = rows <= packed_gemv.PACKED_GEMV_MAX_ROWS
+        if is_grid(weight.form.kind) and few:
+            grid_row.grid_row(x, weight, out, epilogue, bench.norm, cut)
+        elif is_grid(weight.form.kind):
+            grid_mma.grid_mma(half_rows.half_rows(x, bench.norm), weight, out, epilogue, cut)
+        elif few:
+            packed_gemv.packed_gemv(x, weight, out, epilogue, bench.norm, cut)
         else:
-            packed_gemm.packed_skinny(x, linear.parts[0], out, epilogue, cut)
+            packed_mma.packed_mma(x, weight, out, epilogue, cut)
         return out
 
     return one
@@ -190,11 +230,12 @@ def with_cut(bench: Bench, rows: int, cut: Any) -> Callable[[PackedLinear], torc
 def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
     target, pdl, name, layer, rows, cut = task
     kernels = (
-        (packed_gemv, "_packed_gemv_kernel"), (packed_gemv, "grid_gemv_kernel"), (packed_gemm, "_packed_skinny_kernel"),
-        (packed_mma, "_packed_mma_kernel"),
+        (packed_gemv, "_packed_gemv_kernel"), (packed_mma, "_packed_mma_kernel"), (grid_row, "grid_row_kernel"),
+        (grid_mma, "grid_mma_kernel"), (half_rows, "_half_rows_kernel"),
     )  # fmt: skip
     only_compile(target, pdl, kernels)
-    packed_gemv.understands_ptx = lambda device: target.backend == "cuda"
+    card = this_card()
+    grid_row.card_of = grid_mma.card_of = lambda device: card
     try:
         bench = Bench(name, layer, "meta")
         with_cut(bench, rows, cut)(bench.linears[0])
@@ -205,6 +246,7 @@ def _compile_task(task: tuple[Any, bool, str, Layer, int, Any]) -> str | None:
 
 def tune(formats: list[str], layers: list[Layer], all_rows: list[int]) -> None:
     """Try every candidate of every case and print the best three."""
+    this_card()
     cases = [
         (f, layer, rows, cut) for f in formats for layer in layers for rows in all_rows for cut in cuts(f, layer, rows)
     ]
@@ -233,6 +275,7 @@ def _tuned(name: str, bench: Bench, rows: int) -> None:
 def compare(formats: list[str], layers: list[Layer], all_rows: list[int]) -> None:
     """A row for each format and shape: microseconds (percent of the bandwidth) for each number of rows."""
     few = [rows for rows in all_rows if rows <= packed_gemm.PACKED_SKINNY_MAX_ROWS]
+    this_card()
     compile_cases(_compile_task, [(*case, None) for case in itertools.product(formats, layers, few)])
     print(f"{'format':8}{'layer':9}" + "".join(f"{rows:>15}" for rows in all_rows))
     for name, layer in itertools.product(formats, layers):

@@ -15,11 +15,13 @@ import torch
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.half_rows import HalfRows, half_rows
 from aphrodite.kernels.triton.launch import gluon_version_reason
 from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.kernels.triton.packed_gemm import PACKED_SKINNY_MAX_ROWS, expand_planes, packed_skinny
 from aphrodite.kernels.triton.packed_gemv import PACKED_GEMV_MAX_ROWS, packed_gemv
+from aphrodite.kernels.triton.packed_grid import is_grid
 from aphrodite.layers.linear import RmsNorm, unfused
 from aphrodite.layers.triton_linear import interleave_gate_up, unfused_pairs
 from aphrodite.platforms import platform_of
@@ -59,6 +61,9 @@ class PackedLinear:
         self._out_features = sum(part.rows for part in self.parts)
         # Made now, for graphs keep its address and the memory plan has to see it.
         shared_scratch(self.parts[0].low.device, dtype)
+        for part in self.parts:
+            if dtype != torch.float32 and in_shared_tables(part):
+                _make_tables(part, dtype)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -109,7 +114,8 @@ class PackedLinear:
     ) -> torch.Tensor:
         """A call for few rows; the activation is that of pairs."""
         few = x.shape[0] <= PACKED_GEMV_MAX_ROWS
-        if norm is not None and not (few and all(part.permutation is None for part in self.parts)):
+        halves = None  # what products of points have as activations
+        if norm is not None and not all(_takes_norm(part, few, x.dtype) for part in self.parts):
             x, norm = rms_norm(x, norm.weight, norm.eps), None
         width = self._out_features if activation is None else self._out_features // 2
         out = residual if residual is not None else torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
@@ -120,7 +126,10 @@ class PackedLinear:
             bias = None if self.bias is None else self.bias[first:last]
             epilogue = Epilogue(bias, activation, None if residual is None else target)
             if few:
-                packed_gemv(_ordered(x, part), part, target, epilogue, norm)
+                multiply_few(_ordered(x, part), part, target, epilogue, norm)
+            elif in_shared_tables(part):
+                halves = halves or half_rows(x, norm)
+                multiply_halves(halves, part, target, epilogue)
             else:
                 multiply_rows(_ordered(x, part), part, target, epilogue)
             first = last
@@ -143,6 +152,25 @@ class PackedLinear:
         return out if self.bias is None else out.add_(self.bias)
 
 
+def multiply_few(
+    x: torch.Tensor, weight: Planes, out: torch.Tensor, epilogue: Epilogue, norm: tuple[torch.Tensor, float] | None
+) -> None:
+    """act(norm(x) W^T + b) + residual into `out` for 1 or 2 rows; see `packed_gemv`."""
+    if x.dtype != torch.float32 and in_shared_tables(weight):
+        from aphrodite.kernels.triton.grid_row import grid_row  # Gluon is not in every Triton
+
+        if grid_row(x, weight, out, epilogue, norm):
+            return
+    packed_gemv(x, weight, out, epilogue, norm)
+
+
+def multiply_halves(x: HalfRows, weight: Planes, out: torch.Tensor, epilogue: Epilogue) -> None:
+    """act(x W^T + b) + residual into `out` for 3 to 64 rows; the weight's points are `in_shared_tables`."""
+    from aphrodite.kernels.triton.grid_mma import grid_mma  # Gluon is not in every Triton
+
+    grid_mma(x, weight, out, epilogue)
+
+
 def multiply_rows(x: torch.Tensor, weight: Planes, out: torch.Tensor, epilogue: Epilogue) -> None:
     """act(x W^T + b) + residual into `out` for 3 to 64 rows of a 16-bit type; see `packed_skinny`."""
     aligned = x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
@@ -154,16 +182,43 @@ def multiply_rows(x: torch.Tensor, weight: Planes, out: torch.Tensor, epilogue: 
         packed_skinny(x, weight, out, epilogue)
 
 
+def in_shared_tables(weight: Planes) -> bool:
+    """Whether products of up to 64 rows in 16 bits take a weight's points from tables in shared memory."""
+    kind, device = weight.form.kind, weight.low.device
+    return is_grid(kind) and mma_reason(device) is None and _table_fits(kind, device)
+
+
+@functools.cache
+def _table_fits(kind: str, device: torch.device) -> bool:
+    from aphrodite.kernels.triton.grid_gluon import card_of  # Gluon is not in every Triton
+    from aphrodite.kernels.triton.grid_mma import grid_mma_cut
+
+    return grid_mma_cut(1, 256, PACKED_SKINNY_MAX_ROWS, kind, card_of(device)) is not None
+
+
+def _make_tables(weight: Planes, dtype: torch.dtype) -> None:
+    """Tables of points on the weight's device, where graphs that are captured find them."""
+    from aphrodite.kernels.triton.grid_gluon import operand_table  # Gluon is not in every Triton
+
+    for operand in {dtype, torch.float16}:
+        operand_table(weight.form.kind, operand, weight.low.device)
+
+
+def _takes_norm(weight: Planes, few: bool, dtype: torch.dtype) -> bool:
+    """Whether the kernel that `_by_kernels` chooses has the norm of its activations in it, or before it."""
+    return weight.permutation is None and (few or (dtype != torch.float32 and in_shared_tables(weight)))
+
+
 @functools.cache
 def mma_reason(device: torch.device) -> str | None:
-    """Why `packed_mma` does not run on `device`, which is logged; None if it does."""
+    """Why `packed_mma`, `grid_row` and `grid_mma` do not run on `device`, which is logged; None if they do."""
     reason = gluon_version_reason()
     if reason is None and (
         device.type != "cuda" or platform_of(device).kind != "cuda" or platform_of(device).capability[0] < 8
     ):
         reason = "they are written for NVIDIA's cards from Ampere on"
     if reason is not None:
-        logger.info("3 to %d rows times packed weights: not by Gluon's kernels, for %s", PACKED_SKINNY_MAX_ROWS, reason)
+        logger.info("few rows times packed weights: not by Gluon's kernels, for %s", reason)
     return reason
 
 
