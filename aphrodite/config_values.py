@@ -166,8 +166,8 @@ def check_value(setting: Setting, value: object) -> None:
     wrong_bool = isinstance(value, bool) and setting.kind != "bool"
     if wrong_bool or not isinstance(value, expected):  # type: ignore[arg-type]
         raise ConfigError(f"{setting.name}: {value!r} is not accepted; expected {_accepted(setting)}.")
-    if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{setting.name}: {value!r} must hold texts only.")
+    if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
+        raise ConfigError(f"{setting.name}: {value!r} must hold texts only, and no empty ones.")
     problem = _problem(setting, value)
     if problem:
         raise ConfigError(f"{setting.name}: {problem}")
@@ -216,6 +216,8 @@ _DURATIONS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 def _parse_str(setting: Setting, value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not text")
+    if not value.strip() and setting.default != "":
+        raise ValueError("it is empty; leave it out")
     return value
 
 
@@ -223,7 +225,11 @@ def _parse_list(setting: Setting, value: object) -> tuple[str, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise ValueError(f"{value!r} is not a list of texts")
-    return tuple(item.strip() for item in items if item.strip())
+    texts = tuple(item.strip() for item in items)
+    # What a shell makes of an unset variable must not pass for no keys, which lets everyone in.
+    if (items and not any(texts)) or (not isinstance(value, str) and not all(texts)):
+        raise ValueError("it is empty; leave it out" if len(texts) == 1 else "one of its entries is empty")
+    return tuple(text for text in texts if text)
 
 
 _PARSERS = {"bool": _parse_bool, "int": _parse_int, "float": _parse_float, "str": _parse_str, "choice": _parse_str,

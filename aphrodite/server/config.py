@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -88,16 +89,17 @@ class ServerConfig:
         """The part that users set; bounds of the protocol keep their defaults.
 
         Raises:
-            ConfigError: the file of sampler presets is wrong, or has not the one that is to be used.
+            ConfigError: the file of sampler presets is wrong, or has not the one that is to be used; a host name, an
+                origin or the root path is none.
         """
         config = cls(
             host=settings.host,
             port=settings.port,
             api_keys=settings.api_key,
             admin_keys=settings.admin_key,
-            allowed_hosts=settings.allowed_hosts,
-            cors_origins=settings.cors_origins,
-            root_path=settings.root_path,
+            allowed_hosts=tuple(map(_host_name, settings.allowed_hosts)),
+            cors_origins=tuple(map(_origin, settings.cors_origins)),
+            root_path=_root_path(settings.root_path),
             presets=load_presets(
                 None if settings.sampler_presets is None else Path(settings.sampler_presets).expanduser()
             ),
@@ -119,3 +121,28 @@ def _chosen(name: str | None, library: PresetLibrary) -> SamplerPreset | None:
     if name is not None and name not in library.presets:
         raise ConfigError(f"--sampler-preset: there is no preset {name!r}; there are: {', '.join(library.presets)}")
     return None if name is None else library.presets[name]
+
+
+def _host_name(text: str) -> str:
+    """A name as the `Host` header has it, which is compared without its port."""
+    if text != "*" and not re.fullmatch(r"[\w.-]+|\[?[0-9a-fA-F:]+\]?", text):
+        raise ConfigError(f"--allowed-hosts {text}: write the name alone, without http://, port and path")
+    return text
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it: in lower case and without a path. Pages opened from a file send `null`."""
+    if text in ("*", "null"):
+        return text
+    if not re.fullmatch(r"[a-zA-Z][\w+.-]*://[^/?#\s]+/?", text):
+        raise ConfigError(
+            f"--cors-origins {text}: write scheme, host and port of the page as its address begins, such as "
+            "http://localhost:8000, without a path"
+        )
+    return text.rstrip("/").lower()
+
+
+def _root_path(text: str) -> str:
+    if text and not text.startswith("/"):
+        raise ConfigError(f"--root-path {text}: has to begin with a slash, as in /{text}")
+    return text.rstrip("/")
