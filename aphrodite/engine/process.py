@@ -6,12 +6,14 @@ which stays open: its end means that the parent is gone, and the process ends wi
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -114,7 +116,7 @@ class EngineServer:
 def main() -> int:
     config = msgspec.msgpack.decode(_read_block(), type=EngineConfig)
     configure_logging(config.log_level)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(Path(sys.argv[1]),), name="parent-watch", daemon=True).start()
     # The parent decides when to stop; a Ctrl-C in the terminal reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -142,10 +144,14 @@ def _read_block() -> bytes:
     return sys.stdin.buffer.read(size)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(address: Path) -> None:
+    """End this process when the parent is gone, and clear away the socket's folder, which was the parent's to do."""
     # Not through sys.stdin: a daemon thread inside its lock makes the interpreter's orderly exit a fatal error.
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    with contextlib.suppress(OSError):
+        address.unlink(missing_ok=True)
+        address.parent.rmdir()
     os._exit(1)
 
 
