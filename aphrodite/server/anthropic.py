@@ -133,7 +133,7 @@ class MessagesEndpoints:
         fields = parse(MessagesFields, body)
         thinking = read_thinking(fields.thinking)
         conversation = _chat_fields(fields, thinking)
-        context = await self._context.resolve(request, fields.model)
+        context = await self._context.resolve(request, fields.model, stream=_FORMAT if fields.stream else None)
         preset = preset_of(request, fields.preset, context.config)
         base = msgspec.structs.replace(
             context.engine.model.sampling_defaults,

@@ -41,6 +41,7 @@ from aphrodite.server.presets import PresetsEndpoint
 from aphrodite.server.probes import ProbeEndpoints
 from aphrodite.server.resumable import StreamStore
 from aphrodite.server.routing import RouteGroup, delete, get, post
+from aphrodite.server.sse import EarlyStreams
 from aphrodite.server.supervise import Supervisor
 from aphrodite.server.tokenize import TokenizerEndpoints
 
@@ -65,7 +66,7 @@ class Application:
         shapes = {route.path: group.error_shape for group in self.groups for route in group.routes}
         any_type = frozenset(route.path for group in self.groups if group.any_type for route in group.routes)
         app: ASGIApp = Router(self.routes, redirect_slashes=False, default=_not_found)
-        app = Gate(RequestHolds(app), models.dead, self.lifecycle)
+        app = Gate(RequestHolds(EarlyStreams(app)), models.dead, self.lifecycle)
         app = Authentication(app, config)
         app = RequestLimits(app, config, any_type=any_type)
         app = Edge(app, metrics, shapes, log_requests=config.log_requests)

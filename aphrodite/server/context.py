@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,6 +16,7 @@ from aphrodite.server.metrics import ModelMetrics, ServerMetrics
 from aphrodite.server.model_pool import ModelPool
 from aphrodite.server.resumable import StreamStore
 from aphrodite.server.served_model import LoadedModel, ServedModel
+from aphrodite.server.sse import EarlyStream, StreamFormat
 from aphrodite.server.supervise import Supervisor
 
 
@@ -61,9 +63,13 @@ class ServerContext:
         """The model that was used last, if it is loaded: for those who look and load nothing."""
         return self.models.find(None).loaded if self.models.models else None
 
-    async def resolve(self, request: Request, name: str | None) -> ModelContext:
+    async def resolve(self, request: Request, name: str | None, *, stream: StreamFormat | None = None) -> ModelContext:
         """The model that a request names, loaded for it if need be; None is the one used last. It stays until the
         request is answered.
+
+        Args:
+            stream: of the stream that the answer will be, which begins with signs of life while the model is loaded;
+                None is an answer at once.
 
         Raises:
             ApiError: 404, no such model; or it cannot be loaded.
@@ -77,7 +83,9 @@ class ServerContext:
             holds.callback(loaded.end_use)
             return loaded
 
-        loaded = await (hold() if served.is_ready else self.supervisor.run(hold(), request.receive))
+        early: EarlyStream = request.scope["state"]["early"]
+        tick = partial(early.ping, stream) if stream is not None and stream.ping else None
+        loaded = await (hold() if served.is_ready else self.supervisor.run(hold(), request.receive, tick))
         adapter = None if name is None or name in served.names else name
         return ModelContext(served.names[0] if name is None else name, served, loaded, self.supervisor, adapter)
 

@@ -217,7 +217,7 @@ class GenerateEndpoints:
 
     async def stream(self, request: Request) -> ASGIApp:
         """Continue a text, sent piece by piece."""
-        job = await self._read(request)
+        job = await self._read(request, _FORMAT)
         if job.generation.params.n > 1:
             raise unsupported("n", "only one answer can be streamed here; use /v1/completions for more")
 
@@ -268,13 +268,13 @@ class GenerateEndpoints:
         runs = self._found(key)
         return "".join(runs[-1].texts) if runs else ""
 
-    async def _read(self, request: Request) -> _Job:
+    async def _read(self, request: Request, stream: StreamFormat | None = None) -> _Job:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported({name: value for name, value in body.items() if name not in KoboldFields.model_fields})
         fields = parse(KoboldFields, body)
         if fields.images:
             raise unsupported("images", "this model reads text only; leave it out")
-        context = await self._context.resolve(request, None)
+        context = await self._context.resolve(request, None, stream=stream)
         model = context.engine.model
         limit = min(fields.max_context_length or model.max_model_len, model.max_model_len)
         length = fields.max_length or default_length(limit)

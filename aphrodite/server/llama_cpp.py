@@ -94,7 +94,8 @@ class CompletionEndpoint:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported(body)
         fields = parse(LlamaCppFields, body)
-        context = await self._context.resolve(request, fields.model)
+        early = _FORMAT if fields.stream and not fields.resumable else None
+        context = await self._context.resolve(request, fields.model, stream=early)
         model, limit = context.engine.model, fields.n_predict
         base = msgspec.structs.replace(
             model.sampling_defaults,

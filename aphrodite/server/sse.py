@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aphrodite.server.errors import ApiError, ClientDisconnectedError, Headers, to_api_error
 from aphrodite.server.supervise import Supervisor
@@ -130,3 +130,58 @@ class EventResponse:
             with contextlib.suppress(TimeoutError):  # the client may have stopped reading
                 async with asyncio.timeout(self._write_timeout):
                     await stream.fail(to_api_error(error, scope["state"]["request_id"]))
+
+
+class EarlyStream:
+    """A stream that may have to begin before its endpoint can answer, because the request's model is being loaded.
+
+    Once it has begun, the endpoint's own events follow; its headers come too late, and errors are events.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._stream: EventStream | None = None
+        self._answered = False  # the endpoint's own response has begun
+
+    @property
+    def unanswered(self) -> bool:
+        """The client has been told of nothing but that there will be events."""
+        return self._stream is not None and not self._answered
+
+    async def ping(self, format: StreamFormat) -> None:
+        """Say that the server is there."""
+        if self._stream is None:
+            self._stream = EventStream(self._send, (), format)
+        await self._stream.write(format.ping)
+
+    async def send(self, message: Message) -> None:
+        """Pass the endpoint's response on."""
+        if message["type"] == "http.response.start":
+            self._answered = True
+            if self._stream is not None:
+                return
+        await self._send(message)
+
+    async def fail(self, error: ApiError) -> None:
+        """What went wrong before the endpoint answered."""
+        if self._stream is not None:
+            await self._stream.fail(error)
+
+
+class EarlyStreams:
+    """ASGI wrapper: an `EarlyStream` for each request, in `scope["state"]["early"]`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        early = EarlyStream(send)
+        scope.setdefault("state", {})["early"] = early
+        try:
+            await self._app(scope, receive, early.send)
+        except ClientDisconnectedError:
+            raise
+        except Exception as error:
+            if not early.unanswered:
+                raise
+            await early.fail(to_api_error(error, scope["state"]["request_id"]))

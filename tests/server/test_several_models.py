@@ -322,3 +322,70 @@ async def test_one_model_is_neither_loaded_unloaded_nor_joined_by_others() -> No
         assert "status" not in (await server.http.get("/v1/models")).json()["data"][0]
         await server.http.post("/api/generate", json={"model": "fake/story", "keep_alive": 0})
         assert (await server.http.get("/health")).status_code == 200
+
+
+# Path, body, what is sent in silence, what the stream ends with.
+STREAMS = [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, ": ping", "data: [DONE]"),
+    ("/v1/completions", {"prompt": "a"}, ": ping", "data: [DONE]"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 4}, ": ping", "event: response.incomplete"),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}, "event: ping",
+     "event: message_stop"),
+    ("/completion", {"prompt": "a", "n_predict": 4}, ": ping", "data: {"),
+    ("/api/extra/generate/stream", {"prompt": "a", "max_length": 4}, ": ping", "event: message"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "ping", "end"), STREAMS)
+async def test_a_stream_shows_signs_of_life_while_its_model_loads(
+    path: str, body: dict[str, Any], ping: str, end: str
+) -> None:
+    loader = FakeLoader()
+    loader.gate.clear()
+    async for several in serve(loader, *MODELS, ping_interval=0.05):
+        fields = {"model": "a", "stream": True} if "generate" not in path else {}
+        async with several.http.stream("POST", path, json={**fields, **body}) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = [line async for line in _until(response, ping, loader)]
+        assert ping in lines
+        assert lines.index(ping) < max(number for number, line in enumerate(lines) if line.startswith(end))
+
+
+async def _until(response: httpx.Response, ping: str, loader: FakeLoader) -> AsyncIterator[str]:
+    """A stream's lines; its model is loaded once there was a sign of life."""
+    async for line in response.aiter_lines():
+        if line == ping:
+            loader.gate.set()
+        yield line
+
+
+@pytest.mark.parametrize(("path", "body", "ping", "end"), STREAMS)
+async def test_what_goes_wrong_behind_signs_of_life_is_an_event(
+    path: str, body: dict[str, Any], ping: str, end: str
+) -> None:
+    loader = FakeLoader(fails={"a": ModelFormatError("it is no model")})
+    loader.gate.clear()
+    async for several in serve(loader, *MODELS, ping_interval=0.05):
+        fields = {"model": "a", "stream": True} if "generate" not in path else {}
+        async with several.http.stream("POST", path, json={**fields, **body}) as response:
+            assert response.status_code == 200
+            lines = [line async for line in _until(response, ping, loader)]
+        assert any("cannot be loaded: it is no model" in line for line in lines)
+        assert (await several.http.get("/health")).status_code == 200
+        # What is known at once has its status, though it were a stream.
+        refused = await several.http.post(path, json={**fields, **body})
+        assert refused.status_code == 500
+
+
+async def test_whole_answers_and_streams_to_be_continued_wait_in_silence() -> None:
+    loader = FakeLoader(fails={"a": ModelFormatError("it is no model")})
+    loader.gate.clear()
+    async for several in serve(loader, *MODELS, ping_interval=0.01):
+        waiting = [
+            asyncio.ensure_future(several.complete("a", **more)) for more in ({}, {"stream": True, "resumable": True})
+        ]
+        while len(several.pool.find("a").waiters) < 2:
+            await asyncio.sleep(0)
+        loader.gate.set()
+        assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {500}

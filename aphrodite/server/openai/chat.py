@@ -33,7 +33,7 @@ from aphrodite.server.openai.warnings import field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.resumable import refuse_resumable
-from aphrodite.server.sse import EventSink
+from aphrodite.server.sse import OPENAI_FORMAT, EventSink
 
 
 class ChatEndpoint:
@@ -45,7 +45,8 @@ class ChatEndpoint:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported(body, ChatFields)
         fields = parse(ChatFields, body)
-        context = await self._context.resolve(request, fields.model)
+        early = OPENAI_FORMAT if fields.stream and not fields.resumable else None
+        context = await self._context.resolve(request, fields.model, stream=early)
         num_logprobs = _num_logprobs(fields, context)
         base = msgspec.structs.replace(context.engine.model.sampling_defaults, logprobs=num_logprobs)
         preset = preset_of(request, fields.preset, context.config)

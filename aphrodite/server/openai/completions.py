@@ -41,7 +41,7 @@ from aphrodite.server.openai.warnings import budget_warnings, field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.resumable import refuse_resumable
-from aphrodite.server.sse import EventSink
+from aphrodite.server.sse import OPENAI_FORMAT, EventSink
 
 _MAX_TOKENS = 16  # where the client says nothing
 
@@ -55,7 +55,8 @@ class CompletionEndpoint:
         body = await read_object(request, max_depth=self._context.config.max_json_depth)
         refuse_unsupported(body)
         fields = parse(CompletionFields, body)
-        context = await self._context.resolve(request, fields.model)
+        early = OPENAI_FORMAT if fields.stream and not fields.resumable else None
+        context = await self._context.resolve(request, fields.model, stream=early)
         base = msgspec.structs.replace(context.engine.model.sampling_defaults, max_tokens=_MAX_TOKENS)
         preset = preset_of(request, fields.preset, context.config)
         params = sampling_params(body, CompletionFields, context.engine.model, base=base, preset=preset)

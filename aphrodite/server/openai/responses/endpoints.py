@@ -67,7 +67,8 @@ class ResponsesEndpoints:
     async def create(self, request: Request) -> Response | ASGIApp:
         """Answer a conversation of items."""
         body, fields = await self._read(request)
-        context = await self._context.resolve(request, fields.model)
+        early = _FORMAT if fields.stream and not fields.resumable else None
+        context = await self._context.resolve(request, fields.model, stream=early)
         preset = preset_of(request, fields.preset, context.config)
         params = _params(body, fields, context, preset)
         owner = _owner(request)
