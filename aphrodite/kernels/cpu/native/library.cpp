@@ -5,15 +5,26 @@
 #include "api.h"
 #include "kernels.h"
 #include "thread_pool.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace aph {
 namespace {
+
+#if defined(__x86_64__)
+// Asked of the processor itself: GCC before 11 and clang before 14 know no such name.
+bool has_f16c() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0;
+}
+#endif
 
 bool runs_here(const Kernels* kernels) {
     if (kernels == nullptr) return false;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (std::strcmp(kernels->isa, "avx2") == 0) return avx2;
     if (std::strcmp(kernels->isa, "avx512") == 0)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
