@@ -35,6 +35,7 @@ class CompletionOutput:
 class RequestOutput:
     """A request's answers so far, or the next piece of them.
 
+    `num_cached_tokens` counts the prompt tokens that were in the prefix cache when the first answer began.
     `prompt_logprobs` has one entry a prompt token, the first None, and comes with the first piece.
     `queue_seconds` is how long the request waited for its first step. `embedding` is the prompt's, if that was asked
     for in place of answers: `[hidden_size]` float32 as they lie in memory, neither cut nor normalised. Where progress

@@ -299,7 +299,8 @@ class RequestStream:
         ended_before = answer.finished
         if ended_before:
             return None
-        if update.num_cached_tokens > self._num_cached_tokens:
+        # Further answers find what the first has computed, which the request did not find there.
+        if answer.index == 0 and update.num_cached_tokens > self._num_cached_tokens:
             self._num_cached_tokens = update.num_cached_tokens
         if self._queue_seconds is None:
             self._queue_seconds = update.queue_seconds

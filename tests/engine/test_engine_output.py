@@ -120,6 +120,16 @@ def test_a_cut_character_becomes_one_replacement_at_the_end(tokenizer: Tokenizer
     assert len(answer.logprobs) == len(ids)
 
 
+def test_what_answers_share_counts_as_cached_only_if_it_was_there_before(tokenizer: Tokenizer) -> None:
+    for first, further in ((0, 16), (16, 48)):
+        stream = RequestStream("r", ["0", "1"], [1] * 50, SamplingParams(n=2), tokenizer)
+        pieces = [
+            stream.push(RequestUpdate(answer, [300], finish_reason="length", num_cached_tokens=cached))
+            for answer, cached in (("1", further), ("0", first))
+        ]
+        assert merge_outputs([piece for piece in pieces if piece is not None]).num_cached_tokens == first
+
+
 def test_answers_of_one_request_end_one_by_one(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a stop", add_special_tokens=False)
     stream = RequestStream("r", ["0", "1"], [1], SamplingParams(n=2, stop=("stop",)), tokenizer)
