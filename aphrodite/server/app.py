@@ -7,10 +7,13 @@ have rules of their own here.
 
 from __future__ import annotations
 
+import re
+
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from aphrodite.errors import did_you_mean
 from aphrodite.server.adapters import adapter_routes
 from aphrodite.server.anthropic import anthropic_error, anthropic_routes
 from aphrodite.server.auth import Authentication
@@ -65,7 +68,7 @@ class Application:
         self.routes = [route for group in self.groups for route in group.routes]
         shapes = {route.path: group.error_shape for group in self.groups for route in group.routes}
         any_type = frozenset(route.path for group in self.groups if group.any_type for route in group.routes)
-        app: ASGIApp = Router(self.routes, redirect_slashes=False, default=_not_found)
+        app: ASGIApp = Router(self.routes, redirect_slashes=False, default=self._not_found)
         app = Gate(RequestHolds(EarlyStreams(app)), models.dead, self.lifecycle)
         app = Authentication(app, config)
         app = RequestLimits(app, config, any_type=any_type)
@@ -77,10 +80,19 @@ class Application:
         scope["app"] = self
         await self._app(scope, receive, send)
 
+    async def _not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
+        known = [route.path for route in self.routes if "{" not in route.path]
+        raise ApiError(
+            404,
+            f"There is nothing at this path.{_meant(scope['path'], known)} /docs lists what there is.",
+            code="not_found",
+        )
+
 
 def route_groups(context: ServerContext) -> list[RouteGroup]:
     """All routes, by protocol. No path stands in two groups: where protocols share one, its endpoint speaks both."""
     models = ModelsEndpoint(context)
+    chat = ChatEndpoint(context)
     tokenizer = TokenizerEndpoints(context)
     documentation = DocumentationEndpoints(context)
     probes = ProbeEndpoints(context)
@@ -89,7 +101,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
         get("/v1/models/{model_id:path}", models.show),
         post("/v1/completions", CompletionEndpoint(context).create),
         post("/v1/embeddings", EmbeddingEndpoint(context).create),
-        post("/v1/chat/completions", ChatEndpoint(context).create),
+        post("/v1/chat/completions", chat.create),
         *responses_routes(context),
     ]
     own = [
@@ -124,6 +136,7 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
     llama_cpp = [
         *llama_cpp_routes(context),
         *llama_cpp_embedding_routes(context),
+        post("/chat/completions", chat.create),
         get("/props", probes.props),
         get("/slots", probes.slots),
         get("/models", models.list),
@@ -146,8 +159,17 @@ def route_groups(context: ServerContext) -> list[RouteGroup]:
     ]
 
 
-async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise ApiError(404, "There is nothing at this path; /docs lists what there is.", code="not_found")
+def _meant(path: str, known: list[str]) -> str:
+    """A sentence with the path that is likely meant, or nothing.
+
+    What goes wrong most is the address that a client puts its own paths behind: with /v1 or without, a slash too many.
+    """
+    plain = "/" + "/".join(part for part in path[:200].split("/") if part)
+    versionless = re.sub(r"^(/v1)+(?=/)", "", plain)
+    for likely in (plain, f"/v1{versionless}", versionless):
+        if likely in known:
+            return f" Did you mean {likely}?"
+    return did_you_mean(plain, known)
 
 
 def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:

@@ -212,6 +212,30 @@ async def server_answers_idle(connection: tuple[asyncio.StreamReader, asyncio.St
     return await reader.readexactly(12)
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1//models", "/v1/models"),
+        ("/responses", "/v1/responses"),
+        ("/v1/api/v1/generate", "/api/v1/generate"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/zzz", None),
+        ("/" + "x/" * 5000, None),
+    ],
+)
+async def test_a_path_a_little_wrong_is_told_the_right_one(
+    make_app: Callable[..., Any], path: str, meant: str | None
+) -> None:
+    app, _ = make_app()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as http:
+        answer = await http.get(httpx.URL("http://localhost", raw_path=path.encode()))
+    assert answer.status_code == 404
+    hint = f" Did you mean {meant}?" if meant else ""
+    assert answer.json()["error"]["message"] == f"There is nothing at this path.{hint} /docs lists what there is."
+
+
 async def test_unknown_paths_and_methods_have_our_error_shape(make_app: Callable[..., Any]) -> None:
     app, _ = make_app()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as http:
