@@ -9,4 +9,6 @@ ToolFormat = Literal[
     "gpt_oss", "kimi_k2", "lfm2", "gemma4", "functiongemma", "minimax_m2", "seed_oss", "step3", "hunyuan", "nemotron",
     "phi4_mini", "internlm", "apertus", "olmo3", "json",
 ]  # fmt: skip
-ReasoningName = Literal["think", "mistral", "seed", "command_r", "granite", "gemma", "harmony"]
+ReasoningName = Literal[
+    "think", "mistral", "seed", "command_r", "granite", "gemma", "harmony", "apertus", "apriel", "ernie", "hunyuan"
+]

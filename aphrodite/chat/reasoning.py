@@ -6,7 +6,7 @@ from typing import Literal
 
 from aphrodite.chat.events import Event, ReasoningPiece, TextPiece, held_suffix
 from aphrodite.chat.formats import ReasoningName
-from aphrodite.chat.traits import REASONING_MARKS, Reasoning, TemplateTraits
+from aphrodite.chat.traits import ANSWER_MARKS, REASONING_MARKS, Reasoning, TemplateTraits
 
 ReasoningParserName = Literal["none"] | ReasoningName
 
@@ -18,7 +18,7 @@ def reasoning_marks(traits: TemplateTraits, chosen: ReasoningParserName | None) 
     if chosen == "none":
         return None
     start, end = REASONING_MARKS[chosen]
-    return Reasoning(start, end, opened=False, switch=None)
+    return Reasoning(start, end, opened=False, switch=None, around=ANSWER_MARKS.get(chosen, ("", "")))
 
 
 def is_harmony(reasoning: Reasoning | None) -> bool:
@@ -29,7 +29,7 @@ def is_harmony(reasoning: Reasoning | None) -> bool:
 class ReasoningParser:
     """Splits off the reasoning that an answer begins with; marks after that are text like any other.
 
-    White space next to the marks is left out.
+    White space next to the marks is left out, and so are marks around the text behind reasoning.
 
     Args:
         reasoning: the marks.
@@ -39,6 +39,7 @@ class ReasoningParser:
     def __init__(self, reasoning: Reasoning, *, is_open: bool) -> None:
         self._start, self._end = reasoning.start, reasoning.end
         self._is_open = is_open
+        self._around = _Unwrapper(*reasoning.around)
         self._phase: Literal["start", "reasoning", "between", "text"] = "start"
         self._begun = False  # reasoning has text
         self._buffer = ""
@@ -55,7 +56,7 @@ class ReasoningParser:
     def feed(self, text: str) -> list[Event]:
         self._taken += len(text)
         if self._phase == "text":
-            return [TextPiece(text)] if text else []
+            return _as_text(self._around.feed(text))
         self._buffer += text
         events: list[Event] = []
         if self._phase == "start":
@@ -69,8 +70,8 @@ class ReasoningParser:
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
-        if self._phase == "start" and not self._is_open:
-            return [TextPiece(rest)] if rest else []
+        if self._phase == "text" or (self._phase == "start" and not self._is_open):
+            return _as_text(self._around.feed(rest) + self._around.finish())
         rest = rest.rstrip() if self._begun else rest.strip()
         return [ReasoningPiece(rest)] if rest and self._phase in ("start", "reasoning") else []
 
@@ -105,5 +106,65 @@ class ReasoningParser:
 
     def _speak(self, events: list[Event]) -> None:
         if self._phase == "text" and self._buffer:
-            events.append(TextPiece(self._buffer))
+            events += _as_text(self._around.feed(self._buffer))
             self._buffer = ""
+
+
+def _as_text(text: str) -> list[Event]:
+    return [TextPiece(text)] if text else []
+
+
+class _Unwrapper:
+    """A text without the marks that may stand around it, and without white space inside of them or at its end.
+
+    Args:
+        start: stands before the text; empty is nothing.
+        end: stands behind the text; empty leaves every text as it is.
+    """
+
+    def __init__(self, start: str, end: str) -> None:
+        self._start, self._end = start, end
+        self._phase: Literal["start", "inside", "behind", "outside"] = "start" if end else "outside"
+        self._begun = False  # there was text inside
+        self._buffer = ""
+
+    def feed(self, text: str) -> str:
+        if self._phase == "outside":
+            return text
+        self._buffer += text
+        if self._phase == "start" and not self._enter():
+            return ""
+        told = self._inside() if self._phase == "inside" else ""
+        if self._phase == "behind" and self._buffer.strip():
+            self._phase = "outside"
+        return told + self._rest() if self._phase == "outside" else told
+
+    def finish(self) -> str:
+        return self._rest() if self._phase != "behind" else ""
+
+    def _enter(self) -> bool:
+        """Take the start mark; False when more text is needed."""
+        begun = self._buffer.lstrip()
+        if begun.startswith(self._start):
+            self._phase, self._buffer = "inside", begun[len(self._start) :]
+            return True
+        if self._start.startswith(begun):  # true of no text at all, too
+            return False
+        self._phase = "outside"
+        return True
+
+    def _inside(self) -> str:
+        if not self._begun:
+            self._buffer = self._buffer.lstrip()
+        inner, mark, behind = self._buffer.partition(self._end)
+        if mark:
+            self._phase, self._buffer = "behind", behind
+            return inner.rstrip()
+        certain = inner[: len(inner) - held_suffix(inner, (self._end,))].rstrip()
+        self._buffer = inner[len(certain) :]
+        self._begun = self._begun or bool(certain)
+        return certain
+
+    def _rest(self) -> str:
+        rest, self._buffer = self._buffer, ""
+        return rest

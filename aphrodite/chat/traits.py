@@ -26,12 +26,14 @@ class Reasoning:
         start, end: the marks around it.
         opened: the template's opening of the answer already holds `start`, unless variables say otherwise.
         switch: the template's variable that turns reasoning on and off, if it has one.
+        around: the marks that may stand around the answer behind it.
     """
 
     start: str
     end: str
     opened: bool
     switch: str | None
+    around: tuple[str, str] = ("", "")
 
     def is_open(self, prompt: str) -> bool:
         """Whether a rendered prompt ends inside reasoning, so that the answer begins with it."""
@@ -131,17 +133,32 @@ REASONING_MARKS: Final[Mapping[ReasoningName, tuple[str, str]]] = {
     "mistral": ("[THINK]", "[/THINK]"),
     "seed": ("<seed:think>", "</seed:think>"),
     "gemma": ("<|channel>thought", "<channel|>"),
+    "apertus": ("<|inner_prefix|>", "<|inner_suffix|>"),
+    "apriel": ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
+    "hunyuan": ("<think>", "</think>"),
+    "ernie": ("<think>", "</think>"),
     "think": ("<think>", "</think>"),
     "granite": ("Here is my thought process:", "Here is my response:"),
 }
-# In this order: what shows in the template's text. Granite's marks are plain words, and chosen by name only.
+# The marks around the answer behind it, where there are any.
+ANSWER_MARKS: Final[Mapping[ReasoningName, tuple[str, str]]] = {
+    "apriel": ("", "[END FINAL RESPONSE]"),
+    "hunyuan": ("<answer>", "</answer>"),
+    "ernie": ("<response>", "</response>"),
+}
+# In this order: what all shows in the template's text. Granite's marks are plain words, and chosen by name only.
 _REASONING_SHOWN: Final[tuple[tuple[ReasoningName, tuple[str, ...]], ...]] = (
     ("harmony", ("<|channel|>analysis",)),
     ("command_r", ("<|START_THINKING|>",)),
     ("mistral", ("[THINK]",)),
     ("seed", ("<seed:think>",)),
     ("gemma", ("<|channel>thought",)),
-    ("think", ("<think>", "</think>")),
+    ("apertus", ("<|inner_prefix|>",)),
+    ("apriel", ("[BEGIN FINAL RESPONSE]",)),
+    ("hunyuan", ("</think>", "<answer>", "</answer>")),
+    ("ernie", ("</think>", "<response>", "</response>")),
+    ("think", ("<think>",)),
+    ("think", ("</think>",)),
 )
 _SWITCHES: Final = ("enable_thinking", "thinking")
 
@@ -258,7 +275,8 @@ def _reasoning(template: _Probe) -> Reasoning | None:
     opening = template(_turn("user", _USER)).partition(_USER)[2].rstrip()
     switch = next((name for name in _SWITCHES if name in template.variables), None)
     for name, shown in _REASONING_SHOWN:
-        if any(mark in template.source for mark in shown):
+        if all(mark in template.source for mark in shown):
             start, end = REASONING_MARKS[name]
-            return Reasoning(start, end, opened=opening.endswith(start), switch=switch)
+            around = ANSWER_MARKS.get(name, ("", ""))
+            return Reasoning(start, end, opened=opening.endswith(start), switch=switch, around=around)
     return None

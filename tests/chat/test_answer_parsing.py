@@ -55,6 +55,18 @@ REASONED = [
     ("seed", {}, "<seed:think>a</seed:think>b", "a", "b"),
     ("command_r", {}, "<|START_THINKING|>I see.<|END_THINKING|>Four.", "I see.", "Four."),
     ("granite", {}, "Here is my thought process:\nTwo.\n\nHere is my response:\nFour.", "Two.", "Four."),
+    ("apertus", {}, "<|inner_prefix|>Two.<|inner_suffix|>Four.", "Two.", "Four."),
+    ("apriel", {}, "Here are my reasoning steps:\nTwo.\n[BEGIN FINAL RESPONSE]\nFour.\n[END FINAL RESPONSE]\n", "Two.",
+     "Four."),
+    ("apriel", {"is_open": True}, "Two.\n[BEGIN FINAL RESPONSE]Four. [END", "Two.", "Four. [END"),
+    ("hunyuan", {}, "<think>\nTwo.\n</think>\n<answer>\nFour.\n</answer>", "Two.", "Four."),
+    ("hunyuan", {}, "<answer>\nFour. </ans <b>", "", "Four. </ans <b>"),
+    ("hunyuan", {}, "<think></think>Four </answer>", "", "Four </answer>"),
+    ("hunyuan", {}, "<think></think><ans", "", "<ans"),
+    ("hunyuan", {}, "<think></think><answer>Four</answer> Five", "", "Four Five"),
+    ("ernie", {"is_open": True}, "Two.\n</think>\n\n\n<response>\nFour\n\nor so.\n</response>\n", "Two.",
+     "Four\n\nor so."),
+    ("ernie", {"is_open": True}, "Two.\n</think>\n\n\n<tool_call>", "Two.", "<tool_call>"),
     ("harmony", {}, "<|channel|>analysis<|message|>Two.<|end|><|start|>assistant<|channel|>final<|message|>Four.",
      "Two.", "Four."),
     ("harmony", {}, "<|channel|>final<|message|>Four.<|return|>", "", "Four."),
@@ -82,9 +94,11 @@ def test_reasoning_is_split_from_the_text(
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_cut_gives_the_same(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(["think", "harmony", "granite"]))
+    name = data.draw(st.sampled_from(["think", "harmony", "granite", "hunyuan", "apriel"]))
     marks = {
         "think": ["<think>", "</think>", "</th", "<"],
+        "hunyuan": ["<think>", "</think>", "<answer>", "</answer>", "</ans", "<"],
+        "apriel": ["Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]", "[END"],
         "granite": ["Here is my thought process:", "Here is my response:", "Here is"],
         "harmony": ["<|start|>assistant", "<|channel|>analysis", "<|channel|>final", "<|message|>", "<|end|>", "<|e"],
     }[name]

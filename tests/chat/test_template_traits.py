@@ -115,11 +115,28 @@ def test_the_librarys_formats() -> None:
         ("<|START_THINKING|>", "<|START_THINKING|>", "<|END_THINKING|>"),
         ("<seed:think>", "<seed:think>", "</seed:think>"),
         ("<|channel>thought\n<channel|>", "<|channel>thought", "<channel|>"),
+        ("<|inner_prefix|>", "<|inner_prefix|>", "<|inner_suffix|>"),
     ],
 )
 def test_reasoning_marks(marks: str, start: str, end: str) -> None:
+    assert describe_template(LOOP + "{# <answer></answer><response></response> #}").reasoning is None
     assert describe_template("{# " + marks + " #}" + LOOP).reasoning == Reasoning(start, end, False, None)
     assert describe_template(LOOP).reasoning is None
+
+
+@pytest.mark.parametrize(
+    ("marks", "around"),
+    [
+        ("</think><answer></answer>", ("<answer>", "</answer>")),
+        ("</think><response></response>", ("<response>", "</response>")),
+        ("[BEGIN FINAL RESPONSE] ... [END FINAL RESPONSE]", ("", "[END FINAL RESPONSE]")),
+        ("</think><answer>", ("", "")),
+    ],
+)
+def test_marks_around_the_answer(marks: str, around: tuple[str, str]) -> None:
+    reasoning = describe_template("{# " + marks + " #}" + LOOP).reasoning
+    assert reasoning is not None
+    assert reasoning.around == around
 
 
 def test_a_prompt_may_end_inside_reasoning() -> None:
