@@ -21,6 +21,10 @@ Compiled, without a driver
     first time, so add the configurations that ship and not all that exist; `targets=` narrows a case to the hardware
     that gets it. `compile_case(case, target).asm["ptx"]` is there for tests of their own.
 
+Emulated, what the interpreter does not know: Gluon, inline assembly
+    `test_triton_emulated.py` runs the PTX of compiled kernels on numpy (`ptx_emulator.py`), in tenths of a second for a
+    few blocks. Races are not found: threads go in lock step, and barriers do nothing.
+
 On a GPU
     tests/gpu/test_gpu_<topic>.py (skipped without one, see tests/gpu/conftest.py).
 
