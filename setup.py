@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,19 @@ ISA_FLAGS = {
 }
 
 
-def flags_for(source: str) -> list[str]:
-    """Extra flags of one source file: `*_avx512.cpp` and `*_avx2.cpp` are compiled for that instruction set."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return []
-    isa = Path(source).stem.rpartition("_")[2]
-    return ISA_FLAGS.get(isa, [])
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def isa_of(source: str) -> str:
+    """The instruction set that a source file is compiled for, `*_avx512.cpp` and `*_avx2.cpp`; "" for any."""
+    name = Path(source).stem.rpartition("_")[2]
+    return name if name in ISA_FLAGS and platform.machine().lower() in ("x86_64", "amd64") else ""
+
+
+def compiler_beside_pythons_own() -> str | None:
+    """A compiler to name by CXX where nobody named one and the one that Python was built with is not here."""
+    own = (sysconfig.get_config_var("CXX") or COMPILERS[0]).split()[0]
+    return None if "CXX" in os.environ or shutil.which(own) else next(filter(shutil.which, COMPILERS), None)
 
 
 class BuildNative(build_ext):
@@ -54,6 +63,12 @@ class BuildNative(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return ext.export_symbols
 
+    def run(self) -> None:
+        found = compiler_beside_pythons_own()
+        if found is not None:
+            os.environ["CXX"] = found
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext)
@@ -65,6 +80,7 @@ class BuildNative(build_ext):
 
     def _build(self, ext: Extension) -> None:
         compiler: Any = self.compiler
+        left_out: dict[str, Exception] = {}
         headers = [str(path) for path in sorted(NATIVE.glob("*.h"))]
 
         def compile_with(source: str, flags: list[str]) -> list[str]:
@@ -74,14 +90,14 @@ class BuildNative(build_ext):
             return objects
 
         def compile_one(source: str) -> list[str]:
-            flags = flags_for(source)
+            isa = isa_of(source)
             try:
-                return compile_with(source, flags)
-            except Exception:
-                if not flags:
+                return compile_with(source, ISA_FLAGS.get(isa, []))
+            except Exception as error:
+                if not isa:
                     raise
                 # A compiler that does not know the instruction set leaves it out of the library.
-                self.announce(f"{source}: built without {' '.join(flags)}", level=3)
+                left_out[isa] = error
                 return compile_with(source, [])
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -89,6 +105,11 @@ class BuildNative(build_ext):
         compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
         )
+        for isa, error in left_out.items():
+            self.warn(
+                f"the native CPU library was built without {isa.upper()}, which the compiler failed on ({error}): "
+                "processors that have it run slower kernels. Reinstall with a newer compiler to get it."
+            )
 
 
 setup(

@@ -108,12 +108,20 @@ def _devices() -> dict[str, Any]:
 
 
 def _native_library() -> dict[str, Any]:
+    from aphrodite.cli.machine import instruction_sets
     from aphrodite.kernels.cpu import library
 
     loaded = library.load()
     if loaded is None:
         return {"state": f"not used: {library.unavailable_reason()}"}
-    return {"state": "loaded", "instruction set": loaded.isa}
+    rows = {"state": "loaded", "instruction set": loaded.isa}
+    missing = loaded.left_out(instruction_sets())
+    if missing:
+        rows["left out"] = (
+            f"{', '.join(missing)}, which this processor has: the compiler failed on it when the package was installed;"
+            " reinstall with a newer one for faster kernels"
+        )
+    return rows
 
 
 def _model(config: EngineConfig, *, load: bool) -> dict[str, Any]:

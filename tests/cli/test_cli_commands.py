@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from aphrodite import platforms
 from aphrodite.cli import report
 from aphrodite.cli.main import app, main
 from aphrodite.config import EngineConfig, ServerSettings, settings_table
+from aphrodite.kernels.cpu import library
 from aphrodite.sampling.fields import parameter_table
 
 runner = CliRunner()
@@ -195,6 +197,16 @@ class TestDoctor:
             "api_key": "(hidden) (environment variable APHRODITE_API_KEY)",
         }
         assert "sesame" not in output
+
+    def test_an_instruction_set_that_the_library_lacks_is_told_of(self, monkeypatch):
+        """Of the processor's, that is."""
+        loaded = library.NativeLibrary(SimpleNamespace(aph_select_isa=lambda name: b"avx2" * (name == b"avx2")), "avx2")
+        monkeypatch.setattr(library, "load", lambda: loaded)
+        for flags, told in ((library.ISA_FLAGS["avx512"], "avx512, which"), (library.ISA_FLAGS["avx2"], None)):
+            monkeypatch.setattr("aphrodite.cli.machine.instruction_sets", lambda flags=flags: list(flags))
+            rows = json.loads(runner.invoke(app, ["doctor", "--json", "--no-load"]).stdout)["Native CPU library"]
+            assert rows["instruction set"] == "avx2"
+            assert rows.get("left out", "").startswith(told) if told else "left out" not in rows
 
     def test_a_full_card_is_told_of(self, monkeypatch):
         def refuse(device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,13 @@ class NativeUnavailable:
     """Why the native library cannot be used, in words for `doctor` and logs."""
 
     reason: str
+
+
+# What a processor must have for an instruction set, by Linux's names.
+ISA_FLAGS = {
+    "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
+    "avx2": ("avx2", "fma", "f16c"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,11 @@ class NativeLibrary:
         """The instruction set that `name` (None: the best) stands for here, or None if it cannot run."""
         selected: bytes | None = self.cdll.aph_select_isa(name.encode() if name else None)
         return selected.decode() if selected else None
+
+    def left_out(self, flags: Collection[str]) -> list[str]:
+        """Instruction sets that a processor with these flags has and the library was built without."""
+        there = [isa for isa, needed in ISA_FLAGS.items() if all(flag in flags for flag in needed)]
+        return [isa for isa in there if self.select_isa(isa) is None]
 
 
 @functools.cache
