@@ -381,7 +381,9 @@ def word_values(
         else:
             code = high
         point = _field(code, word % 2 * 16, 511, STEP)
-        signs = _parities_to_signs(_field(code, word % 2 * 16 + 9, 127, 0))
+        # Of two words at once: neighbours differ where a sign is set, and the first parity is a sign itself.
+        parities = code.to(gl.uint32, bitcast=True) & 0xFE00FE00
+        signs = ((parities ^ (parities >> 1)) >> (word % 2 * 16 + 8) & 255).to(gl.int32, bitcast=True)
     elif KIND == "iq2_xxs":
         point = _field(low, 8 * word, 255, STEP)
         signs = _parities_to_signs(_field(high, 7 * word, 127, 0))
