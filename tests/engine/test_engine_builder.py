@@ -12,7 +12,8 @@ import torch
 
 from aphrodite import platforms
 from aphrodite.config import EngineConfig
-from aphrodite.engine.builder import _device_dtype, build_engine
+from aphrodite.engine.builder import build_engine
+from aphrodite.engine.device_builder import device_dtype
 from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.models.spec import ModelSpec, RotarySpec
@@ -132,7 +133,7 @@ def test_weights_that_do_not_fit_the_gpu_are_refused_with_what_to_do(
     monkeypatch.setattr(platforms, "unusable_reason", lambda: None)
     monkeypatch.setattr(platforms, "memory", lambda device: platforms.DeviceMemory(3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("aphrodite.engine.builder._device_executor", full)
+    monkeypatch.setattr("aphrodite.engine.device_builder._executor", full)
     config = EngineConfig(model=str(tiny_model), load_format="dummy", device="cuda")
     with pytest.raises(ConfigError, match=r"3.00 GiB of its 8.00 GiB were free, for other programs hold 5.0.*--cpu"):
         build_engine(config, ())
@@ -142,9 +143,9 @@ def test_cards_without_bfloat16_compute_in_float16(tiny_model: Path, monkeypatch
     turing = platforms.Platform(kind="cuda", name="T4", architecture="sm_75", capability=(7, 5))
     checkpoint = open_checkpoint(tiny_model, load_format="dummy")
     monkeypatch.setattr(platforms, "current", lambda: turing)
-    assert _device_dtype(checkpoint) is torch.float16
+    assert device_dtype(checkpoint) is torch.float16
     monkeypatch.setattr(platforms, "current", lambda: dataclasses.replace(turing, capability=(8, 0)))
-    assert _device_dtype(checkpoint) is torch.bfloat16
+    assert device_dtype(checkpoint) is torch.bfloat16
 
 
 def test_a_driver_that_is_not_used_is_mentioned(
