@@ -15,6 +15,8 @@ import numpy as np
 from aphrodite.errors import ModelFormatError
 from aphrodite.models.spec import ModelSpec, RotarySpec
 
+_POSITIONS = 32_768  # of a table that are formed at a time, for in float64 they take several times its memory
+
 
 def inverse_frequencies(rotary: RotarySpec, max_len: int) -> tuple[np.ndarray, float]:
     """Angle per position of each pair of dimensions, and the factor that multiplies cos and sin.
@@ -63,9 +65,12 @@ def rotary_tables(rotary: RotarySpec, max_len: int) -> tuple[np.ndarray, np.ndar
         (cos, sin), both float32 `[max_len, dim / 2]`.
     """
     frequencies, attention_factor = inverse_frequencies(rotary, max_len)
-    angles = np.outer(np.arange(max_len, dtype=np.float64), frequencies)
-    cos = (np.cos(angles) * attention_factor).astype(np.float32)
-    sin = (np.sin(angles) * attention_factor).astype(np.float32)
+    cos, sin = (np.empty((max_len, len(frequencies)), np.float32) for _ in range(2))
+    for first in range(0, max_len, _POSITIONS):
+        piece = slice(first, min(first + _POSITIONS, max_len))
+        angles = np.outer(np.arange(piece.start, piece.stop, dtype=np.float64), frequencies)
+        cos[piece] = np.cos(angles) * attention_factor
+        sin[piece] = np.sin(angles) * attention_factor
     return cos, sin
 
 

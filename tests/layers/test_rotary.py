@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -142,3 +143,18 @@ def test_tables_hold_angles_of_every_position_times_the_attention_factor() -> No
 def test_impossible_values_are_refused(rotary: RotarySpec) -> None:
     with pytest.raises(ModelFormatError, match="rotary embedding"):
         inverse_frequencies(rotary, 16)
+
+
+def test_long_tables_take_little_memory_beside_themselves() -> None:
+    rotary = RotarySpec(dim=16)
+    length = 300_000
+    tracemalloc.start()
+    try:
+        cos, sin = rotary_tables(rotary, length)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * (cos.nbytes + sin.nbytes)
+    angles = (length - 1) * inverse_frequencies(rotary, length)[0]
+    np.testing.assert_array_equal(cos[-1], np.cos(angles).astype(np.float32))
+    np.testing.assert_array_equal(sin[-1], np.sin(angles).astype(np.float32))
