@@ -194,6 +194,8 @@ def _dense_kernel(
             )  # fmt: skip
     else:
         layout: gl.constexpr = sums[0].type.layout
+        # Partial sums that are loaded at once: each round is a trip to L2, and 128 registers a thread are free for it.
+        TOGETHER: gl.constexpr = min(SPLITS, 128 * 32 * WARPS // (R * C))
         tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
         base = workspace + tile * (SPLITS * PARTS * R * C)
         for index in gl.static_range(PARTS):
@@ -204,9 +206,9 @@ def _dense_kernel(
             for index in gl.static_range(PARTS):
                 at, there = _place(row + index * R, M, R, C, layout)
                 total = gl.zeros([R, C], gl.float32, layout)
-                for pair in range(0, SPLITS, 2):  # two loads at a time, which is what registers hold
-                    for turn in gl.static_range(2):
-                        partial = base + ((pair + turn) * PARTS + index) * (R * C) + at
+                for begin in range(0, SPLITS, TOGETHER):
+                    for turn in gl.static_range(TOGETHER):
+                        partial = base + ((begin + turn) * PARTS + index) * (R * C) + at
                         total += gl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
                 _finish(
                     total, bias, residual, out, row + index * R, M, out_features, first, WARPS, HAS_BIAS,
