@@ -90,7 +90,7 @@ class TemplateTraits:
 
 # Texts that no template has of itself.
 _SYSTEM, _USER, _ANSWER, _NEXT, _NAME, _ARGUMENT, _FUNCTION = "Qs1", "Qu2", "Qa3", "Qn4", "Qm5", "Qg6", "Qf7"
-_SECOND = "Qc8"
+_SECOND, _RESULT = "Qc8", "Qr9"
 _BOS, _EOS = "<|aphrodite_bos|>", "<|aphrodite_eos|>"
 
 _TOOL: Final = {
@@ -107,13 +107,15 @@ _TOOL_MARKS: Final[tuple[tuple[ToolFormat, tuple[str, ...]], ...]] = (
     ("step3", ("<｜tool_calls_begin｜>",)),
     ("mistral", ("[TOOL_CALLS]",)),
     ("kimi_k2", ("<|tool_calls_section_begin|>", "tool_declare<|im_middle|>")),
-    ("lfm2", ("<|tool_call_start|>", "<|tool_list_start|>")),
+    ("lfm2", ("<|tool_call_start|>", "<|tool_list_start|>", "List of tools: ")),
     ("gemma4", ("<|tool_call>call:",)),
     ("functiongemma", ("<start_function_call>",)),
     ("minimax_m2", ("<minimax:tool_call>",)),
     ("seed_oss", ("<seed:tool_call>",)),
     ("apertus", ("<|tools_prefix|>",)),
     ("olmo3", ("<function_calls>",)),
+    ("minicpm5", ("<param name=",)),
+    ("gigachat3", ("<|function_call|>",)),
     ("nemotron", ("<TOOLCALL>",)),
     ("internlm", ("<|action_start|>",)),
     ("phi4_mini", ("<|/tool|>", "functools")),
@@ -268,7 +270,12 @@ def _shown_turn(template: _Probe, content: str | None, names: tuple[str, ...], a
     functions = [{"name": name, "arguments": arguments} for name in names]
     calls = [{"id": f"abcdefgh{i}", "type": "function", "function": each} for i, each in enumerate(functions)]
     turns = (_turn("user", _USER), {"role": "assistant", "content": content, "tool_calls": calls})
-    return template(*turns) or template(*turns, tools=[_TOOL])
+    results = [{"role": "tool", "tool_call_id": each["id"], "content": _RESULT} for each in calls]
+    for conversation in ((*turns, *results), turns):  # some show calls only if results follow
+        for tools in (None, [_TOOL]):
+            if shown := template(*conversation, tools=tools):
+                return shown
+    return ""
 
 
 def _reasoning(template: _Probe) -> Reasoning | None:

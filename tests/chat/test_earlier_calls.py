@@ -123,7 +123,7 @@ def test_results_that_a_question_follows_get_an_empty_answer_where_a_template_as
     twice = "loop.previtem and loop.previtem.role in ('tool', 'user') and m.role == 'user'"
     strict = "{{ raise_exception('answer first') if " + twice + " }}"
     template = ChatTemplate(source.replace("<{{", strict + "<{{", 1))
-    assert template.render(talk) == "<user>a<assistant>(f1)<tool>x1<assistant><user>b"
+    assert template.render(talk) == "<user>a<assistant>(f1)<tool>x1<assistant> <user>b"
     unanswered = [user("a"), assistant("", call("f", "1")), user("b")]
     assert ChatTemplate(source).render(unanswered) == "<user>a<assistant>(f1)<user>b"
 
@@ -151,6 +151,14 @@ def test_calls_of_one_turn_are_turns_of_their_own_where_a_template_takes_one(sou
     text = ChatTemplate(source).render(talk)
     assert text == "<user>a<assistant>Look:(f1)<tool>x1<assistant>(g2)<tool>y2<assistant>(f3)<user>b"
     assert len(talk[1]["tool_calls"]) == 3
+
+
+def test_calls_that_show_only_if_results_follow_are_known() -> None:
+    shown = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}" + SHOWN + "{% endif %}{% endfor %}"
+    )
+    talk = [user("a"), assistant("Look:", call("f", "1")), result("x", "1")]
+    assert ChatTemplate("{{ tools }}" + shown).render(talk, tools=TOOLS).endswith("<assistant>Look:(f1)<tool>x")
 
 
 def test_ids_of_calls_have_the_form_that_the_model_knows() -> None:

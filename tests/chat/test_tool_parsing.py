@@ -150,6 +150,11 @@ FOUND: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
      [("get_weather", PARIS), ("now", {})]),
     ("olmo3", '<function_calls>get_weather(city="Paris", days=3)\nnow()</function_calls>', "",
      [("get_weather", PARIS | {"days": 3}), ("now", {})]),
+    ("minicpm5", (
+        'Hm. <function name="get_weather"><param name="city"><![CDATA[a <b>\n</c>]]></param>'
+        '<param name="days">3</param></function><function name="now"></function>'
+     ), "Hm.", [("get_weather", {"city": "a <b>\n</c>", "days": 3}), ("now", {})]),
+    ("gigachat3", 'Hm.<|function_call|>{"name": "now", "arguments": {}}', "Hm.", [("now", {})]),
     ("gpt_oss", ("<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
      '{"city": "Paris"}<|call|>'), "", [("get_weather", PARIS)]),
     ("gpt_oss", ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.now<|channel|>commentary json"
@@ -214,6 +219,9 @@ TEXTS = [
     ("apertus", '<|tools_prefix|>["now"]<|tools_suffix|>'),
     ("olmo3", "<function_calls></function_calls>"),
     ("olmo3", "<function_calls>now</function_calls>"),
+    ("minicpm5", '<function name="a b"></function>'),
+    ("minicpm5", '<function name="now"><param>1</param></function>'),
+    ("gigachat3", "<|function_call|>now()"),
     ("json", "```python\nprint(1)\n```"),
     ("json", "  "),
     ("json", ""),

@@ -87,12 +87,12 @@ def one_call_a_turn(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def answered(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """An empty answer behind calls and results that a turn of the user follows."""
+    """An answer of a space behind calls and results that a turn of the user follows: some templates refuse less."""
     told: list[dict[str, Any]] = []
     for message in messages:
         last = told[-1] if told else {}
         if message.get("role") == "user" and (last.get("role") == "tool" or last.get("tool_calls")):
-            told.append({"role": "assistant", "content": ""})
+            told.append({"role": "assistant", "content": " "})
         told.append(dict(message))
     return told
 

@@ -31,6 +31,7 @@ from aphrodite.chat.tools.readers import (
 # What stands in the tags of a call and of an argument behind their names.
 _CALL_TAG: Final = re.compile(r"""\s*name=(["']?)([^"'<>]+)\1\s*""")
 _ARGUMENT_TAG: Final = re.compile(r"""\s*name=(["']?)([^"'<>]+)\1(?:\s+string=(["']?)(true|false)\3)?\s*""")
+_CHARACTER_DATA: Final = re.compile(r"\s*<!\[CDATA\[(.*)\]\]>\s*", re.DOTALL)
 
 
 def tagged(calls: Calls) -> Reader:
@@ -120,26 +121,43 @@ def _step3_call(calls: Calls) -> Reader:
     return (yield from one_of(("<｜tool_call_end｜>",), (yield from after_space())))
 
 
+def minicpm5(calls: Calls) -> Reader:
+    """Behind `<function name=`: a name, and arguments in tags, those of several lines as character data."""
+    yield from _call_tag(calls, "name=", "param", "</function>")
+    return ""
+
+
 def _invocation(calls: Calls, *, prefix: str) -> Reader:
     """Behind `<invoke`: a name, and arguments in tags."""
-    named_call = _CALL_TAG.fullmatch((yield from until(">", 2 * MAX_NAME)))
-    if named_call is None:
+    return (yield from _call_tag(calls, "", f"{prefix}parameter", f"</{prefix}invoke>"))
+
+
+def _call_tag(calls: Calls, begun: str, argument: str, end: str) -> Reader:
+    """A name in a tag of which `begun` was taken, and arguments in tags up to `end`."""
+    called = _CALL_TAG.fullmatch(begun + (yield from until(">", 2 * MAX_NAME)))
+    if called is None:
         raise MalformedCallError
-    fields = Fields(calls, checked_name(named_call.group(2)))
-    marks = (f"<{prefix}parameter", f"</{prefix}invoke>")
+    fields = Fields(calls, checked_name(called.group(2)))
+    marks = (f"<{argument}", end)
     mark = yield from one_of(marks, (yield from after_space()))
     while mark == marks[0]:
         tag = _ARGUMENT_TAG.fullmatch((yield from until(">", 2 * MAX_NAME)))
         if tag is None:
             raise MalformedCallError
-        value = yield from until(f"</{prefix}parameter>")
+        value = yield from until(f"</{argument}>")
         if tag.group(4) is None:
-            fields.add(tag.group(2), value.removeprefix("\n").removesuffix("\n"))
+            fields.add(tag.group(2), _unwrapped(value))
         else:
             fields.add_json(tag.group(2), json.dumps(value, ensure_ascii=False) if tag.group(4) == "true" else value)
         mark = yield from one_of(marks, (yield from after_space()))
     fields.end()
     return ""
+
+
+def _unwrapped(value: str) -> str:
+    """A value without the line ends next to its tags, or what it marks as character data."""
+    data = _CHARACTER_DATA.fullmatch(value)
+    return value.removeprefix("\n").removesuffix("\n") if data is None else data.group(1)
 
 
 class Fields:

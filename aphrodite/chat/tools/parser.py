@@ -6,7 +6,7 @@ call is text again, with nothing lost; only a call whose arguments break off aft
 Formats by their authors' descriptions: the chat templates of NousResearch's Hermes, Qwen, Meta's Llama 3 and 4,
 Mistral, DeepSeek V3 to V3.2, GLM 4, Cohere's Command R, IBM's Granite, Moonshot's Kimi K2, Liquid's LFM 2, Google's
 Gemma 4, MiniMax M2, ByteDance's Seed-OSS, StepFun's Step 3, Tencent's Hunyuan, NVIDIA's Nemotron, Microsoft's Phi 4
-mini, InternLM 2, Apertus and Ai2's OLMo 3.
+mini, InternLM 2, Apertus, Ai2's OLMo 3, MiniCPM 5 and GigaChat 3.1.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ _FORMATS: Final[dict[str, _Format]] = {
     "internlm": _Format({"<|action_start|>": readers.internlm}),
     "apertus": _Format({"<|tools_prefix|>": readers.apertus}),
     "olmo3": _Format({"<function_calls>": pythonic.olmo3}),
+    "minicpm5": _Format({"<function name=": markup.minicpm5}),
+    "gigachat3": _Format({"<|function_call|>": readers.listed}),
     "json": _Format(_TAGGED, {**_BARE, **_FENCED}),
 }
 _INNER_MARKS: Final[dict[str, tuple[str, ...]]] = {
