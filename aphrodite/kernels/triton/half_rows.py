@@ -19,9 +19,8 @@ from aphrodite.kernels.triton.launch import (
     launch_options,
     next_power_of_2,
     pdl_supported,
-    wait_for_producer,
 )
-from aphrodite.kernels.triton.norm import norm_warps
+from aphrodite.kernels.triton.norm import load_row, norm_warps
 
 
 class HalfRows(NamedTuple):
@@ -49,13 +48,7 @@ def _half_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < in_features
-    if HAS_NORM:
-        weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-    wait_for_producer(PDL)
-    row_values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        mean_square = tl.sum(row_values * row_values, axis=0) / in_features
-        row_values = row_values * (1.0 / tl.sqrt(mean_square + eps)) * weight
+    row_values = load_row(x + row * x_stride, column, inside, norm_weight, eps, in_features, HAS_NORM, PDL)
     # The largest becomes 2^14 to 2^15. A row with a value that is not finite keeps it.
     largest = tl.max(tl.abs(row_values), axis=0).to(tl.int32, bitcast=True) >> 23
     exponent = tl.minimum(tl.maximum(largest - 14, 1), 240)

@@ -20,6 +20,25 @@ from aphrodite.kernels.triton.launch import (
 )
 
 
+@triton.jit
+def normed(values, weight, eps, features: tl.constexpr):
+    """A row of float32 `values`, 0 beyond `features`, divided by its root mean square and scaled."""
+    mean_square = tl.sum(values * values, axis=0) / features
+    return values * (1.0 / tl.sqrt(mean_square + eps)) * weight
+
+
+@triton.jit
+def load_row(x, columns, inside, norm_weight, eps, features: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr):
+    """A row that a kernel before this one writes, in float32, normed if there is a norm; 0 where not `inside`."""
+    if HAS_NORM:
+        weight = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_producer(PDL)
+    values = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        values = normed(values, weight, eps, features)
+    return values
+
+
 @direct_launch
 @triton.jit
 def _rms_norm_kernel(
@@ -48,9 +67,7 @@ def _rms_norm_kernel(
         tl.store(into, summed, mask=inside)
         # Normalise what later layers will read, not the unrounded sum.
         values = summed.to(tl.float32)
-    mean_square = tl.sum(values * values, axis=0) / hidden
-    normed = values * (1.0 / tl.sqrt(mean_square + eps)) * scale
-    tl.store(out + row * hidden + columns, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * hidden + columns, normed(values, scale, eps, hidden).to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -18,9 +18,8 @@ from aphrodite.kernels.triton.launch import (
     launch_options,
     next_power_of_2,
     pdl_supported,
-    wait_for_producer,
 )
-from aphrodite.kernels.triton.norm import norm_warps
+from aphrodite.kernels.triton.norm import load_row, norm_warps
 
 
 class QuantizedRows(NamedTuple):
@@ -49,13 +48,7 @@ def _quantize_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < in_features
-    if HAS_NORM:
-        weight = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
-    wait_for_producer(PDL)
-    row_values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        mean_square = tl.sum(row_values * row_values, axis=0) / in_features
-        row_values = row_values * (1.0 / tl.sqrt(mean_square + eps)) * weight
+    row_values = load_row(x + row * x_stride, columns, inside, norm_weight, eps, in_features, HAS_NORM, PDL)
     largest = tl.max(tl.abs(row_values), axis=0)
     # A row of zeros has any scale; a NaN anywhere must reach the result, which the largest magnitude may have lost.
     scale = tl.where(largest > 0.0, largest, LARGEST) / LARGEST
