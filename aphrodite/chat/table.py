@@ -154,7 +154,7 @@ _ROWS: Final = (
                     families=("glm4",)),
     LibraryTemplate("seed-oss", "Seed-OSS", "seed-oss", ("seed", "bytedance-seed"), tokens=("<seed:bos>", "<seed:eos>"),
                     pattern=r"seed-?oss", families=("seed_oss",)),
-    LibraryTemplate("kimi-k2", "Kimi K2", "kimi-k2", ("kimi", "moonshot"),
+    LibraryTemplate("kimi-k2", "Kimi K2, with tools", "kimi-k2", ("kimi", "moonshot"),
                     tokens=("<|im_user|>", "<|im_assistant|>", "<|im_middle|>"), pattern=r"kimi-?k2"),
     LibraryTemplate(
         "granite", "Granite 3, with tools and documents", "granite", ("granite-3",),

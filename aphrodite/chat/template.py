@@ -20,7 +20,13 @@ from aphrodite.chat.conversation import (
 )
 from aphrodite.chat.jinja import JinjaTemplate, TemplateRefusedError
 from aphrodite.chat.tools.history import one_call_a_turn, with_ids, without_words, words_apart
-from aphrodite.chat.tools.instruction import has_calls, with_instruction, with_spoken_calls, without_calls
+from aphrodite.chat.tools.instruction import (
+    has_calls,
+    with_deepseek_instruction,
+    with_instruction,
+    with_spoken_calls,
+    without_calls,
+)
 from aphrodite.chat.traits import Reasoning, TemplateTraits, describe_template
 from aphrodite.errors import InvalidRequestError
 
@@ -95,7 +101,8 @@ class ChatTemplate:
         """What it can do; tools and documents by the templates that serve them."""
         traits = describe_template(self.source)
         if self._tool_use is not None:
-            traits = replace(traits, tool_format=describe_template(self._tool_use.source).tool_format)
+            described = describe_template(self._tool_use.source)
+            traits = replace(traits, tool_format=described.tool_format, call_format=described.call_format)
         if self._rag is not None:
             traits = replace(traits, documents=describe_template(self._rag.source).documents)
         return replace(traits, stop=tuple(dict.fromkeys((*traits.stop, *self._stop))))
@@ -175,6 +182,9 @@ class ChatTemplate:
             return messages, tools
         if self.traits.tool_format is not None:
             return self._with_calls_shown(messages, tools), tools
+        if tools and self.traits.call_format == "deepseek":
+            self._log_once("tools are described in the system message, DeepSeek's way", "it shows calls, and no tools")
+            return list(with_deepseek_instruction(messages, tools, fenced="```json" in self.source)), None
         if tools:
             self._log_once("tools are described in the system message", "it does not tell the model of tools")
             return list(with_instruction(messages, tools)), None

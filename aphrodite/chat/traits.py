@@ -66,6 +66,8 @@ class TemplateTraits:
         stop: texts that end the assistant's turn, beside the end-of-sequence token.
         tool_format: how the model is asked to call tools; None: it is not told of tools. `json` is any format without
             a name here.
+        call_format: the format in which calls are asked for: `tool_format`, or DeepSeek's where calls are shown so and
+            no tools, or `json`.
         calls: it shows earlier calls. One that has no variable for tools may do so all the same.
         calls_alone: it shows them only in turns whose content is null.
         calls_with_words: it shows what is said in a turn that calls.
@@ -79,6 +81,7 @@ class TemplateTraits:
     names: bool
     stop: tuple[str, ...]
     tool_format: ToolFormat | None
+    call_format: ToolFormat
     calls: bool
     calls_alone: bool
     calls_with_words: bool
@@ -193,6 +196,7 @@ def describe_template(source: str) -> TemplateTraits:
         names=_NAME in template({**_turn("user", _USER), "name": _NAME}),
         stop=_stop(template, tool_format),
         tool_format=tool_format,
+        call_format=tool_format or ("deepseek" if calls.any and _marked_format(template) == "deepseek" else "json"),
         calls=calls.any,
         calls_alone=calls.any and calls_alone,
         calls_with_words=not calls_alone and any(_ANSWER in shown for shown in _shown_calls(template, _ANSWER)),
@@ -239,6 +243,11 @@ def _stop(template: _Probe, tool_format: ToolFormat | None) -> tuple[str, ...]:
 def _tool_format(template: _Probe) -> ToolFormat | None:
     if not template.variables & {"tools", *TOOL_VARIABLES}:
         return None
+    return _marked_format(template)
+
+
+def _marked_format(template: _Probe) -> ToolFormat:
+    """The format whose marks are in the template's text."""
     for tool_format, marks in _TOOL_MARKS:
         if any(mark in template.source for mark in marks):
             return tool_format

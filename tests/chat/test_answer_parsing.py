@@ -17,6 +17,7 @@ NO_TRAITS = TemplateTraits(
     names=False,
     stop=(),
     tool_format=None,
+    call_format="json",
     calls=False,
     calls_alone=False,
     calls_with_words=False,

@@ -74,6 +74,12 @@ SEEN = {
     "llama-3.1": "<|end_header_id|>\n\nLook:<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     '{"name": "f", "parameters": {"a": 1}}<|eot_id|>',
     "glm-4.5": "<think></think>\nLook:\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+    "kimi-k2": "<|im_middle|>Look:<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"
+    '<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+    "<|im_system|>tool<|im_middle|>## Return of functions.f:0\nx<|im_end|><|im_assistant|>",
+    # As the model card of DeepSeek V3.1 has it.
+    "deepseek-v3.1": "<｜Assistant｜></think>Look:<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>"
+    '{"a": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜><｜tool▁output▁begin｜>x<｜tool▁output▁end｜>',
     "phi-4-mini": '<|assistant|>Look:\n<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|><|end|>',
 }
 
@@ -184,6 +190,28 @@ def test_ids_of_calls_have_the_form_that_the_model_knows() -> None:
     )
     other = ChatTemplate(LOOP.replace("WORDS", "m.content")).render(talk)
     assert other.startswith("<user>a<assistant>(fcall_0a-_)(g)<tool>xcall_0a-_")
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_deepseeks_models_are_told_of_tools_and_asked_for_calls_as_their_templates_show_them(fenced: bool) -> None:
+    opening = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
+    call_shown = "function<｜tool▁sep｜>{}\n```json\n{}\n```" if fenced else "{}<｜tool▁sep｜>{}"
+    filled = call_shown.format("{{ c.function.name }}", "{{ c.function.arguments }}").replace("\n", "{{ '\\n' }}")
+    source = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        + opening + filled + "<｜tool▁call▁end｜>{% endfor %}{% endfor %}"
+    )  # fmt: skip
+    template = ChatTemplate(source)
+    assert (template.traits.tool_format, template.traits.call_format) == (None, "deepseek")
+    text = template.render([user("a"), assistant("", call("f")), result("x")], tools=TOOLS)
+    assert text.endswith(
+        "<user>a<assistant>" + opening + call_shown.format("f", "{'a': 1}") + "<｜tool▁call▁end｜><tool>x"
+    )
+    told = text.partition("<user>")[0]
+    assert opening + call_shown.format("NAME", "{...}") + "<｜tool▁call▁end｜><｜tool▁calls▁end｜>" in told
+    assert '{"name": "g", "description": "", "parameters": {}}' in told
+    chatml = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    assert chatml.traits.call_format == "json"
 
 
 SPOKEN = {

@@ -95,6 +95,7 @@ def test_the_librarys_formats() -> None:
         "granite": "granite",
         "gpt-oss": "gpt_oss",
         "phi-4-mini": "phi4_mini",
+        "kimi-k2": "kimi_k2",
     }
     assert [name for name, row in TEMPLATES.items() if row.traits.documents] == ["granite"]
     assert [name for name, row in TEMPLATES.items() if not row.traits.system_role] == ["koala"]

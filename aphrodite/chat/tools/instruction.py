@@ -19,8 +19,34 @@ def with_instruction(messages: Sequence[Message], tools: Sequence[Mapping[str, A
 
     Earlier calls become texts in the form that is asked for, and their results become the user's.
     """
-    spoken = without_calls(messages)
-    instruction = _instruction(tools)
+    return _with_system(without_calls(messages), _instruction(tools))
+
+
+def with_deepseek_instruction(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, fenced: bool
+) -> list[dict[str, Any]]:
+    """The conversation with the tools described in its system message, to be called as DeepSeek's models do.
+
+    Their templates show earlier calls and results, but no tools; the model card of DeepSeek V3.1 has them there.
+
+    Args:
+        fenced: V3's and R1's way, with arguments in a fence; else V3.1's.
+    """
+    described = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    call = "function<｜tool▁sep｜>NAME\n```json\n{...}\n```" if fenced else "NAME<｜tool▁sep｜>{...}"
+    instruction = (
+        f"## Tools\n\nYou can call tools. Each line describes one:\n{described}\n\nTo call tools, end your answer with "
+        "their names and their arguments as JSON that fits their parameters, exactly in this form, the inner marks "
+        f"once for each call:\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{call}<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>\n"
+        "Where no tool helps, just answer."
+    )
+    return _with_system(messages, instruction)
+
+
+def _with_system(messages: Sequence[Message], instruction: str) -> list[dict[str, Any]]:
+    """The conversation with an instruction in its system message, which is made if there is none."""
+    spoken = [dict(message) for message in messages]
     if spoken and spoken[0].get("role") == "system":
         first = spoken[0]
         return [{**first, "content": _joined(first.get("content"), instruction)}, *spoken[1:]]

@@ -77,7 +77,7 @@ def answer_format(
     chosen = context.config.tool_parser
     if chosen == "none":
         return reasoned
-    tool_format = chosen or template_of(fields, context).traits.tool_format or "json"
+    tool_format = chosen or template_of(fields, context).traits.call_format
     return replace(reasoned, tool_format=tool_format, schemas=tools.schemas)
 
 
