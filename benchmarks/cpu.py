@@ -277,7 +277,7 @@ def loaded(model: str | None, threads: int) -> Iterator[dict[str, LLM]]:
     engines: dict[str, LLM] = {}
     try:
         for mode, activations in MODES.items():
-            engines[mode] = LLM(model, activations=activations, threads=threads, max_model_len=4096)
+            engines[mode] = LLM(model, device="cpu", activations=activations, threads=threads, max_model_len=4096)
         yield engines
     finally:
         for llm in engines.values():

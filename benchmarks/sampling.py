@@ -225,7 +225,7 @@ def measure_engine(model: str | None, rounds: int) -> None:
     clock = SamplingClock()
     steps: dict[str, list[float]] = {name: [] for name in ENGINE_SETTINGS}
     sampling: dict[str, list[float]] = {name: [] for name in ENGINE_SETTINGS}
-    with LLM(model, max_num_seqs=STREAMS, max_model_len=512) as llm:
+    with LLM(model, device="cpu", max_num_seqs=STREAMS, max_model_len=512) as llm:
         prompts = np.split(histories(STREAMS * CONTEXT, llm.info.vocab_size)["text"], STREAMS)
         prompt_ids = [prompt.tolist() for prompt in prompts]
         for number in range(rounds + 1):  # the first one warms up

@@ -42,7 +42,7 @@ def running_server(model: str | None, threads: int) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "aphrodite.cli", "run", *([model] if model else [])]
+    command = [sys.executable, "-m", "aphrodite.cli", "run", *([model] if model else []), "--device", "cpu"]
     options = ["--port", str(port), "--threads", str(threads), "--log-level", "warning"]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
@@ -90,7 +90,7 @@ def compare_with_offline(model: str | None, *, threads: int, rounds: int) -> Com
     """The same prompts through a server and offline, in turn; one warm-up round does not count."""
     source = random.Random(0)
     offline, through = [], []
-    llm = LLM(model, threads=threads)
+    llm = LLM(model, device="cpu", threads=threads)
     try:
         with running_server(model, threads) as url, progress_bar(stderr(), unit="rounds") as bar:
             asyncio.run(_first_token(url))
