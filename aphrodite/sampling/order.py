@@ -36,6 +36,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("typical", "typ_p"), ("typical_p",)),
     **dict.fromkeys(("tfs_z", "tail_free"), ("tfs",)),
     **dict.fromkeys(("quadratic_sampling", "smoothing", "smoothing_factor"), ("quadratic",)),
+    # Of text-generation-webui and of llama.cpp: their clients name them in every order, and there is none here.
+    **dict.fromkeys(("encoder_repetition_penalty", "infill"), ()),
 }
 
 

@@ -26,7 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     # fmt: off
     n: Annotated[int, Param("Number of answers.", ge=1, le=128)] = 1
     max_tokens: Annotated[int | None, Param(
-        "Most tokens to generate; None: up to the context's end.",
+        "Most tokens to generate; where nothing is said, up to the context's end.",
         ge=0, aliases=(
             "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length", "n_predict", "num_predict",
         ),
@@ -243,7 +243,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         vocabulary=True, max_items=1_048_576, in_text=True, kind="tokens",
     )] = ()
     logit_bias: Annotated[dict[int, float] | None, Param(
-        "Added to the logits of these token ids.",
+        "Added to the logits of these token ids. A list of [id, number] is understood as well, as llama.cpp's clients "
+        "send it; false for a number is -100.",
         ge=-100.0, le=100.0, vocabulary=True, max_items=1024,
     )] = None
     allowed_token_ids: Annotated[tuple[int, ...] | None, Param(

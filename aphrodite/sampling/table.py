@@ -188,12 +188,19 @@ def _to_strings(row: ParamRow, value: Any, key: str) -> tuple[str, ...]:
 
 
 def _to_bias(row: ParamRow, value: Any, key: str) -> dict[int, float]:
-    typed(value, dict, key, "an object that maps token ids to numbers")
+    pairs = _bias_pairs(row, value, key)
     _check_count(row, value, key)
-    bias: dict[int, float] = {}
-    for token, amount in value.items():
-        bias[_token_key(token, key)] = _to_float(row, amount, f"{key}[{shown(token)}]")
-    return bias
+    return {_token_key(token, key): _to_float(row, amount, f"{key}[{shown(token)}]") for token, amount in pairs}
+
+
+def _bias_pairs(row: ParamRow, value: Any, key: str) -> list[tuple[Any, Any]]:
+    """OpenAI's object, or llama.cpp's list of [id, number], where false in place of a number bans the token."""
+    expected = "an object that maps token ids to numbers"
+    if not isinstance(value, list):
+        return list(typed(value, dict, key, expected).items())
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise field_error(key, value, "has an entry that is no pair", f"Send {expected}, or a list of [id, number].")
+    return [(token, row.param.ge if amount is False else amount) for token, amount in value]
 
 
 def _to_sequences(row: ParamRow, value: Any, key: str) -> tuple[tuple[int, ...], ...]:

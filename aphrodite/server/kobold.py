@@ -34,7 +34,7 @@ from aphrodite.server.generation import Generation, stream_pieces
 from aphrodite.server.openai.finish import openai_finish_reason
 from aphrodite.server.openai.logprobs import TokenNames, chat_logprobs
 from aphrodite.server.openai.prompts import check_ids, encode
-from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported, sampling_params
+from aphrodite.server.openai.protocol import ignored_header, refuse_unsupported, sampling_params, without_empty_stops
 from aphrodite.server.openai.warnings import budget_warnings, field_warnings
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
@@ -126,6 +126,8 @@ class Run:
 
     def end(self) -> None:
         """Have the next piece be the last that came."""
+        if self._ended.is_set():  # a second cancellation would pass for one by the server
+            return
         self._ended.set()
         if self._task is not None:
             self._task.cancel()
@@ -281,7 +283,8 @@ class GenerateEndpoints:
         if length >= limit:
             raise invalid("max_length", f"is {length}, which leaves no room for a prompt in a context of {limit}")
         preset = preset_of(request, fields.preset, context.config)
-        params = sampling_params(body, KoboldFields, model, base=_base(fields, length, context), preset=preset)
+        base = _base(fields, length, context)
+        params = sampling_params(without_empty_stops(body), KoboldFields, model, base=base, preset=preset)
         token_ids = await _prompt(fields, max(1, limit - (params.max_tokens or 0)), context)
         generation = Generation.of("kobold", context.name, [token_ids], params)
         warnings = field_warnings(body, KoboldFields, preset) + budget_warnings(params, context)

@@ -33,6 +33,7 @@ from aphrodite.server.openai.protocol import (
     ignored_header,
     refuse_unsupported,
     sampling_params,
+    without_empty_stops,
 )
 from aphrodite.server.openai.telemetry import Telemetry
 from aphrodite.server.openai.warnings import budget_warnings, field_warnings
@@ -103,10 +104,10 @@ class CompletionEndpoint:
             logprobs=min(fields.n_probs, model.max_logprobs) or None,
         )
         preset = preset_of(request, fields.preset, context.config)
-        params = sampling_params(body, LlamaCppFields, model, base=base, preset=preset)
+        params = sampling_params(without_empty_stops(body), LlamaCppFields, model, base=base, preset=preset)
         prompts = await read_prompts(fields.prompt, context, add_special_tokens=True, truncate=None)
-        if len(prompts) > 1 or params.n > 1:
-            raise unsupported("prompt" if len(prompts) > 1 else "n", "one prompt and one answer; use /v1/completions")
+        if len(prompts) > 1:
+            raise unsupported("prompt", "one prompt; use /v1/completions")
         progress = fields.stream and fields.return_progress
         generation = Generation.of("cmpl", context.name, [prompts[0].token_ids], params, progress=progress)
         warnings = field_warnings(body, LlamaCppFields, preset) + budget_warnings(params, context)
@@ -123,7 +124,7 @@ class CompletionEndpoint:
 
 @dataclass(slots=True)
 class _Answer:
-    """One answer, streamed or whole."""
+    """The answer to a prompt, streamed or whole; several, if that was asked for, differ in their `index`."""
 
     context: ModelContext
     generation: Generation
@@ -131,11 +132,14 @@ class _Answer:
     warnings: list[str]
 
     async def whole(self) -> bytes:
-        """The response's body."""
+        """The response's body: an object, or of several answers a list of such."""
         (output,), counter = await collect(self.context, self.generation)
-        (answer,) = output.outputs
-        size = self.generation.body_bytes(answer.num_tokens)
-        return await off_loop(size, lambda: msgspec.json.encode(self._piece(answer) | self._end(answer, counter)))
+
+        def build() -> bytes:
+            bodies = [self._piece(answer) | self._end(answer, counter) for answer in output.outputs]
+            return msgspec.json.encode(bodies if self.generation.params.n > 1 else bodies[0])
+
+        return await off_loop(self.generation.body_bytes(sum(answer.num_tokens for answer in output.outputs)), build)
 
     async def stream(self, events: EventSink) -> None:
         """Write the answer's events."""
@@ -159,7 +163,7 @@ class _Answer:
         return event(msgspec.json.encode({**piece, "tokens_evaluated": len(prompt), **beside}))
 
     def _piece(self, answer: CompletionOutput) -> dict[str, Any]:
-        piece: dict[str, Any] = {"index": 0, "content": answer.text, "id_slot": -1, "stop": False}
+        piece: dict[str, Any] = {"index": answer.index, "content": answer.text, "id_slot": -1, "stop": False}
         piece["tokens"] = answer.token_ids if self.fields.return_tokens or self.fields.stream else []
         if answer.logprobs is not None:
             piece["completion_probabilities"] = self._probabilities(answer.logprobs)

@@ -39,7 +39,13 @@ from aphrodite.server.ollama_models import ollama_model_routes
 from aphrodite.server.ollama_reading import read_messages, read_think
 from aphrodite.server.openai.preparing import PreparedChat, prepare_chat
 from aphrodite.server.openai.prompts import check_ids, encode
-from aphrodite.server.openai.protocol import ChatFields, ignored_header, is_known_field, sampling_params
+from aphrodite.server.openai.protocol import (
+    ChatFields,
+    ignored_header,
+    is_known_field,
+    sampling_params,
+    without_empty_stops,
+)
 from aphrodite.server.presets import preset_of
 from aphrodite.server.responses import json_response
 from aphrodite.server.routing import post
@@ -182,7 +188,8 @@ def _params(request: Request, fields: OllamaFields, context: ModelContext) -> Sa
         grammar=_grammar(fields.format),
     )
     try:
-        params = sampling_params(fields.options, OptionFields, context.engine.model, base=base, preset=preset)
+        given = without_empty_stops(fields.options)
+        params = sampling_params(given, OptionFields, context.engine.model, base=base, preset=preset)
     except InvalidRequestError as error:
         raise InvalidRequestError(str(error), param=f"options.{error.param}", code=error.code) from None
     if params.n != 1:

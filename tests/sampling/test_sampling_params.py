@@ -106,7 +106,22 @@ BAD: list[tuple[str, Any]] = [
     *[("seed", value) for value in (2**63, -(2**63) - 1)],
     *[("logprobs", value) for value in (-1, 21)],
     *[("prompt_logprobs", value) for value in (-1, 21)],
-    *[("logit_bias", value) for value in ([], "1", {"x": 1}, {"-1": 1}, {str(VOCAB): 1}, {"1": 101}, {"1": None})],
+    *[
+        ("logit_bias", value)
+        for value in (
+            [5],
+            [[5]],
+            [[5, 1, 1]],
+            [[5, True]],
+            [["x", 1]],
+            "1",
+            {"x": 1},
+            {"-1": 1},
+            {str(VOCAB): 1},
+            {"1": 101},
+            {"1": None},
+        )
+    ],
     *[("logit_bias", value) for value in ({"1": True}, {"1": float("nan")}, {"9" * 5000: 1}, {1.5: 1}, {True: 1})],
     ("logit_bias", {str(token): 1 for token in range(1025)}),
     *[("stop", value) for value in (5, {}, [5], [""], "", ["a"] * 65, ["x" * 513], [None], True)],
@@ -181,6 +196,9 @@ KOBOLD = ("penalties", "top_k", "top_a", "tfs", "typical_p", "top_p", "min_p", "
         ({"bad_words_ids": [[1, 2], [3]]}, {"bad_words_ids": ((1, 2), (3,))}),
         ({"token_ban_ranges": [[[1, 2], 0, 5]]}, {"token_ban_ranges": (TokenBanRange((1, 2), 0, 5),)}),
         ({"sampler_priority": ["Top_P", "temperature"]}, {"sampler_priority": ("top_p", "temperature")}),
+        ({"logit_bias": [[5, -1.5], ["9", 3], [7, False]]}, {"logit_bias": {5: -1.5, 9: 3.0, 7: -100.0}}),
+        ({"logit_bias": []}, {"logit_bias": {}}),
+        ({"samplers": ["min_p", "infill", "top_k"]}, {"sampler_priority": ("min_p", "top_k")}),
         ({"sampler_priority": '["min_p", "typ_p"]'}, {"sampler_priority": ("min_p", "typical_p")}),
         (
             {"samplers": ["top_k", "top-n-sigma", "temperature"]},

@@ -59,6 +59,8 @@ def accepted(row: ParamRow, value: Any) -> bool:
             value = []
         fits = isinstance(value, list) and param.min_items <= len(value) <= (param.max_items or 1e9)
         return fits and all(row.kind in ("ints", "tokens") and isinstance(i, int) and 0 <= i < 258 for i in value)
+    if row.kind == "bias" and value == []:  # no pair of llama.cpp's list of pairs
+        return True
     return isinstance(value, dict) and all(k.isdigit() and int(k) < 258 and abs(v) <= 100 for k, v in value.items())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import RunningServer, running_server
 
+from aphrodite.outputs import RequestOutput
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.server.kobold import fitted
+from aphrodite.server.kobold import Run, fitted
 
 # What KoboldAI Lite sends with every request.
 LITE = {
@@ -134,6 +136,31 @@ async def test_a_run_can_be_looked_at_and_ended() -> None:
         result = (await job).json()["results"][0]
         assert (result["text"], result["finish_reason"]) == ("Once upon", "stop")
         await asyncio.wait_for(engine.idle.wait(), 20)
+
+
+async def test_a_run_that_is_ended_twice_at_once_ends_as_by_one() -> None:
+    async def silent() -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        await asyncio.Event().wait()
+        yield 0, RequestOutput("r", [], [], finished=True)
+
+    run = Run("mine")
+    waiting = asyncio.ensure_future(run.next_of(silent()))
+    await asyncio.sleep(0)
+    run.end()
+    run.end()  # before the first has reached it
+    assert await waiting is None
+
+
+async def test_empty_stop_sequences_are_passed_over(server: RunningServer) -> None:
+    for path, fields in (
+        ("/api/v1/generate", {"stop_sequence": ["", "time"]}),
+        ("/completion", {"stop": ["", "time"]}),
+        ("/completion", {"stop": ""}),
+        ("/api/generate", {"model": "fake/story", "options": {"stop": ["", "time"]}}),
+    ):
+        answer = await server.http.post(path, json={"prompt": "x", **fields})
+        assert answer.status_code == 200, answer.text
+        assert server.engine.seen[-1][1].stop == (() if fields == {"stop": ""} else ("time",))
 
 
 async def test_a_stream_that_is_ended_says_so() -> None:

@@ -53,6 +53,19 @@ async def test_a_stream_is_the_whole_in_pieces(server: RunningServer) -> None:
     assert server.engine.seen[-1][0] == [97, 98]
 
 
+async def test_several_answers_are_a_list_and_streamed_by_index(server: RunningServer) -> None:
+    body = {"prompt": "x", "n_predict": 5, "n": 3}
+    whole = (await server.http.post("/completion", json=body)).json()
+    assert [answer["index"] for answer in whole] == [0, 1, 2]
+    assert all(answer["stop"] and answer["tokens_predicted"] == 5 for answer in whole)
+    text = (await server.http.post("/completion", json={**body, "stream": True})).text
+    pieces = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line]
+    for answer in whole:
+        mine = [piece for piece in pieces if piece["index"] == answer["index"]]
+        assert "".join(piece["content"] for piece in mine) == answer["content"]
+        assert [piece["stop"] for piece in mine] == [False] * (len(mine) - 1) + [True]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -2,7 +2,8 @@
 
 `data/sillytavern_1.19.0.json` is what arrived here from its types aphrodite, vllm, tabby, koboldcpp, llamacpp, ollama,
 generic, from its custom chat and its classic KoboldAI: status, model list, tokens, whole and streamed answers with
-every sampler that its settings have. tests/clients/README.md says how it was recorded.
+every sampler that its settings have. `data/sillytavern_1.19.0_page.json` is what its page makes of the settings that it
+starts with, and of all samplers, for each type. tests/clients/README.md says how they were recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import pytest
 from fake_engine import FakeEngine, FakeModel
 from running import RunningServer, running_server
 
-RECORD: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "sillytavern_1.19.0.json").read_text())
+DATA = Path(__file__).parent / "data"
+RECORD: list[dict[str, Any]] = json.loads((DATA / "sillytavern_1.19.0.json").read_text())
+PAGE: list[dict[str, Any]] = json.loads((DATA / "sillytavern_1.19.0_page.json").read_text())
 GENERATES = ("completion", "completions", "generate", "stream")
 
 
@@ -117,3 +120,25 @@ async def test_stream_chunks_have_no_key_that_it_takes_for_an_error() -> None:
     chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line and "[DONE]" not in line]
     assert {choice["index"] for chunk in chunks for choice in chunk["choices"]} == {0, 1, 2}
     assert not any(key in chunk for chunk in chunks for key in ("error", "message", "detail"))
+
+
+@pytest.mark.parametrize("request_", PAGE, ids=lambda request: f"{request['type']} {request['settings']}")
+async def test_what_its_page_makes_of_the_settings_is_answered(request_: dict[str, Any]) -> None:
+    engine = server_of_the_model()
+    async with running_server(engine) as server:
+        response = await server.http.post(request_["path"], json=request_["body"])
+    assert response.status_code == 200, response.text[:500]
+    assert "warnings" not in response.text
+    answer = response.json()
+    assert len(answer if isinstance(answer, list) else texts(answer)) == request_["body"].get("n", 1)
+
+
+async def test_biases_and_bans_of_its_llama_cpp_type_arrive() -> None:
+    engine = server_of_the_model()
+    (request,) = [row for row in PAGE if (row["type"], row["settings"]) == ("llamacpp", "everything")]
+    async with running_server(engine) as server:
+        await server.http.post(request["path"], json=request["body"])
+    params = engine.seen[-1][1]
+    assert params.logit_bias == {5: -100.0, 6: -100.0, 9: 3.0}
+    assert params.banned_strings == ("tapestry",)
+    assert params.sampler_priority[:3] == ("penalties", "dry", "top_nsigma")

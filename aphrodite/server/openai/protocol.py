@@ -244,6 +244,18 @@ def sampling_params(
     return params
 
 
+def without_empty_stops(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without empty stop strings: koboldcpp, llama.cpp and Ollama pass over them, and clients send them."""
+    names = canonical_names()
+    kept = {}
+    for name, value in fields.items():
+        if names.get(name) == "stop" and isinstance(value, list):
+            kept[name] = [text for text in value if text != ""]
+        elif names.get(name) != "stop" or value != "":
+            kept[name] = value
+    return kept
+
+
 def is_known_field(name: str, endpoint: type[pydantic.BaseModel]) -> bool:
     """Whether a field means something here, be it that it must not be used."""
     known = name in endpoint.model_fields or name in canonical_names()
