@@ -22,6 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.grid_gluon import (
     Card,
     card_of,
@@ -42,7 +43,6 @@ from aphrodite.kernels.triton.grid_gluon import (
 )
 from aphrodite.kernels.triton.int4_gluon import gated, launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.launch import ceil_div, direct_launch, launch_options, next_power_of_2, pdl_supported
-from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.packed_grid import grid_arguments
 from aphrodite.quantization.planes import Planes
 
@@ -177,8 +177,8 @@ def _column_places(
     first: gl.constexpr, zeros: gl.constexpr, line_bytes: gl.constexpr, LINES: gl.constexpr, K_WARPS: gl.constexpr,
     N_WARPS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
-    """Where the columns of a step's first word lie, `[K_WARPS, 4, 8]`, and how far apart steps are: of a thread's two
-    columns lines of its own run, all others zeros, which lie in other banks."""
+    """Where the columns of a step's first word lie, `[K_WARPS, 4, 8]`, of lines from `first`, and how far apart steps
+    are: of a thread's two columns lines of its own run, all others zeros, which lie in other banks."""
     L: gl.constexpr = gl.SliceLayout(3, column_layout(K_WARPS, N_WARPS))
     q = gl.arange(0, K_WARPS)[:, None, None]
     t = gl.arange(0, 4)[None, :, None]
@@ -201,7 +201,7 @@ def _columns(places, mma: gl.constexpr, dtype: gl.constexpr):
 @gluon.jit
 def _add_step(
     totals, loaded, lane, places, KIND: gl.constexpr, COPIES: gl.constexpr, mma: gl.constexpr, dtype: gl.constexpr,
-    set_bytes: gl.constexpr, RUNS: gl.constexpr,
+    RUNS: gl.constexpr,
 ):  # fmt: skip
     """`totals`, `[K_WARPS, rows, 8]` for each pair of lines, and a step's products."""
     WORDS: gl.constexpr = group_words(KIND)
@@ -217,7 +217,7 @@ def _add_step(
                 weight = weight_operand(word_values(of_run, lane, word, None, KIND, COPIES, dtype), mma)
                 new_products = ()  # type: Any
                 for pair in gl.static_range(len(totals)):
-                    values = _columns(places + (run * 64 + word * 16 + pair * set_bytes), mma, dtype)
+                    values = _columns(places[pair] + (run * 64 + word * 16), mma, dtype)
                     new_products = new_products + (mma_v2(weight, values, products[pair]),)
                 products = new_products
             factor = unit_factor.broadcast_to(shape[0], shape[1], 4)
@@ -362,7 +362,12 @@ def grid_row_kernel(
             norms = norms + (1.0 / gl.sqrt(squares / columns + eps),)
     gl.thread_barrier()
     lane = lane_copy(KIND, COPIES)
-    places, stride = _column_places(TABLE * 64, ZEROS * 64 + 32, LINE * 64, M * PLANES, K_WARPS, N_WARPS, RUNS)
+    first_places = ()  # type: Any
+    for pair in gl.static_range(PAIRS):
+        of_pair, stride = _column_places(
+            (TABLE + 2 * pair * LINE) * 64, ZEROS * 64 + 32, LINE * 64, M * PLANES, K_WARPS, N_WARPS, RUNS
+        )
+        first_places = first_places + (of_pair,)
     for tile in range(count // STEPS):
         totals = ()  # type: Any
         for _ in gl.static_range(PAIRS):
@@ -376,9 +381,10 @@ def grid_row_kernel(
                     which % STEPS, columns, KIND, K_WARPS, N_WARPS, STRIPS, RUNS, False,
                 ),
             )  # fmt: skip
-            totals = _add_step(
-                totals, loaded, lane, places + step * stride, KIND, COPIES, mma, dtype, 2 * LINE * 64, RUNS
-            )
+            places = ()  # type: Any
+            for pair in gl.static_range(PAIRS):
+                places = places + (first_places[pair] + step * stride,)
+            totals = _add_step(totals, loaded, lane, places, KIND, COPIES, mma, dtype, RUNS)
         found = _line_sums(totals, M)
         for m in gl.static_range(M):
             _leave(found[m], SUMS * 64 + (m * TILES + tile) * (R * K_WARPS * 4))

@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
 SHARED_BASE = 1024  # where `global_smem` begins; Hopper keeps the first KiB for itself
-SHARED_BYTES = 228 * 1024 + SHARED_BASE
 _IGNORED = ("bar", "griddepcontrol", "createpolicy", "fence", "membar")
 _NUMBER = re.compile(r"-?(0x[0-9A-Fa-f]+|\d+)U?")
 
@@ -36,6 +35,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.data = np.zeros(1 << 16, np.uint8)
+        self.taken = np.zeros(1 << 16, np.bool_)  # which bytes belong to what was put here
         self._top = 4096
 
     def put(self, values: npt.NDArray[Any]) -> int:
@@ -44,7 +44,10 @@ class Memory:
         address = -(-self._top // 256) * 256
         self._top = address + len(raw) + 256
         if self._top > len(self.data):
-            self.data = np.concatenate([self.data, np.zeros(2 * self._top - len(self.data), np.uint8)])
+            more = 2 * self._top - len(self.data)
+            self.data = np.concatenate([self.data, np.zeros(more, np.uint8)])
+            self.taken = np.concatenate([self.taken, np.zeros(more, np.bool_)])
+        self.taken[address : address + len(raw)] = True
         self.data[address : address + len(raw)] = raw
         return address
 
@@ -54,14 +57,20 @@ class Memory:
         return np.frombuffer(raw, like.dtype).reshape(like.shape).copy()
 
 
-def run_ptx(ptx: str, warps: int, grid: tuple[int, int], arguments: Sequence[int | float], memory: Memory) -> None:
-    """Launch the one kernel of `ptx`, block after block, with `arguments` in the order of its parameters."""
+def run_ptx(
+    ptx: str, warps: int, shared: int, grid: tuple[int, int], arguments: Sequence[int | float], memory: Memory
+) -> None:
+    """Launch the one kernel of `ptx`, block after block, with `arguments` in the order of its parameters.
+
+    Args:
+        shared: bytes of shared memory that a block has.
+    """
     names, instructions, labels = _parse(ptx)
     values = list(arguments) + [0] * (len(names) - len(arguments))  # Triton's own scratch
     for y in range(grid[1]):
         for x in range(grid[0]):
             parameters = dict(zip(names, values, strict=True))
-            _Block(warps, (x, y), grid, parameters, memory.data).run(instructions, labels)
+            _Block(warps, shared, (x, y), grid, parameters, memory).run(instructions, labels)
 
 
 def _parse(ptx: str) -> tuple[list[str], list[Instruction], dict[str, int]]:
@@ -167,7 +176,13 @@ class _Block:
     """One block: its threads' registers, and its shared memory."""
 
     def __init__(
-        self, warps: int, place: tuple[int, int], grid: tuple[int, int], parameters: dict[str, Any], memory: Any
+        self,
+        warps: int,
+        shared: int,
+        place: tuple[int, int],
+        grid: tuple[int, int],
+        parameters: dict[str, Any],
+        memory: Memory,
     ) -> None:
         self.threads = 32 * warps
         thread = np.arange(self.threads, dtype=np.uint64)
@@ -178,8 +193,9 @@ class _Block:
         for name, value in parameters.items():
             bits = int(np.float32(value).view(np.uint32)) if isinstance(value, float) else value
             self.registers[name] = self._constant(bits)
-        self.memory = memory
-        self.shared = np.zeros(SHARED_BYTES, np.uint8)
+        self.memory, self.taken = memory.data, memory.taken
+        self.shared = np.zeros(SHARED_BASE + shared, np.uint8)
+        self.shared_taken = np.arange(SHARED_BASE + shared) >= SHARED_BASE
 
     def run(self, instructions: list[Instruction], labels: dict[str, int]) -> None:
         at = 0
@@ -275,25 +291,36 @@ class _Block:
     def _memory_of(self, opcode: list[str]) -> npt.NDArray[np.uint8]:
         return self.shared if opcode[1] == "shared" else self.memory
 
-    def _places(self, operand: str, active: Any, size: int) -> npt.NDArray[np.int64]:
+    def _places(self, operand: str, active: Any, size: int, taken: Any) -> npt.NDArray[np.int64]:
+        """Addresses of `size` bytes each, 0 where a thread is not active; they have to be memory of somebody's."""
         address = self._address(operand)
-        if (address[active] % size).any():
+        wanted = address[active]
+        if (wanted % size).any():
             raise ValueError(f"not a multiple of {size}: {operand}")
+        if (
+            (wanted < 0).any()
+            or (wanted + size > len(taken)).any()
+            or not taken[wanted[:, None] + np.arange(size)].all()
+        ):
+            raise ValueError(f"nobody's memory: {operand}")
         return np.where(active, address, 0)
+
+    def _taken(self, opcode: list[str]) -> Any:
+        return self.shared_taken if opcode[1] == "shared" else self.taken
 
     def _ld(self, opcode: list[str], operands: list[str], active: Any) -> None:
         if opcode[1] == "param":
             self._put(operands[0], self._value(operands[1].strip("[]")), active)
             return
         names, size = _vector(operands[0]), _width(opcode[-1]) // 8
-        address = self._places(operands[1], active, size * len(names))
+        address = self._places(operands[1], active, size * len(names), self._taken(opcode))
         for place, name in enumerate(names):
             raw = self._memory_of(opcode)[address[:, None] + place * size + np.arange(size)].astype(np.uint64)
             self._put(name, (raw << (8 * np.arange(size)).astype(np.uint64)).sum(axis=1, dtype=np.uint64), active)
 
     def _st(self, opcode: list[str], operands: list[str], active: Any) -> None:
         names, size = _vector(operands[1]), _width(opcode[-1]) // 8
-        address = self._places(operands[0], active, size * len(names))[active]
+        address = self._places(operands[0], active, size * len(names), self._taken(opcode))[active]
         for place, name in enumerate(names):
             for byte in range(size):
                 value = self._value(name)[active] >> (8 * byte)
@@ -314,8 +341,9 @@ class _Block:
         if opcode[2] not in ("ca", "cg"):
             return
         size = int(operands[2], 0)
-        target, source = self._places(operands[0], active, size), self._places(operands[1], active, size)
         taken = self._value(operands[3]).astype(np.int64) if len(operands) > 3 else np.full(self.threads, size)
+        target = self._places(operands[0], active, size, self.shared_taken)
+        source = self._places(operands[1], active & (taken > 0), size, self.taken)
         for thread in np.nonzero(active)[0]:
             place, count = target[thread], taken[thread]
             self.shared[place : place + size] = 0

@@ -80,8 +80,10 @@ def _row_error(
         launch.put(launch.x), shape[1], launch.put(norm), 1e-5, *launch.plane_arguments(DTYPES[dtype]), 0, launch.out,
         launch.out, launch.residual.shape[1], shape[0], ceil_div(shape[0], whole.tile),
     ]  # fmt: skip
-    ptx = compile_case(case, TARGET).asm["ptx"]
-    run_ptx(ptx, case.num_warps, (whole.programs(shape[0], PROGRAMS), 1), arguments, launch.memory)
+    made = compile_case(case, TARGET)
+    run_ptx(
+        made.asm["ptx"], case.num_warps, made.shared, (whole.programs(shape[0], PROGRAMS), 1), arguments, launch.memory
+    )
     x = launch.x.double()
     return launch.error(reference.rms_norm(x, norm.double(), 1e-5) if normed else x)
 
@@ -102,8 +104,8 @@ def _mma_error(
         launch.put(x), shape[1], launch.put(scales), *launch.plane_arguments(torch.float16), 0, launch.out, launch.out,
         launch.residual.shape[1], launch.put(workspace), launch.put(torch.zeros(tiles).int()), rows, shape[0],
     ]  # fmt: skip
-    ptx = compile_case(case, TARGET).asm["ptx"]
-    run_ptx(ptx, case.num_warps, (tiles, whole.splits), arguments, launch.memory)
+    made = compile_case(case, TARGET)
+    run_ptx(made.asm["ptx"], case.num_warps, made.shared, (tiles, whole.splits), arguments, launch.memory)
     return launch.error(x.double() * scales.double()[:, None])
 
 
