@@ -341,6 +341,12 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ("fp8 tensor", {"lm_head.weight_scale": None}, "tensor 'lm_head.weight_scale' is missing"),
         ("w8a8 asymmetric", {"lm_head.weight_zero_point": torch.zeros(3, dtype=torch.int8)}, "zeros for scales of [96"),
         ("w4a16 tensor", {"lm_head.weight_zero_point": torch.zeros(2, dtype=torch.int8)}, "should be one number"),
+        ("w4a16", {"lm_head.weight_packed": None}, "tensor 'lm_head.weight' is missing"),
+        (
+            "fp8 tensor",
+            {"lm_head.weight": torch.zeros(0, 64).to(E4M3)},
+            "'lm_head.weight' should be of shape [any, any",
+        ),
         ("w8a8", {"extra": torch.zeros(3, dtype=torch.int64)}, "'extra' is stored as I64"),
         ("awq", {"lm_head.bias": torch.ones(96)}, "not part of it: lm_head.bias"),
     ],

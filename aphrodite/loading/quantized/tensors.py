@@ -34,8 +34,12 @@ class ModuleTensors:
         return name in self._tensors
 
     def dtype_of(self, name: str) -> str:
-        """The type of a tensor that is there."""
-        return self._tensors[name].dtype
+        """The type of a tensor.
+
+        Raises:
+            ModelFormatError: it is missing.
+        """
+        return self._found(name).dtype
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, () where it is missing."""
@@ -51,25 +55,31 @@ class ModuleTensors:
 
         Args:
             dtypes: the types that it may have.
-            shape: that it must have, None for any size in its place; None for any shape.
+            shape: that it must have, None for any size but 0 in its place; None for any shape.
 
         Raises:
             ModelFormatError: it is missing, or of another type or shape.
         """
+        tensor = self._found(name)
+        if tensor.dtype not in dtypes:
+            raise self.mismatch(tensor, "stored as " + " or ".join(dtypes))
+        if shape is not None and (
+            len(shape) != len(tensor.shape)
+            or not all(
+                size == want or (want is None and size > 0) for want, size in zip(shape, tensor.shape, strict=True)
+            )
+        ):
+            raise self.mismatch(tensor, "of shape [" + ", ".join("any" if n is None else str(n) for n in shape) + "]")
+        del self._tensors[name]
+        return tensor
+
+    def _found(self, name: str) -> StoredTensor:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise ModelFormatError(
                 f"{self._source}: tensor {name!r} is missing, which {self._method} checkpoints have; "
                 "the checkpoint is incomplete: download it again"
             )
-        if tensor.dtype not in dtypes:
-            raise self.mismatch(tensor, "stored as " + " or ".join(dtypes))
-        if shape is not None and (
-            len(shape) != len(tensor.shape)
-            or any(want not in (None, size) for want, size in zip(shape, tensor.shape, strict=True))
-        ):
-            raise self.mismatch(tensor, "of shape [" + ", ".join("any" if n is None else str(n) for n in shape) + "]")
-        del self._tensors[name]
         return tensor
 
     def mismatch(self, tensor: StoredTensor, expected: str) -> ModelFormatError:
