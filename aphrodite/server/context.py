@@ -64,8 +64,8 @@ class ServerContext:
         return self.models.find(None).loaded if self.models.models else None
 
     async def resolve(self, request: Request, name: str | None, *, stream: StreamFormat | None = None) -> ModelContext:
-        """The model that a request names, loaded for it if need be; None is the one used last. It stays until the
-        request is answered.
+        """The model that a request names, loaded for it if need be; None, or a name that was left empty, is the one
+        used last. It stays until the request is answered.
 
         Args:
             stream: of the stream that the answer will be, which begins with signs of life while the model is loaded;
@@ -75,6 +75,7 @@ class ServerContext:
             ApiError: 404, no such model; or it cannot be loaded.
             ClientDisconnectedError: the client went away while the model was being loaded.
         """
+        name = name or None
         served = self.models.find(name)
         holds: ExitStack = request.scope["state"]["holds"]
 
