@@ -160,7 +160,7 @@ def graph_seconds(launch: Callable[[], None], replays: int = 7) -> float:
     return statistics.median(times)
 
 
-def plan_of(step: Step, config: DecodeConfig, target: int | None = None, ordered: bool = False) -> DecodePlan:
+def plan_of(step: Step, config: DecodeConfig, target: int | None = None) -> DecodePlan:
     return plan_decode(
         query_start=step.query_start,
         context_lens=step.context_lens,
@@ -169,7 +169,6 @@ def plan_of(step: Step, config: DecodeConfig, target: int | None = None, ordered
         window=None,
         config=config,
         target=target,
-        ordered=ordered,
     )
 
 
@@ -430,22 +429,19 @@ def best(name: str, results: Iterable[tuple[float, object]], count: int = 5) -> 
 
 def tune_decode(name: str, contexts: list[int], dtype: torch.dtype = BF16) -> None:
     step = make_step([(1, context) for context in contexts], dtype)
-    results: list[tuple[float, tuple[DecodeConfig, int, bool]]] = []
+    results: list[tuple[float, tuple[DecodeConfig, int]]] = []
     shipped = decode_config(DIM, dtype, card_of(step.qkv.device), len(contexts))
-    for config, target, ordered in itertools.product(DECODE_CONFIGS, TARGETS, (False, True)):
+    for config, target in itertools.product(DECODE_CONFIGS, TARGETS):
         try:
-            plan = plan_of(step, config, target, ordered)
+            plan = plan_of(step, config, target)
             seconds = each_layer(step, functools.partial(decode_layer, step, plan=plan))
-            results.append((seconds, (config, target, ordered)))
+            results.append((seconds, (config, target)))
         except Exception as error:
             print(f"{config}, {target}: {error!s:.200}", flush=True)
-    floor = sum(contexts) * TOKEN_BYTES / READ
-    best(f"decode {name}, floor {floor * 1e6:.1f} us", results)
-    for seconds, (config, target, ordered) in results:
+    best(f"decode {name}, floor {sum(contexts) * TOKEN_BYTES / READ * 1e6:.1f} us", results)
+    for seconds, (config, target) in results:
         if config == shipped and target in (32, 64, 128, 256):
-            print(
-                f"    {seconds * 1e6:9.1f} us  as shipped, {target} chunks{', ordered' if ordered else ''}", flush=True
-            )
+            print(f"    {seconds * 1e6:9.1f} us  as shipped, {target} chunks", flush=True)
 
 
 def tune_ragged(name: str, lengths: list[tuple[int, int]]) -> None:

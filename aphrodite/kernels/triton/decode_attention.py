@@ -2,9 +2,10 @@
 
 A planning kernel, launched once a step, deals the contexts out to a constant number of slots: chunks of about equal
 size, so that one long context among short ones still spreads over the card, and the launch shape depends on the batch
-only (CUDA graphs). The attention kernel runs a program for each slot and KV head; query heads that share it are the
-rows of its products. The last chunk of a sequence to finish combines all of them (flash-decoding; partial results in
-float32), and a sequence of one chunk is written straight away.
+only (CUDA graphs). The longest chunks come first, so that short ones fill the card when the others end. The attention
+kernel runs a program for each slot and KV head; query heads that share it are the rows of its products. The last chunk
+of a sequence to finish combines all of them (flash-decoding; partial results in float32), and a sequence of one chunk
+is written straight away.
 
 Cost: 2 * context * kv_heads * head_dim elements read a sequence; bound by memory traffic.
 """
@@ -52,8 +53,6 @@ class DecodeConfig(NamedTuple):
     tile: int  # positions multiplied at once, a power of two
     num_warps: int
     num_stages: int
-    ahead: bool = False  # load a chunk's first tile before waiting for the kernel that writes the newest position
-    early: bool = False  # let the next kernel start while this one reads
 
 
 class DecodePlan(NamedTuple):
@@ -86,7 +85,8 @@ def decode_config(head_dim: int, dtype: torch.dtype, card: Card, sequences: int)
         return DecodeConfig(tile=64, num_warps=2, num_stages=stages)
     if sequences < 128:
         return DecodeConfig(tile=64, num_warps=4, num_stages=stages)
-    return DecodeConfig(tile=32, num_warps=2, num_stages=stages)
+    # A batch that fills the card little more than once wants more loads on their way.
+    return DecodeConfig(tile=32, num_warps=2, num_stages=4 if sequences < 176 and card == "hopper" else stages)
 
 
 def plan_decode(
@@ -98,7 +98,6 @@ def plan_decode(
     window: int | None,
     config: DecodeConfig,
     target: int | None = None,
-    ordered: bool = False,
 ) -> DecodePlan:
     """Divide the contexts of the sequences that have one query row; others get no slot.
 
@@ -110,7 +109,6 @@ def plan_decode(
         window: latest positions that a query sees, itself included; None for all.
         config: of the attention kernel.
         target: chunks to aim at over all sequences; there are at most R more.
-        ordered: whether the longest chunks come first, so that short ones fill the card when the others end.
     """
     sequences = context_lens.shape[0]
     if target is None:
@@ -133,7 +131,6 @@ def plan_decode(
         WINDOW=window or 0,
         TILE=config.tile,
         BLOCK=1024,
-        ORDERED=ordered,
         OTHERS=32,
         RECORD=RECORD,
         num_warps=4,
@@ -208,8 +205,6 @@ def decode_attention(
         HAS_SINKS=sinks is not None,
         FORMAT=int(kv_format(keys)),
         RECORD=RECORD,
-        AHEAD=config.ahead,
-        EARLY=config.early,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -259,7 +254,6 @@ def _plan_kernel(
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    ORDERED: tl.constexpr,
     OTHERS: tl.constexpr,
     RECORD: tl.constexpr,
 ):
@@ -271,19 +265,14 @@ def _plan_kernel(
     begin = oldest // TILE * TILE
     longest = tl.maximum(tl.cdiv(tl.sum(tiles), target), 1)
     chunk, chunks = _divided(tiles, decodes, longest)
-    if ORDERED:
-        first = tl.zeros_like(chunks)
-        for base in range(0, num_sequences, OTHERS):
-            other = base + tl.arange(0, OTHERS)
-            _, _, _, other_tiles, other_decodes = _sequence(
-                query_start, context_lens, other, num_sequences, WINDOW, TILE
-            )
-            other_chunk, other_chunks = _divided(other_tiles, other_decodes, longest)
-            longer = other_chunk[None, :] > chunk[:, None]
-            earlier = (other_chunk[None, :] == chunk[:, None]) & (other[None, :] < sequence[:, None])
-            first += tl.sum(tl.where(longer | earlier, other_chunks[None, :], 0), 1)
-    else:
-        first = tl.cumsum(chunks) - chunks
+    first = tl.zeros_like(chunks)
+    for base in range(0, num_sequences, OTHERS):
+        other = base + tl.arange(0, OTHERS)
+        _, _, _, other_tiles, other_decodes = _sequence(query_start, context_lens, other, num_sequences, WINDOW, TILE)
+        other_chunk, other_chunks = _divided(other_tiles, other_decodes, longest)
+        longer = other_chunk[None, :] > chunk[:, None]
+        earlier = (other_chunk[None, :] == chunk[:, None]) & (other[None, :] < sequence[:, None])
+        first += tl.sum(tl.where(longer | earlier, other_chunks[None, :], 0), 1)
     for index in range(tl.max(chunks)):
         mine = index < chunks
         record = records + (first + index) * RECORD
@@ -334,8 +323,6 @@ def _decode_kernel(
     HAS_SINKS: tl.constexpr,
     FORMAT: tl.constexpr,
     RECORD: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -353,14 +340,6 @@ def _decode_kernel(
     blocks = tile_blocks(table, start, end, TILE, BLOCK_SIZE)
     factor = score_factor(scale, SOFTCAP, FORMAT)
 
-    if EARLY:
-        launch_dependents(PDL)
-    if AHEAD:
-        first_row = tile_rows(blocks, start, head, TILE, KV_HEADS, BLOCK_SIZE)
-        there = (start + tl.arange(0, TILE) < end) & (start + tl.arange(0, TILE) >= oldest)
-        first_k = load_tile(keys, first_row, there, HEAD_DIM, DIM, True, FORMAT)
-        first_v = load_tile(values, first_row, there, HEAD_DIM, DIM, True, FORMAT)
-        blocks = tile_blocks(table, start + TILE, end, TILE, BLOCK_SIZE)
     wait_for_producer(PDL)
     member = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
@@ -374,16 +353,7 @@ def _decode_kernel(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    begin = start
-    if AHEAD:
-        if start + TILE >= end:  # the newest position may be among them
-            first_k = load_tile(keys, first_row, there, HEAD_DIM, DIM, True, FORMAT)
-            first_v = load_tile(values, first_row, there, HEAD_DIM, DIM, True, FORMAT)
-        if start < end:
-            first = tl.where(there[None, :], scores_of(q, first_k, scale, SOFTCAP, FORMAT), float("-inf"))
-            acc, peak, total = accumulate(acc, peak, total, first, first_v, factor, False)
-        begin += TILE
-    for base in range(begin, end, TILE):
+    for base in range(start, end, TILE):
         positions = base + tl.arange(0, TILE)
         seen = (positions < end) & (positions >= oldest)
         row = tile_rows(blocks, base, head, TILE, KV_HEADS, BLOCK_SIZE)
@@ -397,8 +367,7 @@ def _decode_kernel(
     heads = head * GROUP + member
     inside = (member < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     if chunks == 1:
-        if not EARLY:
-            launch_dependents(PDL)
+        launch_dependents(PDL)
         total = with_sink(total, peak * factor, sinks, heads, member < GROUP, HAS_SINKS)
         result = tl.where(total[:, None] > 0.0, acc / total[:, None], 0.0)  # a padding row has seen nothing
         target = out + token * out_stride + heads[:, None] * HEAD_DIM + dims[None, :]
@@ -411,8 +380,7 @@ def _decode_kernel(
         tl.debug_barrier()  # all threads' stores before the one that counts
         counter = counters + first_slot * KV_HEADS + head
         finished = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-        if not EARLY:
-            launch_dependents(PDL)
+        launch_dependents(PDL)
         if finished == chunks - 1:
             tl.store(counter, 0)  # for the next layer
             result = _combine(

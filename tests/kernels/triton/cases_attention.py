@@ -120,8 +120,6 @@ def _decode(
             "HAS_SINKS": sinks,
             "FORMAT": int(kv),
             "RECORD": RECORD,
-            "AHEAD": config.ahead,
-            "EARLY": config.early,
             "PDL": pdl,
         },
         num_warps=config.num_warps,
@@ -224,7 +222,6 @@ def _plan(name: str, sequences: int, window: int) -> KernelCase:
             "WINDOW": window,
             "TILE": 64,
             "BLOCK": 1024,
-            "ORDERED": True,
             "OTHERS": 32,
             "RECORD": RECORD,
         },
@@ -265,8 +262,6 @@ def _attention(target: str) -> list[KernelCase]:
     cases.append(_ragged("group 7", 128, ragged_config(128, half, CARDS[target]), (target,), group=7))
     if target == "sm_90":
         cases.append(_decode("pdl", 128, decode_config(128, half, CARDS[target], 8), (target,), pdl=True))
-        ahead = decode_config(128, half, CARDS[target], 128)._replace(ahead=True, early=True)
-        cases.append(_decode("pdl, ahead", 128, ahead, (target,), pdl=True))
         cases.append(_ragged("pdl", 128, ragged_config(128, half, CARDS[target]), (target,), pdl=True))
     return cases
 

@@ -22,10 +22,9 @@ def decode(
     softcap: float = 0.0,
     target: int = 4,
     sinks: torch.Tensor | None = None,
-    ahead: bool = False,
 ) -> torch.Tensor:
     kv_heads = step.keys.shape[1]
-    config = DecodeConfig(tile=16, num_warps=4, num_stages=1, ahead=ahead, early=ahead)
+    config = DecodeConfig(tile=16, num_warps=4, num_stages=1)
     plan = plan_decode(
         query_start=step.query_start,
         context_lens=step.context_lens,
@@ -97,12 +96,12 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, atol: float = 2e-6) 
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(("target", "ahead"), [(1, False), (5, False), (40, False), (1, True), (5, True)])
+@pytest.mark.parametrize("target", [1, 5, 40])
 @pytest.mark.parametrize("window", [None, 1, 20, 64])
-def test_decode_of_mixed_lengths(window: int | None, target: int, ahead: bool) -> None:
+def test_decode_of_mixed_lengths(window: int | None, target: int) -> None:
     """Long beside short, padding between, more chunks wanted than there are tiles."""
     step = make_step([(1, 77), (1, 1), (1, 0), (1, 16), (1, 33)], heads=4, kv_heads=2, head_dim=64)
-    assert_close(decode(step, window=window, target=target, ahead=ahead), step.expected(window))
+    assert_close(decode(step, window=window, target=target), step.expected(window))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 17])
@@ -135,9 +134,8 @@ def test_decode_leaves_rows_of_longer_queries_alone() -> None:
     assert (out[[0, 1, 2, 4, 5]] == 7.0).all()
 
 
-@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("target", [1, 3, 16])
-def test_plan_covers_every_context_once(target: int, ordered: bool) -> None:
+def test_plan_covers_every_context_once(target: int) -> None:
     contexts = [100, 0, 1, 16, 999, 17]
     count = len(contexts)
     plan = plan_decode(
@@ -148,15 +146,13 @@ def test_plan_covers_every_context_once(target: int, ordered: bool) -> None:
         window=None,
         config=DecodeConfig(16, 4, 1),
         target=target,
-        ordered=ordered,
     )
     assert not plan.counters.any()
     used = plan.records[plan.records[:, 6] > 0]
     assert (plan.records[: len(used), 6] > 0).all()  # idle ones come last
-    if ordered:
-        firsts = used[used[:, 5].long()]  # the first chunk of each one's sequence, which is as long as any of it
-        lengths = firsts[:, 3] - firsts[:, 2]
-        assert (-(-lengths // 16)).clamp(min=1).diff().le(0).all()
+    firsts = used[used[:, 5].long()]  # the first chunk of each one's sequence, which is as long as any of it
+    lengths = firsts[:, 3] - firsts[:, 2]
+    assert (-(-lengths // 16)).clamp(min=1).diff().le(0).all()
     assert (used[:, 6] > 0).sum() <= count + target
     largest = 16 * -(-sum(-(-c // 16) for c in contexts) // target)
     for index, context in enumerate(contexts):
