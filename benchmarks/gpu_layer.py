@@ -19,8 +19,8 @@ import torch
 from gpu_attention import BLOCK, READ, graph_seconds, mixed_contexts
 
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton import dense_cuts
 from aphrodite.kernels.triton.decode_attention import decode_attention, decode_config, plan_decode
+from aphrodite.kernels.triton.dense_cuts import dense_cut
 from aphrodite.kernels.triton.paged import card_of
 from aphrodite.kernels.triton.rotary import rotary_to_cache
 from aphrodite.layers import triton_linear
@@ -41,31 +41,8 @@ class Model(NamedTuple):
 MODELS = {"8b": Model(4096, 32, 14336), "0.6b": Model(1024, 16, 3072)}
 
 
-class Way(NamedTuple):
-    """What serves.
-
-    Attributes:
-        dense: products of many rows by our kernel, with cuts by rule.
-        ordered, ahead, early, target: of decode attention.
-    """
-
-    dense: bool = False
-    ordered: bool = False
-    ahead: bool = False
-    early: bool = False
-    target: int | None = None
-
-
-WAYS = [
-    Way(),
-    Way(ordered=True),
-    Way(dense=True),
-    Way(dense=True, ordered=True),
-    Way(dense=True, ordered=True, early=True),
-    Way(dense=True, ordered=True, ahead=True),
-    Way(dense=True, ordered=True, ahead=True, early=True),
-    *(Way(True, True, True, True, target) for target in (64, 128, 256)),
-]
+# What multiplies: as shipped, or never the kernel for many rows that loads ahead.
+WAYS = {"as shipped": dense_cut, "without dense_wgmma": lambda *shape: None}
 
 
 class Layer:
@@ -110,9 +87,8 @@ class Step:
         self.cos, self.sin = torch.rand((2, max(contexts), DIM // 2), device="cuda").unbind(0)
         self.hidden = torch.randn((len(contexts), model.hidden), dtype=BF16, device="cuda")
 
-    def run(self, layers: list[Layer], way: Way) -> torch.Tensor:
+    def run(self, layers: list[Layer]) -> torch.Tensor:
         config = decode_config(DIM, BF16, card_of(self.hidden.device), len(self.contexts))
-        config = config._replace(ahead=way.ahead, early=way.early)
         plan = plan_decode(
             query_start=self.starts,
             context_lens=self.lengths,
@@ -120,8 +96,6 @@ class Step:
             num_kv_heads=KV_HEADS,
             window=None,
             config=config,
-            target=way.target,
-            ordered=way.ordered,
         )
         hidden = self.hidden.clone()
         for layer in layers:
@@ -152,16 +126,8 @@ class Step:
         return hidden
 
 
-def by_rule(out_features: int, in_features: int, rows: int) -> dense_cuts.DenseConfig | None:
-    return dense_cuts.dense_config(out_features, in_features, rows) if 16 < rows <= 256 else None
-
-
-def never(out_features: int, in_features: int, rows: int) -> None:
-    return None
-
-
 def measure(name: str, steps: list[int]) -> None:
-    """Microseconds a layer, of each way; how far their results lie from the first way's."""
+    """Microseconds a layer, of each way."""
     for after in steps:
         step = Step(MODELS[name], mixed_contexts(after))
         layers = [Layer(step.model, step.blocks) for _ in range(LAYERS)]
@@ -170,30 +136,19 @@ def measure(name: str, steps: list[int]) -> None:
             f"{name}, {len(step.contexts)} sequences, mean context {sum(step.contexts) // len(step.contexts)}: ", end=""
         )
         print(f"floor {read / READ * 1e6:.1f} us a layer", flush=True)
-        first: torch.Tensor | None = None
-        for way in WAYS:
-            triton_linear.measured_cut = by_rule if way.dense else never  # type: ignore[assignment,attr-defined]
+        for way, cut in WAYS.items():
+            triton_linear.dense_cut = cut  # type: ignore[assignment,attr-defined]
             try:
-                result = step.run(layers, way).float()
-                first = result if first is None else first
-                error = float((result - first).norm() / first.norm())
-                seconds = graph_seconds(functools.partial(run_once, step, layers, way)) / LAYERS
-                print(
-                    f"    {seconds * 1e6:8.1f} us {read / READ / seconds:6.1%}  differs by {error:.1e}  {describe(way)}"
-                )
+                seconds = graph_seconds(functools.partial(run_once, step, layers)) / LAYERS
+                print(f"    {seconds * 1e6:8.1f} us {read / READ / seconds:6.1%}  {way}", flush=True)
             except Exception as failure:
-                print(f"    {describe(way)}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+                print(f"    {way}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
         del layers, step
         torch.cuda.empty_cache()
 
 
-def run_once(step: Step, layers: list[Layer], way: Way) -> None:
-    step.run(layers, way)
-
-
-def describe(way: Way) -> str:
-    words = [field for field, value in way._asdict().items() if value is True]
-    return ", ".join([*words, *([f"{way.target} chunks"] if way.target else [])]) or "as it was"
+def run_once(step: Step, layers: list[Layer]) -> None:
+    step.run(layers)
 
 
 def main() -> None:

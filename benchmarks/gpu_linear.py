@@ -32,8 +32,9 @@ from aphrodite.kernels.triton import dense_cuts, dense_wgmma, gated_gemm, linear
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
 from aphrodite.kernels.triton.compile_worker import WithoutDevice
 from aphrodite.kernels.triton.dense_cuts import DenseConfig
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.gated_gemm import GatedConfig
-from aphrodite.kernels.triton.linear import Epilogue, GemvConfig, SkinnyConfig, gemv, skinny_gemm
+from aphrodite.kernels.triton.linear import GemvConfig, SkinnyConfig, gemv, skinny_gemm
 from aphrodite.kernels.triton.norm import add_rms_norm, rms_norm
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.layers.triton_linear import TritonLinear
@@ -160,37 +161,23 @@ def tried_cuts(layer: Layer, rows: int) -> list[Cut]:
 
 
 def _dense_cuts(n: int, k: int, rows: int) -> set[DenseConfig]:
-    """Every way to have 60 to 264 blocks, or one for each of many tiles, with one or two on a multiprocessor."""
-    cuts = {dense_cuts.dense_config(n, k, rows)}
-    for (parts, part), columns, splits, chunk, warps, blocks in itertools.product(
-        ((1, 64), (2, 64), (3, 64), (4, 64), (1, 128), (2, 128)),
-        (32, 64, 128, 256),
-        (1, 2, 4, 8),
-        (64, 128),
-        (4, 8),
-        (1, 2),
+    """Every way that has 48 to 264 tiles, or wide ones where there are more, one or two at a time on a processor."""
+    shipped = dense_cuts.dense_cut(n, k, rows)
+    cuts = set() if shipped is None else {shipped}
+    for (parts, part), columns, chunk, warps, blocks, rotated in itertools.product(
+        ((1, 64), (2, 64), (3, 64), (4, 64), (1, 128), (2, 128)), (32, 64, 128, 256), (64, 128), (4, 8), (1, 2), (0, 1)
     ):
         row_blocks, sums = -(-rows // (parts * part)), parts * part * columns // (32 * warps)
-        count = row_blocks * -(-n // columns) * splits
+        count = row_blocks * -(-n // columns)
         stages = min(dense_cuts.SHARED_BYTES // blocks // (2 * chunk * (parts * part + columns)), 8)
         shared_twice = row_blocks > 1 and n * k > 1 << 23 and (row_blocks > 2 or columns < 128 or part < 128)
-        if parts * part >= rows + 64 or shared_twice or (part == 128 and warps == 4) or (columns == 32 and n > 2048):
+        if parts * part >= rows + 64 or shared_twice or (part == 128 and warps == 4) or (columns == 32 and n > 4096):
             continue
-        if (
-            sums > (192 if blocks == 1 else 64)
-            or sums < 16
-            or stages < 3
-            or count < 60
-            or (count > 264 and (splits > 1 or columns < 128))
-            or (splits > 1 and count > 132 * blocks)
-            or (chunk == 128 and (rows > 64 or stages < 4))
-            or (blocks == 2 and count <= 132)
-            or (splits == 8 and columns < 128)
-            or k // chunk // splits < 4
-            or count * parts * part * columns * (splits > 1) > linear.WORKSPACE_VALUES
-        ):
+        if sums > (192 if blocks == 1 else 64) or sums < 8 or stages < 3 or count < 48:
             continue
-        cuts.add(DenseConfig(parts, part, columns, splits, stages, chunk, warps))
+        if (count > 264 and columns < 128) or (blocks == 2 and count <= 132):
+            continue
+        cuts.add(DenseConfig(parts, part, columns, stages, chunk, warps, bool(rotated)))
     return cuts
 
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
-from aphrodite.kernels.triton.dense_cuts import DenseConfig, dense_supports, measured_cut
+from aphrodite.kernels.triton.dense_cuts import DenseConfig, dense_cut, dense_supports
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_pays, gated_gemm_supports
-from aphrodite.kernels.triton.linear import Epilogue, choose_kernel, gemv, skinny_gemm
+from aphrodite.kernels.triton.linear import choose_kernel, gemv, skinny_gemm
 from aphrodite.kernels.triton.norm import rms_norm
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class TritonLinear:
         if kernel == "gemv":
             return gemv(x, self.weight, epilogue, norm)
         x = _normed(x, norm)
-        cut = measured_cut(*self.weight.shape, x.shape[0])
+        cut = dense_cut(*self.weight.shape, x.shape[0])
         if cut is not None and dense_supports(x, self.weight):
             return _dense_wgmma(x, self.weight, cut, epilogue)
         if kernel == "skinny":

@@ -5,14 +5,13 @@ out * in` operations. The copy engine brings both operands into a ring of shared
 of the step: as many chunks of it as the ring holds are requested before the kernel waits for its predecessor, so that
 the card's memory works through the launches, norms and rotations between two products, which the library's products
 leave idle. All activation rows share a tile of the weight, in parts of 64 or 128 rows with sums of their own; the pairs
-(gate, up) are neighbouring columns of a sum, which one thread holds. Where tiles would not fill the card blocks share
-one along the inputs: each leaves a float32 partial sum and the last to arrive adds them up in a fixed order.
+(gate, up) are neighbouring columns of a sum, which one thread holds. To split a tile along the inputs cost more than it
+brought: partial sums of so many rows take 5 to 10 us to meet.
 """
 
 # ruff: noqa: RUF005  (Triton's tuples know no unpacking)
 from __future__ import annotations
 
-import math
 from typing import Any  # noqa: F401 (the type comments of kernels)
 
 import torch
@@ -22,9 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from aphrodite.kernels.triton.dense_cuts import DenseConfig
+from aphrodite.kernels.triton.epilogue import Epilogue, output_of
 from aphrodite.kernels.triton.int4_gluon import gated, launch_dependents, wait_for_producer
 from aphrodite.kernels.triton.launch import ceil_div, direct_launch, launch_options, pdl_supported
-from aphrodite.kernels.triton.linear import WORKSPACE_TILES, WORKSPACE_VALUES, Epilogue, _output, _workspace
 
 TILE_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -64,10 +63,10 @@ def _request_rows(x, row, chunk, rows, bars, slot, pred, PARTS: gl.constexpr):
 
 @gluon.jit
 def _sums(
-    x, weight, row, first, start, count, PARTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    x, weight, row, first, start, CHUNKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    """A tuple of PARTS sums `[part, columns]` over the chunks `start` to `start + count`."""
+    """A tuple of PARTS sums `[part, columns]` over all chunks, the first of which is `start`."""
     dtype: gl.constexpr = weight.dtype
     R: gl.constexpr = x.block_shape[0]
     C: gl.constexpr = weight.block_shape[0]
@@ -79,14 +78,14 @@ def _sums(
     for slot in gl.static_range(STAGES):
         mbarrier.init(bars.index(slot), count=1)
     for slot in gl.static_range(STAGES):
-        _request_weight(x, weight, first, start + slot, weights, bars, slot, slot < count, PARTS)
+        _request_weight(x, weight, first, (start + slot) % CHUNKS, weights, bars, slot, slot < CHUNKS, PARTS)
     wait_for_producer(PDL)
     for slot in gl.static_range(STAGES):
-        _request_rows(x, row, start + slot, rows, bars, slot, slot < count, PARTS)
+        _request_rows(x, row, (start + slot) % CHUNKS, rows, bars, slot, slot < CHUNKS, PARTS)
     sums = ()  # type: Any
     for _ in gl.static_range(PARTS):
         sums = sums + (gl.zeros([R, C], gl.float32, mma),)
-    for turn in range(count):
+    for turn in range(CHUNKS):
         place = turn % STAGES
         mbarrier.wait(bars.index(place), turn // STAGES & 1)
         tokens = ()  # type: Any
@@ -101,10 +100,11 @@ def _sums(
             sums = warpgroup_mma_wait(PARTS, deps=tokens)
         gl.thread_barrier()
         ahead = turn - 1 + STAGES
-        free = (turn + STAGES - 1) % STAGES
-        pred = (turn > 0) & (ahead < count)
-        _request_weight(x, weight, first, start + ahead, weights, bars, free, pred, PARTS)
-        _request_rows(x, row, start + ahead, rows, bars, free, pred, PARTS)
+        free = ahead % STAGES
+        pred = (turn > 0) & (ahead < CHUNKS)
+        chunk = (start + ahead) % CHUNKS
+        _request_weight(x, weight, first, chunk, weights, bars, free, pred, PARTS)
+        _request_rows(x, row, chunk, rows, bars, free, pred, PARTS)
     if PARTS == 1:
         sums = (warpgroup_mma_wait(0, deps=sums),)
     else:
@@ -145,14 +145,6 @@ def _finish(
     gl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
-@gluon.jit
-def _place(row, M, R: gl.constexpr, C: gl.constexpr, layout: gl.constexpr):
-    """Where a part's partial sums lie, and which of them are of rows that there are."""
-    token = gl.arange(0, R, gl.SliceLayout(1, layout))
-    column = gl.arange(0, C, gl.SliceLayout(0, layout))
-    return token[:, None] * C + column[None, :], ((row + token) < M)[:, None] & (column >= 0)[None, :]
-
-
 @direct_launch
 @gluon.jit(do_not_specialize=["M"])
 def _dense_kernel(
@@ -161,15 +153,13 @@ def _dense_kernel(
     bias,  # [out], or anything when not HAS_BIAS
     residual,  # [M, width], or anything when not HAS_RESIDUAL
     out,  # [M, width]
-    workspace,  # [tiles, SPLITS, PARTS, part, columns] float32
-    counters,  # [tiles] int32, zero between launches
     M,
     out_features,
     in_features: gl.constexpr,
     PARTS: gl.constexpr,
-    SPLITS: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
+    ROTATED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr,
@@ -179,42 +169,18 @@ def _dense_kernel(
     R: gl.constexpr = x.block_shape[0]
     C: gl.constexpr = weight.block_shape[0]
     chunks: gl.constexpr = (in_features + x.block_shape[1] - 1) // x.block_shape[1]
-    share: gl.constexpr = (chunks + SPLITS - 1) // SPLITS
     row = gl.program_id(0) * (PARTS * R)
     first = gl.program_id(1) * C
-    start = gl.program_id(2) * share
-    sums = _sums(x, weight, row, first, start, gl.minimum(share, chunks - start), PARTS, STAGES, WARPS, PDL)
+    # Blocks that begin with different chunks ask the L2 cache for different activations.
+    start = gl.program_id(1) * 5 % chunks if ROTATED else 0
+    sums = _sums(x, weight, row, first, start, chunks, PARTS, STAGES, WARPS, PDL)
     # Results go through the ring's memory: no warp may still read it.
     gl.thread_barrier()
-    if SPLITS == 1:
-        for index in gl.static_range(PARTS):
-            _finish(
-                sums[index], bias, residual, out, row + index * R, M, out_features, first, WARPS, HAS_BIAS,
-                HAS_RESIDUAL, ACTIVATION,
-            )  # fmt: skip
-    else:
-        layout: gl.constexpr = sums[0].type.layout
-        # Partial sums that are loaded at once: each round is a trip to L2, and 128 registers a thread are free for it.
-        TOGETHER: gl.constexpr = min(SPLITS, 128 * 32 * WARPS // (R * C))
-        tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
-        base = workspace + tile * (SPLITS * PARTS * R * C)
-        for index in gl.static_range(PARTS):
-            at, there = _place(row + index * R, M, R, C, layout)
-            gl.store(base + (gl.program_id(2) * PARTS + index) * (R * C) + at, sums[index], mask=there)
-        gl.thread_barrier()
-        if gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-            for index in gl.static_range(PARTS):
-                at, there = _place(row + index * R, M, R, C, layout)
-                total = gl.zeros([R, C], gl.float32, layout)
-                for begin in range(0, SPLITS, TOGETHER):
-                    for turn in gl.static_range(TOGETHER):
-                        partial = base + ((begin + turn) * PARTS + index) * (R * C) + at
-                        total += gl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
-                _finish(
-                    total, bias, residual, out, row + index * R, M, out_features, first, WARPS, HAS_BIAS,
-                    HAS_RESIDUAL, ACTIVATION,
-                )  # fmt: skip
-            gl.store(counters + tile, 0)
+    for index in gl.static_range(PARTS):
+        _finish(
+            sums[index], bias, residual, out, row + index * R, M, out_features, first, WARPS, HAS_BIAS, HAS_RESIDUAL,
+            ACTIVATION,
+        )  # fmt: skip
 
 
 def dense_wgmma(
@@ -231,23 +197,10 @@ def dense_wgmma(
 
     Returns:
         `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
-
-    Raises:
-        ValueError: `config` needs more room for partial sums than there is, or leaves a split without inputs.
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
-    out = _output(x, out_features, epilogue)
-    row_blocks, tiles = ceil_div(rows, config.parts * config.part), ceil_div(out_features, config.columns)
-    chunks = ceil_div(in_features, config.chunk)
-    if (config.splits - 1) * ceil_div(chunks, config.splits) >= chunks:
-        raise ValueError(f"{config} leaves a split without any of {in_features} inputs")
-    grid = (row_blocks, tiles, config.splits)
-    sums = math.prod(grid) * config.parts * config.part * config.columns
-    if config.splits > 1 and (sums > WORKSPACE_VALUES or row_blocks * tiles > WORKSPACE_TILES):
-        raise ValueError(
-            f"{config} of {rows} rows and a weight {list(weight.shape)} outgrows the workspace: split less"
-        )
-    workspace, counters = _workspace(out.device) if config.splits > 1 else (out, out)
+    out = output_of(x, out_features, epilogue)
+    grid = (ceil_div(rows, config.parts * config.part), ceil_div(out_features, config.columns))
     dtype = TILE_DTYPES[x.dtype]
     row_tile, weight_tile = [config.part, config.chunk], [config.columns, config.chunk]
     pdl = pdl_supported(out.device)
@@ -257,15 +210,13 @@ def dense_wgmma(
         out if epilogue.bias is None else epilogue.bias,
         out,
         out,
-        workspace,
-        counters,
         rows,
         out_features,
         in_features=in_features,
         PARTS=config.parts,
-        SPLITS=config.splits,
         STAGES=config.stages,
         WARPS=config.warps,
+        ROTATED=config.rotated,
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
         ACTIVATION=epilogue.activation,

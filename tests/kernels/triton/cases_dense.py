@@ -6,7 +6,7 @@ from typing import Any
 
 from compiling import Constant, KernelCase
 
-from aphrodite.kernels.triton.dense_cuts import DenseConfig, dense_config
+from aphrodite.kernels.triton.dense_cuts import MEASURED, NARROW, WIDE, DenseConfig
 from aphrodite.kernels.triton.launch import gluon_version_reason
 
 
@@ -17,15 +17,13 @@ def _gluon_cases() -> list[KernelCase]:
 
     def case(
         shape: tuple[int, int],
-        rows: int,
+        cut: DenseConfig,
         *,
         dtype: str = "bf16",
         activation: str | None = None,
         residual: bool = False,
         bias: bool = False,
-        cut: DenseConfig | None = None,
     ) -> KernelCase:
-        cut = cut or dense_config(*shape, rows)
         kind = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
 
         def descriptor(block: list[int]) -> str:
@@ -37,22 +35,20 @@ def _gluon_cases() -> list[KernelCase]:
             "bias": f"*{dtype}",
             "residual": f"*{dtype}",
             "out": f"*{dtype}",
-            "workspace": "*fp32",
-            "counters": "*i32",
             "M": "i32",
             "out_features": "i32:16",
             "in_features": shape[1],
             "PARTS": cut.parts,
-            "SPLITS": cut.splits,
             "STAGES": cut.stages,
             "WARPS": cut.warps,
+            "ROTATED": cut.rotated,
             "HAS_BIAS": bias,
             "HAS_RESIDUAL": residual,
             "ACTIVATION": None if activation is None else Constant(activation),
             "PDL": True,
         }
         return KernelCase(
-            name=f"dense-{dtype}-{shape[0]}x{shape[1]}-{rows}",
+            name=f"dense-{dtype}-{shape[0]}x{shape[1]}-{cut.parts * cut.part}",
             kernel=_dense_kernel,
             arguments=arguments,
             num_warps=cut.warps,
@@ -60,16 +56,16 @@ def _gluon_cases() -> list[KernelCase]:
             options={"launch_pdl": True},
         )
 
+    gate_up = [cut for _, cut in MEASURED[28672, 4096]]
     return [
-        case((28672, 4096), 64, activation="silu"),
-        case((28672, 4096), 144, activation="silu"),
-        case((28672, 4096), 256, activation="gelu_tanh", dtype="fp16"),
-        case((6144, 4096), 128, bias=True),
-        case((4096, 14336), 144, residual=True),
-        case((4096, 4096), 256, residual=True, bias=True),
-        case((1024, 2048), 48, residual=True, cut=DenseConfig(1, 64, 32, 4, 8, 64, 4)),
-        case((4096, 1024), 144, cut=DenseConfig(3, 64, 64, 2, 3, 64, 8)),
-        case((128256, 4096), 144),
+        case((28672, 4096), WIDE, activation="silu"),
+        *(case((28672, 4096), cut, activation="silu") for cut in gate_up),
+        case((28672, 4096), gate_up[-1], activation="gelu_tanh", dtype="fp16", bias=True),
+        case((6144, 4096), NARROW, bias=True),
+        case((4096, 14336), NARROW, residual=True),
+        case((4096, 4096), DenseConfig(2, 128, 64, 5, 64, 8, True), residual=True, bias=True),
+        case((1024, 2048), DenseConfig(1, 64, 32, 8, 64, 4), residual=True),
+        case((128256, 4096), MEASURED[128256, 4096][0][1]),
     ]
 
 

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from aphrodite.kernels.triton.dense_cuts import MEASURED, SHARED_BYTES, DenseConfig, dense_config
-from aphrodite.kernels.triton.linear import WORKSPACE_TILES, WORKSPACE_VALUES
+from aphrodite.kernels.triton.dense_cuts import MEASURED, NARROW, SHARED_BYTES, WIDE, DenseConfig, dense_cut
 
-SHAPES = [(n, k) for n in (576, 1024, 4096, 6144, 28672, 128256) for k in (576, 1024, 4096, 14336)]
+CUTS = [(64, NARROW), (64, WIDE), *(row for cuts in MEASURED.values() for row in cuts)]
 
 
-def check(cut: DenseConfig, shape: tuple[int, int], rows: int) -> None:
-    tile_rows, chunks = cut.parts * cut.part, -(-shape[1] // cut.chunk)
-    tiles = -(-rows // tile_rows) * -(-shape[0] // cut.columns)
+@pytest.mark.parametrize(("most", "cut"), CUTS, ids=str)
+def test_every_cut_fits(most: int, cut: DenseConfig) -> None:
+    tile_rows = cut.parts * cut.part
+    assert most <= 2 * tile_rows
     assert cut.stages >= 2
     assert 2 * cut.stages * cut.chunk * (tile_rows + cut.columns) <= SHARED_BYTES
     assert tile_rows * cut.columns <= 192 * 32 * cut.warps, "sums do not fit the registers"
-    assert (cut.splits - 1) * -(-chunks // cut.splits) < chunks, "a split has no inputs"
-    if cut.splits > 1:
-        assert cut.splits % 2 == 0
-        assert tiles <= WORKSPACE_TILES
-        assert tiles * cut.splits * tile_rows * cut.columns <= WORKSPACE_VALUES
+    assert cut.part == 64 or cut.warps == 8
 
 
-@pytest.mark.parametrize("rows", [17, 64, 65, 128, 144, 192, 193, 256])
-def test_cuts_by_rule(rows: int) -> None:
-    for shape in SHAPES:
-        check(dense_config(*shape, rows), shape, rows)
-
-
-def test_measured_cuts() -> None:
-    for shape, cuts in MEASURED.items():
-        for most, cut in cuts:
-            if cut is not None:
-                check(cut, shape, most)
+def test_rows_choose_their_cut() -> None:
+    assert dense_cut(28672, 4096, 32) is None
+    assert dense_cut(28672, 4096, 33) == WIDE
+    assert dense_cut(6144, 4096, 64) == NARROW
+    assert dense_cut(1024, 2048, 64) is None
+    assert dense_cut(28672, 4096, 65) == MEASURED[28672, 4096][0][1]
+    assert dense_cut(28672, 4096, 257) is None
