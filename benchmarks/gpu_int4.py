@@ -30,11 +30,11 @@ from triton.backends.compiler import GPUTarget
 
 from aphrodite.kernels.triton import half_rows, int4_expand, int4_half, int4_linear, int4_mma, int4_wgmma
 from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.int4_half import HalfConfig
 from aphrodite.kernels.triton.int4_mma import MmaConfig
 from aphrodite.kernels.triton.int4_wgmma import WgmmaConfig
 from aphrodite.kernels.triton.int4_words import Int4Words, unpack_int4, whole_splits
-from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 
 ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)

@@ -26,11 +26,11 @@ from gpu_linear import CEILING, EPS, LAYERS, Layer, compile_cases, guarded, only
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import grid_gluon, grid_mma, grid_row, half_rows, packed_gemm, packed_gemv, packed_mma
+from aphrodite.kernels.triton.epilogue import WORKSPACE_VALUES, Epilogue
 from aphrodite.kernels.triton.grid_gluon import Card, table_copies
 from aphrodite.kernels.triton.grid_mma import GridMmaCut
 from aphrodite.kernels.triton.grid_row import GridRowCut
 from aphrodite.kernels.triton.launch import ceil_div
-from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue
 from aphrodite.kernels.triton.packed_gemv import PackedGemvCut
 from aphrodite.kernels.triton.packed_grid import is_grid
 from aphrodite.kernels.triton.packed_mma import PackedMmaCut

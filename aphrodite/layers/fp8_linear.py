@@ -11,7 +11,8 @@ import torch
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
-from aphrodite.kernels.triton.linear import GEMV_MAX_ROWS, Epilogue, gemv
+from aphrodite.kernels.triton.epilogue import Epilogue
+from aphrodite.kernels.triton.linear import GEMV_MAX_ROWS, gemv
 from aphrodite.kernels.triton.quantize import quantize_rows
 from aphrodite.layers.linear import RmsNorm
 from aphrodite.layers.triton_linear import interleave_gate_up

@@ -8,6 +8,7 @@ import torch
 
 from aphrodite.kernels.dispatch import Choice, Declined
 from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_linear import (
     by_library,
@@ -19,7 +20,6 @@ from aphrodite.kernels.triton.int4_linear import (
     of_handed_on,
 )
 from aphrodite.kernels.triton.int4_words import STRIP, pack_int4, unsupported_group
-from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.layers.packed_linear import shared_scratch
 from aphrodite.layers.triton_linear import interleave_gate_up

@@ -15,9 +15,9 @@ import torch
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.half_rows import HalfRows, half_rows
 from aphrodite.kernels.triton.launch import gluon_version_reason
-from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.kernels.triton.packed_gemm import PACKED_SKINNY_MAX_ROWS, expand_planes, packed_skinny
 from aphrodite.kernels.triton.packed_gemv import PACKED_GEMV_MAX_ROWS, packed_gemv

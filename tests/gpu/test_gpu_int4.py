@@ -12,8 +12,8 @@ import torch
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import int4_linear
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.int4_words import pack_int4, unpack_int4
-from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.layers.activation import gated_activation
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear
 from aphrodite.layers.linear import RmsNorm

@@ -12,8 +12,8 @@ from typing import Any  # noqa: F401 (the type comments of kernels)
 import triton
 import triton.language as tl
 
+from aphrodite.kernels.triton.epilogue import finish_gemv
 from aphrodite.kernels.triton.launch import direct_launch, launch_dependents, wait_for_producer
-from aphrodite.kernels.triton.linear import finish_gemv
 from aphrodite.kernels.triton.packed_grid import (
     ends_shift,
     grid_codes,

@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from aphrodite.kernels.triton.epilogue import WORKSPACE_VALUES, Epilogue, split_workspace
 from aphrodite.kernels.triton.grid_gluon import (
     Card,
     card_of,
@@ -37,7 +38,6 @@ from aphrodite.kernels.triton.grid_gluon import (
 from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_gluon import finish, launch_dependents, sum_of_splits, wait_for_producer
 from aphrodite.kernels.triton.launch import ceil_div, direct_launch, launch_options, next_power_of_2, pdl_supported
-from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue, _workspace
 from aphrodite.kernels.triton.packed_grid import grid_arguments
 from aphrodite.quantization.planes import Planes
 
@@ -271,7 +271,7 @@ def grid_mma(
     cut = cut or grid_mma_cut(weight.rows, form.columns, values.shape[0], form.kind, card)
     if cut is None:
         raise ValueError(f"{form.kind}'s table takes more shared memory than {card.shared} bytes")
-    workspace, counters = _workspace(values.device) if cut.splits > 1 else (values, values)
+    workspace, counters = split_workspace(values.device) if cut.splits > 1 else (values, values)
     pdl = pdl_supported(values.device)
     grid_mma_kernel[(ceil_div(weight.rows, 16 * cut.warps * cut.strips), cut.splits)](
         values,

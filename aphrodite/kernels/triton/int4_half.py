@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from aphrodite.kernels.triton.epilogue import WORKSPACE_VALUES, Epilogue, split_workspace
 from aphrodite.kernels.triton.half_rows import HalfRows
 from aphrodite.kernels.triton.int4_gluon import (
     gated,
@@ -30,7 +31,6 @@ from aphrodite.kernels.triton.int4_gluon import (
 )
 from aphrodite.kernels.triton.int4_words import CHUNK, RAISED, STRIP, Int4Words, whole_splits
 from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
-from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue, _workspace
 
 RAISE = gl.constexpr(RAISED)
 
@@ -335,7 +335,7 @@ def int4_half(
         raise ValueError(f"{config} leaves a split without any of {in_features} inputs")
     if config.splits > 1 and math.prod(grid) * config.columns * config.warps * STRIP > WORKSPACE_VALUES:
         raise ValueError(f"{config} of {rows} rows outgrows the workspace: split less")
-    workspace, counters = _workspace(out.device) if config.splits > 1 else (x.scales, x.scales)
+    workspace, counters = split_workspace(out.device) if config.splits > 1 else (x.scales, x.scales)
     pdl = pdl_supported(out.device)
     block = [config.columns, CHUNK]
     _int4_half_kernel[grid](

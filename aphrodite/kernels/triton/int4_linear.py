@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 
 from aphrodite.kernels.triton.activation import Activation, gated_pairs
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.gated_gemm import gated_gemm, gated_gemm_supports
 from aphrodite.kernels.triton.half_rows import HalfRows, half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import STRIP, Int4Words
 from aphrodite.kernels.triton.launch import gluon_version_reason
-from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.norm import rms_norm
 from aphrodite.platforms import platform_of
 

@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from aphrodite.kernels.triton.epilogue import Epilogue, output_of
 from aphrodite.kernels.triton.int4_gluon import (
     finish,
     group_offsets,
@@ -35,7 +36,6 @@ from aphrodite.kernels.triton.int4_gluon import (
 )
 from aphrodite.kernels.triton.int4_words import CHUNK, Int4Words
 from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
-from aphrodite.kernels.triton.linear import Epilogue, _output
 
 # Steps of a warp are unrolled, some 150 instructions each; the instruction cache holds little more than these.
 # Chunk numbers are handed to functions as values and not as constants, for each of which Triton would go through the
@@ -424,7 +424,7 @@ def int4_mma(
         `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
     """
     rows, out_features, in_features = x.shape[0], weight.out_features, weight.in_features
-    out = _output(x, out_features, epilogue)
+    out = output_of(x, out_features, epilogue)
     cut = config or mma_config(out_features, in_features, rows, weight.group_size)
     strips = weight.words.shape[0]
     grid = (-(-strips // cut.strips),)

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from aphrodite.kernels.triton.epilogue import WORKSPACE_VALUES, Epilogue, output_of, split_workspace
 from aphrodite.kernels.triton.int4_gluon import (
     finish,
     launch_dependents,
@@ -41,7 +42,6 @@ from aphrodite.kernels.triton.int4_gluon import (
 )
 from aphrodite.kernels.triton.int4_words import CHUNK, STRIP, Int4Words, whole_splits
 from aphrodite.kernels.triton.launch import direct_launch, launch_options, pdl_supported
-from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue, _output, _workspace
 
 
 class WgmmaConfig(NamedTuple):
@@ -368,14 +368,14 @@ def int4_wgmma(
         ValueError: `config` needs more room for partial sums than there is, or leaves a split without inputs.
     """
     rows, out_features, in_features = x.shape[0], weight.out_features, weight.in_features
-    out = _output(x, out_features, epilogue)
+    out = output_of(x, out_features, epilogue)
     config = config or wgmma_config(out_features, in_features, rows, weight.group_size)
     strips = weight.words.shape[0]
     grid = (-(-rows // config.columns), -(-strips // config.warps), config.splits)
     chunks = -(-in_features // CHUNK)
     if config.splits != whole_splits(chunks, config.splits):
         raise ValueError(f"{config} leaves a split without any of {in_features} inputs")
-    workspace, counters = _workspace(x.device) if config.splits > 1 else (x, x)
+    workspace, counters = split_workspace(x.device) if config.splits > 1 else (x, x)
     if config.splits > 1 and math.prod(grid) * config.columns * config.warps * STRIP > WORKSPACE_VALUES:
         raise ValueError(f"{config} of {rows} rows outgrows the workspace: split less")
     pdl = pdl_supported(x.device)

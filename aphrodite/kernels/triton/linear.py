@@ -26,7 +26,14 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.activation import Activation, gated
+from aphrodite.kernels.triton.epilogue import (
+    WORKSPACE_VALUES,
+    Epilogue,
+    finish_gemv,
+    finish_skinny,
+    output_of,
+    split_workspace,
+)
 from aphrodite.kernels.triton.launch import (
     ceil_div,
     direct_launch,
@@ -39,9 +46,6 @@ from aphrodite.kernels.triton.launch import (
 
 GEMV_MAX_ROWS = 4
 SKINNY_MAX_ROWS = 64
-# Partial sums of the split skinny GEMM, float32 values (16 MiB), and counters of its tiles: 96 tiles are split at most.
-WORKSPACE_VALUES = 1 << 22
-WORKSPACE_TILES = 1 << 12
 
 
 class GemvConfig(NamedTuple):
@@ -66,20 +70,6 @@ class SkinnyConfig(NamedTuple):
     stages: int
     warps: int
     ahead: bool = False
-
-
-class Epilogue(NamedTuple):
-    """What is applied to the product, in this order.
-
-    Attributes:
-        bias: `[out]`.
-        activation: of interleaved (gate, up) pairs, which halves the width.
-        residual: `[T, width of the result]` of x's dtype; the result replaces it.
-    """
-
-    bias: torch.Tensor | None = None
-    activation: Activation | None = None
-    residual: torch.Tensor | None = None
 
 
 Kernel = Literal["gemv", "skinny", "library"]
@@ -184,40 +174,6 @@ def _load_row(base, start, in_features: tl.constexpr, CHUNK: tl.constexpr):
     return tl.load(base + columns, mask=columns < in_features, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def finish_gemv(
-    total,
-    bias,
-    residual,
-    out,
-    row,
-    out_stride,
-    out_features,
-    first,
-    ROWS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Bias, activation and residual of one activation row's `total` `[ROWS]`, and the store."""
-    index = first + tl.arange(0, ROWS)
-    if HAS_BIAS:
-        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)
-    if ACTIVATION is None:
-        width = out_features
-        result = total
-    else:
-        width = out_features // 2
-        index = first // 2 + tl.arange(0, ROWS // 2)
-        gate, up = tl.split(tl.reshape(total, (ROWS // 2, 2)))
-        result = gated(gate, up, ACTIVATION)
-    inside = index < width
-    at = row * out_stride + index
-    if HAS_RESIDUAL:
-        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
-
-
 @direct_launch
 @triton.jit
 def _gemv_kernel(
@@ -289,61 +245,6 @@ def _gemv_kernel(
 
 
 @triton.jit
-def _finish_skinny(
-    total,
-    bias,
-    residual,
-    out,
-    M,
-    out_features,
-    first,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Bias, activation and residual of `total` `[ROWS, COLUMNS]` (weight rows x activation rows), and the store."""
-    index = first + tl.arange(0, ROWS)
-    if HAS_BIAS:
-        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)[:, None]
-    if ACTIVATION is None:
-        width = out_features
-        result = total
-    else:
-        width = out_features // 2
-        index = first // 2 + tl.arange(0, ROWS // 2)
-        pairs = tl.permute(tl.reshape(total, (ROWS // 2, 2, COLUMNS)), (0, 2, 1))
-        gate, up = tl.split(pairs)
-        result = gated(gate, up, ACTIVATION)
-    row = tl.arange(0, COLUMNS)
-    inside = (index < width)[:, None] & (row < M)[None, :]
-    at = row[None, :] * width + index[:, None]
-    if HAS_RESIDUAL:
-        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _sum_of_splits(partial, workspace, counters, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
-    """Leave `partial`; the last block of a tile gets (True, the sum of all in the order of the splits)."""
-    tile = tl.program_id(0)
-    size: tl.constexpr = ROWS * COLUMNS
-    within = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    base = workspace + tile * SPLITS * size
-    tl.store(base + tl.program_id(1) * size + within, partial)
-    # Every thread's stores come before the one atomic that announces them.
-    tl.debug_barrier()
-    last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if last:
-        for split in tl.static_range(SPLITS):
-            total += tl.load(base + split * size + within, cache_modifier=".cg")
-        tl.store(counters + tile, 0)
-    return last, total
-
-
-@triton.jit
 def _weight_tile(weight, rows, start, in_features: tl.constexpr, CHUNK: tl.constexpr):
     """`[ROWS, CHUNK]` of W, zeros beyond `in`."""
     k = start + tl.arange(0, CHUNK)
@@ -410,16 +311,11 @@ def _skinny_kernel(
         total = tl.dot(tile, _activation_tile(x, columns * x_stride, chunk * CHUNK, in_features, CHUNK), total)
     if AHEAD:
         total = tl.dot(last_tile, _activation_tile(x, columns * x_stride, end * CHUNK, in_features, CHUNK), total)
-    if SPLITS == 1:
-        _finish_skinny(
-            total, bias, residual, out, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
-        )
-    else:
-        last, total = _sum_of_splits(total, workspace, counters, ROWS, COLUMNS, SPLITS)
-        if last:
-            _finish_skinny(
-                total, bias, residual, out, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
-            )
+    width = out_features if ACTIVATION is None else out_features // 2
+    finish_skinny(
+        total, bias, residual, out, width, workspace, counters, M, out_features, first, ROWS, COLUMNS, SPLITS,
+        ACTIVATION, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
 
 
 def gemv(
@@ -444,7 +340,7 @@ def gemv(
         `[T, out]`, or `[T, out / 2]` with an activation, of x's dtype; `residual` itself where one is given.
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
-    out = _output(x, out_features, epilogue)
+    out = output_of(x, out_features, epilogue)
     cut = config or gemv_config(out_features, in_features, rows, weight.itemsize)
     pdl = pdl_supported(x.device)
     norm_weight, eps = norm if norm is not None else (x, 0.0)
@@ -496,14 +392,14 @@ def skinny_gemm(
         ValueError: `config` needs more room for partial sums than there is, or is `ahead` with unequal splits.
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
-    out = _output(x, out_features, epilogue)
+    out = output_of(x, out_features, epilogue)
     cut = config or skinny_config(out_features, in_features, rows, torch.version.hip is not None)
     tiles, columns = ceil_div(out_features, cut.rows), padded_rows(rows)
     if cut.splits > 1 and tiles * cut.splits * cut.rows * columns > WORKSPACE_VALUES:
         raise ValueError(f"{cut} of {rows} rows and a weight {list(weight.shape)} outgrows the workspace: split less")
     if cut.ahead and ceil_div(in_features, cut.chunk) % cut.splits:
         raise ValueError(f"{cut} does not split {in_features} evenly, which ahead takes")
-    workspace, counters = _workspace(x.device) if cut.splits > 1 else (x, x)
+    workspace, counters = split_workspace(x.device) if cut.splits > 1 else (x, x)
     pdl = pdl_supported(x.device)
     _skinny_kernel[(tiles, cut.splits)](
         x,
@@ -531,24 +427,3 @@ def skinny_gemm(
         **launch_options(pdl),
     )
     return out
-
-
-def _output(x: torch.Tensor, out_features: int, epilogue: Epilogue) -> torch.Tensor:
-    """Where the result goes: over the residual, which each element's one writer has read before."""
-    if epilogue.residual is not None:
-        return epilogue.residual
-    width = out_features if epilogue.activation is None else out_features // 2
-    return torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
-
-
-@functools.cache
-def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial sums and counters of `device`, allocated once: every launch leaves the counters at zero.
-
-    One set serves all launches because kernels on the compute stream follow one another: each waits for its
-    predecessor's end before it writes. Concurrent streams would need their own.
-    """
-    return (
-        torch.empty(WORKSPACE_VALUES, dtype=torch.float32, device=device),
-        torch.zeros(WORKSPACE_TILES, dtype=torch.int32, device=device),
-    )

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aphrodite.kernels.triton.activation import gated
+from aphrodite.kernels.triton.epilogue import Epilogue, finish_skinny, split_workspace
 from aphrodite.kernels.triton.launch import (
     ceil_div,
     direct_launch,
@@ -27,7 +27,6 @@ from aphrodite.kernels.triton.launch import (
     pdl_supported,
     wait_for_producer,
 )
-from aphrodite.kernels.triton.linear import Epilogue, _sum_of_splits, _workspace
 from aphrodite.kernels.triton.packed import (
     BITS_OF_ONE,
     form_arguments,
@@ -64,43 +63,6 @@ def packed_skinny_cut(out_features: int, in_features: int, rows: int, hip: bool 
     """
     splits = max(1, min(512 // ceil_div(out_features, 64), in_features // 512))
     return PackedSkinnyCut(64, 128, splits, 2 if hip or rows > 16 else 3, 4)
-
-
-@triton.jit
-def _store_skinny(
-    total,
-    bias,
-    residual,
-    out,
-    out_stride,
-    M,
-    out_features,
-    first,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Bias, activation and residual of `total` `[ROWS, COLUMNS]` (weight rows x activation rows), and the store."""
-    index = first + tl.arange(0, ROWS)
-    if HAS_BIAS:
-        total += tl.load(bias + index, mask=index < out_features, other=0.0).to(tl.float32)[:, None]
-    if ACTIVATION is None:
-        width = out_features
-        result = total
-    else:
-        width = out_features // 2
-        index = first // 2 + tl.arange(0, ROWS // 2)
-        pairs = tl.permute(tl.reshape(total, (ROWS // 2, 2, COLUMNS)), (0, 2, 1))
-        gate, up = tl.split(pairs)
-        result = gated(gate, up, ACTIVATION)
-    token = tl.arange(0, COLUMNS)
-    inside = (index < width)[:, None] & (token < M)[None, :]
-    at = token[None, :] * out_stride + index[:, None]
-    if HAS_RESIDUAL:
-        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -214,18 +176,10 @@ def _packed_skinny_kernel(
         else:
             values = tl.load(pointers, mask=(column < columns)[:, None], other=0.0)
         total = tl.dot(weight, values.to(TYPE), total, input_precision="tf32")
-    if SPLITS == 1:
-        _store_skinny(
-            total, bias, residual, out, out_stride, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS,
-            HAS_RESIDUAL,
-        )  # fmt: skip
-    else:
-        last, total = _sum_of_splits(total, workspace, counters, ROWS, COLUMNS, SPLITS)
-        if last:
-            _store_skinny(
-                total, bias, residual, out, out_stride, M, out_features, first, ROWS, COLUMNS, ACTIVATION, HAS_BIAS,
-                HAS_RESIDUAL,
-            )  # fmt: skip
+    finish_skinny(
+        total, bias, residual, out, out_stride, workspace, counters, M, out_features, first, ROWS, COLUMNS, SPLITS,
+        ACTIVATION, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
 
 
 @direct_launch
@@ -311,7 +265,7 @@ def packed_skinny(
 ) -> None:
     """Writes act(x W^T + b) + residual for up to 64 rows of a 16-bit type; arguments as `packed_gemv`'s."""
     cut = cut or packed_skinny_cut(weight.rows, weight.form.columns, x.shape[0], torch.version.hip is not None)
-    workspace, counters = _workspace(x.device) if cut.splits > 1 else (x, x)
+    workspace, counters = split_workspace(x.device) if cut.splits > 1 else (x, x)
     pdl = pdl_supported(x.device)
     _packed_skinny_kernel[(ceil_div(weight.rows, cut.rows), cut.splits)](
         x,

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from aphrodite.kernels.triton.epilogue import Epilogue, finish_gemv
 from aphrodite.kernels.triton.grid_gemv import grid_gemv_kernel
 from aphrodite.kernels.triton.launch import (
     ceil_div,
@@ -29,7 +30,6 @@ from aphrodite.kernels.triton.launch import (
     pdl_supported,
     wait_for_producer,
 )
-from aphrodite.kernels.triton.linear import Epilogue, finish_gemv
 from aphrodite.kernels.triton.packed import (
     BITS_OF_ONE,
     form_arguments,

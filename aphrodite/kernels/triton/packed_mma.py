@@ -21,9 +21,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from aphrodite.kernels.triton.epilogue import WORKSPACE_VALUES, Epilogue, split_workspace
 from aphrodite.kernels.triton.int4_gluon import finish, launch_dependents, sum_of_splits, wait_for_producer
 from aphrodite.kernels.triton.launch import ceil_div, direct_launch, launch_options, next_power_of_2, pdl_supported
-from aphrodite.kernels.triton.linear import WORKSPACE_VALUES, Epilogue, _workspace
 from aphrodite.kernels.triton.packed import (
     BITS_OF_ONE,
     form_arguments,
@@ -482,7 +482,7 @@ def packed_mma(
     """Writes act(x W^T + b) + residual for 3 to 64 rows of a 16-bit type; arguments as `packed_skinny`'s."""
     form = weight.form
     cut = cut or packed_mma_cut(weight.rows, form.columns, x.shape[0], form.run, form.group_size)
-    workspace, counters = _workspace(x.device) if cut.splits > 1 else (x, x)
+    workspace, counters = split_workspace(x.device) if cut.splits > 1 else (x, x)
     pdl = pdl_supported(x.device)
     _packed_mma_kernel[(ceil_div(weight.rows, 16 * WARPS * cut.strips), cut.splits)](
         x,

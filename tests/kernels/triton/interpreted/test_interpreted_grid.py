@@ -11,9 +11,9 @@ from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import grouped_gemm
 from aphrodite.kernels.triton import packed_gemv as gemv
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.expert_weights import ExpertWeights
 from aphrodite.kernels.triton.grouped_gemm import PairConfig
-from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.kernels.triton.packed_gemm import expand_planes, expand_rows
 from aphrodite.kernels.triton.packed_gemv import PackedGemvCut, grid_gemv_cut, packed_gemv
 from aphrodite.layers.embedding import PackedEmbedding

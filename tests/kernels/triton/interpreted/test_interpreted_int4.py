@@ -11,10 +11,10 @@ from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import int4_linear
 from aphrodite.kernels.triton.activation import gated_pairs
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.half_rows import half_rows
 from aphrodite.kernels.triton.int4_expand import expand_int4
 from aphrodite.kernels.triton.int4_words import Int4Words, pack_int4, unpack_int4, unsupported_group, whole_splits
-from aphrodite.kernels.triton.linear import Epilogue
 from aphrodite.layers.activation import Activation
 from aphrodite.layers.int4_gpu_linear import Int4GpuLinear, decline_int4_gpu
 from aphrodite.layers.linear import RmsNorm

@@ -11,9 +11,9 @@ from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import linear
 from aphrodite.kernels.triton.activation import Activation
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.gated_gemm import GatedConfig, gated_gemm, gated_gemm_supports
 from aphrodite.kernels.triton.linear import (
-    Epilogue,
     GemvConfig,
     SkinnyConfig,
     choose_kernel,

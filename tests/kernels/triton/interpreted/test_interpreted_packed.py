@@ -8,7 +8,7 @@ from packed_layouts import random_layouts
 
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton.linear import Epilogue
+from aphrodite.kernels.triton.epilogue import Epilogue
 from aphrodite.kernels.triton.packed_gemm import PackedSkinnyCut, expand_planes, expand_rows, packed_skinny
 from aphrodite.kernels.triton.packed_gemv import PackedGemvCut, packed_gemv
 from aphrodite.layers import packed_linear
