@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, get_args
 
 import msgspec
@@ -15,7 +16,7 @@ from aphrodite.chat.events import CallArguments, CallStart, Event, ParsedAnswer,
 from aphrodite.chat.formats import ToolFormat
 from aphrodite.chat.tools.json_text import JsonScanner, MalformedCallError
 from aphrodite.chat.tools.parser import ToolParser
-from aphrodite.chat.traits import Reasoning
+from aphrodite.chat.traits import CONTROL_TOKEN, Reasoning
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "get_weather": {
@@ -321,6 +322,44 @@ def test_the_schema_says_what_a_value_without_quotes_is(schema: dict[str, Any], 
     call = f'<invoke name="f"><parameter name="a">{written}</parameter></invoke>'
     answer = ParsedAnswer.of(parser.feed(f"<minimax:tool_call>{call}</minimax:tool_call>"))
     assert calls(answer) == [("f", {"a": meant})]
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "unit"),
+    [
+        ("minimax_m2", '<minimax:tool_call><invoke name="f"><parameter name="a">'),
+        ("qwen3_coder", "<function=f><parameter=a>"),
+    ],
+)
+def test_an_answer_of_beginnings_takes_no_longer_than_its_length(tool_format: str, unit: str) -> None:
+    """Each beginning could be read to the end of the answer, in vain."""
+    steps = 0
+
+    class Counted(dict[str, dict[str, Any]]):
+        def get(self, *args: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            return super().get(*args)
+
+    text = unit * 4000
+    parser = ToolParser(tool_format, Counted())
+    answer = ParsedAnswer.of([*parser.feed(text), *parser.finish()])
+    assert (answer.text, answer.calls) == (text, [])
+    assert steps < 40
+    halves = ToolParser(tool_format, {})
+    again = ParsedAnswer.of([*halves.feed(text[:70_001]), *halves.feed(text[70_001:]), *halves.finish()])
+    assert again == answer
+
+
+def test_special_tokens_of_calls_are_marks() -> None:
+    """Others are taken out of an answer before it is read."""
+    for tool_format, text, *_ in FOUND:
+        marks = "\n".join(AnswerFormat(tool_format=tool_format).marks)
+        for token in (
+            *CONTROL_TOKEN.findall(text),
+            *re.findall(r'<\|"\|>|</?escape>|<(?:start|end)_function_call>', text),
+        ):
+            assert token in marks, (tool_format, token)
 
 
 def test_calls_behind_reasoning_are_found_and_inside_are_not() -> None:

@@ -105,6 +105,9 @@ _INNER_MARKS: Final[dict[str, tuple[str, ...]]] = {
     "apertus": ("<|tools_suffix|>",),
     "olmo3": ("</function_calls>",),
 }
+# Characters that were read as calls in vain and are looked through once more. Behind them all is text, so that an
+# answer of beginnings of calls takes no longer than its length.
+_MAX_READ_AGAIN: Final = 262_144
 _LEFT_OVER: Final = " \t\r\n,;]})`"  # of a list of calls that was cut off
 
 
@@ -135,6 +138,7 @@ class ToolParser:
         self._begins = True  # there was no text yet
         self._reader: Reader | None = None
         self._called = False  # nothing but white space since a call
+        self._read_again = 0  # characters
 
     def feed(self, text: str) -> list[Event]:
         self._buffer += text
@@ -156,6 +160,10 @@ class ToolParser:
         """Go on until something changes; False when more text is needed."""
         if self._reader is not None:
             return self._read(self._reader)
+        if self._read_again > _MAX_READ_AGAIN:
+            self._calls.text(self._buffer)
+            self._buffer = ""
+            return False
         if self._begins and self._at_start:
             begun = self._buffer.lstrip()
             for mark, reader in self._at_start.items():
@@ -213,6 +221,7 @@ class ToolParser:
             self._calls.text(opening)
             self._called = False
         self._buffer = rest + self._buffer
+        self._read_again += len(rest)
         self._reader = None
 
     def _end_reader(self, reader: Reader) -> None:
