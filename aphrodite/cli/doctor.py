@@ -142,6 +142,7 @@ def _model(config: EngineConfig, *, load: bool) -> dict[str, Any]:
         return {**rows, "cannot be served": str(error)}
     try:
         kernels = {f"kernel: {name}": choice for name, choice in llm.describe().items()}
-        return {**rows, "model": llm.info.model, **kernels, "memory": "; ".join(llm.info.memory_plan)}
+        memory = "; ".join(" ".join(line.split()) for line in llm.info.memory_plan)
+        return {**rows, "model": llm.info.model, **kernels, "memory": memory}
     finally:
         llm.close()

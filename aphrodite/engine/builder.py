@@ -72,6 +72,7 @@ def build_engine(
             tokenizer.vocab_size,
             checkpoint.spec.vocab_size,
         )
+    _check_length(config, checkpoint.spec.max_position)
     order = BuildOrder(config, checkpoint, eos, tokenizer, progress, room)
     runner, memory, limits = build_on_device(order) if _serves_on_gpu(config) else build_on_host(order)
     executor = runner.executor
@@ -157,6 +158,16 @@ def _adapters(config: EngineConfig, checkpoint: Checkpoint | ForeignLoader) -> t
     return adapters, AdapterRoom(slots, rank)
 
 
+def _check_length(config: EngineConfig, longest: int) -> None:
+    """Warn of a context longer than the model is made for; it is the user's to try."""
+    if config.max_model_len is not None and config.max_model_len > longest:
+        logger.warning(
+            "--max-model-len %d is more than the %d tokens that the model is made for, beyond which it may write nonsense",
+            config.max_model_len,
+            longest,
+        )
+
+
 def _serves_on_gpu(config: EngineConfig) -> bool:
     """Whether the model runs on a GPU: where one was asked for, or is there and nobody asked for the CPU.
 
@@ -168,7 +179,7 @@ def _serves_on_gpu(config: EngineConfig) -> bool:
         return False
     reason = platforms.unusable_reason()
     if reason is not None and asked:
-        raise ConfigError(f"--device cuda: {reason}")
+        raise ConfigError(f"{'--device cuda' if config.device == 'cuda' else '--executor triton'}: {reason}")
     if reason is not None and has_driver():
         logger.warning("serving on the CPU though there is a GPU's driver: %s", reason)
     return reason is None

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from aphrodite.config import EngineConfig
-from aphrodite.cores import computing_threads
+from aphrodite.cores import computing_threads, usable_cores
 from aphrodite.engine.build_order import (
     DTYPES,
     KV_DTYPES,
@@ -83,6 +83,8 @@ def _executor(order: BuildOrder) -> ModelExecutor:
     if config.quantization in ("fp8", "bitsandbytes"):
         raise ConfigError(f"--quantization {config.quantization} is for GPUs; a CPU has int4 and int8")
     threads = config.threads or computing_threads()
+    if threads > usable_cores():
+        logger.warning("--threads %d on %d cores: they wait for one another, fewer are faster", threads, usable_cores())
     if not isinstance(checkpoint, Checkpoint):
         if config.quantization != "none":
             raise ConfigError(not_for_foreign("--quantization", checkpoint))

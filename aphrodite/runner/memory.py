@@ -23,7 +23,9 @@ MIB = 1 << 20
 
 def format_bytes(count: int) -> str:
     """`1536 MiB` style for a person: three significant digits."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+    if count >= GIB:
+        return f"{count / GIB:.2f} GiB"
+    return f"{count / MIB:.0f} MiB" if count >= MIB else f"{count / 1024:.0f} KiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def plan_memory(
     if num_blocks < min(2, useful):
         raise ConfigError(
             f"the KV cache would hold {'1 block' if num_blocks == 1 else 'no block'} of {block_size} tokens:"
-            f" {format_bytes(max(budget, 0))} at {kv_bytes_per_block:,} bytes a block; give it more with"
+            f" {format_bytes(max(budget, 0))} at {format_bytes(kv_bytes_per_block)} a block; give it more with"
             f" {_roomier(weight_bytes, workspace_bytes) if workspace_bytes else '--kv-cache-memory'}"
         )
     fits = min(wanted_model_len, num_blocks * block_size)

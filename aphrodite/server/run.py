@@ -84,7 +84,7 @@ async def serve(
 async def _drain(lifecycle: Lifecycle, timeout: float, interrupts: Iterable[asyncio.Task[Literal[True]]]) -> int:
     lifecycle.draining = True
     if len(lifecycle):
-        logger.info("stopping; %d running requests get %g s to finish", len(lifecycle), timeout)
+        logger.info("stopping; requests that run: %d; they get %g s to finish", len(lifecycle), timeout)
     idle = asyncio.ensure_future(lifecycle.idle.wait())
     try:
         await asyncio.wait((idle, *interrupts), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -94,7 +94,7 @@ async def _drain(lifecycle: Lifecycle, timeout: float, interrupts: Iterable[asyn
         return 1
     cut = lifecycle.stop_all(shutting_down())
     if cut:
-        logger.warning("%d requests did not finish in time and were cut off", cut)
+        logger.warning("requests that did not finish in time and were cut off: %d", cut)
         await _flush(lifecycle)
     return 1 if cut else 0
 

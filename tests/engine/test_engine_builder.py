@@ -12,6 +12,7 @@ import torch
 
 from aphrodite import platforms
 from aphrodite.config import EngineConfig
+from aphrodite.cores import usable_cores
 from aphrodite.engine.builder import build_engine
 from aphrodite.engine.device_builder import device_dtype
 from aphrodite.errors import ConfigError
@@ -27,7 +28,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     ("settings", "words"),
     [
         pytest.param({"device": "cuda"}, "--device cuda", marks=NO_GPU),
-        pytest.param({"executor": "triton"}, "--device cuda", marks=NO_GPU),
+        pytest.param({"executor": "triton"}, "--executor triton: ", marks=NO_GPU),
         ({"device": "cpu", "executor": "triton"}, "runs on GPUs"),
         ({"device": "cpu", "cpu_offload_gb": 1.0}, "is for GPUs"),
         ({"device": "cpu", "quantization": "fp8"}, "is for GPUs; a CPU has int4 and int8"),
@@ -55,6 +56,23 @@ def test_a_cpu_quantizes_at_load(tiny_model: Path, executor: str) -> None:
     assert sizes["int4"] < sizes["none"]
     if executor == "native":  # torch has no products of 8-bit blocks
         assert sizes["int4"] < sizes["int8"] < sizes["none"]
+
+
+def test_what_will_go_badly_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    longest = json.loads((tiny_model / "config.json").read_text())["max_position_embeddings"]
+    for model_len, threads, words in (
+        (longest, 1, ""),
+        (longest + 1, 1, f"--max-model-len {longest + 1} is more than the {longest} tokens"),
+        (longest, usable_cores() + 1, f"--threads {usable_cores() + 1} on {usable_cores()} cores"),
+    ):
+        caplog.clear()
+        config = EngineConfig(
+            model=str(tiny_model), load_format="dummy", device="cpu", max_model_len=model_len, threads=threads
+        )
+        build_engine(config, ())
+        told = [record.getMessage() for record in caplog.records if "--" in record.getMessage()]
+        assert len(told) == bool(words)
+        assert not words or words in told[0]
 
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_told(
@@ -102,7 +120,7 @@ def test_one_block_is_enough_for_a_context_of_one_block() -> None:
 
 @pytest.mark.parametrize(("budget", "held"), [(-5, "no block"), (1 << 20, "1 block")])
 def test_a_cache_too_small_for_any_context_says_what_it_would_hold(budget: int, held: str) -> None:
-    with pytest.raises(ConfigError, match=f"would hold {held} of 16 tokens: .* at 1,048,576 bytes a block; give it"):
+    with pytest.raises(ConfigError, match=f"would hold {held} of 16 tokens: .* at 1 MiB a block; give it"):
         plan(budget=budget)
 
 
