@@ -162,7 +162,7 @@ def _check_length(config: EngineConfig, longest: int) -> None:
     """Warn of a context longer than the model is made for; it is the user's to try."""
     if config.max_model_len is not None and config.max_model_len > longest:
         logger.warning(
-            "--max-model-len %d is more than the %d tokens that the model is made for, beyond which it may write nonsense",
+            "--max-model-len %d is more than the %d tokens that the model is made for; beyond them it may fail",
             config.max_model_len,
             longest,
         )
