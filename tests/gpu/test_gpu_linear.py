@@ -9,8 +9,8 @@ import torch
 
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
-from aphrodite.kernels.triton import linear
 from aphrodite.kernels.triton.activation import gated_pairs
+from aphrodite.kernels.triton.epilogue import split_workspace
 from aphrodite.kernels.triton.linear import SkinnyConfig, skinny_gemm
 from aphrodite.kernels.triton.norm import add_rms_norm, rms_norm
 from aphrodite.layers.linear import RmsNorm
@@ -79,7 +79,7 @@ def test_equal_inputs_give_equal_results(device: torch.device, splits: int) -> N
     config = SkinnyConfig(64, 128, splits, 3, 4)
     first = skinny_gemm(x, weight, config=config)
     assert all(torch.equal(first, skinny_gemm(x, weight, config=config)) for _ in range(50))
-    assert not linear._workspace(device)[1].any()
+    assert not split_workspace(device)[1].any()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 32])

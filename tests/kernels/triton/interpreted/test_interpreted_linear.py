@@ -11,7 +11,7 @@ from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import linear
 from aphrodite.kernels.triton.activation import Activation
-from aphrodite.kernels.triton.epilogue import Epilogue
+from aphrodite.kernels.triton.epilogue import WORKSPACE_TILES, WORKSPACE_VALUES, Epilogue, split_workspace
 from aphrodite.kernels.triton.gated_gemm import GatedConfig, gated_gemm, gated_gemm_supports
 from aphrodite.kernels.triton.linear import (
     GemvConfig,
@@ -122,7 +122,7 @@ def test_counters_are_zero_between_launches() -> None:
     config = SkinnyConfig(32, 32, 4, 2, 4)
     first, second = skinny_gemm(x, weight, config=config), skinny_gemm(x, weight, config=config)
     assert torch.equal(first, second)
-    assert not linear._workspace(x.device)[1].any()
+    assert not split_workspace(x.device)[1].any()
 
 
 def test_unequal_splits_cannot_load_ahead() -> None:
@@ -147,8 +147,8 @@ def test_default_cuts_cover_the_shape_and_fit_the_workspace(shape: tuple[int, in
     for rows in (5, 16, 17, 64):
         cut = skinny_config(*shape, rows)
         tiles = -(-shape[0] // cut.rows)
-        assert cut.splits == 1 or tiles * cut.splits * cut.rows * linear.padded_rows(rows) <= linear.WORKSPACE_VALUES
-        assert cut.splits == 1 or tiles <= linear.WORKSPACE_TILES
+        assert cut.splits == 1 or tiles * cut.splits * cut.rows * linear.padded_rows(rows) <= WORKSPACE_VALUES
+        assert cut.splits == 1 or tiles <= WORKSPACE_TILES
 
 
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (128256, 4096), (1024, 2048), (576, 576)])
