@@ -1,8 +1,8 @@
 """A dense linear layer on a GPU: one fused kernel for few rows, the vendor's library and small kernels for many.
 
-Up to about 64 rows the time goes to reading the weight, and the kernels of `kernels/triton/linear.py` read it faster
-than the library does, the operations around the product included. Above, it goes to arithmetic, where the library wins,
-except that thousands of rows of a gated product are too much to write and read back.
+Up to about 64 rows the time goes to reading the weight, and the kernels of `kernels/triton/linear.py` and `dense_wgmma`
+read it faster than the library does, the operations around the product included. Above, it goes to arithmetic, where
+the library wins for most shapes, except that a gated product of many rows is too much to write and read back.
 """
 
 from __future__ import annotations
