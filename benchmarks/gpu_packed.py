@@ -129,21 +129,22 @@ def in_points(name: str) -> bool:
 
 
 def row_cuts(kind: str, layer: Layer, rows: int, card: Card) -> list[GridRowCut]:
-    """Candidates of `grid_row`: 16 or 24 warps a multiprocessor."""
+    """Candidates of `grid_row`: 16 to 32 warps a multiprocessor."""
     found = []
-    for warps, blocks, strips, runs, depth, split, half in itertools.product(
-        (4, 8, 16), (1, 2, 3, 4), (1, 2), (1, 2), (1, 2), (1, 2, 4, 8, 16), (False, True)
+    for warps, blocks, strips, depth, split, half in itertools.product(
+        (8, 16), (1, 2, 3, 4), (1, 2), (1, 2), (4, 8, 16), (False, True)
     ):
+        runs = 2
         copies = table_copies(kind, (card.shared - 40 * 1024) // blocks) // (2 if half else 1)
         cut = GridRowCut(split, warps // split if split <= warps else 0, strips, runs, depth, blocks, copies)
-        if not cut.across or cut.across > 4 or not copies or not 16 <= warps * blocks <= 24:
+        if not cut.across or cut.across > 4 or not copies or not 16 <= warps * blocks <= 32:
             continue
         programs = cut.programs(layer.out_features, card.multiprocessors)
         lines = rows * (2 if layer.norm else 1)
         shared = cut.shared(kind, layer.out_features, layer.in_features, rows, lines, programs)
         if blocks * (shared + 1024) > card.shared + 1024 or cut.padded(layer.in_features) > 1.13 * layer.in_features:
             continue
-        if strips * runs * depth <= 4 and layer.out_features >= 64 * cut.tile:
+        if strips * depth <= 2 and layer.out_features >= 64 * cut.tile:
             found.append(cut)
     return found
 
@@ -153,14 +154,14 @@ def point_cuts(kind: str, layer: Layer, rows: int, card: Card) -> list[GridMmaCu
     found = []
     columns = max(8, rows)
     for warps, strips, runs, splits, stages, depth, half in itertools.product(
-        (4, 8), (1, 2), (1, 2), (1, 2, 4, 8), (3,), (1, 2), (False, True)
+        (4, 8), (1, 2), (2 if rows <= 16 else 1,), (1, 2, 4, 8), (3,), (1, 2), (False, True)
     ):
         copies = table_copies(kind, min(131072, card.shared - 3 * 256 * runs * columns - grid_mma.SPARE_BYTES))
         copies //= 2 if half else 1
         tiles = ceil_div(layer.out_features, 16 * warps * strips)
         sums = tiles * splits * 16 * warps * strips * columns
         possible = splits == 1 or (sums <= WORKSPACE_VALUES and layer.in_features >= 256 * splits)
-        if copies and possible and 64 <= tiles * splits <= 1024 and runs * strips * columns <= 128:
+        if copies and possible and 128 <= tiles * splits <= 1024 and runs * strips * columns <= 128:
             found.append(GridMmaCut(warps, strips, runs, splits, stages, depth, copies))
     return found
 

@@ -112,14 +112,17 @@ def grid_row_cut(
 ) -> GridRowCut | None:
     """The cut for a weight `[out, in]` and 1 or 2 activation rows; None where a block's memory is too small.
 
-    Few copies of a table make lanes wait for one another, many leave room for fewer blocks.
+    As measured on an H100: sixteen warps a multiprocessor, in one block where there is much to do. Few copies of a
+    table make lanes wait for one another, many leave room for fewer blocks.
     """
-    for blocks, most in ((2, 65536), (1, 131072), (1, 65536), (1, 32768)):
+    alone = ((1, 131072), (1, 65536), (1, 32768))
+    for blocks, most in alone if out_features >= 16384 else ((2, 65536), *alone):
         copies = table_copies(kind, most)
-        splits = 16 // blocks
+        warps = 16 // blocks
+        splits = min(warps, 8)
         while splits > 1 and ceil_div(in_features, 256 * splits) * 256 * splits > 1.13 * in_features:
             splits //= 2
-        cut = GridRowCut(splits, 16 // blocks // splits, 1, 2, 2, blocks, copies)
+        cut = GridRowCut(splits, warps // splits, 1, 2, 1, blocks, copies)
         programs = cut.programs(out_features, card.multiprocessors)
         shared = cut.shared(kind, out_features, in_features, rows, rows * (1 + normed), programs)
         if copies and blocks * (shared + 1024) <= card.shared + 1024:
@@ -421,6 +424,8 @@ def grid_row(
     form = weight.form
     card = card_of(x.device)
     cut = cut or grid_row_cut(weight.rows, form.columns, x.shape[0], norm is not None, form.kind, card)
+    if cut is None and x.shape[0] == 2:
+        return all(grid_row(x[row : row + 1], weight, out[row : row + 1], epilogue, norm) for row in range(2))
     if cut is None:
         return False
     tiles = ceil_div(weight.rows, cut.tile)

@@ -14,7 +14,7 @@ _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 
 
 def _shared_arguments(name: str, shape: tuple[int, int], gated: bool, dtype: str) -> dict[str, Any]:
-    weight = _weight(name, shape[1])
+    weight, width = _weight(name, shape[1]), shape[0] // 2 if gated else shape[0]
     return {
         **{part: weight[part] for part in _POINTERS},
         "x_stride": "i32:16",
@@ -22,8 +22,8 @@ def _shared_arguments(name: str, shape: tuple[int, int], gated: bool, dtype: str
         "bias": f"*{dtype}",
         "residual": f"*{dtype}",
         "out": f"*{dtype}",
-        "out_stride": "i32:16",
-        "out_features": "i32:16",
+        "out_stride": "i32" if width % 16 else "i32:16",
+        "out_features": "i32" if shape[0] % 16 else "i32:16",
         "columns": shape[1],
         "KIND": weight["KIND"],
         "HAS_BIAS": False,

@@ -430,10 +430,11 @@ class _Block:
         both = _low(self._value(operands[1]), 32) | self._value(operands[2]) << 32
         result = self._constant(0)
         for place in range(4):
-            which = selected >> (4 * place) & 15
-            if which > 7:
-                raise ValueError("no signs are spread")
-            result = result | _low(both >> (8 * which), 8) << (8 * place)
+            which = selected >> 4 * place & 15
+            byte = _low(both >> 8 * (which & 7), 8)
+            if which > 7:  # eight times its sign
+                byte = (byte >> 7) * 255
+            result = result | byte << 8 * place
         self._put(operands[0], result, active)
 
     def _bfe(self, opcode: list[str], operands: list[str], active: Any) -> None:
