@@ -203,10 +203,11 @@ def _columns(places, mma: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def _add_step(
-    totals, loaded, lane, places, KIND: gl.constexpr, COPIES: gl.constexpr, mma: gl.constexpr, dtype: gl.constexpr,
-    RUNS: gl.constexpr,
+    totals, loaded, lane, places, held, KIND: gl.constexpr, COPIES: gl.constexpr, mma: gl.constexpr,
+    dtype: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
-    """`totals`, `[K_WARPS, rows, 8]` for each pair of lines, and a step's products."""
+    """`totals`, `[K_WARPS, rows, 8]` for each pair of lines, and a step's products; with the columns of its words that
+    are `held` in registers, if any are."""
     WORDS: gl.constexpr = group_words(KIND)
     shape: gl.constexpr = totals[0].shape
     for run in gl.static_range(RUNS):
@@ -220,7 +221,10 @@ def _add_step(
                 weight = weight_operand(word_values(of_run, lane, word, None, KIND, COPIES, dtype), mma)
                 new_products = ()  # type: Any
                 for pair in gl.static_range(len(totals)):
-                    values = _columns(places[pair] + (run * 64 + word * 16), mma, dtype)
+                    if len(held) > 0:
+                        values = held[run * 4 + word]
+                    else:
+                        values = _columns(places[pair] + (run * 64 + word * 16), mma, dtype)
                     new_products = new_products + (mma_v2(weight, values, products[pair]),)
                 products = new_products
             factor = unit_factor.broadcast_to(shape[0], shape[1], 4)
@@ -371,6 +375,10 @@ def grid_row_kernel(
             (TABLE + 2 * pair * LINE) * 64, ZEROS * 64 + 32, LINE * 64, M * PLANES, K_WARPS, N_WARPS, RUNS
         )
         first_places = first_places + (of_pair,)
+    held = ()  # type: Any
+    if STEPS == 1 and PAIRS == 1:
+        for word in gl.static_range(4 * RUNS):
+            held = held + (_columns(first_places[0] + word * 16, mma, dtype),)
     for tile in range(count // STEPS):
         totals = ()  # type: Any
         for _ in gl.static_range(PAIRS):
@@ -387,7 +395,7 @@ def grid_row_kernel(
             places = ()  # type: Any
             for pair in gl.static_range(PAIRS):
                 places = places + (first_places[pair] + step * stride,)
-            totals = _add_step(totals, loaded, lane, places, KIND, COPIES, mma, dtype, RUNS)
+            totals = _add_step(totals, loaded, lane, places, held, KIND, COPIES, mma, dtype, RUNS)
         found = _line_sums(totals, M)
         for m in gl.static_range(M):
             _leave(found[m], SUMS * 64 + (m * TILES + tile) * (R * K_WARPS * 4))

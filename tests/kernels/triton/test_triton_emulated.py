@@ -120,6 +120,7 @@ def test_a_row_of_every_kind(qtype: QuantType) -> None:
     ("shape", "rows", "cut", "gated", "normed", "dtype"),
     [
         ((64, 2560), 1, (2, 2, 1, 2, 1, 1, 8), True, True, "bf16"),  # the last step ends beyond the columns
+        ((40, 1024), 1, (4, 1, 1, 2, 1, 1, 8), False, True, "bf16"),  # activations stay in registers
         ((80, 1280), 2, (4, 1, 1, 1, 2, 1, 4), True, True, "fp16"),  # two pairs of lines
         ((70, 2048), 2, (2, 1, 2, 2, 2, 1, 2), False, False, "bf16"),  # a tile ends beyond the rows
     ],
