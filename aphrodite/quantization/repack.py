@@ -174,15 +174,25 @@ def _reordered(codes: torch.Tensor, permutation: torch.Tensor, bits: int) -> tor
     """Columns in the order of `permutation`."""
     step = max(1, _PIECE_VALUES // len(permutation))
     for first in range(0, len(codes), step):
-        numbers = unpack_bits(codes[first : first + step], bits).index_select(1, permutation)
-        codes[first : first + step] = _pack_bits(numbers, bits)
+        numbers = unpack_bits(codes[first : first + step], bits)
+        codes[first : first + step] = _pack_bits(_columns(numbers, permutation), bits)
     return codes
+
+
+def _columns(numbers: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`numbers[:, order]`, for which numpy takes a tenth of torch's time on a CPU."""
+    if numbers.device.type != "cpu":
+        return numbers.index_select(1, order)
+    return torch.from_numpy(np.take(numbers.numpy(), order.numpy(), axis=1))
 
 
 def _pack_bits(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `unpack_bits`."""
     if bits == 8:
         return numbers
+    if bits == 4:  # without wider numbers on the way
+        pairs = numbers.view(torch.int16)
+        return (pairs | pairs >> 4).to(torch.uint8)
     together = 8 if bits == 3 else 8 // bits
     parts = numbers.unflatten(1, (-1, together)).int()
     joined: torch.Tensor = parts[..., 0]
