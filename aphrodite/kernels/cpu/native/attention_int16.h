@@ -16,10 +16,6 @@ namespace {
 constexpr int64_t kKvUnitBytes = 2 * kKvBlock * sizeof(float);  // of a block, before its keys
 constexpr int kAhead = 4;  // blocks of keys or values between reading and prefetching
 
-// Brings a line into the second cache. A core keeps twice as many lines on their way there as to the first one, and so
-// reads scattered blocks at nearly twice the speed.
-inline void bring(const void* line) { __builtin_prefetch(line, 0, 2); }
-
 // What of the cache a tile reads: words as in KvType::Int16.
 struct IntBlocks {
     int count;

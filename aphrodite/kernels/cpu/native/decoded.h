@@ -210,7 +210,7 @@ void dot_tile(const uint8_t* tile, BlockShape shape, const int32_t* words, const
 #pragma GCC unroll 8
     for (int m = 0; m < kWidth; ++m) totals[m] = zero();
     for (const uint8_t* end = tile + info.tile_bytes(shape.columns, 0); tile < end; tile += info.decoded_bytes) {
-        for (int line = 0; line < info.decoded_bytes; line += 64) __builtin_prefetch(tile + kPrefetchBytes + line);
+        for (int line = 0; line < info.decoded_bytes; line += 64) bring(tile + kPrefetchBytes + line);
         const Vec unit = block_unit(tile);
 #pragma GCC unroll 1
         for (int step = 0; step < kGridSteps; ++step) {
@@ -328,7 +328,7 @@ void decoded_products(const PackedRows& in, const TileWeight& weight, int64_t ti
     DecodedBlock block;
     std::memset(results, 0, static_cast<size_t>(rows.end - rows.begin) * kTileRows * sizeof *results);
     for (int64_t step = 0; step < in.columns / kBlock; step += kGridSteps, data += info.decoded_bytes) {
-        for (int line = 0; line < info.decoded_bytes; line += 64) __builtin_prefetch(data + kPrefetchBytes + line);
+        for (int line = 0; line < info.decoded_bytes; line += 64) bring(data + kPrefetchBytes + line);
         decode_block(weight.type, data, block);
         for (int64_t row = rows.begin; row < rows.end;) {
             const int width = group_width(row, in.rows);

@@ -194,6 +194,10 @@ inline int64_t attention_scratch(int head_dim, int turning) {
     return kMaxQueryRows * row + pairs + (turning > 0 ? kKvTile * kTurnedColumns / 2 : 0);
 }
 
+// Brings a line into the second cache. A core keeps twice as many lines on their way there as to the first one, and so
+// reads what the processor does not foresee at nearly twice the speed.
+inline void bring(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 // First tile that the earliest query of a task sees, and one past the last tile of its last query.
 inline int64_t first_tile(const AttentionShape& shape, const AttentionTask& task) {
     if (shape.window == 0 || task.position < shape.window) return 0;

@@ -10,7 +10,7 @@
 namespace aph {
 namespace {
 
-constexpr int kPrefetchBytes = 4096;
+constexpr int kPrefetchBytes = 8192;
 
 // Calls f with the compile-time numbers 0 to kCount - 1.
 template <int... kIndices, class F>
@@ -208,8 +208,7 @@ inline void dot_rows(const uint8_t* tile, BlockShape shape, const int32_t* words
     for (const uint8_t* end = tile + info.tile_bytes(shape.columns, shape.group); tile < end; tile += block_bytes) {
 #pragma GCC unroll 1
         for (int i = 0; i < steps; ++i) {
-            for (int line = 0; line < kStepBytes; line += 64)
-                __builtin_prefetch(tile + i * kStepBytes + kPrefetchBytes + line);
+            for (int line = 0; line < kStepBytes; line += 64) bring(tile + i * kStepBytes + kPrefetchBytes + line);
             dot_step<kType, kKind, kPaired, kWidth, kRows>(step_of<kType>(tile, i), words, meta, results);
             words += kWords * kWidth;
             meta += kMeta * kWidth;
