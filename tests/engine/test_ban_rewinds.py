@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import msgspec
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from engine_answers import MakeCore, drain, fresh_cores, small_tokenizer, tokens_of
 
 from aphrodite.config import EngineConfig
 from aphrodite.core.request import RequestUpdate
@@ -20,7 +19,7 @@ from aphrodite.llm import LLM
 from aphrodite.outputs import CompletionOutput
 from aphrodite.sampling.fields import from_mapping
 from aphrodite.sampling.params import SamplingParams
-from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
+from aphrodite.tokenizer.tokenizer import Tokenizer
 
 PROMPTS = [[3 + (7 * i + 13 * j) % 300 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 100))]
 BANNED = ("a", "e", "th", "o,", " s")
@@ -28,52 +27,16 @@ FIELDS = {"max_tokens": 24, "temperature": 1.5, "ignore_eos": True, "repetition_
 FREE = SamplingParams(seed=7, **FIELDS)  # type: ignore[arg-type]
 GUARDED = SamplingParams(seed=7, banned_strings=BANNED, **FIELDS)  # type: ignore[arg-type]
 
-MakeCore = Callable[..., EngineCore]
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """320 tokens: the bytes, and pairs of frequent letters."""
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(a, b) for a in "etaoinsh" for b in "etaoinsh"]
-    vocab = {piece: index for index, piece in enumerate([*pieces, *(a + b for a, b in pairs)])}
-    backend = Backend(models.BPE(vocab=vocab, merges=pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend, SpecialTokens(), "test")
+    return small_tokenizer()
 
 
 @pytest.fixture
 def make_core(tiny_model: Path, tokenizer: Tokenizer) -> Iterator[MakeCore]:
-    cores: list[EngineCore] = []
-
-    def make(**settings: object) -> EngineCore:
-        sizes = {"max_num_seqs": 8, "kv_cache_memory": 4 << 20, **settings}
-        config = EngineConfig(model=str(tiny_model), load_format="dummy", threads=1, **sizes)  # type: ignore[arg-type]
-        cores.append(build_engine(config, (), tokenizer=tokenizer).core)
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.close()
-
-
-def drain(core: EngineCore) -> list[RequestUpdate]:
-    updates = []
-    for _ in range(20_000):
-        if not core.has_work():
-            return updates
-        updates += core.step()
-        core.scheduler.check()
-    raise AssertionError("the engine makes no progress")
-
-
-def tokens_of(updates: list[RequestUpdate]) -> dict[str, list[int]]:
-    tokens: dict[str, list[int]] = {}
-    for update in updates:
-        assert update.error is None, update.error
-        tokens.setdefault(update.request_id, []).extend(update.token_ids)
-    return tokens
+    with fresh_cores(tiny_model, tokenizer, load_format="dummy") as make:
+        yield make
 
 
 def answer(core: EngineCore, params: SamplingParams = GUARDED) -> dict[str, list[int]]:

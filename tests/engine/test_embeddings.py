@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from engine_answers import MakeCore, fresh_cores
 
 from aphrodite.config import EngineConfig
 from aphrodite.core.plan import Pooling
@@ -54,17 +55,9 @@ def expected(model: Path) -> dict[tuple[Pooling, int], np.ndarray]:
 
 
 @pytest.fixture
-def make_core(model: Path) -> Iterator[Any]:
-    cores: list[EngineCore] = []
-
-    def make(**settings: Any) -> EngineCore:
-        chosen = {"device": "cpu", "kv_cache_memory": 1 << 24, **settings}
-        cores.append(build_engine(EngineConfig(model=str(model), **chosen), ()).core)
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.close()
+def make_core(model: Path) -> Iterator[MakeCore]:
+    with fresh_cores(model, kv_cache_memory=1 << 24) as make:
+        yield make
 
 
 def drain(core: EngineCore) -> tuple[dict[str, np.ndarray], dict[str, list[int]], dict[str, int]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from engine_answers import MakeCore, drain, fresh_cores, tokens_of
 
-from aphrodite.config import EngineConfig
-from aphrodite.core.request import RequestUpdate
-from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
 from aphrodite.errors import EngineDeadError
@@ -19,27 +17,12 @@ from aphrodite.sampling.params import SamplingParams
 PROMPTS = [[3 + (7 * i + 13 * j) % 300 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 100))]
 SEEDED = SamplingParams(max_tokens=24, temperature=1.5, ignore_eos=True, repetition_penalty=1.1, min_p=0.01, seed=7)
 
-MakeCore = Callable[..., EngineCore]
-
 
 @pytest.fixture(params=["native", "torch"])
 def make_core(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[MakeCore]:
-    cores: list[EngineCore] = []
-
-    def make(**settings: object) -> EngineCore:
-        choice = {"executor": "native"} if request.param == "native" else {"executor": "torch", "dtype": "float32"}
-        config = EngineConfig(
-            model=str(tiny_model),
-            load_format="dummy",
-            threads=1,
-            **{"max_num_seqs": 8, "kv_cache_memory": 4 << 20, **choice, **settings},  # type: ignore[arg-type]
-        )
-        cores.append(build_engine(config, ()).core)
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.close()
+    choice = {"executor": "native"} if request.param == "native" else {"executor": "torch", "dtype": "float32"}
+    with fresh_cores(tiny_model, load_format="dummy", **choice) as make:
+        yield make
 
 
 def add(core: EngineCore, name: str, prompt: list[int], params: SamplingParams = SEEDED, n: int = 1) -> None:
@@ -48,21 +31,8 @@ def add(core: EngineCore, name: str, prompt: list[int], params: SamplingParams =
     core.add(AddRequest(names, [seed + index for index in range(n)], prompt, params, 0, None))
 
 
-def drain(core: EngineCore) -> dict[str, list[int]]:
-    tokens: dict[str, list[int]] = {}
-    for update in drain_updates(core):
-        assert update.error is None, update.error
-        tokens.setdefault(update.request_id, []).extend(update.token_ids)
-    return tokens
-
-
-def drain_updates(core: EngineCore) -> Iterator[RequestUpdate]:
-    steps = 0
-    while core.has_work():
-        yield from core.step()
-        core.scheduler.check()
-        steps += 1
-        assert steps < 10_000, "the engine makes no progress"
+def drained(core: EngineCore) -> dict[str, list[int]]:
+    return tokens_of(drain(core))
 
 
 def alone(make_core: MakeCore, **settings: object) -> dict[str, list[int]]:
@@ -71,14 +41,14 @@ def alone(make_core: MakeCore, **settings: object) -> dict[str, list[int]]:
     for number, prompt in enumerate(PROMPTS):
         core = make_core(**settings)
         add(core, str(number), prompt)
-        results |= drain(core)
+        results |= drained(core)
     return results
 
 
 def together(core: EngineCore) -> dict[str, list[int]]:
     for number, prompt in enumerate(PROMPTS):
         add(core, str(number), prompt)
-    return drain(core)
+    return drained(core)
 
 
 def test_batch_neighbours_do_not_change_tokens(make_core: MakeCore) -> None:
@@ -128,7 +98,7 @@ def test_answers_of_one_request_share_the_prompt(make_core: MakeCore) -> None:
     for index in range(3):
         single = make_core()
         add(single, "one", prompt, SamplingParams(**{**_fields(SEEDED), "seed": 7 + index}))
-        assert tokens[f"many.{index}"] == drain(single)["one"]
+        assert tokens[f"many.{index}"] == drained(single)["one"]
 
 
 def _fields(params: SamplingParams) -> dict[str, object]:
@@ -143,11 +113,11 @@ def test_an_aborted_request_leaves_its_prefix_and_its_neighbours(make_core: Make
     for _ in range(6):
         core.step()
     core.abort(["5", "unknown"])
-    tokens = drain(core)
+    tokens = drained(core)
     assert "5" not in tokens or len(tokens["5"]) < SEEDED.max_tokens  # type: ignore[operator]
     hits = core.stats().prefix_hits
     add(core, "again", PROMPTS[5])
-    assert drain(core)["again"] == expected["5"]
+    assert drained(core)["again"] == expected["5"]
     assert core.stats().prefix_hits - hits == (len(PROMPTS[5]) - 1) // 16 * 16
 
 
@@ -156,7 +126,7 @@ def test_the_first_news_says_how_long_a_request_waited(make_core: MakeCore) -> N
     add(core, "first", PROMPTS[0])
     add(core, "second", PROMPTS[1])
     waited = {}
-    for update in drain_updates(core):
+    for update in drain(core):
         if update.queue_seconds is not None:
             assert update.request_id not in waited
             waited[update.request_id] = update.queue_seconds
@@ -177,7 +147,7 @@ def test_a_step_that_raises_fails_its_requests_only(make_core: MakeCore, monkeyp
     assert [(update.request_id, update.finish_reason) for update in updates] == [("victim", "error")]
     monkeypatch.setattr(core.runner.executor, "forward", forward)
     add(core, "next", PROMPTS[0])
-    assert drain(core)["next"] == expected
+    assert drained(core)["next"] == expected
 
 
 def test_non_finite_logits_fail_one_row(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +169,7 @@ def test_non_finite_logits_fail_one_row(make_core: MakeCore, monkeypatch: pytest
     assert "non-finite" in (updates["victim"].error or "")
     assert updates["victim"].token_ids == []
     first = updates["neighbour"].token_ids
-    assert list(first) + drain(core)["neighbour"] == expected["0"]
+    assert list(first) + drained(core)["neighbour"] == expected["0"]
 
 
 def test_a_lost_device_ends_the_engine(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +205,7 @@ def test_a_prompt_without_finite_logits_fails_alone(make_core: MakeCore, monkeyp
     updates = {update.request_id: update for update in core.step()}
     monkeypatch.setattr(core.runner.executor, "forward", forward)
     assert "not finite" in (updates["victim"].error or "")
-    assert list(updates["neighbour"].token_ids) + drain(core)["neighbour"] == expected["0"]
+    assert list(updates["neighbour"].token_ids) + drained(core)["neighbour"] == expected["0"]
 
 
 def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(make_core: MakeCore) -> None:
@@ -244,7 +214,7 @@ def test_prompt_logprobs_cover_the_prompt_whatever_the_chunks(make_core: MakeCor
     for chunk in (512, 24):
         core = make_core(max_num_batched_tokens=chunk)
         add(core, "echo", PROMPTS[5], params)
-        seen.append([entry for update in drain_updates(core) for entry in update.prompt_logprobs or []])
+        seen.append([entry for update in drain(core) for entry in update.prompt_logprobs or []])
     assert [entry.token_id for entry in seen[0]] == PROMPTS[5][1:]
     assert all(len(entry.top_ids) == 2 for entry in seen[0])
     assert [entry.logprob for entry in seen[0]] == pytest.approx([entry.logprob for entry in seen[1]], abs=1e-5)
@@ -258,7 +228,7 @@ def test_a_sampler_that_cannot_be_prepared_fails_its_request_only(make_core: Mak
     add(core, "broken", PROMPTS[1], SamplingParams(max_tokens=8, dry_multiplier=0.8))
     tokens: list[int] = []
     errors: dict[str, str] = {}
-    for update in drain_updates(core):
+    for update in drain(core):
         tokens += update.token_ids if update.request_id == "0" else []
         if update.error is not None:
             errors[update.request_id] = update.error
@@ -291,7 +261,7 @@ def test_what_fails_as_requests_come_and_go_leaves_no_trace(
     monkeypatch.setattr(owner, method, fails_at_first)
     for number in (1, 2):
         add(core, f"{number}", PROMPTS[number])
-    assert len([update for update in drain_updates(core) if update.finish_reason]) == 2
+    assert len([update for update in drain(core) if update.finish_reason]) == 2
     for number in (0, 3, 4, 5):
         add(core, f"{number}", PROMPTS[number])
-    assert drain(core) == {name: expected[name] for name in "0345"}
+    assert drained(core) == {name: expected[name] for name in "0345"}

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from engine_answers import MakeCore, drain, fresh_cores, small_tokenizer, tokens_of
 
-from aphrodite.config import EngineConfig
-from aphrodite.core.request import RequestUpdate
-from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
 from aphrodite.errors import InvalidRequestError
 from aphrodite.llm import LLM
 from aphrodite.sampling.params import SamplingParams
+from aphrodite.tokenizer.tokenizer import Tokenizer
 
 PROMPTS = [[3 + (7 * i + 13 * j) % 300 for j in range(length)] for i, length in enumerate((5, 16, 17, 40, 64, 100))]
 NEGATIVES: list[tuple[int, ...]] = [
     tuple(3 + (5 * i + 11 * j) % 300 for j in range(length)) for i, length in enumerate((100, 1, 33, 0, 48, 7))
 ]
 FREE = SamplingParams(max_tokens=24, temperature=1.2, ignore_eos=True, repetition_penalty=1.1, min_p=0.01)
-
-MakeCore = Callable[..., EngineCore]
 
 
 def guided(number: int, **fields: Any) -> SamplingParams:
@@ -37,50 +32,14 @@ def guided(number: int, **fields: Any) -> SamplingParams:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """320 tokens: the bytes, and pairs of frequent letters."""
-    from aphrodite.tokenizer.tokenizer import SpecialTokens, Tokenizer
-
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(a, b) for a in "etaoinsh" for b in "etaoinsh"]
-    vocab = {piece: index for index, piece in enumerate([*pieces, *(a + b for a, b in pairs)])}
-    backend = Backend(models.BPE(vocab=vocab, merges=pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend, SpecialTokens(), "test")
+def tokenizer() -> Tokenizer:
+    return small_tokenizer()
 
 
 @pytest.fixture
-def make_core(tiny_model: Path, tokenizer: Any) -> Iterator[MakeCore]:
-    cores: list[EngineCore] = []
-
-    def make(**settings: object) -> EngineCore:
-        sizes = {"max_num_seqs": 16, "kv_cache_memory": 4 << 20, "device": "cpu", **settings}
-        config = EngineConfig(model=str(tiny_model), load_format="dummy", threads=1, **sizes)  # type: ignore[arg-type]
-        cores.append(build_engine(config, (), tokenizer=tokenizer).core)
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.close()
-
-
-def drain(core: EngineCore) -> list[RequestUpdate]:
-    updates = []
-    for _ in range(20_000):
-        if not core.has_work():
-            return updates
-        updates += core.step()
-        core.scheduler.check()
-    raise AssertionError("the engine makes no progress")
-
-
-def tokens_of(updates: list[RequestUpdate]) -> dict[str, list[int]]:
-    tokens: dict[str, list[int]] = {}
-    for update in updates:
-        assert update.error is None, update.error
-        tokens.setdefault(update.request_id, []).extend(update.token_ids)
-    return tokens
+def make_core(tiny_model: Path, tokenizer: Tokenizer) -> Iterator[MakeCore]:
+    with fresh_cores(tiny_model, tokenizer, load_format="dummy", max_num_seqs=16) as make:
+        yield make
 
 
 def answer(core: EngineCore, **fields: Any) -> dict[str, list[int]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from engine_answers import MakeCore, drain, fresh_cores, tokens_of
 
-from aphrodite.config import EngineConfig
-from aphrodite.engine.builder import build_engine
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.messages import AddRequest
 from aphrodite.sampling.params import SamplingParams
@@ -27,35 +26,20 @@ SETTINGS = [
 PROMPTS = [[3 + (7 * i + 13 * j) % 300 for j in range(20 + 7 * i)] for i in range(len(SETTINGS))]
 MAX_TOKENS = 30
 
-MakeCore = Callable[..., EngineCore]
-
 
 @pytest.fixture(params=["native", "torch"])
 def make_core(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[MakeCore]:
-    cores: list[EngineCore] = []
-
-    def make(**settings: object) -> EngineCore:
-        choice = {"executor": "native"} if request.param == "native" else {"executor": "torch", "dtype": "float32"}
-        shared = {"load_format": "dummy", "threads": 1, "max_num_seqs": 8, "kv_cache_memory": 4 << 20}
-        config = EngineConfig(model=str(tiny_model), **{**shared, **choice, **settings})  # type: ignore[arg-type]
-        cores.append(build_engine(config, ()).core)
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.close()
+    choice = {"executor": "native"} if request.param == "native" else {"executor": "torch", "dtype": "float32"}
+    with fresh_cores(tiny_model, load_format="dummy", **choice) as make:
+        yield make
 
 
 def answers(core: EngineCore, numbers: range = range(len(SETTINGS))) -> list[list[int]]:
     """Tokens of the settings in `numbers`, all at once."""
-    tokens: dict[str, list[int]] = {}
     for number in numbers:
         params = msgspec.structs.replace(SETTINGS[number], max_tokens=MAX_TOKENS, ignore_eos=True)
         core.add(AddRequest([str(number)], [number], PROMPTS[number], params, 0, None))
-    while core.has_work():
-        for update in core.step():
-            assert update.error is None, update.error
-            tokens.setdefault(update.request_id, []).extend(update.token_ids)
+    tokens = tokens_of(drain(core))
     assert all(len(answer) == MAX_TOKENS for answer in tokens.values())
     return [tokens[str(number)] for number in numbers]
 
