@@ -1,7 +1,8 @@
 """Products of one or two activation rows with a weight that names points of a grid: act(norm(x) W^T + b) + residual.
 
-`packed_gemv.py`'s design over `packed_grid.py`'s runs, a run a thread. 1.6 to 3.5 bits a value are read once; at six
-operations a weight of 2.3 bits the vector units of an H100 keep up with 43 % of its bandwidth.
+`packed_gemv.py`'s design over `packed_grid.py`'s runs, a run a thread: for float32, AMD's cards, and versions of Triton
+that Gluon's kernels were not checked with; `grid_row.py` is for the others. Lookups bind it, of which the first-level
+cache serves a line at a time: 25 % of an H100's bandwidth with weights of 2.3 bits.
 """
 
 # ruff: noqa: RUF005  (Triton's tuples know no unpacking)

@@ -1,4 +1,4 @@
-"""Reading weights that name points of a grid (`quantization/grid_fields.py`) inside kernels.
+"""Reading weights that name points of a grid (`quantization/grid_fields.py`) inside kernels; of Gluon `grid_gluon.py`.
 
 A thread has runs of 32 columns. Points are fetched from a table that stays in the L1 cache (0.5 to 26 KB), and signs
 are applied to the four bytes or eight nibbles of a register at once. What comes out are codes as those of `packed.py`:

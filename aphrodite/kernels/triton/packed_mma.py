@@ -7,7 +7,7 @@ the 32 columns of a part; the activations, B, lie in shared memory part by part,
 once.
 
 Weights are rounded to tf32 beside bfloat16 activations (to float16 beside those of float16), as in `packed_gemm.py`,
-whose kernel goes on for every other card, version of Triton and kind of code.
+whose kernel goes on for every other card and version of Triton. Points of a grid have `grid_mma.py`.
 """
 
 # ruff: noqa: RUF005  (Triton's tuples know no unpacking)
