@@ -64,7 +64,7 @@ def main() -> None:
     except AphroditeError as error:
         print_error(str(error))
         sys.exit(1)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not _was_interrupted(error):
             raise
         sys.exit(INTERRUPTED)

@@ -33,11 +33,14 @@ def test_ctrl_c_while_modules_are_imported_shows_no_trace(tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_a_library_that_wraps_ctrl_c_into_an_error_ends_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_ctrl_c_is_no_defect_even_where_a_library_wraps_it(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
     def interrupted() -> None:
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt as error:
+            if not wrapped:
+                raise
             raise RuntimeError("error calling __set_name__") from error
 
     set_command(monkeypatch, interrupted)
