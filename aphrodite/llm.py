@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -45,7 +46,7 @@ from aphrodite.engine.preparation import (
     wants_negative_prompt,
     with_negative_prompt,
 )
-from aphrodite.errors import AphroditeError, InvalidRequestError
+from aphrodite.errors import AphroditeError, EngineDeadError, InvalidRequestError
 from aphrodite.outputs import RequestOutput
 from aphrodite.progress import generation_progress
 from aphrodite.sampling.fields import validate
@@ -83,7 +84,9 @@ class LLM:
         self.adapters = LoadedAdapters(self.config.lora, built.info.adapters)
         self._core = built.core
         self._streams: dict[str, RequestStream] = {}  # by answer id
+        self._unread: dict[RequestStream, deque[RequestOutput]] = {}  # of answers that are read piece by piece
         self._answer_numbers = itertools.count()
+        self._closed = False
 
     def __enter__(self) -> LLM:
         return self
@@ -110,6 +113,7 @@ class LLM:
 
         Raises:
             InvalidRequestError: a prompt or parameter is out of bounds; nothing has run then.
+            EngineDeadError: after `close`.
         """
         prompt_list = _prompt_list(prompts)
         if params is None or isinstance(params, SamplingParams):
@@ -172,6 +176,9 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Answer one prompt or conversation piece by piece. Closing the iterator aborts the answer.
 
+        Whoever asks for the next piece computes for all answers that are under way: pieces of the others wait for their
+        iterators.
+
         Args:
             template: for a conversation, passed to `ChatTemplate.render` as `chat` does.
 
@@ -190,10 +197,16 @@ class LLM:
             )
         ids, params = self._check(prompt, params)  # type: ignore[arg-type]
         stream = self._add(ids, params, "stream", whole=False, adapter=self.adapters.number(adapter))
+        unread = self._unread[stream] = deque()
         try:
-            while not stream.finished:
-                yield from (piece for owner, piece in self._push(self._core.step()) if owner is stream)
+            while unread or not stream.finished:
+                if unread:
+                    yield unread.popleft()
+                else:
+                    self._check_open()
+                    self._hold(self._push(self._core.step()))
         finally:
+            del self._unread[stream]
             self._abort(stream)
 
     def embed(
@@ -265,13 +278,19 @@ class LLM:
         return self.info.sampling_defaults
 
     def close(self) -> None:
-        """End what still runs and stop the engine's threads."""
+        """End what still runs and stop the engine's threads; nothing can be asked afterwards."""
+        self._closed = True
         self._core.abort(list(self._streams))
         self._streams.clear()
         self._grammars.close()
         self._core.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineDeadError("this LLM was closed; make another one to ask it")
+
     def _check(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
+        self._check_open()
         ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
         info = self.info
         validate(
@@ -348,22 +367,30 @@ class LLM:
         return pieces
 
     def _run(self, streams: list[RequestStream], *, progress: bool) -> list[RequestOutput]:
-        collected: dict[int, list[RequestOutput]] = {id(stream): [] for stream in streams}
+        collected: dict[RequestStream, list[RequestOutput]] = {stream: [] for stream in streams}
         try:
             with generation_progress(len(streams), show=progress) as advance:
                 unfinished = len(streams)
                 while unfinished:
                     updates = self._core.step()
                     pieces = self._push(updates)
-                    for stream, piece in pieces:
-                        collected[id(stream)].append(piece)
-                    ended = sum(piece.finished for _, piece in pieces)
+                    own = [(stream, piece) for stream, piece in pieces if stream in collected]
+                    for stream, piece in own:
+                        collected[stream].append(piece)
+                    self._hold(piece for piece in pieces if piece[0] not in collected)
+                    ended = sum(piece.finished for _, piece in own)
                     unfinished -= ended
                     advance(sum(len(update.token_ids) for update in updates), ended)
         finally:
             for stream in streams:
                 self._abort(stream)
-        return [merge_outputs(collected[id(stream)]) for stream in streams]
+        return [merge_outputs(collected[stream]) for stream in streams]
+
+    def _hold(self, pieces: Iterable[tuple[RequestStream, RequestOutput]]) -> None:
+        """Keep pieces for the iterators that they belong to."""
+        for stream, piece in pieces:
+            if stream in self._unread:
+                self._unread[stream].append(piece)
 
     def _abort(self, stream: RequestStream) -> None:
         running = [answer_id for answer_id in stream.answer_ids if self._streams.pop(answer_id, None) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
-from aphrodite.errors import ConfigError, InvalidRequestError
+from aphrodite.errors import ConfigError, EngineDeadError, InvalidRequestError
 from aphrodite.llm import LLM
 from aphrodite.sampling.params import SamplingParams
 
@@ -81,3 +82,28 @@ def test_a_budget_of_reasoning_in_chats_and_in_text(bare_model: Path) -> None:
     answers = [output.outputs[0] for output in outputs]
     assert [answer.token_ids[3 : 3 + len(closing)] == closing for answer in answers] == [True, True, False, False]
     assert streamed == answers[0].text
+
+
+def test_answers_that_are_streamed_side_by_side_are_whole(bare_model: Path) -> None:
+    params = SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
+    with LLM(bare_model, **SETTINGS) as llm:
+        expected = [output.outputs[0].text for output in llm.generate(["one", "two"], params, progress=False)]
+        found = ["", ""]
+        for pieces in itertools.zip_longest(llm.stream("one", params), llm.stream("two", params)):
+            for number, piece in enumerate(pieces):
+                found[number] += piece.outputs[0].text if piece else ""
+        assert found == expected
+        first = llm.stream("one", params)
+        text = next(first).outputs[0].text
+        assert llm.generate("two", params, progress=False)[0].outputs[0].text == expected[1]
+        assert text + "".join(piece.outputs[0].text for piece in first) == expected[0]
+
+
+def test_a_closed_llm_says_so(bare_model: Path) -> None:
+    llm = LLM(bare_model, **SETTINGS)
+    stream = llm.stream("one", SamplingParams(max_tokens=9, ignore_eos=True))
+    next(stream)
+    llm.close()
+    for ask in (lambda: next(stream), lambda: llm.generate("two", progress=False)):
+        with pytest.raises(EngineDeadError, match="this LLM was closed"):
+            ask()
