@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_graphs import check_replays
 
 from aphrodite.kernels import reference
 from aphrodite.kernels.dispatch import Choice
@@ -164,16 +165,7 @@ def test_a_captured_chain_gives_what_eager_calls_give(device: torch.device, rows
             states = down(up(states, norm=norm, activation="silu"), residual=states)
         return states
 
-    expected = chain(start.clone())
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(start.clone())
-    for _ in range(20):
-        out.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(out, expected)
+    check_replays(chain, start)
 
 
 def test_the_library_expands_piece_by_piece(device: torch.device) -> None:
