@@ -40,11 +40,13 @@ WIDE = DenseConfig(1, 64, 128, 4, 128, 8)
 # For shapes `(out, in)` and more than 64 rows: cuts that were faster than what else there is on an H100, each with the
 # most rows that it is for.
 MEASURED: dict[tuple[int, int], tuple[tuple[int, DenseConfig], ...]] = {
+    (6144, 4096): ((128, DenseConfig(2, 64, 64, 8, 64, 4)),),
     (28672, 4096): (
-        (128, DenseConfig(1, 128, 128, 7, 64, 8)),
-        (192, DenseConfig(3, 64, 256, 4, 64, 8)),
-        (256, DenseConfig(2, 128, 128, 4, 64, 8)),
+        (128, DenseConfig(1, 128, 128, 3, 128, 8, rotated=True)),
+        (192, DenseConfig(3, 64, 256, 4, 64, 8, rotated=True)),
+        (256, DenseConfig(2, 128, 128, 4, 64, 8, rotated=True)),
     ),
+    (4096, 14336): ((128, DenseConfig(1, 128, 32, 5, 128, 8)),),
     (128256, 4096): ((128, DenseConfig(1, 128, 128, 7, 64, 8)),),
 }
 
