@@ -24,5 +24,6 @@ def test_rows_choose_their_cut() -> None:
     assert dense_cut(28672, 4096, 33) == WIDE
     assert dense_cut(6144, 4096, 64) == NARROW
     assert dense_cut(1024, 2048, 64) is None
+    assert dense_cut(151936, 1024, 64) is None
     assert dense_cut(28672, 4096, 65) == MEASURED[28672, 4096][0][1]
     assert dense_cut(28672, 4096, 257) is None
