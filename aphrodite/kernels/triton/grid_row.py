@@ -293,6 +293,21 @@ def sum_layout(splits, warps):
     return gl.BlockedLayout([2, splits], [32, 1], [warps, 1], [1, 0])
 
 
+@gluon.jit
+def _load_ahead(
+    planes, which, count, out_features, columns: gl.constexpr, STEPS: gl.constexpr, KIND: gl.constexpr,
+    K_WARPS: gl.constexpr, N_WARPS: gl.constexpr, STRIPS: gl.constexpr, RUNS: gl.constexpr,
+):  # fmt: skip
+    """`load_step` of step `which` of the block's `count`, tile after tile; behind the last the last again."""
+    low, high, scales, super_scales = planes
+    which = gl.minimum(which, count - 1)
+    first_row = (gl.program_id(0) + which // STEPS * gl.num_programs(0)) * (16 * N_WARPS * STRIPS)
+    return load_step(
+        low, high, scales, super_scales, first_row, out_features, which % STEPS, columns, KIND, K_WARPS, N_WARPS,
+        STRIPS, RUNS, False,
+    )  # fmt: skip
+
+
 @direct_launch
 @gluon.jit(do_not_specialize=["tiles"])
 def grid_row_kernel(
@@ -347,14 +362,11 @@ def grid_row_kernel(
     first = gl.program_id(0)
     count = (tiles - first + gl.num_programs(0) - 1) // gl.num_programs(0) * STEPS
     queue = ()  # type: Any
+    planes = (low, high, scales, super_scales)
     for ahead in gl.static_range(DEPTH):
-        which = gl.minimum(ahead, count - 1)
         queue = queue + (
-            load_step(
-                low, high, scales, super_scales, (first + which // STEPS * gl.num_programs(0)) * R, out_features,
-                which % STEPS, columns, KIND, K_WARPS, N_WARPS, STRIPS, RUNS, False,
-            ),
-        )  # fmt: skip
+            _load_ahead(planes, ahead, count, out_features, columns, STEPS, KIND, K_WARPS, N_WARPS, STRIPS, RUNS),
+        )
     fill_table(table, smem, KIND, COPIES)
     smem.index(ZEROS)._reinterpret(gl.int32, [64], flat).store(
         gl.zeros([64], gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
@@ -385,13 +397,10 @@ def grid_row_kernel(
             totals = totals + (gl.zeros([K_WARPS, R, 8], gl.float32, mma),)
         for step in range(STEPS):
             loaded = queue[0]
-            which = gl.minimum(tile * STEPS + step + DEPTH, count - 1)
+            which = tile * STEPS + step + DEPTH
             queue = queue[1:] + (
-                load_step(
-                    low, high, scales, super_scales, (first + which // STEPS * gl.num_programs(0)) * R, out_features,
-                    which % STEPS, columns, KIND, K_WARPS, N_WARPS, STRIPS, RUNS, False,
-                ),
-            )  # fmt: skip
+                _load_ahead(planes, which, count, out_features, columns, STEPS, KIND, K_WARPS, N_WARPS, STRIPS, RUNS),
+            )
             places = ()  # type: Any
             for pair in gl.static_range(PAIRS):
                 places = places + (first_places[pair] + step * stride,)
