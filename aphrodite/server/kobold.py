@@ -42,7 +42,9 @@ from aphrodite.server.routing import get, post
 from aphrodite.server.sse import EventResponse, EventStream, StreamFormat, named_event
 
 API_VERSION = "1.2.5"  # of KoboldAI's API
-KOBOLDCPP_VERSION = "1.102"  # whose additions these are; clients ask for it to know what they may send
+# Clients ask for it to know what they may send. From 1.88 on KoboldAI Lite writes its prompts with {{[INPUT]}} and the
+# like, in place of which koboldcpp puts the marks of the model's template; here the model would read them as they are.
+KOBOLDCPP_VERSION = "1.87"
 DEFAULT_LENGTH = 512
 _TOP_LOGPROBS = 5
 _ABORTED = b'{"token":"","finish_reason":"stop"}'

@@ -201,6 +201,11 @@ async def test_several_answers_and_logprobs(server: RunningServer) -> None:
     assert len(results[0]["logprobs"]["content"][0]["top_logprobs"]) == 5
 
 
+async def test_kobold_lite_is_not_asked_for_placeholders(server: RunningServer) -> None:
+    version = (await server.http.get("/api/extra/version")).json()["version"]
+    assert tuple(map(int, version.split("."))) < (1, 88)  # from which on its prompts have {{[INPUT]}} in them
+
+
 async def test_facts(server: RunningServer) -> None:
     for path, expected in {
         "/api/v1/model": {"result": "aphrodite/fake/story"},
