@@ -51,7 +51,7 @@ def _product_rate() -> float:
 def _median_seconds(function: Callable[[], object], *, repeats: int) -> float:
     for _ in range(3):
         function()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
         function()
