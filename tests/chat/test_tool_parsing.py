@@ -351,6 +351,16 @@ def test_an_answer_of_beginnings_takes_no_longer_than_its_length(tool_format: st
     assert again == answer
 
 
+def test_white_space_behind_a_call_takes_no_longer_than_its_length() -> None:
+    """Models go on with line ends at times; looked at from the first one for each, these took ten minutes."""
+    call = '<tool_call>{"name": "now", "arguments": {}}'
+    for behind, text in (("", ""), ("</tool_call>", ""), ("</tool_calls>", "</tool_calls>")):
+        parser = ToolParser("hermes", SCHEMAS)
+        answer = ParsedAnswer.of([*parser.feed(call + "\n" * 500_000 + behind), *parser.finish()])
+        assert [(one.name, one.arguments) for one in answer.calls] == [("now", "{}")]
+        assert answer.text == text
+
+
 def test_special_tokens_of_calls_are_marks() -> None:
     """Others are taken out of an answer before it is read."""
     for tool_format, text, *_ in FOUND:

@@ -192,15 +192,14 @@ class ToolParser:
         if text:
             self._calls.text(text if not self._called else text.lstrip())
             self._called = False
-        self._calls.raw = before[len(text) :] + mark
-        self._calls.opening = len(self._calls.raw)
+        self._calls.open(before[len(text) :] + mark)
         self._buffer = self._buffer[position + len(mark) :]
         self._reader = reader(self._calls)
         next(self._reader)
 
     def _read(self, reader: Reader) -> bool:
         for position, char in enumerate(self._buffer):
-            self._calls.raw += char
+            self._calls.raw.append(char)
             try:
                 reader.send(char)
             except StopIteration as end:
@@ -233,7 +232,7 @@ class ToolParser:
             return
         except MalformedCallError:
             pass
-        if self._calls.opening or self._calls.raw.strip(_LEFT_OVER):
+        if self._calls.opening or any(char not in _LEFT_OVER for char in self._calls.raw):
             self._give_back()
         else:
             self._called = True
@@ -243,43 +242,55 @@ class _Sink:
     """What readers tell, as events.
 
     Attributes:
-        raw: what was read and is not part of an event yet.
-        opening: how many characters of that are the mark and the white space before it.
+        opening: the mark that a call began with and the white space before it, until there is an event of it.
+        raw: the characters read behind that which are not part of an event yet.
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
         self.schemas = schemas
-        self.raw = ""
-        self.opening = 0
+        self.opening = ""
+        self.raw: list[str] = []
         self._events: list[Event] = []
+        self._arguments: list[str] = []  # of the call that began last, behind the events
         self._count = 0
 
+    def open(self, opening: str) -> None:
+        """What follows may be calls."""
+        self.opening, self.raw = opening, []
+
     def begin(self, name: str) -> None:
-        self._events.append(CallStart(self._count, name))
+        self._tell(CallStart(self._count, name))
         self._count += 1
         self.settle()
 
     def arguments(self, text: str) -> None:
         self.settle()
-        last = self._events[-1] if self._events else None
-        if isinstance(last, CallArguments):
-            self._events[-1] = CallArguments(last.number, last.text + text)
-        else:
-            self._events.append(CallArguments(self._count - 1, text))
+        self._arguments.append(text)
 
     def settle(self) -> None:
-        self.raw, self.opening = "", 0
+        self.opening = ""
+        self.raw.clear()
 
     def text(self, text: str) -> None:
         if text:
-            self._events.append(TextPiece(text))
+            self._tell(TextPiece(text))
 
     def given_back(self) -> tuple[str, str]:
         """The opening and the rest of what was read in vain."""
-        raw, opening = self.raw, self.opening
+        opening, rest = self.opening, "".join(self.raw)
         self.settle()
-        return raw[:opening], raw[opening:]
+        return opening, rest
 
     def take(self) -> list[Event]:
+        self._tell_arguments()
         events, self._events = self._events, []
         return events
+
+    def _tell(self, event: Event) -> None:
+        self._tell_arguments()
+        self._events.append(event)
+
+    def _tell_arguments(self) -> None:
+        if self._arguments:
+            self._events.append(CallArguments(self._count - 1, "".join(self._arguments)))
+            self._arguments.clear()

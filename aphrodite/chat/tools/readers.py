@@ -80,16 +80,19 @@ def one_of(marks: Sequence[str], begun: str = "") -> Reader:
 
 def closing(mark: str, calls: Calls, begun: str | None = None) -> Reader:
     """The mark that ends calls, behind white space; models leave it out at times. `begun` was taken already."""
+    space: list[str] = []
     taken = ""
     char = (yield) if begun is None else begun
     while char:
-        taken += char
-        rest = taken.lstrip(SPACE)
-        if rest == mark:
-            calls.settle()
-            return ""
-        if not mark.startswith(rest):
-            return taken
+        if not taken and char in SPACE:
+            space.append(char)
+        else:
+            taken += char
+            if taken == mark:
+                calls.settle()
+                return ""
+            if not mark.startswith(taken):
+                return "".join(space) + taken
         char = yield
     return ""
 
