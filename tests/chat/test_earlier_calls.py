@@ -9,6 +9,7 @@ import pytest
 
 from aphrodite.chat.table import TEMPLATES
 from aphrodite.chat.template import ChatTemplate
+from aphrodite.chat.tools.history import one_call_a_turn
 
 TOOLS = [{"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name in ("f", "g")]
 
@@ -157,6 +158,28 @@ def test_calls_of_one_turn_are_turns_of_their_own_where_a_template_takes_one(sou
     text = ChatTemplate(source).render(talk)
     assert text == "<user>a<assistant>Look:(f1)<tool>x1<assistant>(g2)<tool>y2<assistant>(f3)<user>b"
     assert len(talk[1]["tool_calls"]) == 3
+
+
+def test_results_stand_behind_their_calls_whatever_their_order() -> None:
+    """Every result is looked at a few times, however many there are."""
+    looks = 0
+
+    class Result(dict[str, Any]):
+        def get(self, *args: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return super().get(*args)
+
+    ids = [f"c{number}" for number in range(300)]
+    calls = [{"id": one, "function": {"name": "f", "arguments": "{}"}} for one in ids]
+    results = [Result(role="tool", tool_call_id=one, content=one) for one in ["x", *reversed(ids), "y", "c7"]]
+    last = Result(role="user", content="Well?")
+    turns = one_call_a_turn([{"role": "assistant", "content": "", "tool_calls": calls}, *results, last])
+    for number, one in enumerate(ids):
+        call, result = turns[2 * number : 2 * number + 2]
+        assert (call["tool_calls"], result["content"]) == ([calls[number]], one)
+    assert [turn["content"] for turn in turns[2 * len(ids) :]] == ["x", "y", "c7", "Well?"]
+    assert looks < 5 * len(results)
 
 
 def test_calls_that_show_only_if_results_follow_are_known() -> None:

@@ -65,24 +65,27 @@ def without_words(messages: Sequence[Message], content: str | None) -> list[dict
 def one_call_a_turn(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Each call in a turn of its own, its result behind it; the first has what was said and thought before all."""
     single: list[dict[str, Any]] = []
-    results: list[Message] = []
+    shown = 0  # messages before this one are there
     for index, message in enumerate(messages):
-        if any(message is result for result in results):
-            continue  # it has been put behind its call
+        if index < shown:  # a result that has been put behind its call
+            continue
         calls = message.get("tool_calls")
         if not isinstance(calls, list) or len(calls) < 2:
             single.append(dict(message))
             continue
         results = _results_behind(messages, index)
-        rest = list(results)
+        shown = index + 1 + len(results)
+        rest: dict[Any, list[int]] = {}  # places among the results by the ids of their calls
+        for place, result in enumerate(results):
+            rest.setdefault(_hashable(result.get("tool_call_id")), []).append(place)
         for number, call in enumerate(calls):
             turn = dict(message) if not number else {"role": message.get("role"), "content": ""}
             single.append({**turn, "tool_calls": [call]})
-            own = next((result for result in rest if _answers(result, call)), None)
-            if own is not None:
-                rest.remove(own)
-                single.append(dict(own))
-        single += map(dict, rest)
+            call_id = call.get("id") if isinstance(call, Mapping) else None
+            own = rest.get(_hashable(call_id)) if call_id is not None else None
+            if own:
+                single.append(dict(results[own.pop(0)]))
+        single += (dict(results[place]) for place in sorted(place for left in rest.values() for place in left))
     return single
 
 
@@ -105,11 +108,6 @@ def _results_behind(messages: Sequence[Message], index: int) -> list[Message]:
             break
         found.append(message)
     return found
-
-
-def _answers(result: Message, call: Any) -> bool:
-    call_id = call.get("id") if isinstance(call, Mapping) else None
-    return call_id is not None and result.get("tool_call_id") == call_id
 
 
 def _hashable(call_id: Any) -> Any:
