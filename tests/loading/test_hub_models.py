@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from aphrodite.cli.main import app
 from aphrodite.config import EngineConfig
-from aphrodite.engine.preparation import resolve_model
+from aphrodite.engine.preparation import resolve_model, tokenizer_path
 from aphrodite.errors import AphroditeError, ConfigError
 from aphrodite.llm import LLM
 from aphrodite.loading import downloads
@@ -391,3 +391,9 @@ def test_a_file_that_is_not_there_is_no_name(tmp_path: Path, monkeypatch: pytest
     assert parse_name("models/tale:tale-Q8_0.gguf") == ModelName("models/tale", "tale-Q8_0.gguf")
     with pytest.raises(ConfigError, match=r"models/tale\.gguf: there is no such file or folder"):
         resolve_model(EngineConfig(model="models/tale.gguf"))
+
+
+def test_the_home_of_a_user_who_is_not_there_is_no_path() -> None:
+    with pytest.raises(ConfigError, match=r"^~nobody-of-this-name/tale\.gguf: there is no such file or folder"):
+        resolve_model(EngineConfig(model="~nobody-of-this-name/tale.gguf"))
+    assert tokenizer_path(EngineConfig(tokenizer="~nobody-of-this-name/t.json")) == Path("~nobody-of-this-name/t.json")
