@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -142,8 +143,9 @@ class ChatSession:
             "messages": self.turns,
             "sampling": to_mapping(self.params),
         }
+        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         try:
-            Path(argument).expanduser().write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+            Path(os.path.expanduser(argument)).write_text(text, "utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {argument}: {error.strerror}.") from None
         return Reply(f"Saved to {argument}.")
@@ -152,7 +154,7 @@ class ChatSession:
         if not argument:
             raise ConfigError("/load needs the name of a file.")
         try:
-            saved = msgspec.json.decode(Path(argument).expanduser().read_bytes(), type=_Saved)
+            saved = msgspec.json.decode(Path(os.path.expanduser(argument)).read_bytes(), type=_Saved)
         except OSError as error:
             raise ConfigError(f"cannot read {argument}: {error.strerror}.") from None
         except (msgspec.ValidationError, msgspec.DecodeError) as error:

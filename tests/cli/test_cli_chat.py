@@ -207,6 +207,11 @@ class TestSession:
             session.handle(f"/load {path}")
         assert len(session.turns) == 4
 
+    @pytest.mark.parametrize("command", ["save", "load"])
+    def test_a_file_in_the_home_of_nobody_is_refused(self, command):
+        with pytest.raises(ConfigError, match=r"~nobody-of-this-name/talk\.json: No such file or directory"):
+            self.session().handle(f"/{command} ~nobody-of-this-name/talk.json")
+
     def test_help_names_every_command(self):
         note = ChatSession(SamplingParams()).handle("/help").note
         assert all(f"/{name}" in note for name in COMMANDS)
