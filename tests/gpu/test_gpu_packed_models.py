@@ -9,7 +9,7 @@ import pytest
 from gpu_engines import REFERENCE
 from test_gpu_models import QWEN3, model, run  # noqa: F401 (a fixture)
 
-from aphrodite.engine import builder
+from aphrodite.engine import build_order
 from aphrodite.loading.checkpoint import open_checkpoint
 from aphrodite.quantization.at_load import QuantizedWeights
 from aphrodite.sampling.params import SamplingParams
@@ -30,7 +30,9 @@ def test_tokens_are_those_of_the_expanded_weights(
     in_blocks: bool,
 ) -> None:
     monkeypatch.setattr(
-        builder, "QuantizedWeights", lambda weights, kind, on_host: QuantizedWeights(weights, kind, on_host=in_blocks)
+        build_order,
+        "QuantizedWeights",
+        lambda weights, kind, on_host: QuantizedWeights(weights, kind, on_host=in_blocks),
     )
 
     def tokens(**settings: str) -> dict[str, list[int]]:
