@@ -189,9 +189,10 @@ class Bench:
         return self._prefill_row("ttft", [length], seconds, seconds * 1e3, "ms")
 
     def mixed(self) -> Row:
-        lengths = [self._random.randint(100, 1_024) for _ in range(256)]
+        draw = random.Random(0)  # the same lengths whatever was measured before: they decide the rate, too
+        lengths = [draw.randint(100, 1_024) for _ in range(256)]
         params = [
-            SamplingParams(temperature=0.6, max_tokens=self._random.randint(100, 1_024), ignore_eos=True, seed=number)
+            SamplingParams(temperature=0.6, max_tokens=draw.randint(100, 1_024), ignore_eos=True, seed=number)
             for number in range(256)
         ]
         self.seconds(self.prompts([PROMPT] * 256), 9, temperature=0.6)
