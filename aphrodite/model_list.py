@@ -12,7 +12,7 @@ from typing import Any
 
 from aphrodite.config import EngineConfig, ServerSettings, settings_table
 from aphrodite.config_file import ModelEntry
-from aphrodite.engine.preparation import named_adapters
+from aphrodite.engine.preparation import local_path, named_adapters
 from aphrodite.errors import ConfigError
 from aphrodite.loading.checkpoint import checkpoint_name, gguf_name, gguf_stem
 from aphrodite.loading.hub import parse_name
@@ -63,7 +63,7 @@ def offered_models(settings: Settings) -> list[OfferedModel]:
     listed = [_listed(entry, settings, folder) for entry in settings.models]
     models = [] if engine.model is None else [_main(settings)]
     models += listed
-    used = {model.engine.model for model in models}
+    used = {str(local_path(model.engine.model or "")) for model in models}
     models += [model for model in folder.values() if model.engine.model not in used]
     if not models and not settings.server.admin_key:  # with one, models can be fetched
         raise ConfigError(f"{settings.server.models_dir} holds no GGUF file and no folder of a checkpoint")
@@ -78,7 +78,7 @@ def models_in_folder(settings: Settings) -> list[OfferedModel]:
     """
     if settings.server.models_dir is None:
         return []
-    root = Path(settings.server.models_dir).expanduser()
+    root = local_path(settings.server.models_dir)
     try:
         entries = sorted(root.iterdir())
         files = {entry.name: 0 for entry in entries if entry.is_file()}
@@ -121,7 +121,7 @@ def _main(settings: Settings) -> OfferedModel:
     """MODEL itself."""
     engine = settings.engine
     text = engine.model or ""
-    path = Path(text)
+    path = local_path(text)
     given = engine.served_model_name
     named = parse_name(text)
     if named is not None:
@@ -140,7 +140,7 @@ def _listed(entry: ModelEntry, settings: Settings, folder: Mapping[str, OfferedM
             raise ConfigError(f"{entry.origin}: {entry.name} names no `model`{where}.")
         values["model"] = known.engine.model
     elif settings.server.models_dir is not None:  # a file of the folder goes by its name alone
-        inside = Path(settings.server.models_dir).expanduser() / values["model"]
+        inside = local_path(settings.server.models_dir) / values["model"]
         values["model"] = str(inside) if inside.exists() else values["model"]
     return _offered(settings, values, entry.name, entry.aliases, pinned=entry.pinned)
 

@@ -111,6 +111,17 @@ def test_model_comes_first_under_the_name_that_it_has_alone(tmp_path: Path, fold
     assert offered_models(settings(tmp_path, flags=named, models_dir=str(folder)))[0].names == ("poet", "p")
 
 
+def test_a_model_below_the_home_folder_is_the_one_that_lies_there(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    (folder / "v1.5").mkdir()
+    (folder / "v1.5" / "config.json").write_text("{}")
+    found = offered_models(settings(tmp_path, model=f"~/{folder.name}/v1.5", models_dir=f"~/{folder.name}"))
+    assert [model.name for model in found].count("v1.5") == 1
+    assert found[0].name == "v1.5"
+
+
 def test_one_model_is_no_list(tmp_path: Path, folder: Path) -> None:
     assert not has_several(settings(tmp_path, model="a.gguf"))
     assert has_several(settings(tmp_path, models=[{"name": "a", "model": "a.gguf"}]))
@@ -133,6 +144,7 @@ def test_one_model_is_no_list(tmp_path: Path, folder: Path) -> None:
         ({"models": [{"name": "a", "model": "x", "lora": ["poet"]}]}, "--lora poet: write NAME=PATH"),
         ({"models": [{"name": "a", "model": "x"}, {"name": "b", "model": "y", "lora": ["a=z"]}]}, "--lora a: .* x$"),
         ({"models_dir": "/nowhere"}, "cannot read --models-dir /nowhere"),
+        ({"models_dir": "~nobody-of-this-name"}, "cannot read --models-dir ~nobody-of-this-name"),
         ({"models": [{"name": "a", "model": "x"}], "served_model_name": ["b"]}, "names MODEL"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,7 +139,7 @@ def _named(name_or_path: str) -> _Source:
     """A template by its name in the library, or the text of a file."""
     if (row := library_row(name_or_path)) is not None:
         return _of_row(row)
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if not path.is_file():
         hint = did_you_mean(_key(name_or_path), template_names())
         raise ConfigError(

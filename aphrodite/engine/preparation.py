@@ -52,7 +52,7 @@ def resolve_model(
     if config.model is None:
         path = find_default_model(cache_dir=config.cache_dir, allow_download=allow_download)
     else:
-        path = _local_path(config.model)
+        path = local_path(config.model)
         if not path.exists():
             raise ConfigError(
                 f"{config.model}: there is no such file or folder; a model is a GGUF file, a folder with a checkpoint, "
@@ -64,10 +64,10 @@ def resolve_model(
 
 def tokenizer_path(config: EngineConfig) -> Path:
     """Where the tokenizer of a configuration lies whose `model` is a path on this machine."""
-    return _local_path(config.tokenizer or config.model or "")
+    return local_path(config.tokenizer or config.model or "")
 
 
-def _local_path(named: str) -> Path:
+def local_path(named: str) -> Path:
     """A path that may begin with `~`; the home of a user who is not there stays as it is written."""
     return Path(os.path.expanduser(named))
 
@@ -91,7 +91,7 @@ def named_adapters(values: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(f"--lora {value}: write NAME=PATH, the name that requests choose it by and its folder")
         if name in named:
             raise ConfigError(f"--lora {name} is given twice; names have to differ")
-        named[name] = _local_path(path)
+        named[name] = local_path(path)
     return named
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ class ServerConfig:
             cors_origins=tuple(map(_origin, settings.cors_origins)),
             root_path=_root_path(settings.root_path),
             presets=load_presets(
-                None if settings.sampler_presets is None else Path(settings.sampler_presets).expanduser()
+                None if settings.sampler_presets is None else Path(os.path.expanduser(settings.sampler_presets))
             ),
             trust_request_chat_template=settings.trust_request_chat_template,
             response_store=settings.response_store,

@@ -199,6 +199,11 @@ def test_unknown_names_get_a_suggestion() -> None:
         load_chat_template("chatmm", tokenizer())
 
 
+def test_a_file_in_the_home_of_nobody_is_no_template() -> None:
+    with pytest.raises(ConfigError, match=r"^~nobody-of-this-name/my\.jinja: no chat template of the library"):
+        named("~nobody-of-this-name/my.jinja", tokenizer())
+
+
 def test_damaged_templates_and_files_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match=r"line 1.*--chat-template"):
         load_chat_template(None, tokenizer(default="{% for %}"))

@@ -92,3 +92,8 @@ async def test_presets_are_listed_and_an_unknown_one_is_refused(settings: dict[s
 def test_the_servers_default_has_to_exist() -> None:
     with pytest.raises(ConfigError, match="there is no preset 'nothing'"):
         ServerConfig.from_settings(ServerSettings(sampler_preset="nothing"))
+
+
+def test_presets_in_the_home_of_nobody_are_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"~nobody-of-this-name/presets\.yaml"):
+        ServerConfig.from_settings(ServerSettings(sampler_presets="~nobody-of-this-name/presets.yaml"))
