@@ -138,7 +138,7 @@ def try_template(
     text = template.render(
         conversation,
         continue_final_message=begun,
-        tools=_read_json(tools, list) if tools is not None else None,
+        tools=_read_tools(tools) if tools is not None else None,
         extra=_parse_variables(variables),
     )
     stdout().print(_marked(text), soft_wrap=True)
@@ -229,6 +229,16 @@ def _read_messages(file: Path) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ConfigError(f'{file}: a list of messages is expected, such as [{{"role": "user", "content": "Hi"}}].')
     return value
+
+
+def _read_tools(file: Path) -> list[dict[str, Any]]:
+    value = _read_json(file, list)
+    if not all(isinstance(tool, dict) and isinstance(tool.get("function"), dict) for tool in value):
+        raise ConfigError(
+            f"{file}: a list of tools as OpenAI's API has them is expected, such as "
+            '[{"type": "function", "function": {"name": "f", "parameters": {}}}].'
+        )
+    return list(value)
 
 
 def _read_json(file: Path, kind: type | tuple[type, ...]) -> Any:

@@ -122,6 +122,16 @@ def test_a_file_without_messages_is_refused(
     assert str(file) in error(monkeypatch, capsys, "try", "chatml", "--messages", str(file))
 
 
+@pytest.mark.parametrize("name", ["chatml", "deepseek-v3.1"])
+@pytest.mark.parametrize("content", ["{}", "[1]", '[{"name": "f"}]', '[{"type": "function", "function": "f"}]'])
+def test_a_file_without_tools_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, name: str
+) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(content)
+    assert str(file) in error(monkeypatch, capsys, "try", name, "--tools", str(file))
+
+
 def test_the_page_has_every_template() -> None:
     page = (Path(__file__).parents[2] / "docs" / "templates.md").read_text("utf-8")
     for row in TEMPLATES.values():
