@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a step whose attention is split along the keys and merged, for its kernels.
 LONG_CHAT, SHORT_MESSAGE = 4096, 32
-# Tokens of prompts whose kernels are compiled ahead: those of 4 bits differ from tile to tile of 128, up to 1,024.
-REHEARSED_PROMPTS = (16, *range(128, 1025, 128), 2048)
+# Tokens of prompts whose kernels are compiled ahead: dense ones differ between these up to 256, those of 4 bits from
+# tile to tile of 128 up to 1,024.
+REHEARSED_PROMPTS = (16, 32, 64, 128, 192, *range(256, 1025, 128), 2048)
 SCORED_ROWS = 256  # of a prompt, whose logits are in memory at once
 
 

@@ -18,8 +18,10 @@ from triton.runtime import driver
 from aphrodite.attention.triton_paged import TritonAttention
 from aphrodite.core.plan import RowStart, RowStep, StepPlan
 from aphrodite.kernels.triton.compile_ahead import Jobs
+from aphrodite.kernels.triton.dense_cuts import MEASURED, dense_cut
 from aphrodite.kernels.triton.int4_linear import HALF_MAX_ROWS, WGMMA_MAX_ROWS
 from aphrodite.kernels.triton.launch import gluon_version_reason, recording
+from aphrodite.kernels.triton.linear import SKINNY_MAX_ROWS, choose_kernel, padded_rows
 from aphrodite.layers.triton_linear import TritonLinear
 from aphrodite.loading.dummy import dummy_weights
 from aphrodite.models.spec import ModelSpec, RotarySpec
@@ -119,7 +121,7 @@ def test_prompts_of_many_lengths_are_rehearsed(runner: DeviceRunner, monkeypatch
     monkeypatch.setattr("aphrodite.runner.device_runner.compile_ahead", lambda jobs, progress: None)
     with torch.inference_mode():
         runner._compile_ahead(nullcontext(), 700, [], lambda done, total: None)
-    assert tried == [16, 128, 256, 384, 512, 640]  # fewer tokens than the largest step has, which comes later
+    assert tried == [16, 32, 64, 128, 192, 256, 384, 512, 640]  # fewer than the largest step has, which comes later
 
 
 @pytest.mark.skipif(gluon_version_reason() is not None, reason="the kernel is not for this Triton")
@@ -131,3 +133,17 @@ def test_every_cut_of_a_4_bit_prompt_is_rehearsed(out_features: int, in_features
 
     served = {half_config(out_features, in_features, rows) for rows in range(WGMMA_MAX_ROWS + 1, HALF_MAX_ROWS + 1)}
     assert served <= {half_config(out_features, in_features, rows) for rows in REHEARSED_PROMPTS}
+
+
+@pytest.mark.parametrize("shape", [*MEASURED, (4096, 4096), (57344, 8192), (1024, 2048)], ids=str)
+def test_every_cut_of_a_dense_prompt_is_rehearsed(shape: tuple[int, int]) -> None:
+    """A prompt of 40 or 150 tokens is in no graph of a server of few sequences that captures decode steps only."""
+    served = {dense_cut(*shape, rows) for rows in range(1, 513)}
+    assert served <= {dense_cut(*shape, rows) for rows in REHEARSED_PROMPTS}
+
+    def skinny(rows: int) -> int:
+        kernel = choose_kernel(*shape, rows, 2, gated=True)
+        return padded_rows(rows) if kernel == "skinny" else 0
+
+    few = {skinny(rows) for rows in range(1, SKINNY_MAX_ROWS + 1)}
+    assert few <= {skinny(rows) for rows in (1, *REHEARSED_PROMPTS)}
