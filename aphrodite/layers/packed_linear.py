@@ -193,7 +193,11 @@ def _table_fits(kind: str, device: torch.device) -> bool:
     from aphrodite.kernels.triton.grid_gluon import card_of  # Gluon is not in every Triton
     from aphrodite.kernels.triton.grid_mma import grid_mma_cut
 
-    return grid_mma_cut(1, 256, PACKED_SKINNY_MAX_ROWS, kind, card_of(device)) is not None
+    card = card_of(device)
+    fits = grid_mma_cut(1, 256, PACKED_SKINNY_MAX_ROWS, kind, card) is not None
+    if not fits:
+        logger.info("few rows times %s: not by Gluon's kernels, for blocks have %d bytes", kind, card.shared)
+    return fits
 
 
 def _make_tables(weight: Planes, dtype: torch.dtype) -> None:
@@ -206,7 +210,12 @@ def _make_tables(weight: Planes, dtype: torch.dtype) -> None:
 
 def _takes_norm(weight: Planes, few: bool, dtype: torch.dtype) -> bool:
     """Whether the kernel that `_by_kernels` chooses has the norm of its activations in it, or before it."""
-    return weight.permutation is None and (few or (dtype != torch.float32 and in_shared_tables(weight)))
+    if weight.permutation is not None:
+        return False
+    if dtype != torch.float32 and in_shared_tables(weight):
+        # `grid_row` holds a row times the norm's weight in 16 bits: float16 may overflow, until the row is divided.
+        return not few or dtype != torch.float16
+    return few
 
 
 @functools.cache

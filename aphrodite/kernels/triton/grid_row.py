@@ -436,6 +436,8 @@ def grid_row(
 ) -> bool:
     """Writes act(norm(x) W^T + b) + residual for 1 or 2 rows of a 16-bit type; arguments as `packed_gemv`'s.
 
+    With a norm, x times its weight must not be more than the type holds.
+
     Returns whether it did: activations and table may take more shared memory than a block of this card can have.
     """
     form = weight.form
