@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aphrodite import platforms
 from aphrodite.config import EngineConfig
 from aphrodite.core.scheduler import Scheduler, SchedulerConfig
-from aphrodite.engine.build_order import BuildOrder, ProgressCallback, not_for_foreign
+from aphrodite.engine.build_order import BuildOrder, Built, ProgressCallback, not_for_foreign
 from aphrodite.engine.core import EngineCore
 from aphrodite.engine.device_builder import build_on_device
 from aphrodite.engine.host_builder import build_on_host
@@ -74,24 +74,10 @@ def build_engine(
         )
     _check_length(config, checkpoint.spec.max_position)
     order = BuildOrder(config, checkpoint, eos, tokenizer, progress, room)
-    runner, memory, limits = build_on_device(order) if _serves_on_gpu(config) else build_on_host(order)
-    executor = runner.executor
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_blocks=memory.num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            prompt_tokens_beside_answers=limits.prompt_tokens_beside_answers,
-            max_model_len=memory.max_model_len,
-            enable_prefix_caching=config.enable_prefix_caching,
-            policy=config.scheduling_policy,
-            eos_token_ids=eos,
-            max_queued_requests=None,  # the front ends refuse, before a request crosses to the engine
-            max_loras=0 if room is None else room.slots,
-        )
-    )
-    core = EngineCore(scheduler, runner, tokenizer, room=room)
+    built = build_on_device(order) if _serves_on_gpu(config) else build_on_host(order)
+    memory, executor = built.memory, built.runner.executor
+    scheduler = _scheduler(order, built)
+    core = EngineCore(scheduler, built.runner, tokenizer, room=room)
     loaded = [core.adapters.take(number, adapter) for number, adapter in enumerate(adapters)]
     expert_bytes, expert_share = _experts(checkpoint, executor.weight_bytes)
     info = EngineInfo(
@@ -101,7 +87,7 @@ def build_engine(
         max_model_len=memory.max_model_len,
         block_size=config.block_size,
         num_blocks=memory.num_blocks,
-        max_num_seqs=limits.max_num_seqs,
+        max_num_seqs=built.limits.max_num_seqs,
         eos_token_ids=sorted(eos),
         weight_bytes=executor.weight_bytes,
         expert_bytes=expert_bytes,
@@ -115,6 +101,25 @@ def build_engine(
         max_loras=scheduler.config.max_loras,
     )
     return BuiltEngine(core, info, memory)
+
+
+def _scheduler(order: BuildOrder, built: Built) -> Scheduler:
+    config, limits = order.config, built.limits
+    return Scheduler(
+        SchedulerConfig(
+            num_blocks=built.memory.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            prompt_tokens_beside_answers=limits.prompt_tokens_beside_answers,
+            max_model_len=built.memory.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
+            eos_token_ids=order.eos_token_ids,
+            max_queued_requests=None,  # the front ends refuse, before a request crosses to the engine
+            max_loras=0 if order.adapters is None else order.adapters.slots,
+        )
+    )
 
 
 def _experts(checkpoint: Checkpoint | ForeignLoader, weight_bytes: int) -> tuple[int, float]:
