@@ -185,6 +185,7 @@ class LLM:
         Raises:
             InvalidRequestError: the model's chat template refuses the messages, a prompt or parameter is out of bounds,
                 or a prompt came with options for conversations.
+            EngineDeadError: after `close`, from which on no more is computed.
         """
         params = params or self.sampling_defaults
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
