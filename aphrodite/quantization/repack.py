@@ -135,7 +135,8 @@ def _pack_quantized(matrix: PackQuantizedMatrix, device: torch.device) -> Packed
     stored_rows = len(scales)
     scales = scales.expand(rows, -1).contiguous()
     if matrix.zeros is not None:
-        words = upload(matrix.zeros, device).t().contiguous().view(torch.uint8)
+        # A copy, for of a single row torch takes the transposed words as contiguous, which `view` does not.
+        words = upload(matrix.zeros, device).t().clone(memory_format=torch.contiguous_format).view(torch.uint8)
         zeros = unpack_bits(words, matrix.bits)[:, :stored_rows].t().expand(rows, -1).contiguous()
     else:
         zeros = torch.full(scales.shape, 1 << matrix.bits - 1, dtype=torch.uint8, device=device)

@@ -23,8 +23,9 @@ from aphrodite.loading.checkpoint import Checkpoint, open_checkpoint
 from aphrodite.loading.inspect import inspect_checkpoint
 from aphrodite.quantization.dense_types import numbers_of, to_float32
 from aphrodite.quantization.dequantize import dequantize
-from aphrodite.quantization.packed import PackedTensor, e4m3_values, e5m2_values, unpack_stream
+from aphrodite.quantization.packed import PackedTensor, PackQuantizedMatrix, e4m3_values, e5m2_values, unpack_stream
 from aphrodite.quantization.repack import decline_layout, layout_of
+from aphrodite.quantization.types import QuantType, RawTensor
 from aphrodite.runner.inputs import ForwardInputs
 from aphrodite.runner.native import NativeExecutor
 from aphrodite.runner.torch_executor import TorchExecutor
@@ -237,6 +238,17 @@ def test_canonical_layouts_hold_the_same_values_in_the_same_memory(original: Pat
     assert (kept == 0) == (case == "fp8 block")
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_zeros_of_rows_that_fill_no_more_than_a_word(rows: int) -> None:
+    tensors, expected = modules.pack_quantized(np.random.default_rng(2), rows, 96, 32, bits=4, symmetric=False)
+    numbers = {name: tensor.view(torch.int16 if "scale" in name else tensor.dtype) for name, tensor in tensors.items()}
+    words = {name: tensor.numpy() for name, tensor in numbers.items()}
+    scales = RawTensor("scales", (rows, 3), QuantType.BF16, words["weight_scale"].view(np.uint8))
+    codes, zeros = words["weight_packed"].view(np.uint32), words["weight_zero_point"].view(np.uint32)
+    raw = PackedTensor("gate", QuantType.BF16, PackQuantizedMatrix(4, 96, codes, scales, zeros, None))
+    np.testing.assert_allclose(layout_of(raw, torch.device("cpu")).dequantize().numpy(), expected, rtol=2.0**-22)
+
+
 @pytest.mark.parametrize("case", ["awq", "gptq 3 v1 act-order", "fp8 block", "w4a16 asymmetric", "nf4 nested"])
 def test_a_quantized_model_is_the_dense_one_with_its_values(
     original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
@@ -336,6 +348,15 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ("awq", {"lm_head.scales": torch.zeros(2, 96, dtype=torch.int8)}, "should be stored as F16 or BF16 or F32"),
         ("gptq 4 v1 ", {"lm_head.g_idx": torch.full((64,), 2, dtype=torch.int32)}, "a group outside 0 to 1"),
         ("gptq 4 v1 act-order", {"lm_head.g_idx": None}, "tensor 'lm_head.g_idx' is missing"),
+        (
+            "gptq 4 v1 ",
+            {
+                "lm_head.qweight": torch.zeros(8, 92, dtype=torch.int32),
+                "lm_head.qzeros": torch.zeros(2, 11, dtype=torch.int32),
+                "lm_head.scales": torch.zeros(2, 92, dtype=torch.float16),
+            },
+            "'lm_head.qweight' should be numbers of outputs and inputs whose 4 bits fill words",
+        ),
         ("nf4", {"lm_head.weight.absmax": torch.zeros(3)}, "absmax' should be of shape"),
         ("nf4", {"lm_head.weight": torch.zeros(9, 1, dtype=torch.uint8)}, "6144 codes of 4 bits"),
         ("fp8 tensor", {"lm_head.weight_scale": None}, "tensor 'lm_head.weight_scale' is missing"),

@@ -73,6 +73,8 @@ def unpack_gptq(tensors: dict[str, StoredTensor], config: ConfigReader) -> dict[
         groups = columns // group_size_of(stored, columns, group_size)
         zeros = numbers(modules.take(f"{module}.qzeros", _INT32, (groups, rows * bits // 32)))
         scales = modules.take(f"{module}.scales", DENSE_TYPES, (groups, rows)).dense()
+        if columns * bits != codes.shape[0] * 32 or rows * bits % 32:
+            raise modules.mismatch(stored, f"numbers of outputs and inputs whose {bits} bits fill words of 32")
         group_of = None
         if modules.has(f"{module}.g_idx") or (act_order and not mixed):
             group_of = scattered_groups(modules.take(f"{module}.g_idx", ("I32",), (columns,)), groups)
