@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import NamedTuple
 
 import torch
 
 from aphrodite.kernels.triton.int4_linear import gluon_reason
+
+logger = logging.getLogger("aphrodite.kernels")
 
 
 class DenseConfig(NamedTuple):
@@ -71,4 +74,13 @@ def dense_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel runs on this card, and the copy engine can address rows: multiples of 16 bytes."""
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     shapes = weight.shape[1] % 8 == 0 and weight.shape[0] % 16 == 0
-    return aligned and shapes and weight.itemsize == 2 and gluon_reason(x.device) is None
+    return aligned and shapes and weight.itemsize == 2 and dense_reason(x.device) is None
+
+
+@functools.cache
+def dense_reason(device: torch.device) -> str | None:
+    """Why `dense_wgmma` does not run on `device`, which is logged; None if it does."""
+    reason = gluon_reason(device)
+    if reason is not None:
+        logger.info("dense products of more than %d rows: not by Gluon's kernel, for %s", FEW_ROWS, reason)
+    return reason
