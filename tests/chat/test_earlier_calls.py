@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -213,6 +214,15 @@ def test_ids_of_calls_have_the_form_that_the_model_knows() -> None:
     )
     other = ChatTemplate(LOOP.replace("WORDS", "m.content")).render(talk)
     assert other.startswith("<user>a<assistant>(fcall_0a-_)(g)<tool>xcall_0a-_")
+
+
+def test_a_result_whose_call_was_cut_off_the_conversation_has_such_an_id_too() -> None:
+    """Clients leave the oldest turns out where the context is full."""
+    refused = "{% if m.role == 'tool' and m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    source = LOOP.replace("WORDS", refused + "{{ m.content }}").replace("{{ {%", "{%").replace("}} }}", "}}")
+    talk = [result("x", "call_0a-_b"), user("a"), result("y", "abcdefghi")]
+    text = ChatTemplate(source + "{# [TOOL_CALLS] #}{{ tools }}").render(talk)
+    assert re.match(r"<tool>x[0-9a-f]{9}<user>a<tool>yabcdefghi", text)
 
 
 @pytest.mark.parametrize("fenced", [True, False])

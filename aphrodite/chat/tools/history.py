@@ -39,7 +39,8 @@ def with_ids(messages: Sequence[Message], tool_format: ToolFormat | None) -> lis
                 count += 1
         answered = message.get("tool_call_id")
         if answered is not None:
-            changed["tool_call_id"] = known.get(_hashable(answered), answered)
+            without_call = _short_id({"id": answered}, count) if tool_format == "mistral" else answered
+            changed["tool_call_id"] = known.get(_hashable(answered), without_call)
         named.append(changed)
     return named
 
