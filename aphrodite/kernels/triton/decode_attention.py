@@ -89,6 +89,19 @@ def decode_config(head_dim: int, dtype: torch.dtype, card: Card, sequences: int)
     return DecodeConfig(tile=32, num_warps=2, num_stages=4 if sequences < 176 and card == "hopper" else stages)
 
 
+class PlanCut(NamedTuple):
+    """How the planning kernel compares sequences with one another, some 64 pairs a thread: `padded` x `others`."""
+
+    padded: int
+    others: int
+    num_warps: int
+
+
+def plan_cut(sequences: int) -> PlanCut:
+    padded = max(64, next_power_of_2(sequences))  # few variants to compile
+    return PlanCut(padded, max(1, min(32, 32768 // padded)), min(16, max(4, padded // 64)))
+
+
 def plan_decode(
     *,
     query_start: torch.Tensor,
@@ -114,6 +127,7 @@ def plan_decode(
     if target is None:
         target = max(1, (PROGRAMS_OF_ONE if sequences == 1 else PROGRAMS) // num_kv_heads)
     slots = sequences + target
+    cut = plan_cut(sequences)
     device = context_lens.device
     records = torch.empty((slots, RECORD), dtype=torch.int32, device=device)
     counters = torch.empty(slots * num_kv_heads, dtype=torch.int32, device=device)
@@ -127,13 +141,13 @@ def plan_decode(
         slots,
         slots * num_kv_heads,
         target,
-        SEQUENCES_PAD=max(64, next_power_of_2(sequences)),  # few variants to compile
+        SEQUENCES_PAD=cut.padded,
         WINDOW=window or 0,
         TILE=config.tile,
         BLOCK=1024,
-        OTHERS=32,
+        OTHERS=cut.others,
         RECORD=RECORD,
-        num_warps=4,
+        num_warps=cut.num_warps,
     )
     return DecodePlan(records, counters, config)
 

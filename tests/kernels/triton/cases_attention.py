@@ -13,6 +13,7 @@ from aphrodite.kernels.triton.decode_attention import (
     _plan_kernel,
     combined_at_once,
     decode_config,
+    plan_cut,
 )
 from aphrodite.kernels.triton.paged import Card, KVFormat
 from aphrodite.kernels.triton.ragged_attention import (
@@ -205,6 +206,7 @@ def _merge(name: str, head_dim: int, *, dtype: str = "bf16", sinks: bool = False
 
 
 def _plan(name: str, sequences: int, window: int) -> KernelCase:
+    cut = plan_cut(sequences)
     return KernelCase(
         name=f"decode plan {name}",
         kernel=_plan_kernel,
@@ -218,13 +220,14 @@ def _plan(name: str, sequences: int, window: int) -> KernelCase:
             "num_slots": "i32",
             "num_counters": "i32",
             "target": "i32",
-            "SEQUENCES_PAD": max(64, triton.next_power_of_2(sequences)),
+            "SEQUENCES_PAD": cut.padded,
             "WINDOW": window,
             "TILE": 64,
             "BLOCK": 1024,
-            "OTHERS": 32,
+            "OTHERS": cut.others,
             "RECORD": RECORD,
         },
+        num_warps=cut.num_warps,
     )
 
 
@@ -276,6 +279,7 @@ CASES = [
     _rotary("256 norm fp8", 256, norm=True, fp8=True),
     _plan("1", 1, 0),
     _plan("256 window", 256, 4096),
+    _plan("1024", 1024, 0),
     _merge("128 pdl", 128, pdl=True),
     _merge("256 fp32", 256, dtype="fp32"),
     _merge("64 sinks", 64, sinks=True),

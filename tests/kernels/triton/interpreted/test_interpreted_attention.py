@@ -165,6 +165,24 @@ def test_plan_covers_every_context_once(target: int) -> None:
         assert (mine[:, 3] - mine[:, 2] <= largest).all()
 
 
+def test_plan_of_more_sequences_than_are_compared_at_once() -> None:
+    contexts = torch.arange(1100, dtype=torch.int32) * 7 % 50
+    plan = plan_decode(
+        query_start=torch.arange(1101, dtype=torch.int32),
+        context_lens=contexts,
+        rows=torch.arange(1100, dtype=torch.int32),
+        num_kv_heads=1,
+        window=None,
+        config=DecodeConfig(16, 4, 1),
+        target=4,
+    )
+    used = plan.records[plan.records[:, 6] > 0]
+    tokens = used[:, 0].long()
+    assert tokens.sort().values.equal(torch.arange(1100))
+    assert torch.equal(used[:, 3], contexts[tokens])
+    assert (-(-used[:, 3] // 16)).clamp(min=1).diff().le(0).all()
+
+
 STEPS = {
     "prompts": [(37, 37), (1, 1), (2, 2), (16, 16)],
     "extensions": [(5, 40), (20, 52), (3, 16)],
