@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import torch.nn.functional as F
-from gpu_linear import CEILING, DTYPE, EPS, compile_cases, guarded, only_compile
+from gpu_linear import CEILING, DTYPE, EPS, compile_cases, graph_us, guarded, only_compile
 from triton.backends.compiler import GPUTarget
 
 from aphrodite.kernels.triton import half_rows, int4_expand, int4_half, int4_linear, int4_mma, int4_wgmma
@@ -39,7 +38,7 @@ from aphrodite.kernels.triton.norm import rms_norm
 
 ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TUNED_ROWS = (1, 8, 16, 32, 64, 128, 256)
-CHAIN_BYTES = 512 << 20  # of weights that one replay reads
+DISTINCT_BYTES = 512 << 20  # of weights, so that the second cache holds none of the next
 
 Config = MmaConfig | WgmmaConfig | HalfConfig
 
@@ -72,7 +71,7 @@ class Bench:
         self.device = device
         self.weights = [self._weight(group)]
         if device != "meta":
-            self.weights += [self._weight(group) for _ in range(CHAIN_BYTES // self.weights[0].nbytes)]
+            self.weights += [self._weight(group) for _ in range(DISTINCT_BYTES // self.weights[0].nbytes)]
         self.norm = (self._random(layer.in_features), EPS) if layer.norm else None
         self.scratch = torch.empty(layer.out_features * layer.in_features, dtype=DTYPE, device=device)
         self._dense: torch.Tensor | None = None
@@ -96,24 +95,8 @@ class Bench:
         return self._random(rows, self.layer.in_features), residual
 
     def chain_us(self, one: Callable[[Int4Words], object]) -> float:
-        """Microseconds of `one(weight)` in a graph over all weights: median of 5 x 2 replays."""
-        one(self.weights[0])
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for weight in self.weights:
-                one(weight)
-        graph.replay()
-        times = []
-        for _ in range(5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(2):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / 2 / len(self.weights))
-        return float(statistics.median(times))
+        """Microseconds of `one(weight)` in a graph over all weights, again and again."""
+        return graph_us(one, self.weights, self.weights[0].nbytes)
 
     def share(self, us: float) -> float:
         """Percent of the memory bandwidth that reading the weight in `us` takes."""

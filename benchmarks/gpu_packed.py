@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from gpu_linear import CEILING, EPS, LAYERS, Layer, compile_cases, guarded, only_compile
+from gpu_linear import CEILING, EPS, LAYERS, Layer, compile_cases, graph_us, guarded, only_compile
 
 from aphrodite.kernels.dispatch import Choice
 from aphrodite.kernels.triton import grid_gluon, grid_mma, grid_row, half_rows, packed_gemm, packed_gemv, packed_mma
@@ -44,7 +43,6 @@ from aphrodite.quantization.types import QuantType
 
 DTYPE = torch.bfloat16
 ROWS = (1, 2, 4, 8, 32, 64, 512)
-CHAIN_BYTES = 2 << 30  # read by one replay
 DISTINCT_BYTES = 256 << 20
 
 
@@ -99,24 +97,8 @@ class Bench:
         return lambda linear: linear(x, norm=self.norm, activation=self.layer.activation, residual=residual)
 
     def chain_us(self, one: Callable[[PackedLinear], object]) -> float:
-        """Microseconds of `one` in a graph over all layers, again and again: median of 5 replays."""
-        one(self.linears[0])
-        torch.cuda.synchronize()
-        rounds = max(CHAIN_BYTES // (self.nbytes * len(self.linears)), 1)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for linear in self.linears * rounds:
-                one(linear)
-        graph.replay()
-        times = []
-        for _ in range(5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / len(self.linears) / rounds)
-        return statistics.median(times)
+        """Microseconds of `one` in a graph over all layers, again and again."""
+        return graph_us(one, self.linears, self.nbytes)
 
     def share(self, us: float) -> float:
         """Percent of the bandwidth."""

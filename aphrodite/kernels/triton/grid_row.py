@@ -14,6 +14,7 @@ the end.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import Any, NamedTuple  # noqa: F401 (Any: the type comments of kernels)
 
@@ -45,6 +46,8 @@ from aphrodite.kernels.triton.int4_gluon import gated, launch_dependents, wait_f
 from aphrodite.kernels.triton.launch import ceil_div, direct_launch, launch_options, next_power_of_2, pdl_supported
 from aphrodite.kernels.triton.packed_grid import grid_arguments
 from aphrodite.quantization.planes import Planes
+
+logger = logging.getLogger("aphrodite.kernels")
 
 MAX_TILES = 64  # of a block
 REGISTERS = 65536  # of a multiprocessor
@@ -127,6 +130,13 @@ def grid_row_cut(
         shared = cut.shared(kind, out_features, in_features, rows, rows * (1 + normed), programs)
         if copies and blocks * (shared + 1024) <= card.shared + 1024:
             return cut
+    if rows == 1:  # two that do not fit together are multiplied one after the other
+        logger.info(
+            "a row times %s of %d inputs: not by Gluon's kernel, for blocks have %d bytes",
+            kind,
+            in_features,
+            card.shared,
+        )
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -52,3 +53,15 @@ def test_a_row_has_its_norm_in_the_product_where_16_bits_hold_it(rows: int) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_more_rows_are_normed_as_they_become_halves(dtype: torch.dtype) -> None:
     assert launched(dtype, 5) == {"_half_rows_kernel": True, "grid_mma_kernel": None}
+
+
+def test_a_row_too_long_for_the_kernel_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    from aphrodite.kernels.triton.grid_gluon import Card
+    from aphrodite.kernels.triton.grid_row import grid_row_cut
+
+    with caplog.at_level(logging.INFO, "aphrodite"):
+        for rows in (2, 1, 1):
+            assert grid_row_cut(64, 1 << 20, rows, False, "iq2_xs", Card(132, 232_448)) is None
+    assert [record.message for record in caplog.records] == [
+        "a row times iq2_xs of 1048576 inputs: not by Gluon's kernel, for blocks have 232448 bytes"
+    ]
